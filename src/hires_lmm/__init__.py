@@ -1,0 +1,45 @@
+"""High-resolution multimodal models for transformers: published ways to slice, adapt, compress and route visual tokens.
+
+Importing the package registers the classes with transformers' Auto classes, and makes every saved checkpoint carry its
+own code, so that it loads elsewhere with `trust_remote_code=True`.
+"""
+
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+)
+
+from .modeling.configuration_hires_lmm import PRESETS, HiResLmmConfig, HiResLmmConnectorConfig
+from .modeling.modeling_hires_lmm import HiResLmmForConditionalGeneration, HiResLmmModel
+from .processing.image_processing_hires_lmm import HiResLmmImageProcessor
+from .processing.processing_hires_lmm import HiResLmmProcessor
+
+
+__version__ = "0.1.0.dev0"
+
+AutoConfig.register("hires_lmm", HiResLmmConfig, exist_ok=True)
+AutoModel.register(HiResLmmConfig, HiResLmmModel, exist_ok=True)
+AutoModelForImageTextToText.register(HiResLmmConfig, HiResLmmForConditionalGeneration, exist_ok=True)
+AutoModelForMultimodalLM.register(HiResLmmConfig, HiResLmmForConditionalGeneration, exist_ok=True)
+AutoImageProcessor.register(HiResLmmConfig, image_processor_classes={"pil": HiResLmmImageProcessor}, exist_ok=True)
+AutoProcessor.register(HiResLmmConfig, HiResLmmProcessor, exist_ok=True)
+
+HiResLmmConfig.register_for_auto_class("AutoConfig")
+HiResLmmModel.register_for_auto_class("AutoModel")
+HiResLmmForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
+HiResLmmImageProcessor.register_for_auto_class("AutoImageProcessor")
+HiResLmmProcessor.register_for_auto_class("AutoProcessor")
+
+__all__ = [
+    "PRESETS",
+    "HiResLmmConfig",
+    "HiResLmmConnectorConfig",
+    "HiResLmmForConditionalGeneration",
+    "HiResLmmImageProcessor",
+    "HiResLmmModel",
+    "HiResLmmProcessor",
+]

@@ -1,0 +1,285 @@
+"""Adapters: from the width of the vision tower to the width of the language model."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+
+from .attention_hires_lmm import HiResLmmQueryFormer, square_side
+from .views_hires_lmm import KIND_CROP, KIND_GLOBAL
+
+
+class HiResLmmAdapter(nn.Module):
+    """Base of all adapters: `(V, L, C)` features of global views or of crops -> `(V, L, D)`."""
+
+    @dataclass(frozen=True)
+    class Options:
+        """No options."""
+
+    @classmethod
+    def output_grid(cls, options, grid: tuple[int, int]) -> tuple[int, int]:
+        """Token grid of a view after the adapter."""
+        return grid
+
+    @classmethod
+    def output_width(cls, options, width: int, text_width: int) -> int:
+        """Width of the adapted features."""
+        return text_width
+
+
+class HiResLmmIdentityAdapter(HiResLmmAdapter):
+    """Passes features through; for chains whose token operations project by themselves.
+
+    Args:
+        context (`PartContext`): Widths and grids around the part.
+        options (`Options`): None.
+    """
+
+    def __init__(self, context, options):
+        super().__init__()
+
+    @classmethod
+    def output_width(cls, options, width: int, text_width: int) -> int:
+        """Width of the adapted features: unchanged."""
+        return width
+
+    def forward(self, features: torch.Tensor, kind: int) -> torch.Tensor:
+        """Return the features `(V, L, C)` as they are."""
+        return features
+
+
+class HiResLmmLinearAdapter(HiResLmmAdapter):
+    """One linear layer (LLaVA).
+
+    Args:
+        context (`PartContext`): Widths and grids around the part.
+        options (`Options`): Whether the layer has a bias.
+    """
+
+    @strict
+    @dataclass
+    class Options:
+        """Options of `linear`.
+
+        Args:
+            bias (`bool`): Add a bias.
+        """
+
+        bias: bool = True
+
+    def __init__(self, context, options):
+        super().__init__()
+        self.linear = nn.Linear(context.width, context.text_width, bias=options.bias)
+
+    def forward(self, features: torch.Tensor, kind: int) -> torch.Tensor:
+        """Project `(V, L, C)` -> `(V, L, D)`."""
+        return self.linear(features)
+
+
+class HiResLmmMlp(nn.Module):
+    """Two linear layers with an activation between them.
+
+    Args:
+        width (`int`): Input width.
+        text_width (`int`): Hidden and output width.
+        hidden_act (`str`): Name of the activation in transformers.
+        bias (`bool`): Add biases.
+    """
+
+    def __init__(self, width: int, text_width: int, hidden_act: str = "gelu", bias: bool = True):
+        super().__init__()
+        if hidden_act not in ACT2FN:
+            raise ValueError(f"Unknown hidden_act {hidden_act!r}; use one of {', '.join(sorted(ACT2FN))}.")
+        self.linear_1 = nn.Linear(width, text_width, bias=bias)
+        self.act = ACT2FN[hidden_act]
+        self.linear_2 = nn.Linear(text_width, text_width, bias=bias)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Project `(..., C)` -> `(..., D)`."""
+        return self.linear_2(self.act(self.linear_1(features)))
+
+
+class HiResLmmMlpAdapter(HiResLmmAdapter):
+    """Two-layer perceptron (LLaVA-1.5, LLaVA-NeXT).
+
+    Args:
+        context (`PartContext`): Widths and grids around the part.
+        options (`Options`): Activation and bias.
+    """
+
+    @strict
+    @dataclass
+    class Options:
+        """Options of `mlp`.
+
+        Args:
+            hidden_act (`str`): Activation between the layers.
+            bias (`bool`): Add biases.
+        """
+
+        hidden_act: str = "gelu"
+        bias: bool = True
+
+    def __init__(self, context, options):
+        super().__init__()
+        self.mlp = HiResLmmMlp(context.width, context.text_width, options.hidden_act, options.bias)
+
+    def forward(self, features: torch.Tensor, kind: int) -> torch.Tensor:
+        """Project `(V, L, C)` -> `(V, L, D)`."""
+        return self.mlp(features)
+
+
+class HiResLmmQueryFormerAdapter(HiResLmmAdapter):
+    """A query former before a two-layer perceptron, for every view.
+
+    Args:
+        context (`PartContext`): Widths and grids around the part.
+        options (`Options`): Number of queries, heads, activation.
+
+    Source: SliME, huggingface.co/papers/2406.08487, Fig. 1 (the adapter of the alternating-training study).
+    """
+
+    @strict
+    @dataclass
+    class Options:
+        """Options of `query_former`.
+
+        Args:
+            num_queries (`int`): Tokens of a view after the adapter, a square number; the paper uses 576.
+            num_heads (`int`, *optional*): Heads; by default one per 128 channels.
+            hidden_act (`str`): Activation of the perceptron.
+        """
+
+        num_queries: int = 576
+        num_heads: int | None = None
+        hidden_act: str = "gelu"
+
+    def __init__(self, context, options):
+        super().__init__()
+        if context.global_grid != context.crop_grid:
+            raise ValueError(
+                f"query_former reads one token grid, but global views have {context.global_grid} and crops "
+                f'{context.crop_grid}; use view operations with "on": "all", or the mixture adapter.'
+            )
+        self.query_former = HiResLmmQueryFormer(
+            context.config, context.width, options.num_queries, context.global_grid, options.num_heads
+        )
+        self.mlp = HiResLmmMlp(context.width, context.text_width, options.hidden_act)
+
+    @classmethod
+    def output_grid(cls, options, grid: tuple[int, int]) -> tuple[int, int]:
+        """Token grid of a view after the adapter: the grid of the queries."""
+        side = square_side(options.num_queries, "num_queries")
+        return side, side
+
+    def forward(self, features: torch.Tensor, kind: int) -> torch.Tensor:
+        """Compress and project `(V, L, C)` -> `(V, num_queries, D)`."""
+        return self.mlp(self.query_former(features))
+
+
+class HiResLmmGate(nn.Module):
+    """Weights of the two experts of the mixture, one pair a token.
+
+    Args:
+        width (`int`): Width of the features.
+        rule (`str`): `"paper"` or `"release"` (see `HiResLmmMixtureAdapter.Options`).
+
+    Source: SliME, huggingface.co/papers/2406.08487, section 3.1; noisy gating of huggingface.co/papers/1701.06538.
+    """
+
+    NOISE_FLOOR = 1e-2
+    RENORMALISATION = 1e-6
+
+    def __init__(self, width: int, rule: str):
+        super().__init__()
+        self.rule = rule
+        self.gate_weight = nn.Parameter(torch.empty(width, 2))
+        self.noise_weight = nn.Parameter(torch.empty(width, 2))
+
+    def init_weights(self) -> None:
+        """Start from an even mixture."""
+        init.zeros_(self.gate_weight)
+        init.zeros_(self.noise_weight)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Mix weights.
+
+        Args:
+            features (`torch.Tensor` of shape `(V, L, C)`): Features before the experts.
+
+        Returns:
+            `(V, L, 2)`: weight of the perceptron and of the query former, summing to (about) one.
+        """
+        logits = features @ self.gate_weight.to(features.dtype)
+        if self.training:
+            noise = logits if self.rule == "release" else features @ self.noise_weight.to(features.dtype)
+            logits = logits + torch.randn_like(logits) * (nn.functional.softplus(noise) + self.NOISE_FLOOR)
+        gates = logits.softmax(dim=-1)
+        if self.rule == "release":
+            gates = gates / (gates.sum(dim=-1, keepdim=True) + self.RENORMALISATION)
+        return gates
+
+
+class HiResLmmMixtureAdapter(HiResLmmAdapter):
+    """Mixture of a perceptron and a query former on some views, the perceptron alone on the others.
+
+    Args:
+        context (`PartContext`): Widths and grids around the part.
+        options (`Options`): Where to mix, the gate rule, a forced expert.
+
+    Source: SliME, huggingface.co/papers/2406.08487, section 3.1. Both experts end in the same perceptron, as in the
+    released weights.
+    """
+
+    EXPERTS = ("mlp", "query_former")
+
+    @strict
+    @dataclass
+    class Options:
+        """Options of `mixture`.
+
+        Args:
+            mix_on (`str`): Views that are mixed: `"global"` (the paper) or `"crops"`.
+            gate (`str`): `"paper"`: softmax of noisy logits, the noise scaled by its own weights. `"release"`: the
+                noise is scaled by the gate logits and the weights are divided by their sum + 1e-6.
+            forced_expert (`str`, *optional*): Use only `"mlp"` or `"query_former"`, as the first two stages do.
+            num_heads (`int`, *optional*): Heads of the query former; by default one per 128 channels.
+        """
+
+        mix_on: Literal["global", "crops"] = "global"
+        gate: Literal["paper", "release"] = "paper"
+        forced_expert: Literal["mlp", "query_former"] | None = None
+        num_heads: int | None = None
+
+    def __init__(self, context, options):
+        super().__init__()
+        self.mix_on = KIND_GLOBAL if options.mix_on == "global" else KIND_CROP
+        self.forced_expert = options.forced_expert
+        grid = context.global_grid if self.mix_on == KIND_GLOBAL else context.crop_grid
+        self.mlp = HiResLmmMlp(context.width, context.text_width)
+        self.query_former = HiResLmmQueryFormer(
+            context.config, context.width, grid[0] * grid[1], grid, options.num_heads
+        )
+        self.gate = HiResLmmGate(context.width, options.gate)
+
+    def forward(self, features: torch.Tensor, kind: int) -> torch.Tensor:
+        """Adapt the views of one kind.
+
+        Args:
+            features (`torch.Tensor` of shape `(V, L, C)`): Features of global views or of crops.
+            kind (`int`): 0 global, 1 crop.
+
+        Returns:
+            `(V, L, D)`.
+        """
+        if kind != self.mix_on or self.forced_expert == "mlp":
+            return self.mlp(features)
+        queried = self.mlp(self.query_former(features))
+        if self.forced_expert == "query_former":
+            return queried
+        gates = self.gate(features).to(queried.dtype)
+        return self.mlp(features) * gates[..., :1] + queried * gates[..., 1:]

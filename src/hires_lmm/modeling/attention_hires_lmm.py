@@ -1,0 +1,196 @@
+"""Cross-attention on transformers' attention interface, and the position tables of query-based parts."""
+
+import math
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+
+HEAD_WIDTH = 128
+
+
+def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    """Softmax attention in plain PyTorch, with the signature of transformers' attention interface.
+
+    Args:
+        module (`nn.Module`): The calling module; not used.
+        query (`torch.Tensor` of shape `(B, H, Q, E)`): Queries.
+        key (`torch.Tensor` of shape `(B, H, K, E)`): Keys.
+        value (`torch.Tensor` of shape `(B, H, K, E)`): Values.
+        attention_mask (`torch.Tensor`, *optional*): Added to the scores.
+        scaling (`float`): Multiplies the scores.
+        dropout (`float`): Not used.
+        kwargs: Not used.
+
+    Returns:
+        `(B, Q, H, E)` and the weights `(B, H, Q, K)`.
+    """
+    weights = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        weights = weights + attention_mask
+    weights = nn.functional.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+class HiResLmmCrossAttention(nn.Module):
+    """Multi-head cross-attention with biases from plain linear layers.
+
+    All keys of a row take part: callers pass rows of equal length, so no key mask is needed and every backend agrees.
+
+    Args:
+        config (`PreTrainedConfig`): Connector configuration; carries the attention implementation.
+        width (`int`): Width of queries, keys and values.
+        num_heads (`int`): Number of heads; divides `width`.
+    """
+
+    is_causal = False
+
+    def __init__(self, config, width: int, num_heads: int):
+        super().__init__()
+        if width % num_heads:
+            raise ValueError(f"num_heads={num_heads} does not divide the width {width}; choose a divisor.")
+        self.config = config
+        self.is_causal = False
+        self.num_key_value_groups = 1
+        self.num_heads, self.head_width = num_heads, width // num_heads
+        self.scaling = self.head_width**-0.5
+        self.q_proj, self.k_proj = nn.Linear(width, width), nn.Linear(width, width)
+        self.v_proj, self.o_proj = nn.Linear(width, width), nn.Linear(width, width)
+
+    def _heads(self, states: torch.Tensor) -> torch.Tensor:
+        return states.unflatten(-1, (self.num_heads, self.head_width)).transpose(1, 2)
+
+    def forward(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """Attend from queries to keys.
+
+        Args:
+            queries (`torch.Tensor` of shape `(B, Q, D)` or `(1, Q, D)`): One row is shared by the whole batch.
+            keys (`torch.Tensor` of shape `(B, K, D)`): Keys.
+            values (`torch.Tensor` of shape `(B, K, D)`): Values.
+
+        Returns:
+            `(B, Q, D)`.
+        """
+        query = self._heads(self.q_proj(queries)).expand(keys.shape[0], -1, -1, -1)
+        key, value = self._heads(self.k_proj(keys)), self._heads(self.v_proj(values))
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        output, _ = attend(self, query, key, value, None, dropout=0.0, scaling=self.scaling, is_causal=False)
+        return self.o_proj(output.flatten(2))
+
+
+def default_num_heads(width: int) -> int:
+    """Number of heads of 128 channels, at least one (the rule of the released query formers).
+
+    Args:
+        width (`int`): Channels in all.
+    """
+    return max(1, width // HEAD_WIDTH)
+
+
+def square_side(count: int, name: str) -> int:
+    """Side of a square number of tokens.
+
+    Args:
+        count (`int`): Number of tokens.
+        name (`str`): Name of the option, for the message.
+
+    Raises:
+        ValueError: If `count` is no positive square.
+    """
+    side = math.isqrt(max(count, 0))
+    if count < 1 or side * side != count:
+        raise ValueError(f"{name}={count} is not a square number; use for instance 64, 144, 196 or 576.")
+    return side
+
+
+def sincos_positions(width: int, side: int) -> torch.Tensor:
+    """Two-dimensional sine-cosine table of a square grid.
+
+    The first half of the channels encodes the column, the second half the row; within a half, sines come before
+    cosines of frequencies 10000^(-k / (width / 4)).
+
+    Args:
+        width (`int`): Channels, a multiple of 4.
+        side (`int`): Rows and columns.
+
+    Returns:
+        `(side * side, width)` float32, rounded to float16 as the released tables are.
+
+    Raises:
+        ValueError: If `width` is no multiple of 4.
+    """
+    if width % 4:
+        raise ValueError(f"Sine-cosine positions need a width that is a multiple of 4, got {width}.")
+    frequencies = 1.0 / 10000 ** (torch.arange(width // 4, dtype=torch.float32) / (width / 4))
+    angles = torch.arange(side, dtype=torch.float32)[:, None] * frequencies
+    line = torch.cat([angles.sin(), angles.cos()], dim=1)
+    columns = line[None, :, :].expand(side, side, -1)
+    rows = line[:, None, :].expand(side, side, -1)
+    return torch.cat([columns, rows], dim=-1).flatten(0, 1).half().float()
+
+
+def resize_positions(table: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """Resize a position table of a square grid bicubically.
+
+    Args:
+        table (`torch.Tensor` of shape `(side * side, D)`): Positions, row-major.
+        grid (`tuple[int, int]`): Rows and columns wanted.
+
+    Returns:
+        `(rows * cols, D)` in the dtype of the table.
+    """
+    side = math.isqrt(table.shape[0])
+    if (side, side) == tuple(grid):
+        return table
+    image = table.float().unflatten(0, (side, side)).permute(2, 0, 1)[None]
+    image = nn.functional.interpolate(image, size=tuple(grid), mode="bicubic", align_corners=False)
+    return image[0].permute(1, 2, 0).flatten(0, 1).to(table.dtype)
+
+
+class HiResLmmQueryFormer(nn.Module):
+    """Learned queries read the tokens of one view: cross-attention with sine-cosine positions between layer norms.
+
+    Args:
+        config (`PreTrainedConfig`): Connector configuration.
+        width (`int`): Width of the tokens.
+        num_queries (`int`): Queries, a square number; they carry the positions of a square grid.
+        grid (`tuple[int, int]`): Token rows and columns of a view.
+        num_heads (`int`, *optional*): Heads; by default one per 128 channels.
+
+    Source: SliME, huggingface.co/papers/2406.08487. Keys are normalised tokens plus positions, values the same
+    without; positions of a different grid come by bicubic resizing, as in the released code.
+    """
+
+    def __init__(self, config, width: int, num_queries: int, grid: tuple[int, int], num_heads: int | None = None):
+        super().__init__()
+        self.grid = tuple(grid)
+        self.side = square_side(num_queries, "num_queries")
+        self.queries = nn.Parameter(torch.empty(num_queries, width))
+        self.register_buffer("positions", torch.empty(num_queries, width))
+        self.query_norm, self.key_norm = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
+        self.attention = HiResLmmCrossAttention(config, width, num_heads or default_num_heads(width))
+        self.output_norm = nn.LayerNorm(width, eps=1e-6)
+
+    def init_weights(self) -> None:
+        """Initialise queries and fill the position table."""
+        init.trunc_normal_(self.queries, std=0.02)
+        init.copy_(self.positions, sincos_positions(self.queries.shape[1], self.side))
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Compress the tokens of each view.
+
+        Args:
+            features (`torch.Tensor` of shape `(V, L, C)`): Tokens of views, row-major on the grid.
+
+        Returns:
+            `(V, num_queries, C)`.
+        """
+        if not features.shape[0]:
+            return features.new_zeros(0, *self.queries.shape)
+        positions = self.positions.to(features.dtype)
+        values = self.key_norm(features)
+        keys = values + resize_positions(positions, self.grid)
+        queries = (self.query_norm(self.queries) + positions)[None]
+        return self.output_norm(self.attention(queries, keys, values))

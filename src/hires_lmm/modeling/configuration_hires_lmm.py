@@ -1,0 +1,257 @@
+"""Configuration of the model and of its connector, and the published combinations as presets."""
+
+from copy import deepcopy
+from typing import Any, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+from transformers.models.auto import AutoConfig
+
+from .parts_hires_lmm import BUDGET_ROUTER, ResolvedChain, budget_consumers, resolve_chain
+
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_hires_lmm.HiResLmmConfig",
+    "AutoModel": "modeling_hires_lmm.HiResLmmModel",
+    "AutoModelForImageTextToText": "modeling_hires_lmm.HiResLmmForConditionalGeneration",
+    "AutoModelForMultimodalLM": "modeling_hires_lmm.HiResLmmForConditionalGeneration",
+    "AutoProcessor": "processing_hires_lmm.HiResLmmProcessor",
+    "AutoImageProcessor": "image_processing_hires_lmm.HiResLmmImageProcessor",
+}
+
+LLAVA_NEXT_GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
+
+_MLP = {"part": "mlp"}
+_COMPRESS_144 = {"part": "query_compressor", "on": "crops", "num_queries": 144}
+_COSINE = {"part": "router", "on": "crops", "score": "cosine"}
+
+PRESETS: dict[str, dict] = {
+    "llava_next": {
+        "planner": {"name": "llava_next"},
+        "connector_config": {"adapter": _MLP, "layout": {"row_end": "learned"}},
+    },
+    "llava_hd": {
+        "planner": {"name": "slime", "global_view": "pad", "unpad": True},
+        "connector_config": {"adapter": _MLP, "layout": {"row_end": "learned"}},
+    },
+    "slime": {
+        "planner": {"name": "slime"},
+        "connector_config": {
+            "view_ops": [_COMPRESS_144],
+            "adapter": {"part": "mixture"},
+            "token_ops": [{**_COSINE, "keep": {"rule": "threshold", "gamma": 0.75}}],
+        },
+    },
+    "slime_release": {
+        "planner": {"name": "slime_release"},
+        "question_scope": "prompt",
+        "connector_config": {
+            "view_ops": [_COMPRESS_144],
+            "adapter": {"part": "mixture", "gate": "release"},
+            "layout": {"between_views": 1919},
+            "token_ops": [{**_COSINE, "keep": {"rule": "threshold", "gamma": 0.95}}],
+        },
+    },
+    "monkey": {
+        "planner": {"name": "slime", "max_crops": 6},
+        "connector_config": {
+            "view_ops": [{"part": "query_compressor", "on": "all", "num_queries": 256}],
+            "adapter": {"part": "linear"},
+            "layout": {"crop_order": "views"},
+        },
+    },
+}
+
+
+@strict
+class HiResLmmConnectorConfig(PreTrainedConfig):
+    """Configuration of the connector: the named parts between vision tower and language model.
+
+    Args:
+        view_ops (`list[dict]`, *optional*): Operations on the features of views, each `{"part": name, **options}`.
+        adapter (`dict`, *optional*): The adapter; a two-layer perceptron by default.
+        token_ops (`list[dict]`, *optional*): Operations on the token sequence.
+        layout (`dict`, *optional*): Order of views and marks, see `LayoutOptions`.
+        initializer_range (`float`): Standard deviation of new linear weights.
+
+    Raises:
+        ValueError: If a part or an option is unknown or out of range.
+    """
+
+    model_type = "hires_lmm_connector"
+    base_config_key = "connector_config"
+
+    view_ops: list | None = None
+    adapter: dict | None = None
+    token_ops: list | None = None
+    layout: dict | None = None
+    initializer_range: float | int = 0.02
+
+    def __post_init__(self, **kwargs):
+        own = ("model_type", "transformers_version", "dtype", "torch_dtype", "architectures")
+        unknown = [
+            key for key in kwargs if not key.startswith("_") and key not in own and not hasattr(type(self), key)
+        ]
+        if unknown:
+            known = "view_ops, adapter, token_ops, layout, initializer_range"
+            raise ValueError(f"Unknown key {unknown[0]!r} in connector_config; known keys: {known}.")
+        super().__post_init__(**kwargs)
+        self.view_ops = self.view_ops if self.view_ops is not None else []
+        self.adapter = self.adapter if self.adapter is not None else {"part": "mlp"}
+        self.token_ops = self.token_ops if self.token_ops is not None else []
+        self.layout = self.layout if self.layout is not None else {}
+        self.resolve()
+
+    def resolve(self) -> ResolvedChain:
+        """Classes and checked options of all parts."""
+        return resolve_chain(self.view_ops, self.adapter, self.token_ops, self.layout)
+
+
+@strict
+class HiResLmmConfig(PreTrainedConfig):
+    """Configuration of a high-resolution multimodal model.
+
+    Args:
+        vision_config (`dict` or `PreTrainedConfig`, *optional*): Vision tower; CLIP by default.
+        text_config (`dict` or `PreTrainedConfig`, *optional*): Language model; Llama by default.
+        connector_config (`dict` or `PreTrainedConfig`, *optional*): Parts between the two.
+        planner (`dict`, *optional*): Name and limits of the slicing rule, read by `HiResLmmProcessor.from_config`.
+        image_token_id (`int`): Id of the placeholder token.
+        vision_feature_layer (`int`): Layer of the tower whose hidden states are used.
+        question_scope (`str`): `"turn"`: an image is routed by the user text of its own turn. `"prompt"`: by the whole
+            prompt, as released SliME does.
+        answer_prefix_ids (`list[int]`, *optional*): Ids that open an answer in the chat template.
+        question_prefix_ids (`list[int]`, *optional*): Ids that open a user turn in the chat template.
+        tie_word_embeddings (`bool`): Share input and output embeddings; taken from `text_config` if set there.
+        auto_map (`dict`, *optional*): Classes for loading without this package; complete by default.
+
+    Raises:
+        ValueError: If the parts do not fit together.
+    """
+
+    model_type = "hires_lmm"
+    keys_to_ignore_at_inference = [
+        "past_key_values",
+        "hidden_states",
+        "attentions",
+        "image_hidden_states",
+        "packed_attention_mask",
+        "num_drafted",
+        "kept_mask",
+        "token_map",
+    ]
+    sub_configs_defaults = {
+        "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="clip_vision_model"),
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
+        "connector_config": SubConfigSpec(config_class=HiResLmmConnectorConfig),
+    }
+
+    vision_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    connector_config: dict | PreTrainedConfig | None = None
+    planner: dict | None = None
+    image_token_id: int = 32000
+    vision_feature_layer: int = -2
+    question_scope: Literal["turn", "prompt"] = "turn"
+    answer_prefix_ids: list | None = None
+    question_prefix_ids: list | None = None
+    tie_word_embeddings: bool = False
+    auto_map: dict | None = None
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        self.planner = self.planner if self.planner is not None else {"name": "slime"}
+        self.auto_map = {**AUTO_MAP, **(self.auto_map or {})}
+        if self.text_config.tie_word_embeddings:
+            self.tie_word_embeddings = True
+        self.token_layout()
+
+    @classmethod
+    def from_preset(cls, name: str, vision_config: Any = None, text_config: Any = None, **changes) -> "HiResLmmConfig":
+        """Build the configuration of a published combination.
+
+        Args:
+            name (`str`): Name of the preset.
+            vision_config (`dict` or `PreTrainedConfig`, *optional*): Vision tower.
+            text_config (`dict` or `PreTrainedConfig`, *optional*): Language model.
+            changes: Fields of `HiResLmmConfig` that replace those of the preset; `planner` and `connector_config` are
+                merged key by key.
+
+        Returns:
+            The configuration.
+
+        Raises:
+            ValueError: If the preset is unknown.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"Unknown preset {name!r}; known presets: {', '.join(PRESETS)}.")
+        unknown = [key for key in changes if key not in cls.__dataclass_fields__]
+        if unknown:
+            raise ValueError(f"HiResLmmConfig has no field {unknown[0]!r}; parts belong into connector_config.")
+        values = deepcopy(PRESETS[name])
+        for key, value in changes.items():
+            merge = key in ("planner", "connector_config") and isinstance(value, dict)
+            values[key] = {**values.get(key, {}), **value} if merge else value
+        config = cls(vision_config=vision_config, text_config=text_config, **values)
+        if config.planner["name"] == "llava_next" and "pinpoints" not in config.planner:
+            side = config.view_size
+            config.planner = {**config.planner, "pinpoints": [[r * side, c * side] for r, c in LLAVA_NEXT_GRIDS]}
+        return config
+
+    @property
+    def view_size(self) -> int:
+        """Side of a view in pixels."""
+        size = self.vision_config.image_size
+        return size[0] if isinstance(size, (list, tuple)) else size
+
+    @property
+    def patch_size(self) -> int:
+        """Side of a patch in pixels."""
+        size = self.vision_config.patch_size
+        return size[0] if isinstance(size, (list, tuple)) else size
+
+    @property
+    def patch_grid(self) -> tuple[int, int]:
+        """Patch rows and columns of a view."""
+        side = self.view_size // self.patch_size
+        return side, side
+
+    def token_layout(self) -> dict:
+        """Everything the processor needs to count tokens, as plain JSON values.
+
+        Returns:
+            Token grids of a view, order, marks, fixed counts and who consumes `max_image_tokens`.
+
+        Raises:
+            ValueError: If the widths of the parts do not lead to the width of the language model.
+        """
+        chain = self.connector_config.resolve()
+        adapter = chain.adapter
+        width = adapter.part.output_width(
+            adapter.options, self.vision_config.hidden_size, self.text_config.hidden_size
+        )
+        if width != self.text_config.hidden_size:
+            raise ValueError(
+                f"The adapter gives features of width {width}, but the language model has width "
+                f"{self.text_config.hidden_size}; use an adapter that projects, such as mlp."
+            )
+        global_grid, crop_grid = chain.grids_before(self.patch_grid)[-1]
+        marks = chain.layout.active_marks()
+        consumers = budget_consumers(chain) or [{"on": BUDGET_ROUTER["on"]}]
+        return {
+            "patch_grid": list(self.patch_grid),
+            "global_grid": list(global_grid),
+            "crop_grid": list(crop_grid),
+            "global_position": chain.layout.global_position,
+            "crop_order": chain.layout.crop_order,
+            "between_views": "between_views" in marks,
+            "row_end": "row_end" in marks,
+            "view_end": "view_end" in marks,
+            "fixed_tokens": None,
+            "later_tokens": None,
+            "budget": consumers[0],
+        }
+
+
+__all__ = ["HiResLmmConfig", "HiResLmmConnectorConfig"]

@@ -1,0 +1,181 @@
+"""The connector: owns all parts between vision tower and language model and runs them in order."""
+
+from dataclasses import replace
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from .configuration_hires_lmm import HiResLmmConnectorConfig
+from .layout_hires_lmm import HiResLmmLayout
+from .parts_hires_lmm import BUDGET_ROUTER, PartContext, budget_consumers, resolve_part
+from .views_hires_lmm import KIND_CROP, KIND_GLOBAL, Question, ViewFeatures, VisualTokens
+
+
+class HiResLmmConnector(PreTrainedModel):
+    """Turns features of views into visual tokens.
+
+    Args:
+        config (`HiResLmmConnectorConfig`): The parts.
+        width (`int`): Width of the vision tower.
+        text_width (`int`): Width of the language model.
+        patch_grid (`tuple[int, int]`): Patch rows and columns of a view.
+    """
+
+    config: HiResLmmConnectorConfig
+    config_class = HiResLmmConnectorConfig
+    base_model_prefix = "connector"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _no_split_modules = ["HiResLmmQueryFormer", "HiResLmmMlp"]
+
+    def __init__(self, config: HiResLmmConnectorConfig, width: int, text_width: int, patch_grid: tuple[int, int]):
+        super().__init__(config)
+        chain = config.resolve()
+        grids = chain.grids_before(patch_grid)
+
+        def context(position: int) -> PartContext:
+            return PartContext(config, width, text_width, *grids[position])
+
+        self.view_ops = nn.ModuleList(op.part(context(i), op.options) for i, op in enumerate(chain.view_ops))
+        self.adapter = chain.adapter.part(context(-2), chain.adapter.options)
+        self.adapted_grids = grids[-1]
+        out_width = chain.adapter.part.output_width(chain.adapter.options, width, text_width)
+        self.layout = HiResLmmLayout(chain.layout, patch_grid, out_width)
+        self.token_ops = nn.ModuleList(op.part(context(-1), op.options) for op in chain.token_ops)
+        self.budget_router = None
+        if not budget_consumers(chain):
+            router = resolve_part("token_ops", BUDGET_ROUTER, "the budget router")
+            self.budget_router = router.part(context(-1), router.options)
+        self.reads_question = any(op.part.reads_question(op.options) for op in chain.token_ops)
+        self.is_count_static = all(op.part.is_count_static(op.options) for op in chain.token_ops)
+        held_back = [
+            op.part.reads_question(op.options) or not op.part.is_count_static(op.options) for op in chain.token_ops
+        ]
+        self.num_early_ops = held_back.index(True) if True in held_back else len(held_back)
+        self.is_done_early = True not in held_back
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if hasattr(module, "init_weights") and not isinstance(module, PreTrainedModel):
+            module.init_weights()
+
+    def encode(self, views: ViewFeatures, embeddings: nn.Embedding) -> VisualTokens:
+        """Run everything that needs neither the question nor a count that depends on content.
+
+        Args:
+            views (`ViewFeatures`): Features of the vision tower.
+            embeddings (`nn.Embedding`): Token embeddings of the language model, for marks.
+
+        Returns:
+            The tokens of the batch; where all operations could run, exactly `num_tokens` an image.
+        """
+        views = self.adapt(views)
+        tokens = self.layout(views, embeddings)
+        check_counts(tokens)
+        for op in self.token_ops[: self.num_early_ops]:
+            tokens, _ = op(tokens, None)
+        return self._apply_budget(tokens) if self.is_done_early else tokens
+
+    def adapt(self, views: ViewFeatures) -> ViewFeatures:
+        """Run view operations and adapter; without crops they still run in training, on a zero-weighted one."""
+        idle = self.training and not views.crop_features.shape[0]
+        if idle:
+            views = replace(views, crop_features=torch.zeros_like(views.global_features[:1]))
+        for op in self.view_ops:
+            views = op(views)
+        glob = self.adapter(views.global_features, KIND_GLOBAL)
+        crops = self.adapter(views.crop_features, KIND_CROP)
+        if idle:
+            glob, crops = glob + 0.0 * crops.sum(), crops[:0]
+        global_grid, crop_grid = self.adapted_grids
+        return replace(views, global_features=glob, crop_features=crops, global_grid=global_grid, crop_grid=crop_grid)
+
+    def run_idle(self, views: ViewFeatures, embeddings: nn.Embedding) -> torch.Tensor:
+        """Zero, computed from all parts, for training batches without images.
+
+        Args:
+            views (`ViewFeatures`): Features of any one image with a global view and a crop.
+            embeddings (`nn.Embedding`): Token embeddings of the language model.
+
+        Returns:
+            A scalar zero that depends on every parameter of the connector.
+        """
+        tokens = self.layout(self.adapt(views), embeddings)
+        tokens.num_tokens = list(tokens.lengths)
+        one = torch.ones(1, 1, dtype=torch.long, device=tokens.features.device)
+        question = Question(tokens.features.detach()[None, :1], None, one, one[0] * 0, one[0])
+        for op in self.token_ops:
+            tokens, question = op(tokens, question)
+        total = sum((score.float().nan_to_num().sum() for score in tokens.scores.values()), tokens.features.sum())
+        return 0.0 * total
+
+    def finish(self, tokens: VisualTokens, question: Question | None) -> VisualTokens:
+        """Run the operations that `encode` held back.
+
+        Args:
+            tokens (`VisualTokens`): What `encode` returned; not changed.
+            question (`Question`, *optional*): The readable text.
+
+        Returns:
+            The tokens with `kept` filled.
+        """
+        if self.is_done_early:
+            return tokens
+        tokens = replace(tokens)
+        for op in self.token_ops[self.num_early_ops :]:
+            tokens, question = op(tokens, question)
+        return self._apply_budget(tokens)
+
+    def _apply_budget(self, tokens: VisualTokens) -> VisualTokens:
+        """Reduce images over their budget where no configured part does so."""
+        if self.budget_router is None or tokens.lengths == tokens.num_tokens:
+            return tokens
+        return self.budget_router(tokens, None)[0]
+
+
+def check_counts(tokens: VisualTokens) -> None:
+    """Compare the tokens of each image with its placeholders.
+
+    Args:
+        tokens (`VisualTokens`): Tokens of the batch.
+
+    Raises:
+        ValueError: If an image has fewer tokens than placeholders.
+    """
+    for image, (length, num_tokens) in enumerate(zip(tokens.lengths, tokens.num_tokens, strict=True)):
+        if length < num_tokens:
+            raise ValueError(
+                f"Image {image} gives {length} tokens but view_positions promises {num_tokens}. Model and image "
+                "processor disagree: build the processor with HiResLmmProcessor.from_config(model.config, tokenizer)."
+            )
+
+
+def drop(tokens: VisualTokens) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Remove the tokens that are not kept, where placeholders are fewer than tokens.
+
+    Args:
+        tokens (`VisualTokens`): Tokens with `kept` filled (or None = all kept).
+
+    Returns:
+        Features `(M, D)`, exactly `num_tokens` an image, and `kept` `(M,)` of them (None = all). Tokens of images
+        without a budget stay in, kept or not.
+    """
+    if tokens.kept is None or tokens.lengths == tokens.num_tokens:
+        return tokens.features, tokens.kept
+    pieces, start = [], 0
+    for length, num_tokens in zip(tokens.lengths, tokens.num_tokens, strict=True):
+        index = torch.arange(start, start + length, device=tokens.kept.device)
+        if num_tokens < length:
+            order = torch.argsort((~tokens.kept[start : start + length]).to(torch.int8), stable=True)
+            index = index[order[:num_tokens]]
+        pieces.append(index)
+        start += length
+    index = torch.cat(pieces)
+    return tokens.features[index], tokens.kept[index]

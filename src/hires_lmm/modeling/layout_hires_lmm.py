@@ -1,0 +1,267 @@
+"""The order in which the tokens of all views of an image enter the sequence, and the marks between them."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import numpy as np
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import nn
+from transformers import initialization as init
+
+from .views_hires_lmm import (
+    KIND_CROP,
+    KIND_GLOBAL,
+    KIND_MARK,
+    ImageGeometry,
+    ViewFeatures,
+    VisualTokens,
+    span_to_cells,
+)
+
+
+MARKS = ("between_views", "row_end", "view_end")
+LEARNED = "learned"
+
+
+@strict
+@dataclass(unsafe_hash=True)
+class LayoutOptions:
+    """Order of views and marks.
+
+    A block is the global view, the stitched map of all crops (`crop_order="raster"`) or one crop (`"views"`). A mark
+    is `None` (absent), `"learned"` (a trained vector) or the id of a token whose embedding is used.
+
+    Args:
+        global_position (`str`): `"first"` or `"last"`.
+        crop_order (`str`): `"raster"` reads the stitched map of all crops row by row; `"views"` one crop after
+            another.
+        between_views (`str` or `int`, *optional*): Mark between two blocks.
+        row_end (`str` or `int`, *optional*): Mark after each row of tokens of a crop block.
+        view_end (`str` or `int`, *optional*): Mark after each block.
+    """
+
+    global_position: Literal["first", "last"] = "first"
+    crop_order: Literal["raster", "views"] = "raster"
+    between_views: str | int | None = None
+    row_end: str | int | None = None
+    view_end: str | int | None = None
+
+    def __post_init__(self):
+        for name in MARKS:
+            mark = getattr(self, name)
+            if isinstance(mark, str) and mark != LEARNED:
+                raise ValueError(f'layout.{name} is {mark!r}; use null, "learned" or a token id (an integer).')
+
+    def active_marks(self) -> dict:
+        """The marks in use, by name."""
+        return {name: getattr(self, name) for name in MARKS if getattr(self, name) is not None}
+
+
+@dataclass(frozen=True)
+class ImageLayout:
+    """Sequence of one image as index arrays of length n (see `image_layout`)."""
+
+    source: np.ndarray
+    view: np.ndarray
+    cell: np.ndarray
+    kind: np.ndarray
+
+
+def _block(view: np.ndarray, rows: np.ndarray, cols: np.ndarray, kind: int) -> np.ndarray:
+    """Tokens of one block in row-major order as columns view, row, col, kind."""
+    return np.stack([view.ravel(), rows.ravel(), cols.ravel(), np.full(view.size, kind)], axis=1)
+
+
+def _mark(name: str) -> np.ndarray:
+    """A mark as a row of the same columns; its row field carries the number of the mark."""
+    return np.array([[-1, MARKS.index(name), 0, KIND_MARK]])
+
+
+def _view_cells(view: int, cells: tuple) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """View number, cell row and cell column of the cells of one view inside a span, as 2-d arrays."""
+    rows, cols = np.meshgrid(np.arange(cells[0], cells[1]), np.arange(cells[2], cells[3]), indexing="ij")
+    return np.full(rows.shape, view), rows, cols
+
+
+def _stitch(image: ImageGeometry, cells: dict) -> tuple:
+    """Cells of all crops side by side as one map (view, row, col arrays)."""
+    bands = []
+    for grid_row in range(image.crop_grid[0]):
+        views = [v for v in cells if image.cells[v][0] == grid_row]
+        views.sort(key=lambda v: image.cells[v][1])
+        parts = [_view_cells(v, cells[v]) for v in views]
+        if parts:
+            bands.append([np.concatenate(part, axis=1) for part in zip(*parts, strict=True)])
+    return tuple(np.concatenate(part, axis=0) for part in zip(*bands, strict=True))
+
+
+def _with_row_ends(block: tuple, kind: int, row_end: bool) -> np.ndarray:
+    """One block as rows, with a mark after each row where asked for."""
+    if not row_end:
+        return _block(*block, kind)
+    pieces = []
+    for row in range(len(block[0])):
+        pieces += [_block(*(part[row] for part in block), kind), _mark("row_end")]
+    return np.concatenate(pieces)
+
+
+@lru_cache(maxsize=1024)
+def image_layout(
+    image: ImageGeometry,
+    options: LayoutOptions,
+    patch_grid: tuple[int, int],
+    global_grid: tuple[int, int],
+    crop_grid: tuple[int, int],
+) -> ImageLayout:
+    """Order the tokens of one image.
+
+    Args:
+        image (`ImageGeometry`): Views of the image; `first_view` and `num_tokens` are not used.
+        options (`LayoutOptions`): Order and marks.
+        patch_grid (`tuple[int, int]`): Patch rows and columns of a view, the unit of the spans.
+        global_grid (`tuple[int, int]`): Token rows and columns of the global view.
+        crop_grid (`tuple[int, int]`): Token rows and columns of a crop; `(0, 0)` = crops give no tokens.
+
+    Returns:
+        `source` (index into the tokens of the image, view after view; -1 - number of the mark for marks), `view`
+        (number of the view in the image; -1 for marks), `cell` (row, column) and `kind`, each of length n.
+
+    Raises:
+        ValueError: If crops to be stitched disagree on the rows that enter the sequence.
+    """
+    marks = options.active_marks()
+    grids = [global_grid if kind == KIND_GLOBAL else crop_grid for kind in image.kinds]
+    cells = {v: span_to_cells(image.spans[v], patch_grid, grids[v]) for v in range(len(image.kinds))}
+    cells = {v: span for v, span in cells.items() if span[1] > span[0]}
+    crops = {v: span for v, span in cells.items() if image.kinds[v] != KIND_GLOBAL}
+    global_block = [_block(*_view_cells(0, cells[0]), KIND_GLOBAL)] if 0 in cells else []
+    if options.crop_order == "raster":
+        maps = [_stitch(image, crops)] if crops else []
+    else:
+        maps = [_view_cells(v, span) for v, span in crops.items()]
+    crop_blocks = [_with_row_ends(block, KIND_CROP, "row_end" in marks) for block in maps]
+    blocks = global_block + crop_blocks if options.global_position == "first" else crop_blocks + global_block
+    pieces = []
+    for number, block in enumerate(blocks):
+        if number and "between_views" in marks:
+            pieces.append(_mark("between_views"))
+        pieces.append(block)
+        if "view_end" in marks:
+            pieces.append(_mark("view_end"))
+    table = np.concatenate(pieces) if pieces else np.zeros((0, 4), dtype=np.int64)
+    return _to_layout(table, global_grid, crop_grid)
+
+
+def _to_layout(table: np.ndarray, global_grid: tuple, crop_grid: tuple) -> ImageLayout:
+    """Turn rows (view, row, col, kind) into index arrays."""
+    view, row, col, kind = table.T
+    global_size, crop_size = global_grid[0] * global_grid[1], crop_grid[0] * crop_grid[1]
+    source = np.where(
+        kind == KIND_GLOBAL,
+        row * global_grid[1] + col,
+        global_size + (view - 1) * crop_size + row * crop_grid[1] + col,
+    )
+    source = np.where(kind == KIND_MARK, -1 - row, source)
+    cell = np.where((kind == KIND_MARK)[:, None], 0, table[:, 1:3])
+    return ImageLayout(source=source, view=view.copy(), cell=cell, kind=kind.copy())
+
+
+class HiResLmmLayout(nn.Module):
+    """Puts the adapted features of all views into sequence order and adds the marks.
+
+    Args:
+        options (`LayoutOptions`): Order and marks.
+        patch_grid (`tuple[int, int]`): Patch rows and columns of a view.
+        width (`int`): Width of the adapted features.
+    """
+
+    def __init__(self, options: LayoutOptions, patch_grid: tuple[int, int], width: int):
+        super().__init__()
+        self.options = options
+        self.patch_grid = tuple(patch_grid)
+        self.width = width
+        for name, mark in options.active_marks().items():
+            if mark == LEARNED:
+                self.register_parameter(name, nn.Parameter(torch.empty(width)))
+
+    def init_weights(self) -> None:
+        """Initialise learned marks like a token embedding of unit expected norm."""
+        for parameter in self.parameters(recurse=False):
+            init.normal_(parameter, mean=0.0, std=self.width**-0.5)
+
+    def mark_vectors(self, features: torch.Tensor, embeddings: nn.Embedding) -> torch.Tensor:
+        """One vector a mark, zero where the mark is absent: `(len(MARKS), D)`."""
+        vectors = []
+        for name in MARKS:
+            mark = getattr(self.options, name)
+            if mark is None:
+                vectors.append(features.new_zeros(self.width))
+            elif mark == LEARNED:
+                vectors.append(getattr(self, name).to(features))
+            else:
+                vectors.append(embeddings(torch.tensor(mark, device=embeddings.weight.device)).to(features))
+        return torch.stack(vectors)
+
+    def forward(self, views: ViewFeatures, embeddings: nn.Embedding) -> VisualTokens:
+        """Order the tokens of a batch.
+
+        Args:
+            views (`ViewFeatures`): Adapted features of width D.
+            embeddings (`nn.Embedding`): Token embeddings of the language model, for marks that are token ids.
+
+        Returns:
+            `VisualTokens` of the batch.
+        """
+        glob, crops = views.global_features, views.crop_features
+        layouts = [
+            image_layout(image_key(image), self.options, self.patch_grid, views.global_grid, views.crop_grid)
+            for image in views.images
+        ]
+        bank = torch.cat([glob.flatten(0, 1), crops.flatten(0, 1), self.mark_vectors(glob, embeddings)])
+        index = _bank_index(layouts, views.images, glob.shape, crops.shape)
+        first_views = np.repeat([image.first_view for image in views.images], [len(lay.view) for lay in layouts])
+        view, cell, kind = (_join([getattr(lay, name) for lay in layouts]) for name in ("view", "cell", "kind"))
+        view = np.where(view < 0, -1, view + first_views)
+        return VisualTokens(
+            features=bank[torch.from_numpy(index).to(bank.device)],
+            lengths=[len(lay.view) for lay in layouts],
+            num_tokens=[image.num_tokens for image in views.images],
+            view=torch.from_numpy(view),
+            cell=torch.from_numpy(cell.reshape(-1, 2)),
+            kind=torch.from_numpy(kind),
+            grids={KIND_GLOBAL: views.global_grid, KIND_CROP: views.crop_grid},
+            aux=views.aux,
+        )
+
+
+def image_key(image: ImageGeometry) -> ImageGeometry:
+    """The geometry without what differs between equal images, so that layouts are computed once a grid.
+
+    Args:
+        image (`ImageGeometry`): Any geometry.
+    """
+    return ImageGeometry(0, image.kinds, image.crop_grid, image.cells, image.spans, 0)
+
+
+def _join(arrays: list) -> np.ndarray:
+    """Concatenate int64 arrays; an empty list gives an empty array."""
+    return np.concatenate(arrays).astype(np.int64) if arrays else np.zeros(0, dtype=np.int64)
+
+
+def _bank_index(layouts: list, images: list, global_shape: tuple, crop_shape: tuple) -> np.ndarray:
+    """Index of every token of the batch in `[global tokens, crop tokens, marks]`."""
+    global_size, crop_size = global_shape[1], crop_shape[1]
+    crop_start = global_shape[0] * global_size
+    marks_start = crop_start + crop_shape[0] * crop_size
+    pieces, crops_before = [], 0
+    for number, (layout, image) in enumerate(zip(layouts, images, strict=True)):
+        index = np.where(
+            layout.source < global_size,
+            number * global_size + layout.source,
+            crop_start + crops_before * crop_size + layout.source - global_size,
+        )
+        pieces.append(np.where(layout.source < 0, marks_start - 1 - layout.source, index))
+        crops_before += image.num_crops
+    return _join(pieces)

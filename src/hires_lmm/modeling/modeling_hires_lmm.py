@@ -1,0 +1,571 @@
+"""The model: vision tower, connector and language model, the splice between them, and the hooks of `generate`."""
+
+import copy
+
+import torch
+from torch import nn
+from transformers import AutoModel, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.masking_utils import create_masks_for_generate
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+
+from .configuration_hires_lmm import HiResLmmConfig
+from .connector_hires_lmm import HiResLmmConnector, drop
+from .outputs_hires_lmm import (
+    HiResLmmCausalLMOutputWithPast,
+    HiResLmmImageFeatures,
+    HiResLmmModelOutputWithPast,
+    build_token_map,
+)
+from .packing_hires_lmm import expand, pack, plan_packing
+from .question_hires_lmm import build_question
+from .views_hires_lmm import KIND_GLOBAL, NUM_POSITION_FIELDS, ImageGeometry, ViewFeatures, read_geometry
+
+
+class HiResLmmPreTrainedModel(PreTrainedModel):
+    """Base of the two models: loading, saving and what the library may do with them."""
+
+    config: HiResLmmConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def post_init(self):
+        """Finish construction; keep only block classes that exist, since FSDP rejects the others."""
+        super().post_init()
+        present = {type(module).__name__ for module in self.modules()}
+        self._no_split_modules = {name for name in self._no_split_modules if name in present}
+
+
+class HiResLmmModel(HiResLmmPreTrainedModel):
+    """Vision tower, connector and language model without the head.
+
+    Args:
+        config (`HiResLmmConfig`): The configuration.
+    """
+
+    _keys_to_ignore_on_load_unexpected = [r"^lm_head"]
+
+    def __init__(self, config: HiResLmmConfig):
+        super().__init__(config)
+        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.connector = HiResLmmConnector(
+            config.connector_config,
+            config.vision_config.hidden_size,
+            config.text_config.hidden_size,
+            config.patch_grid,
+        )
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.post_init()
+
+    def encode_views(self, pixel_values: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run the tower: `(V, 3, S, S)` -> patch features of one layer `(V, L, C)` and the last hidden state."""
+        pixel_values = pixel_values.to(self.vision_tower.device, self.vision_tower.dtype)
+        output = self.vision_tower(pixel_values, output_hidden_states=True, return_dict=True)
+        features = output.hidden_states[layer]
+        rows, cols = self.config.patch_grid
+        return features[:, features.shape[1] - rows * cols :], output.last_hidden_state
+
+    @merge_with_config_defaults
+    @can_return_tuple
+    def get_image_features(
+        self,
+        pixel_values: torch.FloatTensor,
+        view_positions: torch.LongTensor,
+        view_spans: torch.LongTensor,
+        view_boxes: torch.LongTensor | None = None,
+        vision_feature_layer: int | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | BaseModelOutputWithPooling:
+        """Encode images up to the first operation that reads the question or whose count depends on content.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(V, 3, S, S)`): Views of all images.
+            view_positions (`torch.Tensor` of shape `(V, 6)`): Kind, grid rows and columns, row, column, num_tokens.
+            view_spans (`torch.Tensor` of shape `(V, 4)`): Patch rows and columns of each view that enter the sequence.
+            view_boxes (`torch.Tensor` of shape `(V, 4)`, *optional*): Boxes in 1/256 source pixel, for token maps.
+            vision_feature_layer (`int`, *optional*): Layer of the tower; `config.vision_feature_layer` by default.
+
+        Returns:
+            `HiResLmmImageFeatures`; its `pooler_output` holds one `(n_i, D)` tensor an image.
+
+        Raises:
+            ValueError: If the tensors do not belong together or do not fit the model.
+        """
+        images = self._read_geometry(pixel_values, view_positions, view_spans)
+        features, last_hidden_state = self.encode_views(pixel_values, vision_feature_layer)
+        tokens = self.connector.encode(self._group_views(features, images), self.get_input_embeddings())
+        placed = drop(tokens)[0].split(tokens.num_tokens) if self.connector.is_done_early else None
+        return HiResLmmImageFeatures(
+            last_hidden_state=last_hidden_state,
+            pooler_output=list(placed) if placed is not None else tokens.per_image(tokens.features),
+            tokens=tokens,
+            view_boxes=view_boxes,
+        )
+
+    def _read_geometry(self, pixel_values, view_positions, view_spans) -> list[ImageGeometry]:
+        """Copy the geometry to the host, once."""
+        side = self.config.view_size
+        if pixel_values.ndim != 4 or tuple(pixel_values.shape[-2:]) != (side, side):
+            raise ValueError(
+                f"pixel_values has the shape {tuple(pixel_values.shape)}, but the vision tower reads views of shape "
+                f"(views, 3, {side}, {side}). Use the image processor that belongs to this checkpoint."
+            )
+        if view_positions is None or view_spans is None:
+            raise ValueError(
+                "pixel_values came without view_positions and view_spans; pass all that the processor gives."
+            )
+        if view_positions.shape != (pixel_values.shape[0], NUM_POSITION_FIELDS):
+            raise ValueError(
+                f"view_positions has the shape {tuple(view_positions.shape)}, expected "
+                f"({pixel_values.shape[0]}, {NUM_POSITION_FIELDS}): one row a view of pixel_values."
+            )
+        table = torch.cat([view_positions, view_spans], dim=1).tolist()
+        positions = [row[:NUM_POSITION_FIELDS] for row in table]
+        return read_geometry(positions, [row[NUM_POSITION_FIELDS:] for row in table])
+
+    def _group_views(self, features: torch.Tensor, images: list[ImageGeometry]) -> ViewFeatures:
+        """Separate global views from the others; in training, crops always exist (a zero-weighted one if need be)."""
+        kinds = [kind for image in images for kind in image.kinds]
+        global_rows = [row for row, kind in enumerate(kinds) if kind == KIND_GLOBAL]
+        crop_rows = [row for row, kind in enumerate(kinds) if kind != KIND_GLOBAL]
+        grid = self.config.patch_grid
+
+        def rows(index: list[int]) -> torch.Tensor:
+            return features[torch.tensor(index, dtype=torch.long).to(features.device)]
+
+        return ViewFeatures(rows(global_rows), rows(crop_rows), grid, grid, images)
+
+    def get_placeholder_mask(
+        self, input_ids: torch.LongTensor | None, inputs_embeds: torch.FloatTensor, prompt_length: int | None = None
+    ) -> torch.Tensor:
+        """Find the image placeholders.
+
+        Args:
+            input_ids (`torch.Tensor` of shape `(B, S)`, *optional*): Token ids; without them embeddings are compared.
+            inputs_embeds (`torch.Tensor` of shape `(B, S, D)`): Token embeddings.
+            prompt_length (`int`, *optional*): Positions beyond it are generated and hold no placeholders.
+
+        Returns:
+            `(B, S)` bool.
+        """
+        if input_ids is None:
+            token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
+            mask = (inputs_embeds == self.get_input_embeddings()(token)).all(dim=-1)
+        else:
+            mask = input_ids == self.config.image_token_id
+        if prompt_length is not None:
+            mask = mask & (torch.arange(mask.shape[1], device=mask.device) < prompt_length)
+        return mask
+
+    @merge_with_config_defaults
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        view_positions: torch.LongTensor | None = None,
+        view_boxes: torch.LongTensor | None = None,
+        view_spans: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        prompt_mask: torch.Tensor | None = None,
+        mm_encoder_outputs: dict | None = None,
+        output_token_map: bool = False,
+        question_labels: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | HiResLmmModelOutputWithPast:
+        """Run the model.
+
+        Args:
+            input_ids (`torch.Tensor` of shape `(B, S)`, *optional*): Token ids with expanded placeholders.
+            pixel_values (`torch.Tensor` of shape `(V, 3, S, S)`, *optional*): Views of all images of the batch.
+            view_positions (`torch.Tensor` of shape `(V, 6)`, *optional*): Geometry, see `get_image_features`.
+            view_boxes (`torch.Tensor` of shape `(V, 4)`, *optional*): Boxes, needed by `output_token_map`.
+            view_spans (`torch.Tensor` of shape `(V, 4)`, *optional*): Spans, see `get_image_features`.
+            attention_mask (`torch.Tensor` of shape `(B, past + S)`, *optional*): 0 at padding.
+            position_ids (`torch.Tensor` of shape `(B, S)`, *optional*): Positions; made anew where tokens are dropped.
+            past_key_values (`Cache`, *optional*): Cache of earlier positions.
+            inputs_embeds (`torch.Tensor` of shape `(B, S, D)`, *optional*): Instead of `input_ids`.
+            use_cache (`bool`, *optional*): Return a cache.
+            prompt_mask (`torch.Tensor` of shape `(B, S)`, *optional*): True where parts may read the question.
+            mm_encoder_outputs (`dict`, *optional*): `{"image": features}` from `get_image_features`.
+            output_token_map (`bool`): Return a record of every visual token.
+            question_labels (`torch.Tensor` of shape `(B, S)`, *optional*): Training labels, to keep answers unread.
+
+        Returns:
+            `HiResLmmModelOutputWithPast`.
+
+        Raises:
+            ValueError: If inputs contradict each other.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        features = self._image_features(
+            input_ids, inputs_embeds, pixel_values, view_positions, view_spans, view_boxes, mm_encoder_outputs
+        )
+        extra, packing = {}, None
+        if features is not None:
+            inputs_embeds, kept, extra = self._splice(
+                features, input_ids, inputs_embeds, attention_mask, prompt_mask, question_labels, output_token_map
+            )
+            if not self.connector.is_count_static:
+                packing, attention_mask, position_ids = self._pack(kept, attention_mask, past_key_values, features)
+                inputs_embeds = pack(inputs_embeds, packing)
+                extra["packed_attention_mask"] = attention_mask
+        elif self.training and past_key_values is None:
+            inputs_embeds = inputs_embeds + self._idle_connector().to(inputs_embeds)
+        outputs = self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            return_dict=True,
+            **kwargs,
+        )
+        hidden = outputs.last_hidden_state
+        return HiResLmmModelOutputWithPast(
+            last_hidden_state=hidden if packing is None else expand(hidden, packing),
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            **extra,
+        )
+
+    def _image_features(
+        self, input_ids, inputs_embeds, pixel_values, view_positions, view_spans, view_boxes, mm_encoder_outputs
+    ) -> HiResLmmImageFeatures | None:
+        """Take the caller's features or encode the images, after comparing placeholders with promised tokens."""
+        features = (mm_encoder_outputs or {}).get("image")
+        if features is not None and pixel_values is not None:
+            raise ValueError("Pass pixel_values or mm_encoder_outputs, not both: they stand for the same images.")
+        if features is None and pixel_values is not None and pixel_values.shape[0]:
+            self.check_placeholders(self.get_placeholder_mask(input_ids, inputs_embeds), view_positions)
+            return self.get_image_features(pixel_values, view_positions, view_spans, view_boxes, return_dict=True)
+        if features is not None and getattr(features, "prompt_length", None) is None:
+            mask = self.get_placeholder_mask(input_ids, inputs_embeds)
+            _compare_counts(int(mask.sum()), sum(_placeholders_per_image(features)))
+        return features
+
+    def check_placeholders(self, placeholder: torch.Tensor, view_positions: torch.LongTensor | None) -> None:
+        """Compare the placeholders of a batch with the tokens that `view_positions` promises.
+
+        Args:
+            placeholder (`torch.Tensor` of shape `(B, S)`): True at placeholders.
+            view_positions (`torch.Tensor` of shape `(V, 6)`): Geometry of the batch.
+
+        Raises:
+            ValueError: If the two numbers differ.
+        """
+        if view_positions is None or view_positions.ndim != 2 or view_positions.shape[1] != NUM_POSITION_FIELDS:
+            shape = None if view_positions is None else tuple(view_positions.shape)
+            raise ValueError(f"view_positions has the shape {shape}, expected (views, {NUM_POSITION_FIELDS}).")
+        promised = (view_positions[:, -1] * (view_positions[:, 0] == KIND_GLOBAL)).sum()
+        counts = torch.stack([placeholder.sum().to(promised.device), promised]).tolist()
+        _compare_counts(*counts)
+
+    def _splice(
+        self, features, input_ids, inputs_embeds, attention_mask, prompt_mask, labels, output_token_map
+    ) -> tuple[torch.Tensor, torch.Tensor, dict]:
+        """Write the visual tokens over the placeholders: new embeddings, kept positions `(B, S)`, extra outputs."""
+        prompt_length = getattr(features, "prompt_length", None)
+        placeholder = self.get_placeholder_mask(input_ids, inputs_embeds, prompt_length)
+        tokens, kept = getattr(features, "tokens", None), None
+        if not self.connector.is_done_early:
+            if tokens is None:
+                raise ValueError(
+                    "These image features hold only pooler_output; pass what get_image_features returned."
+                )
+            question = None
+            if self.connector.reads_question:
+                question = self._question(
+                    input_ids,
+                    inputs_embeds,
+                    placeholder,
+                    tokens.num_tokens,
+                    attention_mask,
+                    prompt_mask,
+                    labels,
+                    prompt_length,
+                )
+            tokens = self.connector.finish(tokens, question)
+            placed, kept = drop(tokens)
+        else:
+            placed = torch.cat([part.to(inputs_embeds.device) for part in features.pooler_output])
+        placed = placed.to(inputs_embeds.device, inputs_embeds.dtype)
+        spliced = inputs_embeds.masked_scatter(placeholder[..., None].to(inputs_embeds.device), placed)
+        kept_positions = torch.ones_like(placeholder)
+        if kept is not None:
+            kept_positions = kept_positions.masked_scatter(placeholder, kept.to(placeholder.device))
+        extra = {"image_hidden_states": placed}
+        if prompt_length is not None:
+            extra["num_drafted"] = placeholder.shape[1] - prompt_length
+        if output_token_map:
+            if tokens is None:
+                raise ValueError("output_token_map=True needs the features that get_image_features returned.")
+            extra["token_map"] = build_token_map(tokens, features.view_boxes)
+        return spliced, kept_positions, extra
+
+    def _question(
+        self, input_ids, inputs_embeds, placeholder, lengths, attention_mask, prompt_mask, labels, prompt_length
+    ):
+        """Collect the readable text of each image."""
+        readable = torch.ones_like(placeholder)
+        if attention_mask is not None and attention_mask.ndim == 2:
+            readable = attention_mask[:, -placeholder.shape[1] :].bool()
+        if prompt_length is not None:
+            readable = readable & (torch.arange(placeholder.shape[1], device=placeholder.device) < prompt_length)
+        return build_question(
+            inputs_embeds,
+            input_ids,
+            placeholder,
+            lengths,
+            readable,
+            prompt_mask,
+            labels,
+            scope=self.config.question_scope,
+            answer_prefix=self.config.answer_prefix_ids or [],
+            question_prefix=self.config.question_prefix_ids or [],
+            training=self.training,
+        )
+
+    def _pack(self, kept, attention_mask, past_key_values, features):
+        """Plan the packing of a batch: the plan, the mask `(B, past + P)` and the positions `(B, P)`."""
+        if attention_mask is not None and (not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2):
+            raise ValueError(
+                "The threshold rule drops tokens inside the model and needs a two-dimensional attention_mask; "
+                "pass (batch, length), or use the budget rule."
+            )
+        length, past = kept.shape[1], past_key_values.get_seq_length() if past_key_values is not None else 0
+        prefix, side = kept.new_ones((kept.shape[0], past), dtype=torch.long), "left"
+        if attention_mask is not None:
+            mask = attention_mask.to(kept.device)
+            kept, prefix = kept & mask[:, -length:].bool(), mask[:, :-length].long()
+            in_generate = getattr(features, "prompt_length", None) is not None
+            side = "right" if not in_generate and bool((mask[:, -1] == 0).any()) else "left"
+        packing = plan_packing(kept, side)
+        attention_mask = torch.cat([prefix, packing.mask.long()], dim=1)
+        position_ids = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)[:, -packing.mask.shape[1] :]
+        return packing, attention_mask, position_ids
+
+    def _idle_connector(self) -> torch.Tensor:
+        """Zero, computed from all visual modules, so that batches without images train them on every rank alike."""
+        side, (rows, cols) = self.config.view_size, self.config.patch_grid
+        pixels = torch.zeros(1, self.config.vision_config.num_channels, side, side, device=self.vision_tower.device)
+        features, _ = self.encode_views(pixels, self.config.vision_feature_layer)
+        span = (0, rows, 0, cols)
+        image = ImageGeometry(0, (KIND_GLOBAL, 1), (1, 1), ((0, 0), (0, 0)), (span, span), 0)
+        views = ViewFeatures(features, features, self.config.patch_grid, self.config.patch_grid, [image])
+        return self.connector.run_idle(views, self.get_input_embeddings())
+
+
+def _compare_counts(num_placeholders: int, num_tokens: int) -> None:
+    """Raise a ValueError with both numbers if they differ."""
+    if num_placeholders != num_tokens:
+        raise ValueError(
+            f"Image features and image tokens do not match, tokens: {num_placeholders}, features: {num_tokens}. Pass "
+            "input_ids and the view tensors of one processor call, without truncation; a changed max_image_tokens, "
+            "max_crops or views needs a new call for the text as well."
+        )
+
+
+def _placeholders_per_image(features: BaseModelOutputWithPooling) -> list[int]:
+    """Placeholders that each image of some features takes."""
+    tokens = getattr(features, "tokens", None)
+    return [len(part) for part in features.pooler_output] if tokens is None else list(tokens.num_tokens)
+
+
+def select_logits(hidden: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+    """Pick the positions whose logits are wanted.
+
+    Args:
+        hidden (`torch.Tensor` of shape `(B, S, D)`): Hidden states.
+        logits_to_keep (`int` or `torch.Tensor`): The last n positions (0 = all); or indices `(k,)`, `(B, k)`, or a
+            mask `(B, S)`.
+
+    Returns:
+        `(B, k, D)`, or `(kept, D)` for a mask.
+    """
+    if isinstance(logits_to_keep, int):
+        return hidden[:, -logits_to_keep:] if logits_to_keep else hidden
+    if logits_to_keep.ndim == 2 and logits_to_keep.dtype == torch.bool:
+        return hidden[logits_to_keep]
+    if logits_to_keep.ndim == 2:
+        return torch.take_along_dim(hidden, logits_to_keep[..., None], dim=1)
+    return hidden[:, logits_to_keep]
+
+
+class HiResLmmForConditionalGeneration(HiResLmmPreTrainedModel, GenerationMixin):
+    """The model with its language-modelling head.
+
+    Args:
+        config (`HiResLmmConfig`): The configuration.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+
+    def __init__(self, config: HiResLmmConfig):
+        super().__init__(config)
+        self.model = HiResLmmModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_image_features(self, *args, **kwargs) -> tuple | BaseModelOutputWithPooling:
+        """See `HiResLmmModel.get_image_features`."""
+        return self.model.get_image_features(*args, **kwargs)
+
+    @merge_with_config_defaults
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        view_positions: torch.LongTensor | None = None,
+        view_boxes: torch.LongTensor | None = None,
+        view_spans: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        prompt_mask: torch.Tensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        mm_encoder_outputs: dict | None = None,
+        output_token_map: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | HiResLmmCausalLMOutputWithPast:
+        """Run the model and its head; see `HiResLmmModel.forward` for the inputs they share.
+
+        Args:
+            labels (`torch.Tensor` of shape `(B, S)`, *optional*): Targets; -100 where nothing is learned.
+            logits_to_keep (`int` or `torch.Tensor`): Positions whose logits are wanted, see `select_logits`.
+
+        Returns:
+            `HiResLmmCausalLMOutputWithPast`.
+
+        Raises:
+            ValueError: If inputs contradict each other.
+        """
+        outputs = self.model(
+            input_ids,
+            pixel_values=pixel_values,
+            view_positions=view_positions,
+            view_boxes=view_boxes,
+            view_spans=view_spans,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            prompt_mask=prompt_mask,
+            mm_encoder_outputs=mm_encoder_outputs,
+            output_token_map=output_token_map,
+            question_labels=labels,
+            return_dict=True,
+            **kwargs,
+        )
+        logits = self.lm_head(select_logits(outputs.last_hidden_state, logits_to_keep))
+        cap = getattr(self.config.text_config, "final_logit_softcapping", None)
+        if cap is not None:
+            logits = cap * torch.tanh(logits / cap)
+        loss = None
+        if labels is not None:
+            vocabulary = self.config.text_config.vocab_size
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocabulary, **kwargs)
+        return HiResLmmCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+            kept_mask=outputs.kept_mask,
+            packed_attention_mask=outputs.packed_attention_mask,
+            num_drafted=outputs.num_drafted,
+            token_map=outputs.token_map,
+        )
+
+    # --- hooks of generate ---
+
+    def _maybe_prepare_encoder_kwargs_for_generation(
+        self, inputs_tensor, model_kwargs, model_input_name, generation_config
+    ):
+        """Encode images once; work on a copy of the caller's features and note where the prompt ends."""
+        model_kwargs["mm_encoder_outputs"] = dict(model_kwargs.get("mm_encoder_outputs") or {})
+        ids = inputs_tensor if inputs_tensor.ndim == 2 else model_kwargs.get("input_ids")
+        placeholder = None
+        if model_kwargs.get("pixel_values") is not None or model_kwargs["mm_encoder_outputs"].get("image") is not None:
+            if generation_config.prefill_chunk_size is not None:
+                raise ValueError("prefill_chunk_size is not supported with images; leave it unset.")
+            has_ids = ids is not None and ids.shape[1] > 0
+            placeholder = self.model.get_placeholder_mask(ids if has_ids else None, inputs_tensor)
+        if model_kwargs.get("pixel_values") is not None:
+            self.model.check_placeholders(placeholder, model_kwargs.get("view_positions"))
+        model_kwargs = super()._maybe_prepare_encoder_kwargs_for_generation(
+            inputs_tensor, model_kwargs, model_input_name, generation_config
+        )
+        image = model_kwargs["mm_encoder_outputs"].get("image")
+        if image is not None:
+            _compare_counts(int(placeholder.sum()), sum(_placeholders_per_image(image)))
+            image = copy.copy(image)
+            if not isinstance(image, HiResLmmImageFeatures):
+                image = HiResLmmImageFeatures(pooler_output=list(image.pooler_output))
+            image.pooler_output, image.prompt_length = list(image.pooler_output), inputs_tensor.shape[1]
+            model_kwargs["mm_encoder_outputs"]["image"] = image
+        return model_kwargs
+
+    def _expand_multimodal_outputs(self, input_ids, mm_encoder_output, expand_size=1, inputs_embeds=None):
+        """Repeat images for beams: the library regroups stand-ins of placeholder length, which are mapped back."""
+        image = mm_encoder_output.get("image")
+        if image is None:
+            return mm_encoder_output
+        lengths = _placeholders_per_image(image)
+        stand_ins = [torch.full((length, 1), index) for index, length in enumerate(lengths)]
+        regrouped = super()._expand_multimodal_outputs(
+            input_ids,
+            {"image": BaseModelOutputWithPooling(pooler_output=stand_ins)},
+            expand_size=expand_size,
+            inputs_embeds=inputs_embeds,
+        )
+        order = [int(stand_in[0, 0]) for stand_in in regrouped["image"].pooler_output]
+        expanded = image.select_images(order)
+        return {**mm_encoder_output, "image": expanded}
+
+    @staticmethod
+    def create_masks_for_generate(
+        config, inputs_embeds, attention_mask, past_key_values, position_ids=None, is_first_iteration=False, **kwargs
+    ):
+        """Leave the mask of the first step two-dimensional: tokens may still be dropped inside `forward`."""
+        if is_first_iteration:
+            return attention_mask
+        return create_masks_for_generate(
+            config, inputs_embeds, attention_mask, past_key_values, position_ids=position_ids, **kwargs
+        )
+
+    def _update_model_kwargs_for_generation(self, outputs, model_kwargs, is_encoder_decoder=False, num_new_tokens=1):
+        """Go on with the mask and positions of what was kept."""
+        mask = outputs.packed_attention_mask if "packed_attention_mask" in outputs else None
+        if mask is not None and model_kwargs.get("use_cache", True):
+            mask = mask[:, : mask.shape[1] - outputs.num_drafted]
+            model_kwargs["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)
+            model_kwargs["attention_mask"] = mask
+        return super()._update_model_kwargs_for_generation(outputs, model_kwargs, is_encoder_decoder, num_new_tokens)
+
+
+__all__ = ["HiResLmmForConditionalGeneration", "HiResLmmModel", "HiResLmmPreTrainedModel"]

@@ -1,0 +1,253 @@
+"""The router: scores visual tokens and decides which of them reach the language model."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import nn
+
+from .attention_hires_lmm import HiResLmmCrossAttention, default_num_heads
+from .views_hires_lmm import KIND_CROP, KIND_GLOBAL, Question, VisualTokens
+
+
+ROUTED_KINDS = {"global": (KIND_GLOBAL,), "crops": (KIND_CROP,), "all": (KIND_GLOBAL, KIND_CROP)}
+
+
+def saliency_scores(features: torch.Tensor) -> torch.Tensor:
+    """How much each token differs from the mean of its image.
+
+    Args:
+        features (`torch.Tensor` of shape `(n, D)`): Scored tokens of one image.
+
+    Returns:
+        `(n,)` float32 in [0, 2]: one minus the cosine to the mean token.
+
+    Source: ours; needs no question, no parameters and no particular tower.
+    """
+    features = features.float()
+    return 1 - torch.cosine_similarity(features, features.mean(dim=0, keepdim=True), dim=-1)
+
+
+def cosine_scores(features: torch.Tensor, text: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Weighted sum of the cosines of each visual token to all text tokens.
+
+    The text is summed first, so the cost is linear in both lengths.
+
+    Args:
+        features (`torch.Tensor` of shape `(n, D)`): Scored tokens of one image.
+        text (`torch.Tensor` of shape `(S, D)`): Token embeddings of the row.
+        weights (`torch.Tensor` of shape `(S,)`): Weight of each text token; 0 for those that must not be read.
+
+    Returns:
+        `(n,)` float32, unbounded with weights of 1, in [-1, 1] with weights that sum to one.
+
+    Source: SliME, huggingface.co/papers/2406.08487, section 3.3; the released code sums (weights of 1).
+    """
+    direction = weights.float() @ nn.functional.normalize(text.float(), dim=-1, eps=1e-8)
+    return nn.functional.normalize(features.float(), dim=-1, eps=1e-8) @ direction
+
+
+def keep_budget(scores: torch.Tensor, budget: int) -> torch.Tensor:
+    """Keep the `budget` highest scores.
+
+    Args:
+        scores (`torch.Tensor` of shape `(n,)`): Relevance; only the order is used.
+        budget (`int`): Tokens to keep, from 0 to n.
+
+    Returns:
+        `(n,)` bool with exactly `budget` True; among equal scores the earlier token wins.
+
+    Raises:
+        ValueError: If `budget` is outside [0, n].
+    """
+    if not 0 <= budget <= scores.shape[0]:
+        raise ValueError(f"Cannot keep {budget} of {scores.shape[0]} tokens; the budget must lie between 0 and that.")
+    order = torch.argsort(scores, descending=True, stable=True)
+    kept = torch.zeros_like(scores, dtype=torch.bool)
+    return kept.index_fill(0, order[:budget], True)
+
+
+def keep_threshold(scores: torch.Tensor, gamma: float, temperature: float) -> torch.Tensor:
+    """Keep the smallest set of tokens whose softmax mass exceeds gamma.
+
+    Args:
+        scores (`torch.Tensor` of shape `(n,)`): Logits.
+        gamma (`float`): Mass to exceed, in (0, 1].
+        temperature (`float`): Divides the scores.
+
+    Returns:
+        `(n,)` bool; among equal scores the earlier token wins. At least one token is kept.
+
+    Source: SliME, huggingface.co/papers/2406.08487, section 3.3.
+    """
+    if not scores.shape[0]:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    mass, order = torch.sort((scores / temperature).softmax(dim=0), descending=True, stable=True)
+    within = mass.cumsum(dim=0) <= gamma
+    chosen = torch.cat([torch.ones_like(within[:1]), within[:-1]])
+    return torch.zeros_like(chosen).scatter(0, order, chosen)
+
+
+@strict
+@dataclass
+class KeepOptions:
+    """Which scores survive.
+
+    Args:
+        rule (`str`): `"budget"`: exactly as many tokens as the image has placeholders. `"threshold"`: the smallest set
+            whose softmax mass exceeds gamma, except where a budget was asked for.
+        gamma (`float`): Mass of the threshold rule; the paper compares 0.9, 0.75 and 0.5 (Table 3).
+        temperature (`float`): Temperature of the threshold rule.
+    """
+
+    rule: Literal["budget", "threshold"] = "budget"
+    gamma: float | int = 0.75
+    temperature: float | int = 1.0
+
+    def __post_init__(self):
+        if not 0 < self.gamma <= 1:
+            raise ValueError(f"keep.gamma is {self.gamma}; it must lie in (0, 1].")
+        if self.temperature <= 0:
+            raise ValueError(f"keep.temperature is {self.temperature}; it must be positive.")
+
+
+class HiResLmmAttentionScore(nn.Module):
+    """Scores tokens by cross-attention to the question.
+
+    Args:
+        context (`PartContext`): Widths and grids around the part.
+        num_heads (`int`, *optional*): Heads; by default one per 128 channels.
+
+    Source: SliME's released code (its "qformer" router): norms, one attention from image to text, a norm and a narrow
+    perceptron. Its query vector, self-attention and key projection take no part in the result and are left out.
+    """
+
+    def __init__(self, context, num_heads: int | None = None):
+        super().__init__()
+        width = context.text_width
+        self.image_norm, self.text_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attention = HiResLmmCrossAttention(context.config, width, num_heads or default_num_heads(width))
+        self.output_norm = nn.LayerNorm(width)
+        self.linear_1, self.linear_2 = nn.Linear(width, width // 4), nn.Linear(width // 4, 1)
+
+    def forward(self, features: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        """Score `(n, D)` tokens against `(t, D)` text without padding -> `(n,)` logits."""
+        text = self.text_norm(text)[None]
+        states = self.output_norm(self.attention(self.image_norm(features)[None], text, text))
+        return self.linear_2(torch.relu(self.linear_1(states)))[0, :, 0]
+
+
+class HiResLmmRouter(nn.Module):
+    """Keeps the visual tokens that matter; the others never reach the language model.
+
+    Args:
+        context (`PartContext`): Widths and grids around the part.
+        options (`Options`): Score, keep rule, routed views.
+
+    Source: SliME, huggingface.co/papers/2406.08487, section 3.3. Ours: the exact budget, `saliency`, the mean over the
+    text and deterministic ties.
+    """
+
+    @strict
+    @dataclass
+    class Options:
+        """Options of `router`.
+
+        Args:
+            on (`str`): Views whose tokens are scored: `"crops"` (the paper), `"global"` or `"all"`. The rest is kept.
+            score (`str`): `"cosine"` and `"attention"` read the question, `"saliency"` does not.
+            reduce (`str`): `"sum"` (released) or `"mean"` over the text tokens, for `cosine`. With the sum the kept
+                share under a threshold falls as the prompt grows.
+            double_softmax (`bool`): For `attention`: pass probabilities instead of logits to the keep rule, as the
+                released code does; the result is nearly flat.
+            keep (`dict`): Fields of `KeepOptions`.
+            noise (`float`): Standard deviation of the noise on the scores while training; the paper uses 0.1.
+            num_heads (`int`, *optional*): Heads of the `attention` score.
+        """
+
+        on: Literal["crops", "global", "all"] = "crops"
+        score: Literal["cosine", "attention", "saliency"] = "cosine"
+        reduce: Literal["sum", "mean"] = "sum"
+        double_softmax: bool = False
+        keep: dict = field(default_factory=dict)
+        noise: float | int = 0.1
+        num_heads: int | None = None
+
+        def __post_init__(self):
+            KeepOptions(**self.keep)
+
+    def __init__(self, context, options):
+        super().__init__()
+        self.options = options
+        self.keep = KeepOptions(**options.keep)
+        if options.score == "attention":
+            self.attention_score = HiResLmmAttentionScore(context, options.num_heads)
+
+    @classmethod
+    def reads_question(cls, options) -> bool:
+        """Whether the scores depend on the question."""
+        return options.score != "saliency"
+
+    @classmethod
+    def is_count_static(cls, options) -> bool:
+        """Whether the number of kept tokens is known without looking at them."""
+        return KeepOptions(**options.keep).rule == "budget"
+
+    @classmethod
+    def budget(cls, options) -> dict:
+        """How the part consumes `max_image_tokens`, for the token layout."""
+        return {"on": options.on}
+
+    def _score(self, features: torch.Tensor, image: int, question: Question | None, mask) -> torch.Tensor:
+        """Scores `(n,)` of the routed tokens of one image, float32."""
+        if self.options.score == "saliency":
+            return saliency_scores(features)
+        row = question.embeds[question.image_row[image]]
+        if self.options.score == "attention":
+            text = row[mask[image]]
+            if not text.shape[0]:
+                return features.new_zeros(features.shape[0], dtype=torch.float32)
+            scores = self.attention_score(features, text.to(features.dtype)).float()
+            return (scores / self.keep.temperature).softmax(dim=0) if self.options.double_softmax else scores
+        weights = mask[image].float()
+        if self.options.reduce == "mean":
+            weights = weights / weights.sum().clamp(min=1)
+        return cosine_scores(features, row, weights)
+
+    def forward(self, tokens: VisualTokens, question: Question | None) -> tuple[VisualTokens, Question | None]:
+        """Mark which tokens are kept.
+
+        Args:
+            tokens (`VisualTokens`): Tokens of the batch.
+            question (`Question`, *optional*): The readable text; needed by `cosine` and `attention`.
+
+        Returns:
+            Tokens with `kept` and `scores["router"]` filled, and the question unchanged.
+        """
+        mask = question.image_mask() if question is not None and self.options.score != "saliency" else None
+        scores = torch.full(tokens.features.shape[:1], float("nan"), device=tokens.features.device)
+        kept = torch.ones_like(scores, dtype=torch.bool)
+        start = 0
+        for image, length in enumerate(tokens.lengths):
+            routed = np.flatnonzero(
+                np.isin(tokens.kind[start : start + length].numpy(), ROUTED_KINDS[self.options.on])
+            )
+            index = torch.from_numpy(routed + start).to(scores.device)
+            image_scores = self._score(tokens.features[index], image, question, mask)
+            if self.training and self.options.noise:
+                image_scores = image_scores + torch.randn_like(image_scores) * self.options.noise
+            scores = scores.index_copy(0, index, image_scores.detach())
+            kept = kept.index_copy(0, index, self._keep(image_scores, tokens.num_tokens[image] - length))
+            start += length
+        tokens.kept, tokens.scores = kept, {**tokens.scores, "router": scores}
+        return tokens, question
+
+    def _keep(self, scores: torch.Tensor, surplus: int) -> torch.Tensor:
+        """Apply the keep rule; `surplus` is placeholders minus tokens, negative under a budget."""
+        if surplus == 0 and self.keep.rule == "budget":
+            return torch.ones_like(scores, dtype=torch.bool)
+        if surplus == 0:
+            return keep_threshold(scores, float(self.keep.gamma), float(self.keep.temperature))
+        return keep_budget(scores, scores.shape[0] + surplus)
