@@ -1,0 +1,171 @@
+"""Key tables: which tensor of one checkpoint becomes which tensor of another, in both directions.
+
+A table is a list of rules. In a name, `{}` stands for one piece between dots and `**` for the rest of the key; both
+are carried over to the other side.
+"""
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Rename:
+    """One tensor, other name.
+
+    Args:
+        source (`str`): Name in the foreign checkpoint.
+        target (`str`): Name in ours.
+    """
+
+    source: str
+    target: str
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Names in our checkpoint."""
+        return (self.target,)
+
+    kind = "rename"
+
+    def forward(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """Foreign tensor -> our tensors."""
+        return [tensor]
+
+    def backward(self, tensors: list[torch.Tensor]) -> torch.Tensor:
+        """Our tensors -> foreign tensor."""
+        return tensors[0]
+
+
+@dataclass(frozen=True)
+class SplitRows:
+    """One tensor whose rows are several tensors stacked, such as a fused attention projection.
+
+    Args:
+        source (`str`): Name in the foreign checkpoint.
+        targets (`tuple[str]`): Names in ours, in row order; all of equal size.
+    """
+
+    source: str
+    targets: tuple[str, ...]
+
+    kind = "split rows"
+
+    def forward(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """Foreign tensor -> our tensors.
+
+        Raises:
+            ValueError: If the rows cannot be divided evenly.
+        """
+        if tensor.shape[0] % len(self.targets):
+            raise ValueError(f"{self.source} has {tensor.shape[0]} rows, which {len(self.targets)} does not divide.")
+        return [part.contiguous() for part in tensor.chunk(len(self.targets))]
+
+    def backward(self, tensors: list[torch.Tensor]) -> torch.Tensor:
+        """Our tensors -> foreign tensor."""
+        return torch.cat(tensors)
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A tensor that every foreign checkpoint holds with the same value and that ours does not need.
+
+    Args:
+        source (`str`): Name in the foreign checkpoint.
+        value (`tuple[float]`): Its elements.
+        dtype (`torch.dtype`): Its dtype.
+    """
+
+    source: str
+    value: tuple[float, ...]
+    dtype: torch.dtype
+
+    kind = "constant"
+    targets = ()
+
+    def forward(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """Check the value; nothing is written.
+
+        Raises:
+            ValueError: If the value differs.
+        """
+        if not tensor.is_meta and tensor.float().flatten().tolist() != list(self.value):
+            raise ValueError(f"{self.source} holds {tensor.tolist()}, expected {list(self.value)}.")
+        return []
+
+    def backward(self, tensors: list[torch.Tensor]) -> torch.Tensor:
+        """The constant."""
+        return torch.tensor(self.value, dtype=self.dtype)
+
+
+Rule = Rename | SplitRows | Constant
+
+
+@dataclass(frozen=True)
+class KeyMatch:
+    """A rule applied to one concrete key.
+
+    Args:
+        source (`str`): Concrete foreign key.
+        targets (`tuple[str]`): Concrete keys of ours.
+        rule (`Rule`): The rule.
+    """
+
+    source: str
+    targets: tuple[str, ...]
+    rule: Rule
+
+
+def _pattern(name: str) -> re.Pattern:
+    """A regular expression with one group a wildcard."""
+    pieces = re.split(r"(\{\}|\*\*)", name)
+    return re.compile(
+        "".join({"{}": r"([^.]+)", "**": r"(.+)"}.get(piece, re.escape(piece)) for piece in pieces) + r"\Z"
+    )
+
+
+def _fill(name: str, values: Iterable[str]) -> str:
+    """Put the values of wildcards into a name."""
+    iterator = iter(values)
+    return re.sub(r"\{\}|\*\*", lambda _: next(iterator), name)
+
+
+def match_sources(rules: list[Rule], keys: Iterable[str]) -> tuple[list[KeyMatch], list[str]]:
+    """Apply a table to the keys of a foreign checkpoint.
+
+    Args:
+        rules (`list[Rule]`): The table; the first rule that fits a key wins.
+        keys (`Iterable[str]`): Foreign keys.
+
+    Returns:
+        The matches in the order of the keys, and the keys that no rule knows.
+    """
+    patterns = [(_pattern(rule.source), rule) for rule in rules]
+    matches, unknown = [], []
+    for key in keys:
+        for pattern, rule in patterns:
+            if found := pattern.match(key):
+                targets = tuple(_fill(target, found.groups()) for target in rule.targets)
+                matches.append(KeyMatch(key, targets, rule))
+                break
+        else:
+            unknown.append(key)
+    return matches, unknown
+
+
+def convert_tensors(
+    matches: list[KeyMatch], read: Callable[[str], torch.Tensor]
+) -> Iterable[tuple[KeyMatch, list[tuple[str, torch.Tensor]]]]:
+    """Convert matched tensors one after another.
+
+    Args:
+        matches (`list[KeyMatch]`): From `match_sources`.
+        read (`Callable`): Foreign key -> tensor.
+
+    Returns:
+        An iterator over the matches with the names and tensors of ours.
+    """
+    for match in matches:
+        yield match, list(zip(match.targets, match.rule.forward(read(match.source)), strict=True))
