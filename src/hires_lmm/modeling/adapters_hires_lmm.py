@@ -1,7 +1,7 @@
 """Adapters: from the width of the vision tower to the width of the language model."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -10,7 +10,7 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 
 from .attention_hires_lmm import HiResLmmQueryFormer, square_side
-from .views_hires_lmm import KIND_CROP, KIND_GLOBAL
+from .views_hires_lmm import KIND_CROP, KIND_GLOBAL, PartContext
 
 
 class HiResLmmAdapter(nn.Module):
@@ -21,12 +21,12 @@ class HiResLmmAdapter(nn.Module):
         """No options."""
 
     @classmethod
-    def output_grid(cls, options, grid: tuple[int, int]) -> tuple[int, int]:
+    def output_grid(cls, options: Any, grid: tuple[int, int]) -> tuple[int, int]:
         """Token grid of a view after the adapter."""
         return grid
 
     @classmethod
-    def output_width(cls, options, width: int, text_width: int) -> int:
+    def output_width(cls, options: Any, width: int, text_width: int) -> int:
         """Width of the adapted features."""
         return text_width
 
@@ -39,11 +39,11 @@ class HiResLmmIdentityAdapter(HiResLmmAdapter):
         options (`Options`): None.
     """
 
-    def __init__(self, context, options):
+    def __init__(self, context: PartContext, options: HiResLmmAdapter.Options):
         super().__init__()
 
     @classmethod
-    def output_width(cls, options, width: int, text_width: int) -> int:
+    def output_width(cls, options: Any, width: int, text_width: int) -> int:
         """Width of the adapted features: unchanged."""
         return width
 
@@ -71,7 +71,7 @@ class HiResLmmLinearAdapter(HiResLmmAdapter):
 
         bias: bool = True
 
-    def __init__(self, context, options):
+    def __init__(self, context: PartContext, options: Options):
         super().__init__()
         self.linear = nn.Linear(context.width, context.text_width, bias=options.bias)
 
@@ -124,7 +124,7 @@ class HiResLmmMlpAdapter(HiResLmmAdapter):
         hidden_act: str = "gelu"
         bias: bool = True
 
-    def __init__(self, context, options):
+    def __init__(self, context: PartContext, options: Options):
         super().__init__()
         self.mlp = HiResLmmMlp(context.width, context.text_width, options.hidden_act, options.bias)
 
@@ -158,7 +158,7 @@ class HiResLmmQueryFormerAdapter(HiResLmmAdapter):
         num_heads: int | None = None
         hidden_act: str = "gelu"
 
-    def __init__(self, context, options):
+    def __init__(self, context: PartContext, options: Options):
         super().__init__()
         if context.global_grid != context.crop_grid:
             raise ValueError(
@@ -171,7 +171,7 @@ class HiResLmmQueryFormerAdapter(HiResLmmAdapter):
         self.mlp = HiResLmmMlp(context.width, context.text_width, options.hidden_act)
 
     @classmethod
-    def output_grid(cls, options, grid: tuple[int, int]) -> tuple[int, int]:
+    def output_grid(cls, options: Any, grid: tuple[int, int]) -> tuple[int, int]:
         """Token grid of a view after the adapter: the grid of the queries."""
         side = square_side(options.num_queries, "num_queries")
         return side, side
@@ -255,7 +255,7 @@ class HiResLmmMixtureAdapter(HiResLmmAdapter):
         forced_expert: Literal["mlp", "query_former"] | None = None
         num_heads: int | None = None
 
-    def __init__(self, context, options):
+    def __init__(self, context: PartContext, options: Options):
         super().__init__()
         self.mix_on = KIND_GLOBAL if options.mix_on == "global" else KIND_CROP
         self.forced_expert = options.forced_expert

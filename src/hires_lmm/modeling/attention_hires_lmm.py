@@ -1,9 +1,11 @@
 """Cross-attention on transformers' attention interface, and the position tables of query-based parts."""
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 from transformers import initialization as init
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -11,7 +13,16 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 HEAD_WIDTH = 128
 
 
-def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Softmax attention in plain PyTorch, with the signature of transformers' attention interface.
 
     Args:
@@ -47,7 +58,7 @@ class HiResLmmCrossAttention(nn.Module):
 
     is_causal = False
 
-    def __init__(self, config, width: int, num_heads: int):
+    def __init__(self, config: PreTrainedConfig, width: int, num_heads: int):
         super().__init__()
         if width % num_heads:
             raise ValueError(f"num_heads={num_heads} does not divide the width {width}; choose a divisor.")
@@ -163,9 +174,18 @@ class HiResLmmQueryFormer(nn.Module):
     without; positions of a different grid come by bicubic resizing, as in the released code.
     """
 
-    def __init__(self, config, width: int, num_queries: int, grid: tuple[int, int], num_heads: int | None = None):
+    positions: torch.Tensor
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        width: int,
+        num_queries: int,
+        grid: tuple[int, int],
+        num_heads: int | None = None,
+    ):
         super().__init__()
-        self.grid = tuple(grid)
+        self.grid = grid
         self.side = square_side(num_queries, "num_queries")
         self.queries = nn.Parameter(torch.empty(num_queries, width))
         self.register_buffer("positions", torch.empty(num_queries, width))

@@ -1,13 +1,14 @@
 """View operations that turn the tokens of each view into fewer tokens."""
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from huggingface_hub.dataclasses import strict
 from torch import nn
 
 from .attention_hires_lmm import HiResLmmQueryFormer, square_side
-from .views_hires_lmm import ViewFeatures
+from .views_hires_lmm import PartContext, ViewFeatures
 
 
 class HiResLmmViewOp(nn.Module):
@@ -16,13 +17,17 @@ class HiResLmmViewOp(nn.Module):
     Subclasses implement `forward_group` and `output_grid`; options carry `on`.
     """
 
+    options: Any
+
     @classmethod
-    def output_grid(cls, options, grid: tuple[int, int]) -> tuple[int, int]:
+    def output_grid(cls, options: Any, grid: tuple[int, int]) -> tuple[int, int]:
         """Token grid of a view after the operation."""
         raise NotImplementedError
 
     @classmethod
-    def output_grids(cls, options, global_grid: tuple, crop_grid: tuple) -> tuple[tuple, tuple]:
+    def output_grids(
+        cls, options: Any, global_grid: tuple[int, int], crop_grid: tuple[int, int]
+    ) -> tuple[tuple[int, int], tuple[int, int]]:
         """Token grids of global views and crops after the operation."""
         if options.on != "crops":
             global_grid = cls.output_grid(options, global_grid)
@@ -30,13 +35,13 @@ class HiResLmmViewOp(nn.Module):
             crop_grid = cls.output_grid(options, crop_grid)
         return global_grid, crop_grid
 
-    def forward_group(self, features, grid: tuple[int, int]):
+    def forward_group(self, features: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """Map the features `(V, L, C)` of views that share a grid."""
         raise NotImplementedError
 
     def forward(self, views: ViewFeatures) -> ViewFeatures:
         """Apply the operation to the views it is configured for."""
-        changes = {}
+        changes: dict[str, Any] = {}
         if self.options.on != "crops":
             changes["global_features"] = self.forward_group(views.global_features, views.global_grid)
         if self.options.on != "global":
@@ -70,10 +75,10 @@ class HiResLmmQueryCompressor(HiResLmmViewOp):
         num_queries: int = 144
         num_heads: int | None = None
 
-        def __post_init__(self):
+        def __post_init__(self) -> None:
             square_side(self.num_queries, "num_queries")
 
-    def __init__(self, context, options):
+    def __init__(self, context: PartContext, options: Options):
         super().__init__()
         self.options = options
         if options.on == "all" and context.global_grid != context.crop_grid:
@@ -87,11 +92,11 @@ class HiResLmmQueryCompressor(HiResLmmViewOp):
         )
 
     @classmethod
-    def output_grid(cls, options, grid: tuple[int, int]) -> tuple[int, int]:
+    def output_grid(cls, options: Any, grid: tuple[int, int]) -> tuple[int, int]:
         """Token grid of a view afterwards: the grid of the queries."""
         side = square_side(options.num_queries, "num_queries")
         return side, side
 
-    def forward_group(self, features, grid: tuple[int, int]):
+    def forward_group(self, features: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """Compress `(V, L, C)` -> `(V, num_queries, C)`."""
         return self.query_former(features)

@@ -88,7 +88,7 @@ class HiResLmmConnectorConfig(PreTrainedConfig):
     layout: dict | None = None
     initializer_range: float | int = 0.02
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         own = ("model_type", "transformers_version", "dtype", "torch_dtype", "architectures")
         unknown = [
             key for key in kwargs if not key.startswith("_") and key not in own and not hasattr(type(self), key)
@@ -105,7 +105,9 @@ class HiResLmmConnectorConfig(PreTrainedConfig):
 
     def resolve(self) -> ResolvedChain:
         """Classes and checked options of all parts."""
-        return resolve_chain(self.view_ops, self.adapter, self.token_ops, self.layout)
+        return resolve_chain(
+            self.view_ops or [], self.adapter or {"part": "mlp"}, self.token_ops or [], self.layout or {}
+        )
 
 
 @strict
@@ -150,7 +152,7 @@ class HiResLmmConfig(PreTrainedConfig):
     vision_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None
     connector_config: dict | PreTrainedConfig | None = None
-    planner: dict | None = None
+    planner: dict[str, Any] | None = None
     image_token_id: int = 32000
     vision_feature_layer: int = -2
     question_scope: Literal["turn", "prompt"] = "turn"
@@ -159,7 +161,7 @@ class HiResLmmConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
     auto_map: dict | None = None
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         self.planner = self.planner if self.planner is not None else {"name": "slime"}
         self.auto_map = {**AUTO_MAP, **(self.auto_map or {})}
@@ -168,7 +170,9 @@ class HiResLmmConfig(PreTrainedConfig):
         self.token_layout()
 
     @classmethod
-    def from_preset(cls, name: str, vision_config: Any = None, text_config: Any = None, **changes) -> "HiResLmmConfig":
+    def from_preset(
+        cls, name: str, vision_config: Any = None, text_config: Any = None, **changes: Any
+    ) -> "HiResLmmConfig":
         """Build the configuration of a published combination.
 
         Args:
@@ -194,9 +198,10 @@ class HiResLmmConfig(PreTrainedConfig):
             merge = key in ("planner", "connector_config") and isinstance(value, dict)
             values[key] = {**values.get(key, {}), **value} if merge else value
         config = cls(vision_config=vision_config, text_config=text_config, **values)
-        if config.planner["name"] == "llava_next" and "pinpoints" not in config.planner:
+        planner = dict(config.planner or {})
+        if planner["name"] == "llava_next" and "pinpoints" not in planner:
             side = config.view_size
-            config.planner = {**config.planner, "pinpoints": [[r * side, c * side] for r, c in LLAVA_NEXT_GRIDS]}
+            config.planner = {**planner, "pinpoints": [[r * side, c * side] for r, c in LLAVA_NEXT_GRIDS]}
         return config
 
     @property

@@ -8,8 +8,8 @@ from transformers import PreTrainedModel
 
 from .configuration_hires_lmm import HiResLmmConnectorConfig
 from .layout_hires_lmm import HiResLmmLayout
-from .parts_hires_lmm import BUDGET_ROUTER, PartContext, budget_consumers, resolve_part
-from .views_hires_lmm import KIND_CROP, KIND_GLOBAL, Question, ViewFeatures, VisualTokens
+from .parts_hires_lmm import BUDGET_ROUTER, budget_consumers, resolve_part
+from .views_hires_lmm import KIND_CROP, KIND_GLOBAL, PartContext, Question, ViewFeatures, VisualTokens
 
 
 class HiResLmmConnector(PreTrainedModel):
@@ -61,10 +61,11 @@ class HiResLmmConnector(PreTrainedModel):
         self.post_init()
 
     @torch.no_grad()
-    def _init_weights(self, module):
+    def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if hasattr(module, "init_weights") and not isinstance(module, PreTrainedModel):
-            module.init_weights()
+        initialise = None if isinstance(module, PreTrainedModel) else getattr(module, "init_weights", None)
+        if initialise is not None:
+            initialise()
 
     def encode(self, views: ViewFeatures, embeddings: nn.Embedding) -> VisualTokens:
         """Run everything that needs neither the question nor a count that depends on content.

@@ -48,7 +48,7 @@ class LayoutOptions:
     row_end: str | int | None = None
     view_end: str | int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in MARKS:
             mark = getattr(self, name)
             if isinstance(mark, str) and mark != LEARNED:
@@ -69,8 +69,9 @@ class ImageLayout:
     kind: np.ndarray
 
 
-def _block(view: np.ndarray, rows: np.ndarray, cols: np.ndarray, kind: int) -> np.ndarray:
-    """Tokens of one block in row-major order as columns view, row, col, kind."""
+def _block(cells: tuple, kind: int) -> np.ndarray:
+    """Tokens of one block (view, row, col arrays) in row-major order as columns view, row, col, kind."""
+    view, rows, cols = cells
     return np.stack([view.ravel(), rows.ravel(), cols.ravel(), np.full(view.size, kind)], axis=1)
 
 
@@ -92,6 +93,9 @@ def _stitch(image: ImageGeometry, cells: dict) -> tuple:
         views = [v for v in cells if image.cells[v][0] == grid_row]
         views.sort(key=lambda v: image.cells[v][1])
         parts = [_view_cells(v, cells[v]) for v in views]
+        if len({cells[v][:2] for v in views}) > 1:
+            spans = [image.spans[v] for v in views]
+            raise ValueError(f"Crops of one grid row differ in the rows that enter the sequence, view_spans {spans}.")
         if parts:
             bands.append([np.concatenate(part, axis=1) for part in zip(*parts, strict=True)])
     return tuple(np.concatenate(part, axis=0) for part in zip(*bands, strict=True))
@@ -100,10 +104,10 @@ def _stitch(image: ImageGeometry, cells: dict) -> tuple:
 def _with_row_ends(block: tuple, kind: int, row_end: bool) -> np.ndarray:
     """One block as rows, with a mark after each row where asked for."""
     if not row_end:
-        return _block(*block, kind)
+        return _block(block, kind)
     pieces = []
     for row in range(len(block[0])):
-        pieces += [_block(*(part[row] for part in block), kind), _mark("row_end")]
+        pieces += [_block(tuple(part[row] for part in block), kind), _mark("row_end")]
     return np.concatenate(pieces)
 
 
@@ -134,13 +138,15 @@ def image_layout(
     marks = options.active_marks()
     grids = [global_grid if kind == KIND_GLOBAL else crop_grid for kind in image.kinds]
     cells = {v: span_to_cells(image.spans[v], patch_grid, grids[v]) for v in range(len(image.kinds))}
-    cells = {v: span for v, span in cells.items() if span[1] > span[0]}
-    crops = {v: span for v, span in cells.items() if image.kinds[v] != KIND_GLOBAL}
-    global_block = [_block(*_view_cells(0, cells[0]), KIND_GLOBAL)] if 0 in cells else []
-    if options.crop_order == "raster":
+    full = [v for v, span in cells.items() if span[1] > span[0] and span[3] > span[2]]
+    crops = {v: span for v, span in cells.items() if image.kinds[v] != KIND_GLOBAL and span[1] > span[0]}
+    global_block = [_block(_view_cells(0, cells[0]), KIND_GLOBAL)] if 0 in full else []
+    if options.crop_order == "views":
+        maps = [_view_cells(v, span) for v, span in crops.items() if v in full]
+    elif "row_end" in marks:  # LLaVA-NeXT marks the rows of a map whose columns were all cut away
         maps = [_stitch(image, crops)] if crops else []
     else:
-        maps = [_view_cells(v, span) for v, span in crops.items()]
+        maps = [_stitch(image, crops)] if any(v in full for v in crops) else []
     crop_blocks = [_with_row_ends(block, KIND_CROP, "row_end" in marks) for block in maps]
     blocks = global_block + crop_blocks if options.global_position == "first" else crop_blocks + global_block
     pieces = []

@@ -1,28 +1,37 @@
-"""The model: vision tower, connector and language model, the splice between them, and the hooks of `generate`."""
+"""The model: vision tower, connector and language model, and the splice between them."""
 
-import copy
+from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import AutoModel, GenerationMixin, PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 from transformers.cache_utils import Cache
-from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 
-from .configuration_hires_lmm import HiResLmmConfig
+from .configuration_hires_lmm import HiResLmmConfig, HiResLmmConnectorConfig
 from .connector_hires_lmm import HiResLmmConnector, drop
+from .generation_hires_lmm import HiResLmmGenerationMixin
 from .outputs_hires_lmm import (
     HiResLmmCausalLMOutputWithPast,
     HiResLmmImageFeatures,
     HiResLmmModelOutputWithPast,
     build_token_map,
+    compare_counts,
+    placeholders_per_image,
 )
-from .packing_hires_lmm import expand, pack, plan_packing
+from .packing_hires_lmm import Packing, expand, pack, plan_packing
 from .question_hires_lmm import build_question
-from .views_hires_lmm import KIND_GLOBAL, NUM_POSITION_FIELDS, ImageGeometry, ViewFeatures, read_geometry
+from .views_hires_lmm import (
+    KIND_GLOBAL,
+    NUM_POSITION_FIELDS,
+    ImageGeometry,
+    Question,
+    ViewFeatures,
+    read_geometry,
+)
 
 
 class HiResLmmPreTrainedModel(PreTrainedModel):
@@ -32,13 +41,14 @@ class HiResLmmPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
+    _no_split_modules: Any = None
     _skip_keys_device_placement = ["past_key_values"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
 
-    def post_init(self):
+    def post_init(self) -> None:
         """Finish construction; keep only block classes that exist, since FSDP rejects the others."""
         super().post_init()
         present = {type(module).__name__ for module in self.modules()}
@@ -58,7 +68,7 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
         super().__init__(config)
         self.vision_tower = AutoModel.from_config(config.vision_config)
         self.connector = HiResLmmConnector(
-            config.connector_config,
+            cast("HiResLmmConnectorConfig", config.connector_config),
             config.vision_config.hidden_size,
             config.text_config.hidden_size,
             config.patch_grid,
@@ -66,11 +76,11 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
 
-    def encode_views(self, pixel_values: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def encode_views(self, pixel_values: torch.Tensor, layer: int | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Run the tower: `(V, 3, S, S)` -> patch features of one layer `(V, L, C)` and the last hidden state."""
         pixel_values = pixel_values.to(self.vision_tower.device, self.vision_tower.dtype)
         output = self.vision_tower(pixel_values, output_hidden_states=True, return_dict=True)
-        features = output.hidden_states[layer]
+        features = output.hidden_states[self.config.vision_feature_layer if layer is None else layer]
         rows, cols = self.config.patch_grid
         return features[:, features.shape[1] - rows * cols :], output.last_hidden_state
 
@@ -78,10 +88,10 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
     @can_return_tuple
     def get_image_features(
         self,
-        pixel_values: torch.FloatTensor,
-        view_positions: torch.LongTensor,
-        view_spans: torch.LongTensor,
-        view_boxes: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor,
+        view_positions: torch.Tensor,
+        view_spans: torch.Tensor,
+        view_boxes: torch.Tensor | None = None,
         vision_feature_layer: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | BaseModelOutputWithPooling:
@@ -111,7 +121,9 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
             view_boxes=view_boxes,
         )
 
-    def _read_geometry(self, pixel_values, view_positions, view_spans) -> list[ImageGeometry]:
+    def _read_geometry(
+        self, pixel_values: torch.Tensor, view_positions: torch.Tensor | None, view_spans: torch.Tensor | None
+    ) -> list[ImageGeometry]:
         """Copy the geometry to the host, once."""
         side = self.config.view_size
         if pixel_values.ndim != 4 or tuple(pixel_values.shape[-2:]) != (side, side):
@@ -145,7 +157,7 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
         return ViewFeatures(rows(global_rows), rows(crop_rows), grid, grid, images)
 
     def get_placeholder_mask(
-        self, input_ids: torch.LongTensor | None, inputs_embeds: torch.FloatTensor, prompt_length: int | None = None
+        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor, prompt_length: int | None = None
     ) -> torch.Tensor:
         """Find the image placeholders.
 
@@ -170,20 +182,20 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
-        pixel_values: torch.FloatTensor | None = None,
-        view_positions: torch.LongTensor | None = None,
-        view_boxes: torch.LongTensor | None = None,
-        view_spans: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        view_positions: torch.Tensor | None = None,
+        view_boxes: torch.Tensor | None = None,
+        view_spans: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         prompt_mask: torch.Tensor | None = None,
         mm_encoder_outputs: dict | None = None,
         output_token_map: bool = False,
-        question_labels: torch.LongTensor | None = None,
+        question_labels: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | HiResLmmModelOutputWithPast:
         """Run the model.
@@ -217,12 +229,13 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
         features = self._image_features(
             input_ids, inputs_embeds, pixel_values, view_positions, view_spans, view_boxes, mm_encoder_outputs
         )
-        extra, packing = {}, None
+        extra: dict[str, Any] = {}
+        packing = None
         if features is not None:
             inputs_embeds, kept, extra = self._splice(
                 features, input_ids, inputs_embeds, attention_mask, prompt_mask, question_labels, output_token_map
             )
-            if not self.connector.is_count_static:
+            if not self.connector.is_count_static or getattr(features, "is_right_padded", False):
                 packing, attention_mask, position_ids = self._pack(kept, attention_mask, past_key_values, features)
                 inputs_embeds = pack(inputs_embeds, packing)
                 extra["packed_attention_mask"] = attention_mask
@@ -247,7 +260,14 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
         )
 
     def _image_features(
-        self, input_ids, inputs_embeds, pixel_values, view_positions, view_spans, view_boxes, mm_encoder_outputs
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor,
+        pixel_values: torch.Tensor | None,
+        view_positions: torch.Tensor | None,
+        view_spans: torch.Tensor | None,
+        view_boxes: torch.Tensor | None,
+        mm_encoder_outputs: dict | None,
     ) -> HiResLmmImageFeatures | None:
         """Take the caller's features or encode the images, after comparing placeholders with promised tokens."""
         features = (mm_encoder_outputs or {}).get("image")
@@ -258,10 +278,10 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
             return self.get_image_features(pixel_values, view_positions, view_spans, view_boxes, return_dict=True)
         if features is not None and getattr(features, "prompt_length", None) is None:
             mask = self.get_placeholder_mask(input_ids, inputs_embeds)
-            _compare_counts(int(mask.sum()), sum(_placeholders_per_image(features)))
+            compare_counts(int(mask.sum()), sum(placeholders_per_image(features)))
         return features
 
-    def check_placeholders(self, placeholder: torch.Tensor, view_positions: torch.LongTensor | None) -> None:
+    def check_placeholders(self, placeholder: torch.Tensor, view_positions: torch.Tensor | None) -> None:
         """Compare the placeholders of a batch with the tokens that `view_positions` promises.
 
         Args:
@@ -276,10 +296,17 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
             raise ValueError(f"view_positions has the shape {shape}, expected (views, {NUM_POSITION_FIELDS}).")
         promised = (view_positions[:, -1] * (view_positions[:, 0] == KIND_GLOBAL)).sum()
         counts = torch.stack([placeholder.sum().to(promised.device), promised]).tolist()
-        _compare_counts(*counts)
+        compare_counts(*counts)
 
     def _splice(
-        self, features, input_ids, inputs_embeds, attention_mask, prompt_mask, labels, output_token_map
+        self,
+        features: HiResLmmImageFeatures,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        prompt_mask: torch.Tensor | None,
+        labels: torch.Tensor | None,
+        output_token_map: bool,
     ) -> tuple[torch.Tensor, torch.Tensor, dict]:
         """Write the visual tokens over the placeholders: new embeddings, kept positions `(B, S)`, extra outputs."""
         prompt_length = getattr(features, "prompt_length", None)
@@ -311,7 +338,7 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
         kept_positions = torch.ones_like(placeholder)
         if kept is not None:
             kept_positions = kept_positions.masked_scatter(placeholder, kept.to(placeholder.device))
-        extra = {"image_hidden_states": placed}
+        extra: dict[str, Any] = {"image_hidden_states": placed}
         if prompt_length is not None:
             extra["num_drafted"] = placeholder.shape[1] - prompt_length
         if output_token_map:
@@ -321,8 +348,16 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
         return spliced, kept_positions, extra
 
     def _question(
-        self, input_ids, inputs_embeds, placeholder, lengths, attention_mask, prompt_mask, labels, prompt_length
-    ):
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor,
+        placeholder: torch.Tensor,
+        lengths: list[int],
+        attention_mask: torch.Tensor | None,
+        prompt_mask: torch.Tensor | None,
+        labels: torch.Tensor | None,
+        prompt_length: int | None,
+    ) -> Question:
         """Collect the readable text of each image."""
         readable = torch.ones_like(placeholder)
         if attention_mask is not None and attention_mask.ndim == 2:
@@ -343,7 +378,13 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
             training=self.training,
         )
 
-    def _pack(self, kept, attention_mask, past_key_values, features):
+    def _pack(
+        self,
+        kept: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None,
+        features: HiResLmmImageFeatures,
+    ) -> tuple[Packing, torch.Tensor, torch.Tensor]:
         """Plan the packing of a batch: the plan, the mask `(B, past + P)` and the positions `(B, P)`."""
         if attention_mask is not None and (not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2):
             raise ValueError(
@@ -373,22 +414,6 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
         return self.connector.run_idle(views, self.get_input_embeddings())
 
 
-def _compare_counts(num_placeholders: int, num_tokens: int) -> None:
-    """Raise a ValueError with both numbers if they differ."""
-    if num_placeholders != num_tokens:
-        raise ValueError(
-            f"Image features and image tokens do not match, tokens: {num_placeholders}, features: {num_tokens}. Pass "
-            "input_ids and the view tensors of one processor call, without truncation; a changed max_image_tokens, "
-            "max_crops or views needs a new call for the text as well."
-        )
-
-
-def _placeholders_per_image(features: BaseModelOutputWithPooling) -> list[int]:
-    """Placeholders that each image of some features takes."""
-    tokens = getattr(features, "tokens", None)
-    return [len(part) for part in features.pooler_output] if tokens is None else list(tokens.num_tokens)
-
-
 def select_logits(hidden: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
     """Pick the positions whose logits are wanted.
 
@@ -409,7 +434,7 @@ def select_logits(hidden: torch.Tensor, logits_to_keep: int | torch.Tensor) -> t
     return hidden[:, logits_to_keep]
 
 
-class HiResLmmForConditionalGeneration(HiResLmmPreTrainedModel, GenerationMixin):
+class HiResLmmForConditionalGeneration(HiResLmmPreTrainedModel, HiResLmmGenerationMixin):
     """The model with its language-modelling head.
 
     Args:
@@ -425,7 +450,7 @@ class HiResLmmForConditionalGeneration(HiResLmmPreTrainedModel, GenerationMixin)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
 
-    def get_image_features(self, *args, **kwargs) -> tuple | BaseModelOutputWithPooling:
+    def get_image_features(self, *args: Any, **kwargs: Any) -> tuple | BaseModelOutputWithPooling:
         """See `HiResLmmModel.get_image_features`."""
         return self.model.get_image_features(*args, **kwargs)
 
@@ -433,16 +458,16 @@ class HiResLmmForConditionalGeneration(HiResLmmPreTrainedModel, GenerationMixin)
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
-        pixel_values: torch.FloatTensor | None = None,
-        view_positions: torch.LongTensor | None = None,
-        view_boxes: torch.LongTensor | None = None,
-        view_spans: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        view_positions: torch.Tensor | None = None,
+        view_boxes: torch.Tensor | None = None,
+        view_spans: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         prompt_mask: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
@@ -500,72 +525,6 @@ class HiResLmmForConditionalGeneration(HiResLmmPreTrainedModel, GenerationMixin)
             num_drafted=outputs.num_drafted,
             token_map=outputs.token_map,
         )
-
-    # --- hooks of generate ---
-
-    def _maybe_prepare_encoder_kwargs_for_generation(
-        self, inputs_tensor, model_kwargs, model_input_name, generation_config
-    ):
-        """Encode images once; work on a copy of the caller's features and note where the prompt ends."""
-        model_kwargs["mm_encoder_outputs"] = dict(model_kwargs.get("mm_encoder_outputs") or {})
-        ids = inputs_tensor if inputs_tensor.ndim == 2 else model_kwargs.get("input_ids")
-        placeholder = None
-        if model_kwargs.get("pixel_values") is not None or model_kwargs["mm_encoder_outputs"].get("image") is not None:
-            if generation_config.prefill_chunk_size is not None:
-                raise ValueError("prefill_chunk_size is not supported with images; leave it unset.")
-            has_ids = ids is not None and ids.shape[1] > 0
-            placeholder = self.model.get_placeholder_mask(ids if has_ids else None, inputs_tensor)
-        if model_kwargs.get("pixel_values") is not None:
-            self.model.check_placeholders(placeholder, model_kwargs.get("view_positions"))
-        model_kwargs = super()._maybe_prepare_encoder_kwargs_for_generation(
-            inputs_tensor, model_kwargs, model_input_name, generation_config
-        )
-        image = model_kwargs["mm_encoder_outputs"].get("image")
-        if image is not None:
-            _compare_counts(int(placeholder.sum()), sum(_placeholders_per_image(image)))
-            image = copy.copy(image)
-            if not isinstance(image, HiResLmmImageFeatures):
-                image = HiResLmmImageFeatures(pooler_output=list(image.pooler_output))
-            image.pooler_output, image.prompt_length = list(image.pooler_output), inputs_tensor.shape[1]
-            model_kwargs["mm_encoder_outputs"]["image"] = image
-        return model_kwargs
-
-    def _expand_multimodal_outputs(self, input_ids, mm_encoder_output, expand_size=1, inputs_embeds=None):
-        """Repeat images for beams: the library regroups stand-ins of placeholder length, which are mapped back."""
-        image = mm_encoder_output.get("image")
-        if image is None:
-            return mm_encoder_output
-        lengths = _placeholders_per_image(image)
-        stand_ins = [torch.full((length, 1), index) for index, length in enumerate(lengths)]
-        regrouped = super()._expand_multimodal_outputs(
-            input_ids,
-            {"image": BaseModelOutputWithPooling(pooler_output=stand_ins)},
-            expand_size=expand_size,
-            inputs_embeds=inputs_embeds,
-        )
-        order = [int(stand_in[0, 0]) for stand_in in regrouped["image"].pooler_output]
-        expanded = image.select_images(order)
-        return {**mm_encoder_output, "image": expanded}
-
-    @staticmethod
-    def create_masks_for_generate(
-        config, inputs_embeds, attention_mask, past_key_values, position_ids=None, is_first_iteration=False, **kwargs
-    ):
-        """Leave the mask of the first step two-dimensional: tokens may still be dropped inside `forward`."""
-        if is_first_iteration:
-            return attention_mask
-        return create_masks_for_generate(
-            config, inputs_embeds, attention_mask, past_key_values, position_ids=position_ids, **kwargs
-        )
-
-    def _update_model_kwargs_for_generation(self, outputs, model_kwargs, is_encoder_decoder=False, num_new_tokens=1):
-        """Go on with the mask and positions of what was kept."""
-        mask = outputs.packed_attention_mask if "packed_attention_mask" in outputs else None
-        if mask is not None and model_kwargs.get("use_cache", True):
-            mask = mask[:, : mask.shape[1] - outputs.num_drafted]
-            model_kwargs["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)
-            model_kwargs["attention_mask"] = mask
-        return super()._update_model_kwargs_for_generation(outputs, model_kwargs, is_encoder_decoder, num_new_tokens)
 
 
 __all__ = ["HiResLmmForConditionalGeneration", "HiResLmmModel", "HiResLmmPreTrainedModel"]

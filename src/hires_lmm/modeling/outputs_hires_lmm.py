@@ -1,6 +1,7 @@
 """What the model returns: image features that can be cached, hidden states, logits, and the token map."""
 
-from dataclasses import dataclass, replace
+import copy
+from dataclasses import dataclass
 
 import torch
 from transformers.cache_utils import Cache
@@ -21,11 +22,14 @@ class HiResLmmImageFeatures(BaseModelOutputWithPooling):
         tokens (`VisualTokens`): The same tokens before selection, with their geometry.
         view_boxes (`torch.Tensor` of shape `(V, 4)`, *optional*): Boxes of the views in 1/256 source pixel.
         prompt_length (`int`, *optional*): Set by `generate`: input positions that belong to the prompt.
+        is_right_padded (`bool`, *optional*): Set by `generate`: rows end in padding, which leaves before new tokens
+            follow.
     """
 
     tokens: VisualTokens | None = None
     view_boxes: torch.Tensor | None = None
     prompt_length: int | None = None
+    is_right_padded: bool | None = None
 
     def select_images(self, indices: list[int]) -> "HiResLmmImageFeatures":
         """Features of some of the images, for a cache or for a batch that repeats images.
@@ -36,11 +40,38 @@ class HiResLmmImageFeatures(BaseModelOutputWithPooling):
         Returns:
             New features; these are unchanged.
         """
-        return replace(
-            self,
-            pooler_output=[self.pooler_output[index] for index in indices],
-            tokens=None if self.tokens is None else self.tokens.select_images(indices),
+        selected = copy.copy(self)
+        selected.pooler_output = [self.pooler_output[index] for index in indices]
+        selected.tokens = None if self.tokens is None else self.tokens.select_images(indices)
+        return selected
+
+
+def compare_counts(num_placeholders: int, num_tokens: int) -> None:
+    """Compare the placeholders of a batch with the tokens of its images.
+
+    Args:
+        num_placeholders (`int`): Image tokens in `input_ids`.
+        num_tokens (`int`): Tokens that the images take.
+
+    Raises:
+        ValueError: If they differ.
+    """
+    if num_placeholders != num_tokens:
+        raise ValueError(
+            f"Image features and image tokens do not match, tokens: {num_placeholders}, features: {num_tokens}. Pass "
+            "input_ids and the view tensors of one processor call, without truncation; a changed max_image_tokens, "
+            "max_crops or views needs a new call for the text as well."
         )
+
+
+def placeholders_per_image(features: BaseModelOutputWithPooling) -> list[int]:
+    """Placeholders that each image of some features takes.
+
+    Args:
+        features (`BaseModelOutputWithPooling`): From `get_image_features`, or any object with a `pooler_output` list.
+    """
+    tokens = getattr(features, "tokens", None)
+    return [len(part) for part in features.pooler_output] if tokens is None else list(tokens.num_tokens)
 
 
 @dataclass

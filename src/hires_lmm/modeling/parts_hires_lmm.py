@@ -3,8 +3,6 @@
 from dataclasses import dataclass, fields
 from typing import Any
 
-from transformers import PreTrainedConfig
-
 from .adapters_hires_lmm import (
     HiResLmmIdentityAdapter,
     HiResLmmLinearAdapter,
@@ -26,35 +24,16 @@ ADAPTERS = {
     "mixture": HiResLmmMixtureAdapter,
 }
 TOKEN_OPS = {"router": HiResLmmRouter}
-SLOTS = {"view_ops": VIEW_OPS, "adapter": ADAPTERS, "token_ops": TOKEN_OPS}
+SLOTS: dict[str, dict[str, Any]] = {"view_ops": VIEW_OPS, "adapter": ADAPTERS, "token_ops": TOKEN_OPS}
 
 BUDGET_ROUTER = {"part": "router", "score": "saliency", "on": "all", "keep": {"rule": "budget"}}
-
-
-@dataclass(frozen=True)
-class PartContext:
-    """What a part may know about its surroundings when it is built.
-
-    Args:
-        config (`PreTrainedConfig`): Connector configuration; carries the attention implementation.
-        width (`int`): Width of the features that enter.
-        text_width (`int`): Width of the language model.
-        global_grid (`tuple[int, int]`): Token rows and columns of a global view that enter.
-        crop_grid (`tuple[int, int]`): Token rows and columns of a crop that enter.
-    """
-
-    config: PreTrainedConfig
-    width: int
-    text_width: int
-    global_grid: tuple[int, int]
-    crop_grid: tuple[int, int]
 
 
 @dataclass(frozen=True)
 class ResolvedPart:
     """A part class with its checked options."""
 
-    part: type
+    part: Any
     options: Any
 
 
@@ -76,7 +55,7 @@ class ResolvedChain:
 
     def grids_before(self, patch_grid: tuple[int, int]) -> list[tuple[tuple[int, int], tuple[int, int]]]:
         """Token grids (global view, crop) before each view operation, before the adapter and after it."""
-        grids = [(tuple(patch_grid), tuple(patch_grid))]
+        grids: list = [(tuple(patch_grid), tuple(patch_grid))]
         for op in self.view_ops:
             grids.append(op.part.output_grids(op.options, *grids[-1]))
         return [*grids, tuple(self.adapter.part.output_grid(self.adapter.options, grid) for grid in grids[-1])]

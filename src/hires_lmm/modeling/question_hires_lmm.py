@@ -101,22 +101,23 @@ def build_question(
         ValueError: In training, if nothing tells question from answer.
     """
     readable = readable & ~placeholder
-    known = bool(answer_prefix) and ids is not None
-    if training and prompt_mask is None and labels is None and not known:
+    if training and prompt_mask is None and labels is None and (ids is None or not answer_prefix):
         raise ValueError(
             "Routing by the question needs to know where the answer begins, or it would read the answer in training: "
             "pass prompt_mask or labels, or set config.answer_prefix_ids."
         )
+    found = torch.zeros_like(placeholder[:, :1])
+    turn = next_turn = torch.ones_like(placeholder, dtype=torch.long)
+    if ids is not None and answer_prefix:
+        found = find_sequence(ids, answer_prefix).any(dim=1, keepdim=True)
+        if scope == "turn":
+            turn, next_turn = number_turns(ids, placeholder, answer_prefix, question_prefix)
+        else:
+            turn = (~_after_last(ids, answer_prefix)).long()
     if prompt_mask is not None:
         readable = readable & prompt_mask.bool()
     elif labels is not None:
-        found = find_sequence(ids, answer_prefix).any(dim=1, keepdim=True) if known else False
         readable = readable & ((labels == -100) | found)
-    turn = next_turn = torch.ones_like(placeholder, dtype=torch.long)
-    if known and scope == "turn":
-        turn, next_turn = number_turns(ids, placeholder, answer_prefix, question_prefix)
-    elif known:
-        turn = (~_after_last(ids, answer_prefix)).long()
     rows, first = _image_positions(placeholder, lengths)
     return Question(embeds, ids, torch.where(readable, turn, 0), rows, next_turn[rows, first])
 

@@ -1,7 +1,7 @@
 """The router: scores visual tokens and decides which of them reach the language model."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -9,7 +9,7 @@ from huggingface_hub.dataclasses import strict
 from torch import nn
 
 from .attention_hires_lmm import HiResLmmCrossAttention, default_num_heads
-from .views_hires_lmm import KIND_CROP, KIND_GLOBAL, Question, VisualTokens
+from .views_hires_lmm import KIND_CROP, KIND_GLOBAL, PartContext, Question, VisualTokens
 
 
 ROUTED_KINDS = {"global": (KIND_GLOBAL,), "crops": (KIND_CROP,), "all": (KIND_GLOBAL, KIND_CROP)}
@@ -106,7 +106,7 @@ class KeepOptions:
     gamma: float | int = 0.75
     temperature: float | int = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 < self.gamma <= 1:
             raise ValueError(f"keep.gamma is {self.gamma}; it must lie in (0, 1].")
         if self.temperature <= 0:
@@ -124,7 +124,7 @@ class HiResLmmAttentionScore(nn.Module):
     perceptron. Its query vector, self-attention and key projection take no part in the result and are left out.
     """
 
-    def __init__(self, context, num_heads: int | None = None):
+    def __init__(self, context: PartContext, num_heads: int | None = None):
         super().__init__()
         width = context.text_width
         self.image_norm, self.text_norm = nn.LayerNorm(width), nn.LayerNorm(width)
@@ -175,10 +175,10 @@ class HiResLmmRouter(nn.Module):
         noise: float | int = 0.1
         num_heads: int | None = None
 
-        def __post_init__(self):
+        def __post_init__(self) -> None:
             KeepOptions(**self.keep)
 
-    def __init__(self, context, options):
+    def __init__(self, context: PartContext, options: Options):
         super().__init__()
         self.options = options
         self.keep = KeepOptions(**options.keep)
@@ -186,24 +186,28 @@ class HiResLmmRouter(nn.Module):
             self.attention_score = HiResLmmAttentionScore(context, options.num_heads)
 
     @classmethod
-    def reads_question(cls, options) -> bool:
+    def reads_question(cls, options: Any) -> bool:
         """Whether the scores depend on the question."""
         return options.score != "saliency"
 
     @classmethod
-    def is_count_static(cls, options) -> bool:
+    def is_count_static(cls, options: Any) -> bool:
         """Whether the number of kept tokens is known without looking at them."""
         return KeepOptions(**options.keep).rule == "budget"
 
     @classmethod
-    def budget(cls, options) -> dict:
+    def budget(cls, options: Any) -> dict:
         """How the part consumes `max_image_tokens`, for the token layout."""
         return {"on": options.on}
 
-    def _score(self, features: torch.Tensor, image: int, question: Question | None, mask) -> torch.Tensor:
+    def _score(
+        self, features: torch.Tensor, image: int, question: Question | None, mask: torch.Tensor | None
+    ) -> torch.Tensor:
         """Scores `(n,)` of the routed tokens of one image, float32."""
         if self.options.score == "saliency":
             return saliency_scores(features)
+        if question is None or mask is None:
+            raise ValueError(f"The score {self.options.score!r} reads the question, but none was passed.")
         row = question.embeds[question.image_row[image]]
         if self.options.score == "attention":
             text = row[mask[image]]

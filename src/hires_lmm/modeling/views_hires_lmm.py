@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
+from transformers import PreTrainedConfig
 
 
 KIND_GLOBAL, KIND_CROP, KIND_MARK = 0, 1, 2
@@ -55,8 +56,10 @@ def read_geometry(positions: list[list[int]], spans: list[list[int]]) -> list[Im
             f"view_positions has {len(positions)} rows and view_spans has {len(spans)}; pass both as the processor "
             "returned them, without slicing one alone."
         )
+    if not positions:
+        return []
     starts = [row for row, position in enumerate(positions) if position[0] == KIND_GLOBAL]
-    if positions and (not starts or starts[0] != 0):
+    if not starts or starts[0] != 0:
         raise ValueError(
             f"The first view has kind {positions[0][0]}, but every image opens with a global view (kind 0). Pass "
             "view_positions as the processor returned it."
@@ -75,6 +78,25 @@ def read_geometry(positions: list[list[int]], spans: list[list[int]]) -> list[Im
             )
         )
     return images
+
+
+@dataclass(frozen=True)
+class PartContext:
+    """What a part may know about its surroundings when it is built.
+
+    Args:
+        config (`PreTrainedConfig`): Connector configuration; carries the attention implementation.
+        width (`int`): Width of the features that enter.
+        text_width (`int`): Width of the language model.
+        global_grid (`tuple[int, int]`): Token rows and columns of a global view that enter.
+        crop_grid (`tuple[int, int]`): Token rows and columns of a crop that enter.
+    """
+
+    config: PreTrainedConfig
+    width: int
+    text_width: int
+    global_grid: tuple[int, int]
+    crop_grid: tuple[int, int]
 
 
 @dataclass
@@ -147,9 +169,7 @@ class VisualTokens:
             New `VisualTokens`; this one is unchanged.
         """
 
-        def gather(tensor: torch.Tensor | None) -> torch.Tensor | None:
-            if tensor is None:
-                return None
+        def gather(tensor: torch.Tensor) -> torch.Tensor:
             parts = self.per_image(tensor)
             return torch.cat([parts[index] for index in indices]) if indices else tensor[:0]
 
@@ -161,7 +181,7 @@ class VisualTokens:
             view=gather(self.view),
             cell=gather(self.cell),
             kind=gather(self.kind),
-            kept=gather(self.kept),
+            kept=None if self.kept is None else gather(self.kept),
             scores={name: gather(score) for name, score in self.scores.items()},
         )
 
@@ -198,18 +218,12 @@ def span_to_cells(span: tuple, patch_grid: tuple[int, int], token_grid: tuple[in
         token_grid (`tuple[int, int]`): Token rows and columns of the same view.
 
     Returns:
-        First and past-last token row and column; all zero for an empty span or an empty grid.
+        First and past-last token row and column; `(0, 0)` along an axis where the span or the grid is empty.
     """
-    top, bottom, left, right = span
-    if bottom <= top or right <= left or not token_grid[0] or not token_grid[1]:
-        return 0, 0, 0, 0
-    rows, cols = token_grid[0], token_grid[1]
-    return (
-        top * rows // patch_grid[0],
-        -(-bottom * rows // patch_grid[0]),
-        left * cols // patch_grid[1],
-        -(-right * cols // patch_grid[1]),
-    )
+    cells: list[int] = []
+    for start, end, size, patches in zip(span[::2], span[1::2], token_grid, patch_grid, strict=True):
+        cells += [start * size // patches, -(-end * size // patches)] if end > start and size else [0, 0]
+    return cells[0], cells[1], cells[2], cells[3]
 
 
 def cell_boxes(tokens: VisualTokens, view_boxes: torch.Tensor) -> np.ndarray:
