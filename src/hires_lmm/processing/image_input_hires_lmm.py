@@ -1,0 +1,266 @@
+"""Whatever a user calls an image, as an upright 8-bit RGB Pillow image, or an error that says what is wrong."""
+
+import base64
+import binascii
+from io import BytesIO
+from os import PathLike, path
+from typing import Any
+
+import numpy as np
+import torch
+from huggingface_hub import get_session
+from PIL import Image, ImageCms, ImageOps
+from transformers.image_utils import ChannelDimension
+
+
+DEFAULT_PIXEL_LIMIT = 178_956_970
+"""The size from which Pillow itself refuses a file."""
+
+EXIF_ORIENTATION = 0x0112
+ARRAY_CHANNELS = (1, 3, 4)
+BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+
+
+def flatten_images(images: Any) -> list:
+    """Flatten nested lists and 4-d arrays into a list of single images, in order.
+
+    Args:
+        images: An image, a 4-d array of images, or a (nested) list of these.
+
+    Returns:
+        The images, untouched.
+    """
+    if isinstance(images, (list, tuple)):
+        return [image for entry in images for image in flatten_images(entry)]
+    if isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4:
+        return list(images)
+    return [images]
+
+
+def open_image(source: Any, index: int) -> Any:
+    """Open a path, URL, base64 text, data URL or encoded bytes as a Pillow image; anything else is passed on.
+
+    Args:
+        source: What the user gave.
+        index (`int`): Named in errors.
+
+    Returns:
+        A Pillow image that may not be decoded yet, or `source` itself where it is an image or an array.
+
+    Raises:
+        ValueError: If the source cannot be read or holds no image.
+
+    Source: the sources of transformers' `load_image`. Differs: alpha and bit depth are kept for `to_rgb`.
+    """
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return _open_bytes(bytes(source), f"{len(source)} bytes", index)
+    if not isinstance(source, (str, PathLike)):
+        return source
+    text = str(source)
+    shown = text if len(text) <= 120 else text[:117] + "..."
+    if text.startswith(("http://", "https://")):
+        return _open_bytes(_download(text, index), shown, index)
+    if path.isfile(text):
+        return _open_file(text, shown, index)
+    if isinstance(source, PathLike):
+        raise ValueError(f"Image {index}: there is no file {shown!r}; correct the path.")
+    encoded = text.split(",", 1)[-1] if text.startswith("data:image/") else text
+    try:
+        data = base64.b64decode("".join(encoded.split()), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ValueError(
+            f"Image {index}: {shown!r} is no URL (http:// or https://), no existing file and no base64 text; "
+            f"correct it or pass the image itself."
+        ) from error
+    return _open_bytes(data, shown, index)
+
+
+def to_rgb(
+    image: Any,
+    index: int,
+    background: tuple[int, int, int] = (255, 255, 255),
+    pixel_limit: int = DEFAULT_PIXEL_LIMIT,
+    input_data_format: str | None = None,
+    unit_floats: bool = True,
+) -> Image.Image:
+    """Convert one image of any kind to an upright RGB image of 8 bit.
+
+    Args:
+        image: A Pillow image of any mode or an array (`numpy` or `torch`, any device) of shape `(height, width)`,
+            `(height, width, channels)` or `(channels, height, width)` with 1, 3 or 4 channels.
+        index (`int`): Named in errors.
+        background (`tuple[int, int, int]`): Colour under transparent pixels, RGB.
+        pixel_limit (`int`): Most pixels of an image.
+        input_data_format (`str`, *optional*): `"channels_first"` or `"channels_last"`; arrays only.
+        unit_floats (`bool`): Whether floats in [0, 1] are accepted.
+
+    Returns:
+        The image. Floats up to 1 are taken as [0, 1], others as [0, 255]; 16-bit integers, and wider ones that exceed
+        255, are scaled from 65535; EXIF orientation is applied; the first frame of an animation is taken.
+
+    Raises:
+        ValueError: If the image is empty, damaged, too large, of ambiguous channel order or out of range.
+    """
+    if isinstance(image, Image.Image):
+        _check_size(image.height, image.width, index, pixel_limit)
+        return _pillow_to_rgb(_upright_first_frame(image, index), index, background, unit_floats)
+    if isinstance(image, torch.Tensor):
+        image = _tensor_to_numpy(image, index)
+    if not isinstance(image, np.ndarray):
+        raise ValueError(
+            f"Image {index} is a {type(image).__name__}; pass a PIL image, an array, a tensor, a path, a URL or bytes."
+        )
+    if image.dtype.kind not in "biuf":
+        raise ValueError(f"Image {index} is an array of {image.dtype}; pass integers or floats.")
+    array = _channels_last(image, index, input_data_format)
+    _check_size(array.shape[0], array.shape[1], index, pixel_limit)
+    eight_bit = np.ascontiguousarray(_to_eight_bit(array, index, unit_floats))
+    if eight_bit.ndim == 3 and eight_bit.shape[2] == 1:
+        eight_bit = eight_bit[:, :, 0]
+    return _pillow_to_rgb(Image.fromarray(eight_bit), index, background, unit_floats)
+
+
+def _download(url: str, index: int) -> bytes:
+    try:
+        response = get_session().get(url, follow_redirects=True, timeout=60)
+        response.raise_for_status()
+    except Exception as error:
+        raise ValueError(f"Image {index}: {url!r} cannot be fetched ({error}); check the address.") from error
+    return response.content
+
+
+def _open_bytes(data: bytes, shown: str, index: int) -> Image.Image:
+    if not data:
+        raise ValueError(f"Image {index}: {shown!r} is empty; pass the bytes of an image file.")
+    return _open_file(BytesIO(data), shown, index)
+
+
+def _open_file(file: str | BytesIO, shown: str, index: int) -> Image.Image:
+    try:
+        return Image.open(file)
+    except BOMBS as error:
+        raise ValueError(
+            f"Image {index}: {shown!r} is refused by Pillow ({error}); shrink it, or raise PIL.Image.MAX_IMAGE_PIXELS "
+            f"and pixel_limit if you trust it."
+        ) from error
+    except Exception as error:
+        raise ValueError(f"Image {index}: {shown!r} is not an image ({error}); replace it.") from error
+
+
+def _check_size(height: int, width: int, index: int, pixel_limit: int) -> None:
+    if height < 1 or width < 1:
+        raise ValueError(f"Image {index} is empty: {height}x{width} pixels; both sides must be at least 1.")
+    if height * width > pixel_limit:
+        raise ValueError(
+            f"Image {index} has {height}x{width} = {height * width} pixels, more than pixel_limit={pixel_limit}; "
+            f"shrink it or raise pixel_limit."
+        )
+
+
+def _upright_first_frame(image: Image.Image, index: int) -> Image.Image:
+    try:
+        if getattr(image, "is_animated", False) and image.tell() != 0:
+            frame = image.tell()
+            image.seek(0)
+            first = image.copy()
+            image.seek(frame)
+            image = first
+        image.load()
+        if image.getexif().get(EXIF_ORIENTATION, 1) in range(2, 9):
+            return ImageOps.exif_transpose(image, in_place=False)
+    except BOMBS as error:
+        raise ValueError(f"Image {index} is refused by Pillow ({error}); shrink it.") from error
+    except Exception as error:
+        raise ValueError(
+            f"Image {index} cannot be decoded ({error}); it is truncated or damaged, replace it."
+        ) from error
+    return image
+
+
+def _pillow_to_rgb(image: Image.Image, index: int, background: tuple[int, int, int], unit_floats: bool) -> Image.Image:
+    if image.mode == "F" or image.mode.startswith("I"):
+        return Image.fromarray(_to_eight_bit(np.asarray(image), index, unit_floats)).convert("RGB")
+    try:
+        if image.has_transparency_data:
+            return _over_background(image, background)
+        if image.mode == "LAB":
+            return _lab_to_rgb(image)
+        return image if image.mode == "RGB" else image.convert("RGB")
+    except Exception as error:
+        raise ValueError(f"Image {index} of mode {image.mode!r} has no conversion to RGB ({error}).") from error
+
+
+def _over_background(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+    rgba = image.convert("LA" if image.mode == "La" else "RGBA").convert("RGBA")
+    result = Image.new("RGB", image.size, background)
+    result.paste(rgba.convert("RGB"), mask=rgba.getchannel("A"))
+    return result
+
+
+def _lab_to_rgb(image: Image.Image) -> Image.Image:
+    lab, rgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+    return ImageCms.buildTransform(lab, rgb, "LAB", "RGB").apply(image)
+
+
+def _tensor_to_numpy(tensor: torch.Tensor, index: int) -> np.ndarray:
+    tensor = tensor.detach().cpu()
+    if tensor.is_complex() or tensor.is_sparse or tensor.is_quantized:
+        raise ValueError(f"Image {index} is a tensor of {tensor.dtype}, {tensor.layout}; pass integers or floats.")
+    return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+
+
+def _channels_last(array: np.ndarray, index: int, data_format: str | None) -> np.ndarray:
+    shape = array.shape
+    if array.ndim == 2:
+        return array
+    if array.ndim != 3:
+        raise ValueError(f"Image {index} has shape {shape}; it must have 2 or 3 dimensions.")
+    if data_format is None:
+        first, last = shape[0] in ARRAY_CHANNELS, shape[2] in ARRAY_CHANNELS
+        if first and last:
+            raise ValueError(
+                f"Image {index} has shape {shape}, of which the first or the last number may be the channels; pass "
+                f"input_data_format='channels_first' or 'channels_last'."
+            )
+        data_format = ChannelDimension.FIRST if first else ChannelDimension.LAST
+    channels_first = ChannelDimension(data_format) == ChannelDimension.FIRST
+    if shape[0 if channels_first else 2] not in ARRAY_CHANNELS:
+        raise ValueError(
+            f"Image {index} has shape {shape}, which is not 1, 3 or 4 channels in the order "
+            f"{ChannelDimension(data_format).value!r}; transpose it or correct input_data_format."
+        )
+    return array.transpose(1, 2, 0) if channels_first else array
+
+
+def _to_eight_bit(array: np.ndarray, index: int, unit_floats: bool) -> np.ndarray:
+    if array.dtype == np.uint8:
+        return array
+    if array.dtype == np.bool_:
+        return array.astype(np.uint8) * 255
+    if array.dtype.kind == "f":
+        return _floats_to_eight_bit(array, index, unit_floats)
+    lowest, highest = int(array.min()), int(array.max())
+    if lowest < 0 or highest > 65535:
+        raise ValueError(f"Image {index} holds integers from {lowest} to {highest}; scale them to 0..255 or 0..65535.")
+    if highest <= 255 and array.dtype.itemsize != 2:
+        return array.astype(np.uint8)
+    return ((array.astype(np.uint32) + 128) // 257).astype(np.uint8)
+
+
+def _floats_to_eight_bit(array: np.ndarray, index: int, unit_floats: bool) -> np.ndarray:
+    lowest, highest = float(array.min()), float(array.max())
+    if not (np.isfinite(lowest) and np.isfinite(highest)):
+        count = int(array.size - np.isfinite(array).sum())
+        raise ValueError(f"Image {index} holds {count} values that are NaN or infinite; replace them.")
+    if lowest < 0 or highest > 255:
+        raise ValueError(
+            f"Image {index} holds floats from {lowest:.6g} to {highest:.6g}; scale them to [0, 1] or [0, 255]."
+        )
+    if highest > 1:
+        return np.rint(array.astype(np.float32, copy=False)).astype(np.uint8)
+    if not unit_floats:
+        raise ValueError(
+            f"Image {index} holds floats in [0, 1], which do_rescale=False would leave at 0..255; leave do_rescale at "
+            f"True: such images are recognised and end in [0, 1] as they are."
+        )
+    return np.rint(array.astype(np.float32, copy=False) * np.float32(255)).astype(np.uint8)

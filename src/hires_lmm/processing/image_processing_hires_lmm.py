@@ -1,0 +1,472 @@
+"""Images to views: pixels, positions, boxes, spans and the number of tokens of each image."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from huggingface_hub.dataclasses import validate_typed_dict
+from huggingface_hub.errors import StrictDataclassError
+from PIL import Image
+from transformers.image_processing_backends import PilBackend
+from transformers.image_processing_utils import BatchFeature
+from transformers.image_utils import (
+    OPENAI_CLIP_MEAN,
+    OPENAI_CLIP_STD,
+    ChannelDimension,
+    ImageInput,
+    PILImageResampling,
+)
+from transformers.processing_utils import ImagesKwargs, Unpack
+
+from .image_input_hires_lmm import DEFAULT_PIXEL_LIMIT, flatten_images, open_image, to_rgb
+from .planners_hires_lmm import PLANNERS, Planner, PlannerLimits, ViewPlan
+from .token_layout_hires_lmm import TokenLayout, apply_budget, count_tokens
+
+
+class HiResLmmImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
+    """Options of `HiResLmmImageProcessor`, at construction and per call.
+
+    Args:
+        planner (`str`): How images are cut: a name in `PLANNERS`.
+        view_size, patch_size (`int`): Side of a view and of a patch of the vision tower, pixels.
+        max_crops (`int`, *optional*): Most crops of one image; `None` = the planner's own default.
+        pinpoints (`list[list[int]]`, *optional*): Allowed canvas sizes (height, width), pixels.
+        unpad (`bool`, *optional*): Whether only patches that show the image enter the sequence.
+        global_view (`str`, *optional*): `"squeeze"` or `"pad"`.
+        views (`str`): `"all"`, `"global"` or `"crops"`.
+        token_layout (`dict`, *optional*): `config.token_layout()` of the model; `None` = every patch is a token.
+        max_image_tokens (`int`, *optional*): Most placeholders of one image: global view, crops and marks together.
+        background (`list[int]`): Colour under transparent pixels, RGB.
+        pixel_limit (`int`): Most pixels of a source image.
+    """
+
+    planner: str | None
+    view_size: int | None
+    patch_size: int | None
+    max_crops: int | None
+    pinpoints: list | tuple | None
+    unpad: bool | None
+    global_view: str | None
+    views: str | None
+    token_layout: dict | None
+    max_image_tokens: int | None
+    background: list[int] | tuple[int, ...] | None
+    pixel_limit: int | None
+
+
+FIXED_OPTIONS = {
+    "do_resize": (None, True),
+    "do_center_crop": (None, False),
+    "do_pad": (None, False),
+    "crop_size": (None,),
+    "pad_size": (None,),
+    "image_seq_length": (None,),
+    "data_format": (None, ChannelDimension.FIRST, ChannelDimension.FIRST.value),
+}
+"""Options of transformers that mean nothing here, with the values that ask for nothing."""
+
+NUMBER_OPTIONS = ("image_mean", "image_std", "rescale_factor")
+"""Options that may be given as integers."""
+
+SERVICE_NAMES = {
+    "auto_map",
+    "feature_extractor_type",
+    "image_processor_type",
+    "processor_class",
+    "transformers_version",
+}
+"""Keys of saved files that are no options."""
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """All options of one call, checked."""
+
+    planner: Planner
+    limits: PlannerLimits
+    layout: TokenLayout
+    max_image_tokens: int | None
+    resample: int | None
+    scale: np.ndarray
+    shift: np.ndarray
+    background: tuple[int, int, int]
+    pixel_limit: int
+    input_data_format: str | None
+    do_rescale: bool
+
+
+class HiResLmmImageProcessor(PilBackend):
+    """Cuts images of any size into views for a vision tower and counts their tokens.
+
+    Args:
+        kwargs: See `HiResLmmImageProcessorKwargs` and transformers' `ImagesKwargs` (`resample`, `do_rescale`,
+            `rescale_factor`, `do_normalize`, `image_mean`, `image_std`, `input_data_format`, `return_tensors`).
+            `size` is another name of `view_size`; `resample=None` takes the planner's filters, else bicubic.
+
+    Raises:
+        ValueError: If an option is unknown or wrong.
+    """
+
+    valid_kwargs = HiResLmmImageProcessorKwargs
+    model_input_names = ["pixel_values", "view_positions", "view_boxes", "view_spans"]
+
+    planner = "slime"
+    view_size = 336
+    patch_size = 14
+    max_crops = None
+    pinpoints = None
+    unpad = None
+    global_view = None
+    views = "all"
+    token_layout = None
+    max_image_tokens = None
+    background = (255, 255, 255)
+    pixel_limit = DEFAULT_PIXEL_LIMIT
+
+    resample = None
+    image_mean = OPENAI_CLIP_MEAN
+    image_std = OPENAI_CLIP_STD
+    do_resize = True
+    do_rescale = True
+    do_normalize = True
+    do_convert_rgb = True
+
+    def __init__(self, **kwargs: Unpack[HiResLmmImageProcessorKwargs]):
+        options = {name: value for name, value in kwargs.items() if not _is_service_name(name)}
+        service = {name: value for name, value in kwargs.items() if _is_service_name(name)}
+        options = self._with_view_size(self._checked(options))
+        super().__init__(**options, **service)
+        self._settings({})
+
+    @property
+    def size(self) -> dict[str, int]:
+        """The size of a view, in transformers' form."""
+        return {"height": self.view_size, "width": self.view_size}
+
+    @size.setter
+    def size(self, value: Any) -> None:
+        if value is not None:
+            self.view_size = _square_side(value)
+
+    @classmethod
+    def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> "HiResLmmImageProcessor":
+        """As in transformers; a `size` given beside a saved file replaces the saved `view_size`."""
+        if kwargs.get("size") is not None:
+            image_processor_dict = {key: value for key, value in image_processor_dict.items() if key != "view_size"}
+        return super().from_dict(image_processor_dict, **kwargs)
+
+    def fetch_images(self, images: Any) -> Any:
+        """Open paths, URLs, base64 texts and bytes in a (nested) list; images and arrays are passed on.
+
+        Args:
+            images: One image or source, or a (nested) list of them.
+
+        Returns:
+            The same structure with Pillow images in place of sources.
+
+        Raises:
+            ValueError: If a source cannot be opened; the message names its index in the flat list.
+        """
+        return self._fetch(images, [0])
+
+    def preprocess(self, images: ImageInput, **kwargs: Unpack[HiResLmmImageProcessorKwargs]) -> BatchFeature:
+        """Cut images into views.
+
+        Args:
+            images: One image or a (nested) list; PIL images, arrays, tensors, paths, URLs, base64 texts, bytes.
+            kwargs: Options for this call; `None` = the processor's own value.
+
+        Returns:
+            A batch with one row a view, image after image, the global view first: `pixel_values` float32
+            `(views, 3, view_size, view_size)`; int64 `view_positions` `(views, 6)` (kind, grid rows, grid columns,
+            row, column, tokens of the image), `view_boxes` `(views, 4)` (top, left, bottom, right in 1/256 source
+            pixel) and `view_spans` `(views, 4)` (first and past-last row and column of patches that enter).
+
+        Raises:
+            ValueError: If an image or option is wrong; the message names the image's index.
+        """
+        settings = self._settings(kwargs)
+        sources = flatten_images(self.fetch_images(images))
+        if not sources:
+            raise ValueError("There is no image: the list is empty; pass at least one image or leave images out.")
+        pictures = [
+            to_rgb(
+                source,
+                index,
+                settings.background,
+                settings.pixel_limit,
+                settings.input_data_format,
+                unit_floats=settings.do_rescale,
+            )
+            for index, source in enumerate(sources)
+        ]
+        plans = [settings.planner(picture.height, picture.width, settings.limits) for picture in pictures]
+        counts = [_num_tokens(plan, settings, index) for index, plan in enumerate(plans)]
+        data = {"pixel_values": _render(pictures, plans, settings), **_geometry(plans, counts)}
+        batch = BatchFeature(data=data, tensor_type=kwargs.get("return_tensors"))
+        return batch if kwargs.get("device") is None else batch.to(kwargs["device"])
+
+    def plan(self, height: int, width: int, **kwargs: Unpack[HiResLmmImageProcessorKwargs]) -> ViewPlan:
+        """Plan the views of an image without its pixels.
+
+        Args:
+            height, width (`int`): The upright image (after EXIF orientation), pixels.
+            kwargs: Options as in a call.
+
+        Returns:
+            The plan.
+
+        Raises:
+            ValueError: If a size or option is wrong.
+        """
+        settings = self._settings(kwargs)
+        return settings.planner(height, width, settings.limits)
+
+    def image_tokens(self, height: int, width: int, **kwargs: Unpack[HiResLmmImageProcessorKwargs]) -> int:
+        """Count the placeholders of an image without its pixels; exactly what a call gives. Args as in `plan`."""
+        return self.count_images([(height, width)], **kwargs)[0][0]
+
+    def count_images(
+        self, image_sizes: list[tuple[int, int]], **kwargs: Unpack[HiResLmmImageProcessorKwargs]
+    ) -> tuple[list[int], list[int]]:
+        """Count placeholders and views of several images without their pixels.
+
+        Args:
+            image_sizes (`list[tuple[int, int]]`): (height, width) of each upright image, pixels.
+            kwargs: Options as in a call.
+
+        Returns:
+            Placeholders of each image, and rows of `pixel_values` of each image.
+
+        Raises:
+            ValueError: If a size or option is wrong; the message names the image's index.
+        """
+        settings = self._settings(kwargs)
+        plans = [settings.planner(height, width, settings.limits) for height, width in image_sizes]
+        tokens = [_num_tokens(plan, settings, index) for index, plan in enumerate(plans)]
+        return tokens, [len(plan.views) for plan in plans]
+
+    def num_views(self, height: int, width: int, **kwargs: Unpack[HiResLmmImageProcessorKwargs]) -> int:
+        """Count the rows of `pixel_values` of an image without its pixels. Args as in `plan`."""
+        return len(self.plan(height, width, **kwargs).views)
+
+    def _fetch(self, images: Any, counter: list[int]) -> Any:
+        if isinstance(images, (list, tuple)):
+            return [self._fetch(entry, counter) for entry in images]
+        index = counter[0]
+        counter[0] += len(flatten_images(images))
+        return open_image(images, index)
+
+    def _checked(self, options: dict[str, Any]) -> dict[str, Any]:
+        """Refuse unknown names, wrong types and options that would have no effect."""
+        known = self.valid_kwargs.__annotations__
+        unknown = sorted(set(options) - set(known))
+        if unknown:
+            names = ", ".join(sorted(set(known) - set(FIXED_OPTIONS)))
+            raise ValueError(f"Unknown image options {unknown}; the known ones are {names}.")
+        for name, allowed in FIXED_OPTIONS.items():
+            if options.get(name) not in allowed:
+                raise ValueError(f"{name}={options[name]!r} has no meaning for {type(self).__name__}; leave it out.")
+        options = {name: _as_floats(value) if name in NUMBER_OPTIONS else value for name, value in options.items()}
+        try:
+            validate_typed_dict(self.valid_kwargs, options)
+        except StrictDataclassError as error:
+            raise ValueError(f"Wrong image option. {error}") from error
+        return options
+
+    def _with_view_size(self, options: dict[str, Any]) -> dict[str, Any]:
+        """Replace `size` by `view_size`."""
+        options = dict(options)
+        size = options.pop("size", None)
+        if size is not None:
+            side = _square_side(size)
+            if options.get("view_size") not in (None, side):
+                raise ValueError(f"size={size!r} contradicts view_size={options['view_size']}; pass one of them.")
+            options["view_size"] = side
+        return options
+
+    def _settings(self, options: dict[str, Any]) -> _Settings:
+        """The options of one call: given ones before the processor's own."""
+        given = self._with_view_size(self._checked(options))
+
+        def option(name: str) -> Any:
+            return getattr(self, name) if given.get(name) is None else given[name]
+
+        if option("planner") not in PLANNERS:
+            raise ValueError(f"planner={option('planner')!r} is unknown; choose one of {', '.join(PLANNERS)}.")
+        if not option("do_convert_rgb"):
+            raise ValueError("do_convert_rgb=False has no meaning: the vision tower reads RGB; leave it out.")
+        names = ("view_size", "patch_size", "max_crops", "pinpoints", "unpad", "global_view", "views")
+        limits = PlannerLimits(**{name: option(name) for name in names})
+        layout = option("token_layout")
+        scale, shift = _scale_and_shift(
+            option("rescale_factor") if option("do_rescale") else 1.0,
+            *((option("image_mean"), option("image_std")) if option("do_normalize") else (0.0, 1.0)),
+        )
+        return _Settings(
+            planner=PLANNERS[option("planner")],
+            limits=limits,
+            layout=_plain_layout(limits) if layout is None else TokenLayout.from_dict(layout),
+            max_image_tokens=_checked_budget(option("max_image_tokens")),
+            resample=_checked_resample(option("resample")),
+            scale=scale,
+            shift=shift,
+            background=_checked_color(option("background")),
+            pixel_limit=_checked_pixel_limit(option("pixel_limit")),
+            input_data_format=_checked_data_format(option("input_data_format")),
+            do_rescale=bool(option("do_rescale")),
+        )
+
+
+def _num_tokens(plan: ViewPlan, settings: _Settings, index: int) -> int:
+    number = apply_budget(count_tokens(plan, settings.layout), settings.layout, settings.max_image_tokens, index)
+    if number < 1:
+        raise ValueError(
+            f"Image {index} of {plan.size[0]}x{plan.size[1]} pixels has no tokens with "
+            f"views={settings.limits.views!r}; take other views, or unpad=False."
+        )
+    return number
+
+
+def _geometry(plans: list[ViewPlan], counts: list[int]) -> dict[str, np.ndarray]:
+    rows = [(view, count) for plan, count in zip(plans, counts, strict=True) for view in plan.views]
+    positions = [(view.kind, view.grid_rows, view.grid_cols, view.row, view.col, count) for view, count in rows]
+    return {
+        "view_positions": np.array(positions, dtype=np.int64),
+        "view_boxes": np.array([view.box for view, _ in rows], dtype=np.int64),
+        "view_spans": np.array([view.span for view, _ in rows], dtype=np.int64),
+    }
+
+
+def _render(pictures: list[Image.Image], plans: list[ViewPlan], settings: _Settings) -> np.ndarray:
+    """Draw all views: two resizes of each source at most, and every pixel is normalised where it will stay."""
+    side = settings.limits.view_size
+    pixels = np.empty((sum(len(plan.views) for plan in plans), 3, side, side), dtype=np.float32)
+    first = 0
+    for picture, plan in zip(pictures, plans, strict=True):
+        filters = [_first_given(settings.resample, chosen, PILImageResampling.BICUBIC) for chosen in plan.resample]
+        square = _draw(picture, plan.global_size, (side, side), plan.global_paste, plan.global_fill, filters[0])
+        _normalise(square, pixels[first], settings)
+        if plan.grid[0]:
+            canvas = _draw_canvas(picture, plan, filters[1])
+            for offset, view in enumerate(plan.views[1:], start=1):
+                top, left = view.row * side, view.col * side
+                _normalise(canvas[top : top + side, left : left + side], pixels[first + offset], settings)
+        first += len(plan.views)
+    return pixels
+
+
+def _first_given(*choices: int | None) -> int:
+    return next(choice for choice in choices if choice is not None)
+
+
+def _draw(
+    picture: Image.Image,
+    resized: tuple[int, int],
+    canvas: tuple[int, int],
+    paste: tuple[int, int],
+    fill: tuple[int, int, int],
+    resample: int,
+) -> np.ndarray:
+    """Resize a picture and paste it on a filled canvas; `(height, width, 3)` uint8."""
+    if resized != (picture.height, picture.width):
+        picture = picture.resize((resized[1], resized[0]), resample)
+    if resized == canvas:
+        return np.asarray(picture)
+    drawn = np.full((*canvas, 3), fill[0] if len(set(fill)) == 1 else fill, dtype=np.uint8)
+    drawn[paste[0] : paste[0] + resized[0], paste[1] : paste[1] + resized[1]] = np.asarray(picture)
+    return drawn
+
+
+def _draw_canvas(picture: Image.Image, plan: ViewPlan, resample: int) -> np.ndarray:
+    if not plan.transposed:
+        return _draw(picture, plan.resized, plan.canvas, plan.paste, plan.fill, resample)
+    turned = picture.transpose(Image.Transpose.TRANSPOSE)
+    drawn = _draw(turned, plan.resized[::-1], plan.canvas[::-1], plan.paste[::-1], plan.fill, resample)
+    return drawn.transpose(1, 0, 2)
+
+
+def _normalise(view: np.ndarray, pixels: np.ndarray, settings: _Settings) -> None:
+    pixels[...] = view.transpose(2, 0, 1)
+    pixels *= settings.scale
+    pixels += settings.shift
+
+
+def _scale_and_shift(factor: float, mean: Any, std: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Rescaling and normalisation as one multiplication and one addition per channel."""
+    numbers = []
+    for name, value in (("image_mean", mean), ("image_std", std)):
+        values = np.asarray(value, dtype=np.float64) if value is not None else np.empty(0)
+        if values.shape not in ((), (3,)) or not np.isfinite(values).all():
+            raise ValueError(f"{name}={value!r} must be one finite number or three.")
+        numbers.append(np.broadcast_to(values, (3,)))
+    if (numbers[1] == 0).any():
+        raise ValueError(f"image_std={std!r} must not be 0.")
+    if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not np.isfinite(factor):
+        raise ValueError(f"rescale_factor={factor!r} must be a finite number.")
+    scale, shift = factor / numbers[1], -numbers[0] / numbers[1]
+    return scale.reshape(3, 1, 1).astype(np.float32), shift.reshape(3, 1, 1).astype(np.float32)
+
+
+def _plain_layout(limits: PlannerLimits) -> TokenLayout:
+    """Every patch of every view is a token."""
+    grid = (limits.patch_grid, limits.patch_grid)
+    return TokenLayout(grid, grid, grid, budget={"on": "all"})
+
+
+def _square_side(size: Any) -> int:
+    if isinstance(size, int):
+        return size
+    sides = dict(size) if not isinstance(size, (list, tuple)) else dict(zip(("height", "width"), size, strict=False))
+    sides = {name: value for name, value in sides.items() if value is not None}
+    if set(sides) != {"height", "width"} or sides["height"] != sides["width"]:
+        raise ValueError(f"size={size!r} must be one side of a square view, as {{'height': 336, 'width': 336}}.")
+    return sides["height"]
+
+
+def _checked_budget(value: Any) -> int | None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise ValueError(f"max_image_tokens={value!r} must be an integer of at least 1, or None.")
+    return value
+
+
+def _checked_resample(value: Any) -> int | None:
+    if value is not None and (isinstance(value, bool) or value not in list(PILImageResampling)):
+        names = ", ".join(f"{member.value} ({member.name})" for member in PILImageResampling)
+        raise ValueError(f"resample={value!r} is no Pillow filter; choose one of {names}, or None.")
+    return value
+
+
+def _checked_color(value: Any) -> tuple[int, int, int]:
+    valid = isinstance(value, (list, tuple)) and len(value) == 3
+    if not valid or any(isinstance(part, bool) or not isinstance(part, int) or not 0 <= part <= 255 for part in value):
+        raise ValueError(f"background={value!r} must be three integers from 0 to 255 (RGB).")
+    return value[0], value[1], value[2]
+
+
+def _checked_pixel_limit(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"pixel_limit={value!r} must be an integer number of pixels of at least 1.")
+    return value
+
+
+def _checked_data_format(value: Any) -> str | None:
+    if value is None:
+        return None
+    try:
+        return ChannelDimension(value).value
+    except ValueError as error:
+        raise ValueError(f"input_data_format={value!r} is unknown; 'channels_first' or 'channels_last'.") from error
+
+
+def _as_floats(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return tuple(_as_floats(entry) for entry in value)
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _is_service_name(name: str) -> bool:
+    return name in SERVICE_NAMES or name.startswith("_")
+
+
+__all__ = ["HiResLmmImageProcessor"]

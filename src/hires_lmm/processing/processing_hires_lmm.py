@@ -1,0 +1,311 @@
+"""Images and texts to model inputs: every `<image>` becomes as many placeholders as its image has tokens."""
+
+from typing import Any
+
+import numpy as np
+from huggingface_hub.dataclasses import validate_typed_dict
+from huggingface_hub.errors import StrictDataclassError
+from transformers.image_utils import (
+    IMAGENET_STANDARD_MEAN,
+    IMAGENET_STANDARD_STD,
+    OPENAI_CLIP_MEAN,
+    OPENAI_CLIP_STD,
+    PILImageResampling,
+)
+from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, TextKwargs
+
+from .chat_templates_hires_lmm import CHAT_TEMPLATES
+from .image_input_hires_lmm import flatten_images
+from .image_processing_hires_lmm import HiResLmmImageProcessor, HiResLmmImageProcessorKwargs
+from .planners_hires_lmm import GLOBAL_VIEW
+
+
+TOWER_STATS = {
+    "clip_vision_model": (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImageResampling.BICUBIC),
+    "siglip_vision_model": (IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD, PILImageResampling.BICUBIC),
+    "siglip2_vision_model": (IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD, PILImageResampling.BILINEAR),
+}
+"""Mean, standard deviation and filter of the image processors of the tower families."""
+
+PLANNERS_WITH_FILTERS = ("hd",)
+PLANNER_KEYS = {"name", "max_crops", "pinpoints", "unpad", "global_view", "views"}
+STAT_NAMES = ("image_mean", "image_std", "resample")
+TEMPLATE_BY_TOKEN = {"<|start_header_id|>": "llama3", "<|im_start|>": "chatml"}
+
+
+class HiResLmmProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
+    """Call-time options: those of the tokenizer and of `HiResLmmImageProcessorKwargs`, flat or in `text_kwargs` and
+    `images_kwargs`."""
+
+    images_kwargs: HiResLmmImageProcessorKwargs
+    _defaults = {"text_kwargs": {"padding": False}}
+
+
+class HiResLmmProcessor(ProcessorMixin):
+    """Tokenizer and image processor in one: expands `<image>`, counts tokens, applies chat templates.
+
+    Args:
+        image_processor (`HiResLmmImageProcessor`): Cuts and counts.
+        tokenizer: A tokenizer that knows the image token as one token. One that names no padding side is set to pad on
+            the left, as generation needs; `padding_side="right"` may be passed per call.
+        chat_template (`str`, *optional*): A name in `CHAT_TEMPLATES` or a Jinja text; default the tokenizer's own.
+        image_token (`str`): The placeholder in texts; a tokenizer's own `image_token` goes first.
+
+    Raises:
+        ValueError: If the tokenizer does not know the image token.
+    """
+
+    valid_processor_kwargs = HiResLmmProcessorKwargs
+
+    def __init__(
+        self,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        chat_template: str | dict | None = None,
+        image_token: str = "<image>",
+    ) -> None:
+        self.image_token = tokenizer.image_token if hasattr(tokenizer, "image_token") else image_token
+        self.image_token_id = _known_token_id(tokenizer, self.image_token)
+        if "padding_side" not in tokenizer.init_kwargs:
+            _pad_left(tokenizer)
+        template = tokenizer.chat_template if chat_template is None else chat_template
+        if isinstance(template, str):
+            template = CHAT_TEMPLATES.get(template, template)
+        super().__init__(image_processor, tokenizer, chat_template=template)
+
+    @classmethod
+    def from_config(
+        cls, config: Any, tokenizer: Any, image_stats: Any = None, chat_template: str | None = None, **changes: Any
+    ) -> "HiResLmmProcessor":
+        """Build the processor that fits a model.
+
+        Args:
+            config (`HiResLmmConfig`): Its planner, vision tower, token layout and image token id are read.
+            tokenizer: The language model's tokenizer; it is changed: an unknown image token is added as a special
+                token, padding goes to the left, the chat template is set.
+            image_stats (*optional*): The tower's image processor, or a dict of `image_mean`, `image_std`, `resample`;
+                default by tower family.
+            chat_template (`str`, *optional*): A name in `CHAT_TEMPLATES` or a Jinja text; default the tokenizer's own
+                if it reads images, else the one its special tokens belong to, else `"plain"`.
+            changes: Options of `HiResLmmImageProcessor` that replace those of the config (`max_crops=6`).
+
+        Returns:
+            The processor.
+
+        Raises:
+            ValueError: If the tokenizer's image token is not `config.image_token_id`, an option is unknown, or the
+                tower's numbers are not known.
+        """
+        unknown = sorted(set(config.planner) - PLANNER_KEYS)
+        if unknown or "name" not in config.planner:
+            raise ValueError(
+                f"config.planner={config.planner!r} must have a name, and of {sorted(PLANNER_KEYS)} only."
+            )
+        options = {key: value for key, value in config.planner.items() if key != "name"}
+        options["planner"] = config.planner["name"]
+        options["token_layout"] = config.token_layout()
+        options["patch_size"] = config.vision_config.patch_size
+        if not {"view_size", "size"} & set(changes):
+            options["view_size"] = _view_size(config.vision_config)
+        planner = changes.get("planner", options["planner"])
+        options.update(_tower_stats(config.vision_config.model_type, planner, image_stats))
+        image_token = _prepare_tokenizer(tokenizer, config.image_token_id)
+        template = _choose_template(tokenizer) if chat_template is None else chat_template
+        tokenizer.chat_template = CHAT_TEMPLATES.get(template, template)
+        image_processor = HiResLmmImageProcessor(**{**options, **changes})
+        return cls(image_processor, tokenizer, chat_template=tokenizer.chat_template, image_token=image_token)
+
+    def image_tokens(self, height: int, width: int, **images_kwargs: Any) -> int:
+        """Count the placeholders of an image without its pixels.
+
+        Args:
+            height, width (`int`): The upright image (after EXIF orientation), pixels.
+            images_kwargs: Options as in a call: `max_image_tokens`, `max_crops`, `views`, ...
+
+        Returns:
+            The number of tokens, exactly what a call gives.
+
+        Raises:
+            ValueError: If a size or option is wrong, or a budget is below the smallest value.
+        """
+        return self.image_processor.image_tokens(height, width, **images_kwargs)
+
+    def prepare_inputs_layout(
+        self, images: Any = None, text: Any = None, videos: Any = None, audio: Any = None, **kwargs: Any
+    ) -> tuple:
+        """As in transformers; videos and audio are refused, and an empty list of images means none."""
+        for name, value in (("videos", videos), ("audio", audio)):
+            if value is not None:
+                raise ValueError(
+                    f"{name}={type(value).__name__} was passed, but this processor reads images and text."
+                )
+        if images is not None and not flatten_images(images):
+            images = None
+        return super().prepare_inputs_layout(images=images, text=text, **kwargs)
+
+    def validate_inputs(
+        self, images: Any = None, text: Any = None, videos: Any = None, audio: Any = None, **kwargs: Any
+    ) -> None:
+        """Compare placeholders and images, sample by sample where images are nested.
+
+        Raises:
+            ValueError: If there is nothing to process, a text is no string, or the numbers differ.
+        """
+        if images is None and text is None:
+            raise ValueError("There is nothing to process: pass text, images or both.")
+        if text is None:
+            return
+        if not text or not all(isinstance(sample, str) for sample in text):
+            raise ValueError(f"text must be a string or a non-empty list of strings, not {text!r}.")
+        placeholders = [sample.count(self.image_token) for sample in text]
+        given = [] if images is None else images
+        nested = isinstance(given, list) and all(isinstance(entry, (list, tuple)) for entry in given)
+        if images is not None and nested and len(given) == len(text):
+            for index, (found, own) in enumerate(zip(placeholders, given, strict=True)):
+                self._compare_counts(found, len(flatten_images(own)), f"Sample {index}")
+        self._compare_counts(sum(placeholders), len(flatten_images(given)), "The text")
+
+    def replace_image_token(self, image_inputs: Any, image_idx: int, **kwargs: Any) -> str:
+        """The placeholders of one image, from the counts its views carry."""
+        positions = np.asarray(image_inputs["view_positions"])
+        first_rows = np.flatnonzero(positions[:, 0] == GLOBAL_VIEW)
+        return self.image_token * int(positions[first_rows[image_idx], 5])
+
+    def _process_images(self, images: Any, **kwargs: Any) -> tuple[Any, list[str]]:
+        inputs = self.image_processor(images, **kwargs)
+        number = len(flatten_images(images))
+        return inputs, [self.replace_image_token(inputs, index, **kwargs) for index in range(number)]
+
+    def _get_num_multimodal_tokens(
+        self, image_sizes: list[tuple[int, int]] | None = None, **kwargs: Any
+    ) -> MultiModalData:
+        if image_sizes is None:
+            return MultiModalData()
+        merged = self._merge_kwargs(
+            self.valid_processor_kwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
+        )
+        tokens, views = self.image_processor.count_images(image_sizes, **merged["images_kwargs"])
+        return MultiModalData(num_image_tokens=tokens, num_image_patches=views)
+
+    def _compare_counts(self, placeholders: int, images: int, where: str) -> None:
+        if placeholders != images:
+            raise ValueError(
+                f"{where} has {placeholders} {self.image_token} placeholders, but {images} images were passed; write "
+                f"one {self.image_token} for each image (apply_chat_template does it for image parts), or change the "
+                f"images."
+            )
+
+    def _merge_kwargs(
+        self, ModelProcessorKwargs: Any = None, tokenizer_init_kwargs: dict | None = None, **kwargs: Any
+    ) -> dict[str, dict]:
+        text_names = set(TextKwargs.__annotations__)
+        image_names = set(self.image_processor.valid_kwargs.__annotations__)
+        flat_names = text_names | image_names | set(ProcessingKwargs.__annotations__)
+        _refuse_unknown(set(kwargs) - {"common_kwargs", "return_metadata"}, flat_names, "options")
+        groups = {
+            "text_kwargs": text_names,
+            "images_kwargs": image_names,
+            "videos_kwargs": set(),
+            "audio_kwargs": set(),
+        }
+        for group, names in groups.items():
+            if not isinstance(kwargs.get(group, {}), dict):
+                raise ValueError(f"{group}={kwargs[group]!r} must be a dict of options.")
+            _refuse_unknown(set(kwargs.get(group, {})), names, group)
+        try:
+            merged = super()._merge_kwargs(
+                ModelProcessorKwargs or self.valid_processor_kwargs, tokenizer_init_kwargs, **kwargs
+            )
+            validate_typed_dict(TextKwargs, merged["text_kwargs"])
+            return merged
+        except StrictDataclassError as error:
+            raise ValueError(f"Wrong option. {error}") from error
+
+    def _check_special_mm_tokens(self, text: list[str], text_inputs: Any, modalities: list[str]) -> None:
+        try:
+            super()._check_special_mm_tokens(text, text_inputs, modalities)
+        except ValueError as error:
+            for index, (sample, ids) in enumerate(zip(text, text_inputs["input_ids"], strict=True)):
+                found, expected = list(ids).count(self.image_token_id), sample.count(self.image_token)
+                needed = len(self.tokenizer(sample)["input_ids"])
+                if found < expected and needed > len(ids):
+                    raise ValueError(
+                        f"Truncation to {len(ids)} tokens would leave {found} of {expected} image tokens of sample "
+                        f"{index}, which needs max_length={needed}; raise max_length, turn truncation off, or lower "
+                        f"max_image_tokens."
+                    ) from error
+            raise
+
+
+def _refuse_unknown(given: set[str], known: set[str], what: str) -> None:
+    unknown = sorted(given - known)
+    if unknown:
+        raise ValueError(f"Unknown {what} {unknown}; the known ones are {', '.join(sorted(known)) or 'none'}.")
+
+
+def _known_token_id(tokenizer: Any, token: str) -> int:
+    """The id of a token that every text is split at."""
+    if tokenizer is None:
+        raise ValueError("HiResLmmProcessor needs a tokenizer and an image processor; pass both.")
+    ids = tokenizer(token + token, add_special_tokens=False)["input_ids"]
+    if len(ids) != 2 or ids[0] != ids[1] or ids[0] != tokenizer.convert_tokens_to_ids(token):
+        raise ValueError(
+            f"The tokenizer writes {token!r} twice as ids {ids}, so it does not know it as one token; build the "
+            f"processor with HiResLmmProcessor.from_config, or call tokenizer.add_special_tokens first."
+        )
+    return ids[0]
+
+
+def _prepare_tokenizer(tokenizer: Any, image_token_id: int) -> str:
+    """Add the image token where it is missing and pad on the left; returns the token."""
+    token = tokenizer.image_token if hasattr(tokenizer, "image_token") else "<image>"
+    if token not in tokenizer.get_vocab():
+        tokenizer.add_special_tokens({"extra_special_tokens": [token]}, replace_extra_special_tokens=False)
+    found = tokenizer.convert_tokens_to_ids(token)
+    if found != image_token_id:
+        raise ValueError(
+            f"The tokenizer has {token!r} as id {found}, the config has image_token_id={image_token_id}; set "
+            f"image_token_id={found} in the config and let the vocabulary have at least {len(tokenizer)} rows."
+        )
+    _pad_left(tokenizer)
+    return token
+
+
+def _pad_left(tokenizer: Any) -> None:
+    tokenizer.padding_side = "left"
+    tokenizer.init_kwargs["padding_side"] = "left"
+
+
+def _choose_template(tokenizer: Any) -> str:
+    own = tokenizer.chat_template
+    if isinstance(own, str) and "'image'" in own.replace('"', "'"):
+        return own
+    vocabulary = tokenizer.get_vocab()
+    return next((name for token, name in TEMPLATE_BY_TOKEN.items() if token in vocabulary), "plain")
+
+
+def _view_size(vision_config: Any) -> int:
+    size = vision_config.image_size if hasattr(vision_config, "image_size") else None
+    if isinstance(size, (list, tuple)) and len(set(size)) == 1:
+        size = size[0]
+    if not isinstance(size, int):
+        raise ValueError(f"vision_config.image_size={size!r} is no side of a square; pass view_size=… (pixels).")
+    return size
+
+
+def _tower_stats(model_type: str, planner: str, image_stats: Any) -> dict[str, Any]:
+    if image_stats is None:
+        if model_type not in TOWER_STATS:
+            known = ", ".join(TOWER_STATS)
+            raise ValueError(f"vision_config.model_type={model_type!r} is none of {known}; pass image_stats=….")
+        stats = dict(zip(STAT_NAMES, TOWER_STATS[model_type], strict=True))
+        if planner in PLANNERS_WITH_FILTERS:
+            del stats["resample"]
+        return stats
+    if not isinstance(image_stats, dict):
+        image_stats = {name: getattr(image_stats, name) for name in STAT_NAMES}
+    _refuse_unknown(set(image_stats), set(STAT_NAMES), "image_stats")
+    return dict(image_stats)
+
+
+__all__ = ["HiResLmmProcessor"]

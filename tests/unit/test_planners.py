@@ -1,0 +1,291 @@
+"""The planners against the published tables, transformers' own LLaVA-NeXT, and as exact tilings."""
+
+import itertools
+import json
+
+import pytest
+from transformers.image_processing_utils import get_patch_output_size, select_best_resolution
+from transformers.models.llava_next.processing_llava_next import LlavaNextProcessor
+
+from builders_images import FIXTURES, random_sizes
+from hires_lmm.processing.planners_hires_lmm import BOX_UNIT, PLANNERS, PlannerLimits
+from hires_lmm.processing.token_layout_hires_lmm import TokenLayout, count_tokens
+
+
+SLIME_ROWS = json.loads((FIXTURES / "anyres_slime/cases.json").read_text())["rows"]
+FUSION_TABLE = json.loads((FIXTURES / "fusion/cases.json").read_text())["a_plan_table"]
+FUSION_LAYOUT = TokenLayout((24, 24), (12, 12), (12, 12), crop_order="views", view_end=True)
+LLAVA_NEXT_LAYOUT = TokenLayout((24, 24), (24, 24), (24, 24), row_end=True)
+LLAVA_NEXT_PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+NAMED_SIZES = [(1, 1), (14, 1296), (1296, 14), (333, 1999), (4000, 400), (1, 4000), (4000, 1), (336, 336), (672, 672)]
+
+
+def slime_row(plan) -> dict:
+    return {
+        "resolution": list(plan.canvas[::-1]),
+        "grid_cols_rows": list(plan.grid[::-1]),
+        "resized": list(plan.resized[::-1]),
+        "paste": list(plan.paste[::-1]),
+    }
+
+
+@pytest.mark.parametrize("planner, column", [("slime", "paper"), ("slime_release", "released")])
+def test_slime_tables(planner, column):
+    assert len(SLIME_ROWS) == 90
+    for row in SLIME_ROWS:
+        width, height = row["size"]
+        plan = PLANNERS[planner](height, width, PlannerLimits())
+        assert slime_row(plan) == row[column], row["size"]
+        assert len(plan.views) == 1 + plan.grid[0] * plan.grid[1]
+
+
+def clamped(row: dict) -> dict:
+    """The published row with a side of 0 replaced by one view."""
+    return {
+        "canvas": [side or 336 for side in row["canvas"]],
+        "grid_cols_rows": [side // 336 or 1 for side in row["canvas"]],
+    }
+
+
+@pytest.mark.parametrize("max_crops, column", [(9, None), (4, "hd4"), (16, "hd16")])
+def test_hd_tables(max_crops, column):
+    assert len(FUSION_TABLE["rows"]) == 56
+    for row in FUSION_TABLE["rows"]:
+        width, height = row["size"]
+        plan = PLANNERS["hd"](height, width, PlannerLimits(max_crops=max_crops))
+        published = row[column] if column else row
+        found = {"canvas": list(plan.canvas[::-1]), "grid_cols_rows": list(plan.grid[::-1])}
+        assert found == clamped(published), row["size"]
+        if column is None:
+            assert len(plan.views) == row["num_views"]
+            assert count_tokens(plan, FUSION_LAYOUT).total == row["tokens_with_newline"]
+
+
+def test_hd_sides_of_zero_become_one_view():
+    zero_rows = [row for row in FUSION_TABLE["extreme_rows"] if 0 in row["canvas"]]
+    assert len(zero_rows) == 3
+    for row in FUSION_TABLE["extreme_rows"]:
+        width, height = row["size"]
+        plan = PLANNERS["hd"](height, width, PlannerLimits())
+        assert list(plan.canvas[::-1]) == clamped(row)["canvas"]
+        assert min(plan.resized) >= 1
+
+
+def test_hd_truncation_rows_have_a_row_less():
+    for width, height in FUSION_TABLE["truncation_rows"]:
+        plan = PLANNERS["hd"](height, width, PlannerLimits(max_crops=9))
+        assert plan.grid == (1, 4)
+
+
+def llava_next_processor() -> LlavaNextProcessor:
+    processor = LlavaNextProcessor.__new__(LlavaNextProcessor)
+    processor.patch_size, processor.num_additional_image_tokens = 14, 0
+    processor.image_processor = type("ImageProcessor", (), {"image_grid_pinpoints": LLAVA_NEXT_PINPOINTS})()
+    return processor
+
+
+def test_llava_next_equals_transformers():
+    processor = llava_next_processor()
+    cut_away = 0
+    for height, width in NAMED_SIZES + random_sizes(1500, seed=1):
+        plan = PLANNERS["llava_next"](height, width, PlannerLimits())
+        best = select_best_resolution((height, width), LLAVA_NEXT_PINPOINTS)
+        assert plan.canvas == best
+        image = type("Image", (), {"shape": (3, height, width)})()
+        assert plan.resized == get_patch_output_size_of(image, best)
+        assert plan.paste == tuple((best[axis] - plan.resized[axis]) // 2 for axis in (0, 1))
+        count = count_tokens(plan, LLAVA_NEXT_LAYOUT)
+        assert count.total == processor._get_number_of_features(height, width, 336, 336), (height, width)
+        cut_away += count.crop_tokens == 0
+    assert cut_away > 10
+
+
+def get_patch_output_size_of(image, resolution) -> tuple[int, int]:
+    import numpy as np
+
+    array = np.broadcast_to(np.zeros((), np.uint8), image.shape)
+    return tuple(get_patch_output_size(array, resolution, "channels_first"))
+
+
+@pytest.mark.parametrize("size, crops, marks", [((14, 1296), 0, 0), ((1296, 14), 0, 72), ((4000, 1), 0, 24)])
+def test_llava_next_can_lose_all_patches(size, crops, marks):
+    """A cut to zero rows leaves no marks, a cut to zero columns leaves the mark of every row."""
+    plan = PLANNERS["llava_next"](*size, PlannerLimits())
+    count = count_tokens(plan, LLAVA_NEXT_LAYOUT)
+    assert (count.global_tokens, count.crop_tokens, count.marks) == (576, crops, marks)
+
+
+def test_llava_next_without_unpadding_enters_whole():
+    plan = PLANNERS["llava_next"](333, 1999, PlannerLimits(unpad=False))
+    assert plan.grid == (1, 3)
+    assert all(view.span == (0, 24, 0, 24) for view in plan.views)
+
+
+def test_multiple_pads_without_scaling():
+    plan = PLANNERS["multiple"](700, 336, PlannerLimits())
+    assert (plan.resized, plan.canvas, plan.paste, plan.grid) == ((700, 336), (1008, 336), (0, 0), (3, 1))
+
+
+def test_multiple_shrinks_least_beyond_the_limit():
+    """Compared with a search over all scales in steps of 1/20000."""
+    for height, width, most in [(5000, 4000, 9), (10000, 300, 6), (900, 1100, 4), (3000, 3000, 1), (1, 5000, 3)]:
+        plan = PLANNERS["multiple"](height, width, PlannerLimits(max_crops=most))
+        scales = [step / 20000 for step in range(20000, 0, -1)]
+        fits = lambda scale: -(-height * scale // 336) * -(-width * scale // 336) <= most  # noqa: E731
+        best = next(scale for scale in scales if fits(scale))
+        assert plan.grid[0] * plan.grid[1] <= most
+        assert max(plan.resized) == pytest.approx(best * max(height, width), abs=1 + max(height, width) / 20000)
+
+
+def test_max_crops_is_respected():
+    for name, limit in [("slime", 6), ("slime", 1), ("multiple", 5), ("hd", 4), ("llava_next", 3), ("llava_next", 2)]:
+        for height, width in random_sizes(200, seed=2):
+            plan = PLANNERS[name](height, width, PlannerLimits(max_crops=limit))
+            assert 1 <= plan.grid[0] * plan.grid[1] <= limit
+    grids = {PLANNERS["slime_release"](*size, PlannerLimits(max_crops=6)).grid for size in random_sizes(500)}
+    assert max(rows * cols for rows, cols in grids) == 7
+
+
+def box_source(box) -> list[float]:
+    return [edge / BOX_UNIT for edge in box]
+
+
+@pytest.mark.parametrize("planner", PLANNERS)
+@pytest.mark.parametrize("unpad", [None, True, False])
+def test_boxes_and_spans_tile(planner, unpad):
+    limits = PlannerLimits(unpad=unpad)
+    for height, width in random_sizes(2000, seed=3):
+        plan = PLANNERS[planner](height, width, limits)
+        rows, cols = plan.grid
+        crops = {(view.row, view.col): view for view in plan.views[1:]}
+        assert [view.kind for view in plan.views] == [0] + [1] * (rows * cols)
+        assert list(crops) == [(row, col) for row in range(rows) for col in range(cols)]
+        check_boxes_tile(plan, crops, height, width)
+        check_spans_tile(plan, crops)
+
+
+def check_boxes_tile(plan, crops, height, width):
+    """Neighbours share their edges, the outer edges enclose the image, every edge is where the canvas maps to."""
+    rows, cols = plan.grid
+    for (row, col), view in crops.items():
+        top, left, bottom, right = view.box
+        assert top < bottom and left < right
+        if (row + 1, col) in crops:
+            assert crops[row + 1, col].box[0] == bottom
+        if (row, col + 1) in crops:
+            assert crops[row, col + 1].box[1] == left + (right - left)
+        exact = (row * plan.view_size - plan.paste[0]) * height / plan.resized[0] * BOX_UNIT
+        assert abs(top - exact) <= 0.5 + 1e-6 * abs(exact)
+    first, last = crops[0, 0].box, crops[rows - 1, cols - 1].box
+    global_box = plan.views[0].box
+    for top, left, bottom, right in [(*first[:2], *last[2:]), global_box]:
+        assert top <= 0 and left <= 0 and bottom >= height * BOX_UNIT and right >= width * BOX_UNIT
+    assert all(0 <= plan.paste[axis] <= plan.canvas[axis] - plan.resized[axis] for axis in (0, 1))
+    assert all(0 <= plan.global_paste[axis] <= plan.view_size - plan.global_size[axis] for axis in (0, 1))
+
+
+def check_spans_tile(plan, crops):
+    """On the stitched patch map the spans are one rectangle without holes."""
+    size = plan.patch_grid
+    for axis in (0, 1):
+        marked = [False] * (plan.grid[axis] * size)
+        for place, view in crops.items():
+            start, end = view.span[2 * axis : 2 * axis + 2]
+            assert 0 <= start <= end <= size
+            if place[1 - axis] == 0:
+                for patch in range(start, end):
+                    marked[place[axis] * size + patch] = True
+            else:
+                same = crops[(place[0], 0) if axis == 0 else (0, place[1])]
+                assert same.span[2 * axis : 2 * axis + 2] == (start, end)
+        assert sum(a != b for a, b in itertools.pairwise(marked)) <= 2
+
+
+@pytest.mark.parametrize("planner", ["slime", "slime_release", "multiple", "hd"])
+def test_unpadding_keeps_exactly_the_patches_with_pixels(planner):
+    for height, width in random_sizes(150, seed=4):
+        plan = PLANNERS[planner](height, width, PlannerLimits(unpad=True))
+        for view in plan.views[1:]:
+            for axis, place in ((0, view.row), (1, view.col)):
+                start, end = plan.paste[axis], plan.paste[axis] + plan.resized[axis]
+                origin = place * 336
+                shown = [
+                    patch for patch in range(24) if origin + patch * 14 < end and origin + (patch + 1) * 14 > start
+                ]
+                expected = (shown[0], shown[-1] + 1) if shown else (0, 0)
+                assert view.span[2 * axis : 2 * axis + 2] == expected
+
+
+def test_views_switch():
+    alone = PLANNERS["slime"](500, 500, PlannerLimits(views="global"))
+    assert len(alone.views) == 1 and alone.grid == (0, 0) and alone.canvas == (0, 0)
+    crops = PLANNERS["slime"](500, 500, PlannerLimits(views="crops"))
+    assert crops.views[0].span == (0, 0, 0, 0) and crops.views[0].kind == 0 and len(crops.views) == 5
+
+
+def test_global_view_squeeze_and_pad():
+    squeezed = PLANNERS["slime"](200, 400, PlannerLimits(global_view="squeeze"))
+    assert squeezed.global_size == (336, 336) and squeezed.views[0].box == (0, 0, 200 * 256, 400 * 256)
+    padded = PLANNERS["slime"](200, 400, PlannerLimits(unpad=True))
+    assert (padded.global_size, padded.global_paste) == ((168, 336), (84, 0))
+    assert padded.views[0].box == (-100 * 256, 0, 300 * 256, 400 * 256)
+    assert padded.views[0].span == (6, 18, 0, 24)
+    assert PLANNERS["slime_release"](200, 400, PlannerLimits()).global_size == (336, 336)
+    assert PLANNERS["hd"](200, 400, PlannerLimits()).global_size == (168, 336)
+
+
+def test_view_size_with_a_remainder():
+    plan = PLANNERS["llava_next"](700, 500, PlannerLimits(view_size=384, patch_size=14))
+    assert plan.patch_grid == 27 and plan.canvas == (768, 768)
+    unpadded = PLANNERS["slime"](700, 500, PlannerLimits(view_size=384, patch_size=14, unpad=True))
+    assert all(end <= 27 for view in unpadded.views for end in view.span)
+
+
+def test_own_pinpoints():
+    limits = PlannerLimits(pinpoints=[[336, 336], [336, 1344]])
+    for planner in ("llava_next", "slime"):
+        assert PLANNERS[planner](100, 400, limits).grid == (1, 4)
+
+
+@pytest.mark.parametrize(
+    "arguments, text",
+    [
+        ({"view_size": 0}, "view_size=0"),
+        ({"view_size": 336.0}, "view_size=336.0"),
+        ({"patch_size": 400}, "patch_size=400"),
+        ({"max_crops": 0}, "views='global'"),
+        ({"max_crops": True}, "max_crops=True"),
+        ({"max_crops": "6"}, "max_crops='6'"),
+        ({"unpad": 1}, "unpad=1"),
+        ({"global_view": "stretch"}, "'squeeze', 'pad'"),
+        ({"views": None}, "views=None"),
+        ({"views": "none"}, "'all', 'global', 'crops'"),
+        ({"pinpoints": []}, "pinpoints=\\[\\]"),
+        ({"pinpoints": [[336]]}, "\\[336\\]"),
+        ({"pinpoints": [[336, 500]]}, "multiples of view_size=336"),
+    ],
+)
+def test_wrong_limits(arguments, text):
+    with pytest.raises(ValueError, match=text):
+        PlannerLimits(**arguments)
+
+
+@pytest.mark.parametrize(
+    "planner, arguments, text",
+    [
+        ("slime", {"max_crops": 37}, "from 1 to 36"),
+        ("slime_release", {"max_crops": 1}, "at least 2"),
+        ("llava_next", {"max_crops": 1}, "smallest of the list has 2"),
+        ("hd", {"pinpoints": [[336, 336]]}, "takes no pinpoints"),
+    ],
+)
+def test_limits_a_planner_cannot_use(planner, arguments, text):
+    with pytest.raises(ValueError, match=text):
+        PLANNERS[planner](500, 500, PlannerLimits(**arguments))
+
+
+@pytest.mark.parametrize("size", [(0, 5), (5, -1), (2.5, 3), (True, 3)])
+def test_wrong_sizes(size):
+    for plan in PLANNERS.values():
+        with pytest.raises(ValueError, match="must be an integer of at least 1"):
+            plan(*size, PlannerLimits())
