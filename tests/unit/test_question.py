@@ -48,6 +48,13 @@ def test_turns_with_a_question_prefix():
     assert numbered(ids, USER) == [0, 0, 0, 0, 1, 1, 1, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0]
 
 
+def test_a_first_turn_without_its_prefix_opens_the_sequence():
+    """In Vicuna's template the first "USER" follows a space differently, so only later prefixes are found."""
+    first = [1, 2, 9, 11, 50, 51, 20, 3]
+    assert numbered(first, USER)[:4] == [1, 1, 1, 1]
+    assert numbered([*first, 40, 41, 12, 50, 51, 21], USER) == [1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0]
+
+
 def test_turns_without_a_question_prefix_open_with_their_image():
     ids = [1, 10, 9, 11, 50, 51, 20, 9, 12, 50, 51, 21]
     assert numbered(ids) == [1, 1, 1, 1, 0, 0, 0, 2, 2, 0, 0, 0]

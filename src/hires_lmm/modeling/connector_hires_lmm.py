@@ -1,5 +1,6 @@
 """The connector: owns all parts between vision tower and language model and runs them in order."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -67,18 +68,18 @@ class HiResLmmConnector(PreTrainedModel):
         if initialise is not None:
             initialise()
 
-    def encode(self, views: ViewFeatures, embeddings: nn.Embedding) -> VisualTokens:
+    def encode(self, views: ViewFeatures, embed: Callable[[torch.Tensor], torch.Tensor]) -> VisualTokens:
         """Run everything that needs neither the question nor a count that depends on content.
 
         Args:
             views (`ViewFeatures`): Features of the vision tower.
-            embeddings (`nn.Embedding`): Token embeddings of the language model, for marks.
+            embed (`Callable`): Looks up token embeddings of the language model, for marks.
 
         Returns:
             The tokens of the batch; where all operations could run, exactly `num_tokens` an image.
         """
         views = self.adapt(views)
-        tokens = self.layout(views, embeddings)
+        tokens = self.layout(views, embed)
         check_counts(tokens)
         for op in self.token_ops[: self.num_early_ops]:
             tokens, _ = op(tokens, None)
@@ -98,7 +99,7 @@ class HiResLmmConnector(PreTrainedModel):
         global_grid, crop_grid = self.adapted_grids
         return replace(views, global_features=glob, crop_features=crops, global_grid=global_grid, crop_grid=crop_grid)
 
-    def run_idle(self, views: ViewFeatures, embeddings: nn.Embedding) -> torch.Tensor:
+    def run_idle(self, views: ViewFeatures, embed: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         """Zero, computed from all parts, for training batches without images.
 
         Args:
@@ -108,7 +109,7 @@ class HiResLmmConnector(PreTrainedModel):
         Returns:
             A scalar zero that depends on every parameter of the connector.
         """
-        tokens = self.layout(self.adapt(views), embeddings)
+        tokens = self.layout(self.adapt(views), embed)
         tokens.num_tokens = list(tokens.lengths)
         one = torch.ones(1, 1, dtype=torch.long, device=tokens.features.device)
         question = Question(tokens.features.detach()[None, :1], None, one, one[0] * 0, one[0])

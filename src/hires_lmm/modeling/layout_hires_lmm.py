@@ -1,5 +1,6 @@
 """The order in which the tokens of all views of an image enter the sequence, and the marks between them."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -197,7 +198,7 @@ class HiResLmmLayout(nn.Module):
         for parameter in self.parameters(recurse=False):
             init.normal_(parameter, mean=0.0, std=self.width**-0.5)
 
-    def mark_vectors(self, features: torch.Tensor, embeddings: nn.Embedding) -> torch.Tensor:
+    def mark_vectors(self, features: torch.Tensor, embed: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         """One vector a mark, zero where the mark is absent: `(len(MARKS), D)`."""
         vectors = []
         for name in MARKS:
@@ -207,15 +208,15 @@ class HiResLmmLayout(nn.Module):
             elif mark == LEARNED:
                 vectors.append(getattr(self, name).to(features))
             else:
-                vectors.append(embeddings(torch.tensor(mark, device=embeddings.weight.device)).to(features))
+                vectors.append(embed(torch.tensor(mark, device=features.device)).to(features))
         return torch.stack(vectors)
 
-    def forward(self, views: ViewFeatures, embeddings: nn.Embedding) -> VisualTokens:
+    def forward(self, views: ViewFeatures, embed: Callable[[torch.Tensor], torch.Tensor]) -> VisualTokens:
         """Order the tokens of a batch.
 
         Args:
             views (`ViewFeatures`): Adapted features of width D.
-            embeddings (`nn.Embedding`): Token embeddings of the language model, for marks that are token ids.
+            embed (`Callable`): Looks up token embeddings of the language model, for marks that are token ids.
 
         Returns:
             `VisualTokens` of the batch.
@@ -225,7 +226,7 @@ class HiResLmmLayout(nn.Module):
             image_layout(image_key(image), self.options, self.patch_grid, views.global_grid, views.crop_grid)
             for image in views.images
         ]
-        bank = torch.cat([glob.flatten(0, 1), crops.flatten(0, 1), self.mark_vectors(glob, embeddings)])
+        bank = torch.cat([glob.flatten(0, 1), crops.flatten(0, 1), self.mark_vectors(glob, embed)])
         index = _bank_index(layouts, views.images, glob.shape, crops.shape)
         first_views = np.repeat([image.first_view for image in views.images], [len(lay.view) for lay in layouts])
         view, cell, kind = (_join([getattr(lay, name) for lay in layouts]) for name in ("view", "cell", "kind"))

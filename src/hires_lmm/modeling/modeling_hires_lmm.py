@@ -78,8 +78,9 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
 
     def encode_views(self, pixel_values: torch.Tensor, layer: int | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Run the tower: `(V, 3, S, S)` -> patch features of one layer `(V, L, C)` and the last hidden state."""
-        pixel_values = pixel_values.to(self.vision_tower.device, self.vision_tower.dtype)
-        output = self.vision_tower(pixel_values, output_hidden_states=True, return_dict=True)
+        output = self.vision_tower(
+            pixel_values.to(self.vision_tower.dtype), output_hidden_states=True, return_dict=True
+        )
         features = output.hidden_states[self.config.vision_feature_layer if layer is None else layer]
         rows, cols = self.config.patch_grid
         return features[:, features.shape[1] - rows * cols :], output.last_hidden_state
@@ -112,7 +113,7 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
         """
         images = self._read_geometry(pixel_values, view_positions, view_spans)
         features, last_hidden_state = self.encode_views(pixel_values, vision_feature_layer)
-        tokens = self.connector.encode(self._group_views(features, images), self.get_input_embeddings())
+        tokens = self.connector.encode(self._group_views(features, images), self._embed_token)
         placed = drop(tokens)[0].split(tokens.num_tokens) if self.connector.is_done_early else None
         return HiResLmmImageFeatures(
             last_hidden_state=last_hidden_state,
@@ -120,6 +121,10 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
             tokens=tokens,
             view_boxes=view_boxes,
         )
+
+    def _embed_token(self, ids: torch.Tensor) -> torch.Tensor:
+        """Look up token embeddings; a function, because accelerate moves modules that are passed as arguments."""
+        return self.get_input_embeddings()(ids)
 
     def _read_geometry(
         self, pixel_values: torch.Tensor, view_positions: torch.Tensor | None, view_spans: torch.Tensor | None
@@ -240,7 +245,7 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
                 inputs_embeds = pack(inputs_embeds, packing)
                 extra["packed_attention_mask"] = attention_mask
         elif self.training and past_key_values is None:
-            inputs_embeds = inputs_embeds + self._idle_connector().to(inputs_embeds)
+            inputs_embeds = inputs_embeds + self._idle_connector(inputs_embeds.device).to(inputs_embeds)
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -403,15 +408,15 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
         position_ids = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)[:, -packing.mask.shape[1] :]
         return packing, attention_mask, position_ids
 
-    def _idle_connector(self) -> torch.Tensor:
+    def _idle_connector(self, device: torch.device) -> torch.Tensor:
         """Zero, computed from all visual modules, so that batches without images train them on every rank alike."""
         side, (rows, cols) = self.config.view_size, self.config.patch_grid
-        pixels = torch.zeros(1, self.config.vision_config.num_channels, side, side, device=self.vision_tower.device)
+        pixels = torch.zeros(1, self.config.vision_config.num_channels, side, side, device=device)
         features, _ = self.encode_views(pixels, self.config.vision_feature_layer)
         span = (0, rows, 0, cols)
         image = ImageGeometry(0, (KIND_GLOBAL, 1), (1, 1), ((0, 0), (0, 0)), (span, span), 0)
         views = ViewFeatures(features, features, self.config.patch_grid, self.config.patch_grid, [image])
-        return self.connector.run_idle(views, self.get_input_embeddings())
+        return self.connector.run_idle(views, self._embed_token)
 
 
 def select_logits(hidden: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:

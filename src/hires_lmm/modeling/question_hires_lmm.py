@@ -42,8 +42,8 @@ def number_turns(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Number the user turns of a conversation.
 
-    A turn runs from the end of `question_prefix` to the start of `answer_prefix`. Without a question prefix the first
-    turn opens the sequence, and later ones open with their first placeholder.
+    A turn runs from the end of `question_prefix` to the start of `answer_prefix`. A first turn without its prefix
+    opens the sequence; where no turn has one, later turns open with their first placeholder.
 
     Args:
         ids (`torch.Tensor` of shape `(B, S)`): Token ids.
@@ -57,9 +57,9 @@ def number_turns(
     """
     positions = torch.arange(ids.shape[1], device=ids.device)
     answers, questions = find_sequence(ids, answer_prefix), find_sequence(ids, question_prefix)
-    has_question = questions.any(dim=1, keepdim=True)
-    opened, closed = latest(questions | (placeholder & ~has_question)), latest(answers)
-    is_open = (opened > closed) | ((closed < 0) & ~has_question)
+    opened, closed = latest(questions | (placeholder & ~questions.any(dim=1, keepdim=True))), latest(answers)
+    opens_itself = ~(questions & (closed < 0)).any(dim=1, keepdim=True)  # no question prefix before the first answer
+    is_open = (opened > closed) | ((closed < 0) & opens_itself)
     prefix_start = latest(questions)
     in_prefix = (prefix_start >= 0) & (positions < prefix_start + len(question_prefix))
     next_turn = answers.long().cumsum(dim=1) + 1

@@ -1,0 +1,166 @@
+"""A row of a mixed batch gives the logits and the text that it gives alone, and those of a reference."""
+
+import functools
+
+import pytest
+import torch
+
+import reference_generation as reference
+from builders import make_batch, random_image, tiny_config, tiny_model, tiny_processor
+
+
+TOLERANCE = 1e-4
+NEW_TOKENS = 8
+# six images of six sizes: four rows of one, one row of two, and a row of text
+ROWS = [
+    ("USER: <image>\nWhat is in the picture? ASSISTANT:", [(100, 180)]),
+    ("USER: How many cats are on the table? ASSISTANT:", []),
+    ("<image>Describe the image.", [(57, 55)]),
+    ("A chat. USER: <image>\n and <image> How many cats? ASSISTANT:", [(300, 90), (64, 400)]),
+    ("USER: What is in the picture?<image>", [(200, 200)]),
+    ("USER: <image> A small red boat on a lake, a curious user and an assistant. ASSISTANT:", [(31, 47)]),
+]
+CASES = [("llava_next", "clip", "llama"), ("llava_hd", "siglip", "qwen2"), ("llava_next", "siglip", "gemma2")]
+BUDGETS = [None, 30]
+
+
+@functools.cache
+def build(case):
+    preset, vision, text = case
+    config = tiny_config(preset, vision, text)
+    return tiny_model(config, seed=4), tiny_processor(config)
+
+
+@functools.cache
+def samples():
+    seeds = iter(range(100))
+    return [(text, [random_image(*size, seed=next(seeds)) for size in sizes]) for text, sizes in ROWS]
+
+
+def batch_of(processor, rows, budget, **kwargs):
+    extra = {} if budget is None else {"max_image_tokens": budget}
+    return make_batch(processor, [samples()[row] for row in rows], **extra, **kwargs)
+
+
+@functools.cache
+@torch.no_grad()
+def alone(case, row, budget):
+    """Logits and greedy ids of one row by itself."""
+    model, processor = build(case)
+    batch = batch_of(processor, [row], budget)
+    length = batch["input_ids"].shape[1]
+    logits = model(**batch).logits[0]
+    ids = model.generate(**batch, max_new_tokens=NEW_TOKENS, do_sample=False)[0, length:].tolist()
+    return batch["input_ids"][0].tolist(), logits, ids
+
+
+@pytest.mark.parametrize("budget", BUDGETS, ids=["full", "budget"])
+@pytest.mark.parametrize("case", CASES, ids="-".join)
+@torch.no_grad()
+def test_a_row_alone_gives_the_reference(case, budget):
+    model, processor = build(case)
+    for row, (text, images) in enumerate(samples()):
+        embeds = reference.prompt_embeds(model, processor, text, images, budget)
+        input_ids, logits, ids = alone(case, row, budget)
+        assert len(input_ids) == embeds.shape[1]
+        torch.testing.assert_close(logits, reference.run_logits(model, embeds), atol=TOLERANCE, rtol=0)
+        assert ids == reference.greedy(model, embeds, NEW_TOKENS)
+        if budget is not None:
+            counts = [len(kinds) for kinds in reference.full_visual_tokens(model, processor, images)[1]]
+            assert input_ids.count(model.config.image_token_id) == sum(min(budget, count) for count in counts)
+
+
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+@pytest.mark.parametrize("budget", BUDGETS, ids=["full", "budget"])
+@pytest.mark.parametrize("case", CASES, ids="-".join)
+@torch.no_grad()
+def test_each_row_of_a_batch_gives_its_logits_alone(case, budget, padding_side):
+    model, processor = build(case)
+    rows = range(len(ROWS))
+    batch = batch_of(processor, rows, budget, padding_side=padding_side)
+    assert (batch["attention_mask"].sum(1) < batch["attention_mask"].shape[1]).sum() == len(ROWS) - 1
+    logits = model(**batch).logits
+    assert logits.shape[:2] == batch["input_ids"].shape
+    for row in rows:
+        mask = batch["attention_mask"][row].bool()
+        input_ids, expected, _ = alone(case, row, budget)
+        assert batch["input_ids"][row][mask].tolist() == input_ids
+        torch.testing.assert_close(
+            logits[row][mask], expected, atol=TOLERANCE, rtol=0, msg=functools.partial("row {}: {}".format, row)
+        )
+
+
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+@pytest.mark.parametrize("budget", BUDGETS, ids=["full", "budget"])
+@pytest.mark.parametrize("case", CASES, ids="-".join)
+@torch.no_grad()
+def test_each_row_of_a_batch_gives_its_greedy_text_alone(case, budget, padding_side):
+    model, processor = build(case)
+    batch = batch_of(processor, range(len(ROWS)), budget, padding_side=padding_side)
+    length = batch["input_ids"].shape[1]
+    sequences = model.generate(**batch, max_new_tokens=NEW_TOKENS, do_sample=False)
+    assert sequences[:, :length].tolist() == batch["input_ids"].tolist()
+    for row, ids in enumerate(reference.new_tokens(sequences, length)):
+        assert ids == alone(case, row, budget)[2], f"row {row}"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"use_cache": False}, {"cache_implementation": "static"}, {"num_beams": 2, "num_return_sequences": 2}],
+    ids=["no_cache", "static", "beams"],
+)
+@torch.no_grad()
+def test_right_padding_holds_in_other_modes(options):
+    case = CASES[0]
+    model, processor = build(case)
+    options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, **options}
+    batch = batch_of(processor, range(len(ROWS)), 30, padding_side="right")
+    got = reference.new_tokens(model.generate(**batch, **options), batch["input_ids"].shape[1])
+    expected = []
+    for row in range(len(ROWS)):
+        single = batch_of(processor, [row], 30)
+        expected += reference.new_tokens(model.generate(**single, **options), single["input_ids"].shape[1])
+    assert got == expected
+
+
+@pytest.mark.parametrize("budget", BUDGETS, ids=["full", "budget"])
+@torch.no_grad()
+def test_the_order_of_the_rows_does_not_matter(budget):
+    case = CASES[0]
+    model, processor = build(case)
+    order = [3, 5, 1, 0, 4, 2]
+    batch = batch_of(processor, order, budget, padding_side="left")
+    logits = model(**batch).logits
+    for place, row in enumerate(order):
+        mask = batch["attention_mask"][place].bool()
+        torch.testing.assert_close(logits[place][mask], alone(case, row, budget)[1], atol=TOLERANCE, rtol=0)
+
+
+@torch.no_grad()
+def test_a_batch_of_text_alone_needs_no_image():
+    model, processor = build(CASES[0])
+    texts = [ROWS[1][0], "Describe the image."]
+    batch = make_batch(processor, [(text, []) for text in texts], padding_side="left")
+    assert "pixel_values" not in batch
+    logits = model(**batch).logits
+    for row, text in enumerate(texts):
+        expected = reference.run_logits(model, reference.prompt_embeds(model, processor, text, []))
+        torch.testing.assert_close(logits[row][batch["attention_mask"][row].bool()], expected, atol=TOLERANCE, rtol=0)
+
+
+@torch.no_grad()
+def test_right_padding_leaves_the_labels_loss_of_the_rows():
+    """The mean loss over a padded batch is the token-weighted mean of the rows' losses."""
+    case = CASES[0]
+    model, processor = build(case)
+    batch = batch_of(processor, range(len(ROWS)), 30, padding_side="right")
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    labels = labels.masked_fill(labels == model.config.image_token_id, -100)
+    total, count = 0.0, 0
+    for row in range(len(ROWS)):
+        input_ids, logits, _ = alone(case, row, 30)
+        targets = torch.tensor(input_ids[1:])
+        real = targets != model.config.image_token_id
+        log_probs = logits[:-1].log_softmax(-1).gather(1, targets[:, None])[:, 0]
+        total, count = total - float(log_probs[real].sum()), count + int(real.sum())
+    assert abs(float(model(**batch, labels=labels).loss) - total / count) < 1e-4

@@ -1,0 +1,241 @@
+"""What generation must give, written without splice, packing, cache or batch.
+
+One sample at a time: the text goes through the tokenizer piece by piece, the visual tokens of each image are taken
+from a run without a budget, selected here, concatenated between the pieces, and the bare language model runs over the
+whole sequence again for every new token.
+"""
+
+import itertools
+from collections.abc import Callable
+
+import torch
+from transformers.image_processing_utils import select_best_resolution
+
+
+MIN_SCORE_GAP = 1e-5
+
+
+# --- kinds of visual tokens ----------------------------------------------------------------------------------------
+def llava_next_kinds(height: int, width: int, view_size: int, grid: int, pinpoints: list) -> list[str]:
+    """`"global"`, `"crop"` or `"mark"` for every visual token of an image, by the counting rule of LLaVA-NeXT.
+
+    Args:
+        height (`int`), width (`int`): Size of the source image in pixels.
+        view_size (`int`): Side of a view in pixels.
+        grid (`int`): Side of a view in patches.
+        pinpoints (`list`): Canvases `[height, width]` in pixels.
+    """
+    canvas_height, canvas_width = select_best_resolution((height, width), pinpoints)
+    rows, columns = grid * (canvas_height // view_size), grid * (canvas_width // view_size)
+    if width / height > columns / rows:
+        rows -= 2 * ((rows - int(round(height * (columns / width), 7))) // 2)
+    else:
+        columns -= 2 * ((columns - int(round(width * (rows / height), 7))) // 2)
+    return ["global"] * grid**2 + (["crop"] * columns + ["mark"]) * rows
+
+
+def layout_kinds(positions: list[list[int]], spans: list[list[int]], layout: dict) -> list[str]:
+    """The same list from one image's `view_positions`, `view_spans` and a token layout dict, by the layout rules.
+
+    Args:
+        positions (`list`): Rows of `view_positions` of one image; the first is its global view.
+        spans (`list`): Rows of `view_spans` of the same views.
+        layout (`dict`): The token layout of the config.
+    """
+    if layout["fixed_tokens"] is not None:
+        raise NotImplementedError("the reference covers layouts whose count follows from the views")
+
+    def extent(span: list[int], grid: list[int]) -> list[int]:
+        """Token rows and columns of a view; a side may be empty while the other is not."""
+        sides = zip(span[0::2], span[1::2], grid, layout["patch_grid"], strict=True)
+        return [
+            -(-end * n // patches) - start * n // patches if end > start else 0 for start, end, n, patches in sides
+        ]
+
+    rows, columns = extent(spans[0], layout["global_grid"])
+    global_block = ["global"] * (rows * columns)
+    row_end = ["mark"] if layout["row_end"] else []
+    crops = {}
+    for (_, _, _, row, column, _), span in list(zip(positions, spans, strict=True))[1:]:
+        crops[row, column] = extent(span, layout["crop_grid"])
+    blocks = []  # one list of kinds a block, without the marks after and between blocks
+    if layout["crop_order"] == "raster":  # rows without columns keep their marks, as in LLaVA-NeXT
+        block = []
+        for row in sorted({row for row, _ in crops}):
+            band = [crops[key] for key in sorted(crops) if key[0] == row]
+            block += (["crop"] * sum(columns for _, columns in band) + row_end) * band[0][0]
+        blocks.append(block)
+    else:
+        for _, (rows, columns) in sorted(crops.items()):
+            blocks.append((["crop"] * columns + row_end) * (rows if columns else 0))
+    blocks = [global_block, *blocks] if layout["global_position"] == "first" else [*blocks, global_block]
+    kinds = []
+    for block in [block for block in blocks if block]:
+        if layout["between_views"] and kinds:
+            kinds.append("mark")
+        kinds += block + (["mark"] if layout["view_end"] else [])
+    return kinds
+
+
+# --- selection -----------------------------------------------------------------------------------------------------
+def select_by_saliency(tokens: torch.Tensor, kinds: list[str], budget: int | None, on: str = "all") -> list[int]:
+    """Indices of the visual tokens that stay under a budget, in their order.
+
+    A token's score is 1 - cosine to the mean of the image's scored tokens; marks and kinds outside `on` always stay.
+
+    Args:
+        tokens (`torch.Tensor` of shape `(n, D)`): All visual tokens of one image.
+        kinds (`list[str]`): Kind of each token.
+        budget (`int` or `None`): Tokens of the image that may stay, marks included; `None` keeps all.
+        on (`str`): `"all"`, `"crops"` or `"global"`: the kinds that compete.
+
+    Raises:
+        AssertionError: If two scores at the border are too close for a float comparison to be a fair test.
+    """
+    count = len(kinds)
+    assert tokens.shape[0] == count, f"{tokens.shape[0]} visual tokens, {count} kinds"
+    if budget is None or budget >= count:
+        return list(range(count))
+    scored_kinds = {"all": {"global", "crop"}, "crops": {"crop"}, "global": {"global"}}[on]
+    scored = [index for index, kind in enumerate(kinds) if kind in scored_kinds]
+    protected = [index for index in range(count) if index not in set(scored)]
+    vectors = tokens[scored].double()
+    mean = vectors.mean(0)
+    scores = [1 - float(v @ mean) / float(v.norm() * mean.norm()) for v in vectors]
+    ranked = sorted(range(len(scored)), key=lambda index: (-scores[index], index))
+    keep = budget - len(protected)
+    assert 0 < keep <= len(scored), f"{keep} of {len(scored)} scored tokens"
+    if keep < len(scored):
+        gap = scores[ranked[keep - 1]] - scores[ranked[keep]]
+        assert gap > MIN_SCORE_GAP, f"the test image leaves a gap of {gap} between kept and dropped: take another seed"
+    return sorted(protected + [scored[index] for index in ranked[:keep]])
+
+
+# --- the prompt's vectors ------------------------------------------------------------------------------------------
+def full_visual_tokens(model, processor, images: list, **images_kwargs) -> tuple[list[torch.Tensor], list[list[str]]]:
+    """All visual tokens of each image from a run without a budget, and their kinds."""
+    if not images:
+        return [], []
+    text = processor.image_token * len(images)
+    batch = processor(text=[text], images=images, return_tensors="pt", **images_kwargs)
+    with torch.no_grad():
+        geometry = {name: batch[name] for name in ("view_positions", "view_boxes", "view_spans")}
+        pixel_values = batch["pixel_values"].to(model.dtype)
+        features = model.model.get_image_features(pixel_values=pixel_values, **geometry).pooler_output
+    positions, spans = batch["view_positions"].tolist(), batch["view_spans"].tolist()
+    starts = [index for index, row in enumerate(positions) if row[0] == 0] + [len(positions)]
+    layout = model.config.token_layout()
+    kinds = [layout_kinds(positions[a:b], spans[a:b], layout) for a, b in itertools.pairwise(starts)]
+    return list(features), kinds
+
+
+def prompt_embeds(
+    model,
+    processor,
+    text: str,
+    images: list,
+    budget: int | None = None,
+    on: str = "all",
+    select: Callable | None = None,
+) -> torch.Tensor:
+    """The vectors `(1, length, D)` that must enter the language model for one sample.
+
+    Args:
+        text (`str`): Prompt with one `<image>` an image.
+        images (`list`): The images.
+        budget (`int`, *optional*): `max_image_tokens` of the call.
+        on (`str`): Which kinds compete for the budget.
+        select (`Callable`, *optional*): Another selection rule `(tokens, kinds, budget, on) -> indices`.
+    """
+    tokens, kinds = full_visual_tokens(model, processor, images)
+    table = model.model.language_model.get_input_embeddings()
+    pieces = text.split(processor.image_token)
+    assert len(pieces) == len(images) + 1
+    parts = []
+    for index, piece in enumerate(pieces):
+        ids = processor.tokenizer(piece, add_special_tokens=False).input_ids
+        if ids:
+            parts.append(table(torch.tensor(ids)))
+        if index < len(images):
+            keep = (select or select_by_saliency)(tokens[index], kinds[index], budget, on)
+            parts.append(tokens[index][keep].to(parts[0].dtype if parts else tokens[index].dtype))
+    return torch.cat(parts)[None].detach()
+
+
+# --- decoding without any cache ------------------------------------------------------------------------------------
+@torch.no_grad()
+def run_logits(model, embeds: torch.Tensor, new_ids: list[int] = ()) -> torch.Tensor:
+    """Logits `(length, vocabulary)` of the bare backbone and head over a prompt and forced ids, one full forward."""
+    backbone = model.model.language_model
+    if len(new_ids):
+        embeds = torch.cat([embeds, backbone.get_input_embeddings()(torch.tensor(list(new_ids)))[None]], dim=1)
+    hidden = backbone(inputs_embeds=embeds, use_cache=False).last_hidden_state
+    logits = model.lm_head(hidden)[0].float()
+    softcap = getattr(model.config.text_config, "final_logit_softcapping", None)
+    return torch.tanh(logits / softcap) * softcap if softcap else logits
+
+
+@torch.no_grad()
+def greedy(
+    model, embeds, max_new_tokens: int, eos: tuple[int, ...] = (), process: Callable | None = None
+) -> list[int]:
+    """Greedy ids of one sample. `process(new_ids, logits) -> logits` may change the scores of a step."""
+    ids: list[int] = []
+    while len(ids) < max_new_tokens and not (ids and ids[-1] in eos):
+        logits = run_logits(model, embeds, ids)[-1]
+        logits = process(ids, logits.clone()) if process else logits
+        ids.append(int(logits.argmax()))
+    return ids
+
+
+@torch.no_grad()
+def sample(model, embeds, max_new_tokens: int, temperature: float = 1.0) -> list[int]:
+    """Sampled ids of one sample, drawn with the global generator one step after the other."""
+    ids: list[int] = []
+    for _ in range(max_new_tokens):
+        probabilities = torch.softmax(run_logits(model, embeds, ids)[-1:] / temperature, dim=-1)
+        ids.append(int(torch.multinomial(probabilities, 1)))
+    return ids
+
+
+@torch.no_grad()
+def beam_search(
+    model,
+    embeds,
+    num_beams: int,
+    max_new_tokens: int,
+    num_return_sequences: int = 1,
+    eos: tuple[int, ...] = (),
+    length_penalty: float = 1.0,
+    process: Callable | None = None,
+) -> list[list[int]]:
+    """The best hypotheses of one sample, best first: the library's rules for `early_stopping=False`."""
+    width = max(2, 1 + len(eos)) * num_beams
+    running: list[tuple[float, list[int]]] = [(0.0, [])]
+    finished: list[tuple[float, list[int]]] = []
+    for length in range(1, max_new_tokens + 1):
+        candidates = []
+        for score, ids in running:
+            log_probs = torch.log_softmax(run_logits(model, embeds, ids)[-1], dim=-1)
+            log_probs = process(ids, log_probs) if process else log_probs
+            values, tokens = log_probs.topk(min(width, len(log_probs)))
+            candidates += [(score + v, [*ids, t]) for v, t in zip(values.tolist(), tokens.tolist(), strict=True)]
+        candidates = sorted(candidates, key=lambda pair: -pair[0])[:width]
+        ends = [length == max_new_tokens or ids[-1] in eos for _, ids in candidates]
+        running = [pair for pair, end in zip(candidates, ends, strict=True) if not end][:num_beams]
+        done = [
+            (score / length**length_penalty, ids)
+            for (score, ids), end in zip(candidates[:num_beams], ends[:num_beams], strict=True)
+            if end
+        ]
+        finished = sorted(finished + done, key=lambda pair: -pair[0])[:num_beams]
+        full = len(finished) == num_beams
+        if not running or (full and running[0][0] / length**length_penalty <= finished[-1][0]):
+            break
+    return [ids for _, ids in finished[:num_return_sequences]]
+
+
+def new_tokens(sequences: torch.Tensor, prompt_length: int, lengths: list[int] | None = None) -> list[list[int]]:
+    """Generated ids a row, cut to `lengths` where the rows are padded at their end."""
+    rows = [row[prompt_length:].tolist() for row in sequences]
+    return rows if lengths is None else [row[:length] for row, length in zip(rows, lengths, strict=True)]
