@@ -1,0 +1,45 @@
+"""Where a number was measured: written beside every result."""
+
+import datetime
+import json
+import platform
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def surroundings() -> dict:
+    """Device, versions, commit, date and command of this run."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    has_gpu = torch.cuda.is_available()
+    return {
+        "command": "python " + " ".join([Path(sys.argv[0]).parent.name + "/" + Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "commit": commit.stdout.strip(),
+        "device": torch.cuda.get_device_name() if has_gpu else f"CPU, {platform.machine()}",
+        "threads": torch.get_num_threads(),
+        "versions": {name: version(name) for name in ("torch", "transformers", "numpy", "pillow")},
+    }
+
+
+def write_result(name: str, rows: list[dict], seeds: list[int]) -> Path:
+    """Write rows and surroundings as `results/<name>.json`.
+
+    Args:
+        name (`str`): Name of the benchmark.
+        rows (`list[dict]`): One dict a measured point.
+        seeds (`list[int]`): Seeds used.
+
+    Returns:
+        The path.
+    """
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps({**surroundings(), "seeds": seeds, "rows": rows}, indent=1) + "\n")
+    return path
