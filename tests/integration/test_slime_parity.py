@@ -73,7 +73,9 @@ def test_every_stage_equals_the_published_one(number, released, expected):
         return expected[f"case{number}.{name}"]
 
     def close(found: torch.Tensor, name: str, atol: float = 1e-4) -> None:
-        torch.testing.assert_close(found, want(name).to(found.dtype), atol=atol, rtol=1e-4, msg=lambda m: f"{name}: {m}")
+        torch.testing.assert_close(
+            found, want(name).to(found.dtype), atol=atol, rtol=1e-4, msg=lambda m: f"{name}: {m}"
+        )
 
     inputs = inputs_of(case, released)
     connector = released.model.connector

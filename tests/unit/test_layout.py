@@ -102,7 +102,11 @@ def test_spans_round_outwards(span, grid, cells):
 
 def test_features_of_a_batch_land_where_the_layout_says():
     """Every feature carries its own address, so any wrong gather shows."""
-    images = [image(1, 2, first_view=0, num_tokens=13), image(0, 0, first_view=3, num_tokens=4), image(1, 1, first_view=4)]
+    images = [
+        image(1, 2, first_view=0, num_tokens=13),
+        image(0, 0, first_view=3, num_tokens=4),
+        image(1, 1, first_view=4),
+    ]
     glob = torch.zeros(3, 4, 2)
     crops = torch.zeros(3, 4, 2)
     for number in range(3):

@@ -15,7 +15,9 @@ def numbered(ids: list[int], question_prefix=()) -> list[int]:
     return number_turns(ids, ids == IMAGE, ANSWER, list(question_prefix))[0][0].tolist()
 
 
-def read(ids: list[int], *, scope="turn", answer=ANSWER, question=(), mask=None, labels=None, training=False, images=1):
+def read(
+    ids: list[int], *, scope="turn", answer=ANSWER, question=(), mask=None, labels=None, training=False, images=1
+):
     """Readable positions of each image."""
     ids = torch.tensor([ids])
     placeholder = ids == IMAGE

@@ -1,1 +1,18 @@
 """Checkpoints in and out: one key table a format, read in both directions."""
+
+from .compose import compose
+from .convert_slime import convert_slime
+from .errors import ConversionError
+from .exporting import export
+from .llava_next import convert_llava_next
+from .to_slime import convert_to_slime
+
+
+__all__ = [
+    "ConversionError",
+    "compose",
+    "convert_llava_next",
+    "convert_slime",
+    "convert_to_slime",
+    "export",
+]

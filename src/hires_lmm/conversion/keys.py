@@ -5,7 +5,7 @@ are carried over to the other side.
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -100,7 +100,33 @@ class Constant:
         return torch.tensor(self.value, dtype=self.dtype)
 
 
-Rule = Rename | SplitRows | Constant
+@dataclass(frozen=True)
+class Aside:
+    """A tensor that our model does not use; where there is a way back, a side file keeps it.
+
+    Args:
+        source (`str`): Name in the foreign checkpoint.
+    """
+
+    source: str
+
+    kind = "not used"
+    targets = ()
+
+    def forward(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """Nothing of ours."""
+        return []
+
+    def backward(self, tensors: list[torch.Tensor]) -> torch.Tensor:
+        """There is nothing to make it from.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(f"{self.source} can only come from the side file of a conversion.")
+
+
+Rule = Rename | SplitRows | Constant | Aside
 
 
 @dataclass(frozen=True)
@@ -155,9 +181,35 @@ def match_sources(rules: list[Rule], keys: Iterable[str]) -> tuple[list[KeyMatch
     return matches, unknown
 
 
+def match_targets(rules: list[Rule], keys: Iterable[str]) -> tuple[list[KeyMatch], list[str]]:
+    """Apply a table backwards, to the keys of our checkpoint.
+
+    Args:
+        rules (`list[Rule]`): The table; the first rule that fits a key wins.
+        keys (`Iterable[str]`): Our keys.
+
+    Returns:
+        One match a foreign tensor, in the order of the keys, and our keys that no rule knows.
+    """
+    patterns = [(_pattern(name), rule) for rule in rules for name in rule.targets]
+    matches: dict[str, KeyMatch] = {}
+    unknown = []
+    for key in keys:
+        for pattern, rule in patterns:
+            if found := pattern.match(key):
+                values = found.groups()
+                source = _fill(rule.source, values)
+                targets = tuple(_fill(target, values) for target in rule.targets)
+                matches.setdefault(source, KeyMatch(source, targets, rule))
+                break
+        else:
+            unknown.append(key)
+    return list(matches.values()), unknown
+
+
 def convert_tensors(
     matches: list[KeyMatch], read: Callable[[str], torch.Tensor]
-) -> Iterable[tuple[KeyMatch, list[tuple[str, torch.Tensor]]]]:
+) -> Iterator[tuple[KeyMatch, list[tuple[str, torch.Tensor]]]]:
     """Convert matched tensors one after another.
 
     Args:

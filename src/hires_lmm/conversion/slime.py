@@ -1,38 +1,49 @@
-"""Released SliME checkpoints: what their configuration means, and their key table."""
+"""Released SliME checkpoints: their key table. Source: github.com/yfzhang114/SliME at 5c89ec9."""
 
 import torch
 
-from .keys import Constant, Rename, Rule, SplitRows
+from .keys import Aside, Constant, Rename, Rule, SplitRows
+from .slime_options import connector_settings
 
 
 _MM = "model.mm_projector."
+_SAMPLER = "model.sampler."
 _OURS = "model.connector."
+_UNUSED = [
+    Aside("model.layers.{}.self_attn.rotary_emb.inv_freq"),
+    Aside("model.vision_tower.vision_tower.vision_model.embeddings.position_ids"),
+]
 _LANGUAGE = [
     Rename("model.embed_tokens.weight", "model.language_model.embed_tokens.weight"),
     Rename("model.layers.**", "model.language_model.layers.**"),
     Rename("model.norm.weight", "model.language_model.norm.weight"),
     Rename("lm_head.weight", "lm_head.weight"),
 ]
-_TOWER = [
-    Rename("model.vision_tower.vision_tower.vision_model.**", "model.vision_tower.**"),
-]
+_TOWER = [Rename("model.vision_tower.vision_tower.vision_model.**", "model.vision_tower.**")]
 
 
 def _query_former(source: str, target: str) -> list[Rule]:
     """Rules of one `Resampler` of the released code."""
-    projections = tuple(f"{target}attention.{name}_proj." for name in "qkv")
     renames = {
         "query": "queries",
         "pos_embed": "positions",
         "ln_q.{}": "query_norm.{}",
         "ln_kv.{}": "key_norm.{}",
         "ln_post.{}": "output_norm.{}",
-        "attn.out_proj.{}": "attention.o_proj.{}",
     }
     return [
-        *(Rename(source + ours, target + theirs) for ours, theirs in renames.items()),
-        SplitRows(source + "attn.in_proj_weight", tuple(name + "weight" for name in projections)),
-        SplitRows(source + "attn.in_proj_bias", tuple(name + "bias" for name in projections)),
+        *(Rename(source + theirs, target + ours) for theirs, ours in renames.items()),
+        *_attention(source + "attn.", target + "attention."),
+    ]
+
+
+def _attention(source: str, target: str) -> list[Rule]:
+    """Rules of one `nn.MultiheadAttention`."""
+    projections = tuple(f"{target}{name}_proj." for name in "qkv")
+    return [
+        SplitRows(source + "in_proj_weight", tuple(name + "weight" for name in projections)),
+        SplitRows(source + "in_proj_bias", tuple(name + "bias" for name in projections)),
+        Rename(source + "out_proj.{}", target + "o_proj.{}"),
     ]
 
 
@@ -53,20 +64,35 @@ def _gated() -> list[Rule]:
     ]
 
 
-ADAPTERS = {
-    "gated": ({"part": "mixture", "gate": "release"}, _gated()),
-    "linear": ({"part": "linear"}, [Rename(_MM + "{}", _OURS + "adapter.linear.{}")]),
-    "mlp2x_gelu": ({"part": "mlp"}, _mlp(_MM, _OURS + "adapter.mlp.")),
+def _selector() -> list[Rule]:
+    """Rules of the attention router; the released forward pass uses neither its query nor its self-attention."""
+    source, target = _SAMPLER + "selector.", _OURS + "token_ops.0.attention_score."
+    return [
+        Aside(source + "query"),
+        Aside(source + "self_attn.**"),
+        *_attention(source + "cross_attn.", target + "attention."),
+        Rename(source + "ln_q.{}", target + "image_norm.{}"),
+        Rename(source + "ln_kv.{}", target + "text_norm.{}"),
+        Rename(source + "ln_post.{}", target + "output_norm.{}"),
+        *_mlp(source + "prob_proj.", target),
+    ]
+
+
+ADAPTERS: dict[str, list[Rule]] = {
+    "gated": _gated(),
+    "identity": [],
+    "linear": [Rename(_MM + "{}", _OURS + "adapter.linear.{}")],
+    "mlp1x_gelu": [Rename(_MM + "0.{}", _OURS + "adapter.linear.{}")],
+    "mlp2x_gelu": _mlp(_MM, _OURS + "adapter.mlp."),
 }
 
-_COMPRESSOR = _query_former("model.sampler.post_qformer.", _OURS + "view_ops.0.query_former.")
 
-
-def key_table(adapter: str) -> list[Rule]:
+def key_table(adapter: str, resampler: str | None = "cosine") -> list[Rule]:
     """The key table of a released checkpoint.
 
     Args:
         adapter (`str`): `mm_projector_type` of its configuration.
+        resampler (`str`, *optional*): `mm_resampler_type` of its configuration.
 
     Returns:
         Rules that cover every tensor of the checkpoint.
@@ -76,47 +102,10 @@ def key_table(adapter: str) -> list[Rule]:
     """
     if adapter not in ADAPTERS:
         raise ValueError(f"mm_projector_type {adapter!r} is not known; known types: {', '.join(ADAPTERS)}.")
-    return [*_LANGUAGE, *_TOWER, *ADAPTERS[adapter][1], *_COMPRESSOR]
+    rules = [*_UNUSED, *_LANGUAGE, *_TOWER, *ADAPTERS[adapter]]
+    if resampler not in (None, "identity"):
+        rules += _query_former(_SAMPLER + "post_qformer.", _OURS + "view_ops.0.query_former.")
+    return rules + (_selector() if resampler == "qformer" else [])
 
 
-def connector_settings(config: dict) -> dict:
-    """Read the `mm_*` options of a released configuration.
-
-    Args:
-        config (`dict`): The released `config.json`.
-
-    Returns:
-        Fields of `HiResLmmConfig`: `planner`, `connector_config`, `question_scope` and `vision_feature_layer`.
-
-    Raises:
-        ValueError: If an option has a value that is not known.
-    """
-    adapter = config["mm_projector_type"]
-    options = dict(ADAPTERS[adapter][0])
-    forced = config.get("mm_learnable_gated", -1)
-    if adapter == "gated" and forced >= 0:
-        options["forced_expert"] = ("mlp", "query_former")[forced]
-    return {
-        "planner": {"name": "slime_release", "global_view": "squeeze"},
-        "question_scope": "prompt",
-        "vision_feature_layer": config["mm_vision_select_layer"],
-        "connector_config": {
-            "view_ops": [{"part": "query_compressor", "on": "crops", "num_queries": config["mm_resampler_dim"]}],
-            "adapter": options,
-            "layout": {"crop_order": "raster", "between_views": config["seperator"]},
-            "token_ops": [
-                {
-                    "part": "router",
-                    "on": "crops",
-                    "score": "cosine",
-                    "keep": {
-                        "rule": "threshold",
-                        "gamma": config["mm_resampler_topp"],
-                        "temperature": config["mm_resampler_temp"],
-                    },
-                }
-            ],
-        },
-    }
-
-
+__all__ = ["ADAPTERS", "connector_settings", "key_table"]
