@@ -14,6 +14,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from .configuration_hires_lmm import HiResLmmConfig, HiResLmmConnectorConfig
 from .connector_hires_lmm import HiResLmmConnector, drop
 from .generation_hires_lmm import HiResLmmGenerationMixin
+from .logits_hires_lmm import scale_logits, select_positions
 from .outputs_hires_lmm import (
     HiResLmmCausalLMOutputWithPast,
     HiResLmmImageFeatures,
@@ -419,26 +420,6 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
         return self.connector.run_idle(views, self._embed_token)
 
 
-def select_logits(hidden: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
-    """Pick the positions whose logits are wanted.
-
-    Args:
-        hidden (`torch.Tensor` of shape `(B, S, D)`): Hidden states.
-        logits_to_keep (`int` or `torch.Tensor`): The last n positions (0 = all); or indices `(k,)`, `(B, k)`, or a
-            mask `(B, S)`.
-
-    Returns:
-        `(B, k, D)`, or `(kept, D)` for a mask.
-    """
-    if isinstance(logits_to_keep, int):
-        return hidden[:, -logits_to_keep:] if logits_to_keep else hidden
-    if logits_to_keep.ndim == 2 and logits_to_keep.dtype == torch.bool:
-        return hidden[logits_to_keep]
-    if logits_to_keep.ndim == 2:
-        return torch.take_along_dim(hidden, logits_to_keep[..., None], dim=1)
-    return hidden[:, logits_to_keep]
-
-
 class HiResLmmForConditionalGeneration(HiResLmmPreTrainedModel, HiResLmmGenerationMixin):
     """The model with its language-modelling head.
 
@@ -484,7 +465,7 @@ class HiResLmmForConditionalGeneration(HiResLmmPreTrainedModel, HiResLmmGenerati
 
         Args:
             labels (`torch.Tensor` of shape `(B, S)`, *optional*): Targets; -100 where nothing is learned.
-            logits_to_keep (`int` or `torch.Tensor`): Positions whose logits are wanted, see `select_logits`.
+            logits_to_keep (`int` or `torch.Tensor`): Positions whose logits are wanted, see `select_positions`.
 
         Returns:
             `HiResLmmCausalLMOutputWithPast`.
@@ -510,10 +491,8 @@ class HiResLmmForConditionalGeneration(HiResLmmPreTrainedModel, HiResLmmGenerati
             return_dict=True,
             **kwargs,
         )
-        logits = self.lm_head(select_logits(outputs.last_hidden_state, logits_to_keep))
-        cap = getattr(self.config.text_config, "final_logit_softcapping", None)
-        if cap is not None:
-            logits = cap * torch.tanh(logits / cap)
+        logits = self.lm_head(select_positions(outputs.last_hidden_state, logits_to_keep))
+        logits = scale_logits(logits, self.config.text_config)
         loss = None
         if labels is not None:
             vocabulary = self.config.text_config.vocab_size
