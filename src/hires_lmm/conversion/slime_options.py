@@ -1,0 +1,294 @@
+"""What the configuration of a released SliME checkpoint means, option by option; nothing is guessed."""
+
+from typing import Any
+
+from ..modeling.routers_hires_lmm import KeepOptions
+from .errors import ConversionError
+
+
+DEFAULTS: dict[str, Any] = {
+    "mm_projector_type": "linear",
+    "mm_learnable_gated": -1,
+    "mm_resampler_type": None,
+    "mm_resampler_dim": 64,
+    "mm_resampler_topp": 0.9,
+    "mm_resampler_temp": 0.5,
+    "mm_patch_merge_type": "flat",
+    "mm_vision_select_layer": -1,
+    "mm_vision_select_feature": "patch",
+    "mm_use_im_start_end": False,
+    "use_mm_proj": True,
+    "use_local_only": False,
+    "use_global_only": False,
+    "seperator": 1919,
+    "image_aspect_ratio": "square",
+}
+"""What the released code takes for an option that the configuration leaves out."""
+
+ELSEWHERE = {
+    "mm_vision_tower": "names the vision tower",
+    "mm_hidden_size": "compared with the width of the vision tower",
+}
+"""Options that the converter reads in other places."""
+
+IRRELEVANT = {
+    "image_grid_pinpoints": "written, but not read by the released slicing rule",
+    "freeze_mm_mlp_adapter": "training only",
+    "tune_mm_mlp_adapter": "training only",
+    "unfreeze_mm_vision_tower": "training only",
+    "mm_projector_lr": "training only",
+    "mm_use_im_patch_token": "only adds a token to the tokenizer that no prompt contains",
+    "tokenizer_model_max_length": "the released code cuts longer sequences silently; here they are an error or run",
+    "tokenizer_padding_side": "the processor pads on the left",
+}
+"""Options without influence on what a converted model computes, with the reason."""
+
+ROUTERS = {"cosine": "cosine", "qformer": "attention"}
+NO_ROUTER = (None, "identity")
+REFUSED_ADAPTERS = {
+    "qformer": "its query former has no perceptron behind it, as our query_former has",
+    "qformer_text": "its queries read the question before the image, which no part here does",
+}
+
+
+def refuse(option: str, value: Any, reason: str) -> ConversionError:
+    """The error for a value that has no counterpart here.
+
+    Args:
+        option (`str`): Name of the option.
+        value: Its value.
+        reason (`str`): Why, as the end of a sentence.
+    """
+    return ConversionError(f"{option}={value!r} of the released configuration cannot be converted: {reason}.")
+
+
+def check_known(config: dict) -> None:
+    """Refuse multimodal options that nobody here knows.
+
+    Args:
+        config (`dict`): The released `config.json`.
+
+    Raises:
+        ConversionError: If there is an `mm_*` option without a known meaning.
+    """
+    unknown = sorted(
+        key for key in config if key.startswith("mm_") and key not in {*DEFAULTS, *ELSEWHERE, *IRRELEVANT}
+    )
+    if unknown:
+        raise ConversionError(
+            f"The released configuration has the unknown option {unknown[0]!r} (value {config[unknown[0]]!r}); the "
+            "converter does not guess what it means."
+        )
+
+
+def option_notes(config: dict) -> dict[str, str]:
+    """How each multimodal option was taken, for the report.
+
+    Args:
+        config (`dict`): The released `config.json`.
+
+    Returns:
+        Option -> `read`, `default …` or the reason why it does not matter.
+    """
+    notes = {key: "read" if key in config else f"absent; taken as {value!r}" for key, value in DEFAULTS.items()}
+    notes.update({key: text for key, text in {**ELSEWHERE, **IRRELEVANT}.items() if key in config})
+    return notes
+
+
+def connector_settings(config: dict) -> dict:
+    """Read the multimodal options of a released configuration.
+
+    Args:
+        config (`dict`): The released `config.json`.
+
+    Returns:
+        Fields of `HiResLmmConfig`: `planner`, `connector_config`, `question_scope` and `vision_feature_layer`.
+
+    Raises:
+        ConversionError: If an option is unknown or has a value that has no counterpart here.
+    """
+    check_known(config)
+    options = {key: config.get(key, default) for key, default in DEFAULTS.items()}
+    _check_fixed(options)
+    router = _router(options)
+    compressor = {"part": "query_compressor", "on": "crops", "num_queries": options["mm_resampler_dim"]}
+    return {
+        "planner": _planner(options),
+        "question_scope": "prompt",
+        "vision_feature_layer": options["mm_vision_select_layer"],
+        "connector_config": {
+            "view_ops": [compressor] if router else [],
+            "adapter": adapter_settings(options),
+            "layout": _layout(options, bool(router)),
+            "token_ops": [router] if router else [],
+        },
+    }
+
+
+def _check_fixed(options: dict) -> None:
+    """Options that have one value the parts here can express."""
+    if options["mm_vision_select_feature"] != "patch":
+        raise refuse(
+            "mm_vision_select_feature",
+            options["mm_vision_select_feature"],
+            "views are grids of patches here, without the class token",
+        )
+    if options["image_aspect_ratio"] != "anyres":
+        raise refuse(
+            "image_aspect_ratio",
+            options["image_aspect_ratio"],
+            "only 'anyres', the published rule, has a planner here",
+        )
+    if options["mm_use_im_start_end"]:
+        raise refuse("mm_use_im_start_end", True, "no published model was trained with tokens around the image")
+    if not options["use_mm_proj"]:
+        raise refuse("use_mm_proj", options["use_mm_proj"], "a model without an adapter sees no images")
+    for name in ("mm_vision_select_layer", "seperator", "mm_resampler_dim"):
+        if isinstance(options[name], bool) or not isinstance(options[name], int):
+            raise refuse(name, options[name], "an integer is expected")
+
+
+def _planner(options: dict) -> dict:
+    planner = {"name": "slime_release", "global_view": "squeeze"}
+    if options["use_local_only"] and options["use_global_only"]:
+        raise refuse("use_local_only", True, "use_global_only is set too, and the two exclude each other")
+    if options["use_local_only"]:
+        planner["views"] = "crops"
+    if options["use_global_only"]:
+        planner["views"] = "global"
+    return planner
+
+
+def adapter_settings(options: dict) -> dict:
+    """The adapter that `mm_projector_type` and `mm_learnable_gated` name.
+
+    Args:
+        options (`dict`): The released options, complete.
+
+    Returns:
+        The `adapter` entry of `connector_config`.
+
+    Raises:
+        ConversionError: If there is no such adapter here.
+    """
+    kind = options["mm_projector_type"]
+    if kind in REFUSED_ADAPTERS:
+        raise refuse("mm_projector_type", kind, REFUSED_ADAPTERS[kind])
+    plain = {"identity": "identity", "linear": "linear", "mlp1x_gelu": "linear", "mlp2x_gelu": "mlp"}
+    if kind in plain:
+        return {"part": plain[kind]}
+    if kind != "gated":
+        known = ", ".join([*plain, "gated"])
+        raise refuse("mm_projector_type", kind, f"the known types are {known}")
+    forced = options["mm_learnable_gated"]
+    if isinstance(forced, bool) or not isinstance(forced, int) or forced not in (-1, 0, 1):
+        raise refuse("mm_learnable_gated", forced, "-1 mixes, 0 and 1 name one of two experts")
+    if options["mm_resampler_type"] in NO_ROUTER and forced != 0:
+        raise refuse("mm_projector_type", kind, "without a sampler it mixes on crops too; here on one kind of view")
+    adapter = {"part": "mixture", "gate": "release"}
+    return adapter if forced < 0 else {**adapter, "forced_expert": ("mlp", "query_former")[forced]}
+
+
+def _router(options: dict) -> dict | None:
+    kind = options["mm_resampler_type"]
+    if kind in NO_ROUTER:
+        return None
+    if kind not in ROUTERS:
+        known = ", ".join([*ROUTERS, "identity"])
+        reason = "the released code builds it without using it" if kind == "spatial" else f"known types are {known}"
+        raise refuse("mm_resampler_type", kind, reason)
+    keep = {"rule": "threshold", "gamma": options["mm_resampler_topp"], "temperature": options["mm_resampler_temp"]}
+    router = {"part": "router", "on": "crops", "score": ROUTERS[kind], "keep": keep}
+    return {**router, "double_softmax": True} if kind == "qformer" else router
+
+
+def _layout(options: dict, routed: bool) -> dict:
+    merge = options["mm_patch_merge_type"]
+    orders = {"spatial": "raster", "flat": "views"}
+    if merge not in orders:
+        raise refuse("mm_patch_merge_type", merge, f"known values are {', '.join(orders)}")
+    if not routed:
+        return {"crop_order": orders[merge]}
+    single = options["use_local_only"] or options["use_global_only"]
+    if merge == "flat" and not single:
+        raise refuse("mm_patch_merge_type", merge, "one separator before crops in view order has no layout here")
+    return {"crop_order": orders[merge], **({} if single else {"between_views": options["seperator"]})}
+
+
+def released_options(config: Any) -> dict:
+    """The way back: multimodal options that make the released code compute what a model of ours does.
+
+    Args:
+        config (`HiResLmmConfig`): The configuration.
+
+    Returns:
+        `mm_*` and the other multimodal options.
+
+    Raises:
+        ConversionError: If the model has parts that the released code does not have.
+    """
+    connector = config.connector_config
+    routers = [op for op in connector.token_ops if op.get("part") == "router"]
+    router = routers[0] if routers else {"score": None, "keep": {}}
+    kinds = {ours: theirs for theirs, ours in ROUTERS.items()}
+    adapter = connector.adapter
+    names = {"identity": "identity", "linear": "linear", "mlp": "mlp2x_gelu", "mixture": "gated"}
+    experts = {None: -1, "mlp": 0, "query_former": 1}
+    views = config.planner.get("views", "all")
+    options = {
+        **{key: DEFAULTS[key] for key in ("mm_vision_select_feature", "mm_use_im_start_end", "use_mm_proj")},
+        "mm_projector_type": names.get(adapter["part"]),
+        "mm_learnable_gated": experts[adapter.get("forced_expert")],
+        "mm_resampler_type": kinds.get(router["score"], "identity"),
+        "mm_resampler_dim": connector.view_ops[0].get("num_queries", 144) if connector.view_ops else 64,
+        "mm_resampler_topp": router["keep"].get("gamma", 0.75),
+        "mm_resampler_temp": router["keep"].get("temperature", 1.0),
+        "mm_patch_merge_type": "flat" if connector.layout.get("crop_order") == "views" else "spatial",
+        "mm_vision_select_layer": config.vision_feature_layer,
+        "mm_hidden_size": config.vision_config.hidden_size,
+        "seperator": connector.layout.get("between_views") or DEFAULTS["seperator"],
+        "use_local_only": views == "crops",
+        "use_global_only": views == "global",
+        "image_aspect_ratio": "anyres",
+    }
+    _check_way_back(config, options)
+    return options
+
+
+def _check_way_back(config: Any, options: dict) -> None:
+    """The options, read again, must give the configuration they came from."""
+    planner = {key: value for key, value in config.planner.items() if value is not None}
+    planner = {"global_view": "squeeze", "views": "all", "max_crops": 6, "unpad": False, **planner}
+    views = planner.pop("views")
+    if planner != {"name": "slime_release", "global_view": "squeeze", "max_crops": 6, "unpad": False}:
+        raise ConversionError(f"The released SliME code cannot cut images as this model does: {config.planner!r}.")
+    if options["mm_projector_type"] is None or config.question_scope != "prompt":
+        raise ConversionError(
+            "The released SliME code has no counterpart to the adapter "
+            f"{config.connector_config.adapter['part']!r} with question_scope={config.question_scope!r}."
+        )
+    again = connector_settings(options)
+    other = type(config.connector_config)(**again["connector_config"])
+    for name, own_parts, other_parts in zip(
+        ("view_ops", "adapter", "token_ops", "layout"), _plain(config.connector_config), _plain(other), strict=True
+    ):
+        if own_parts != other_parts:
+            raise ConversionError(
+                f"The released SliME code cannot express {name} of this model (views={views!r}): {own_parts!r}."
+            )
+
+
+def _plain(connector: Any) -> tuple:
+    """All options of a connector with their defaults filled in."""
+    chain = connector.resolve()
+
+    def options(part: Any) -> dict:
+        values = {"part": part.part.__name__, **vars(part.options)}
+        return {**values, "keep": vars(KeepOptions(**values["keep"]))} if "keep" in values else values
+
+    return (
+        [options(op) for op in chain.view_ops],
+        options(chain.adapter),
+        [options(op) for op in chain.token_ops],
+        vars(chain.layout),
+    )
