@@ -1,4 +1,5 @@
 # make setup test          everything a change must pass
+# make demo                a first run: a small checkpoint, a question, a picture of the kept tokens
 # Settings, all optional:  make setup PYTHON=python3.12
 #                          make setup TRANSFORMERS='==5.20.*'
 #                          make setup TORCH_INDEX=https://download.pytorch.org/whl/cpu
@@ -20,11 +21,11 @@ key = $(shell { printf '%s\n' $(1); cat $(2); } | cksum | cut -d ' ' -f 1)
 TORCH_STAMP := $(VENV)/.torch-$(call key,'$(TORCH_INDEX)',$(CONSTRAINTS))
 SETUP_STAMP := $(VENV)/.setup-$(call key,'$(TORCH_INDEX)' '$(TRANSFORMERS)',$(CONSTRAINTS) pyproject.toml)
 
-.PHONY: help setup test test-slow quality format clean distclean
+.PHONY: help setup demo docs test test-slow quality format clean distclean
 .NOTPARALLEL:
 
 help:
-	@echo "make setup | test | test-slow | quality | format | clean | distclean"
+	@echo "make setup | demo | docs | test | test-slow | quality | format | clean | distclean"
 
 setup: $(SETUP_STAMP)
 
@@ -47,6 +48,13 @@ $(SETUP_STAMP): $(TORCH_STAMP)
 	@rm -f $(VENV)/.setup-*
 	@$(PIP) install --constraint $(CONSTRAINTS) --upgrade 'transformers$(TRANSFORMERS)' --editable '.[dev]'
 	@touch $@
+
+demo: $(SETUP_STAMP)
+	OMP_NUM_THREADS=$(WORKERS) $(PY) examples/demo.py
+
+docs: $(SETUP_STAMP)
+	$(PIP) install --constraint $(CONSTRAINTS) --editable '.[docs]'
+	$(PY) -m mkdocs build --strict
 
 $(BIN)/pytest $(BIN)/ruff:
 	@echo "no environment in $(VENV); run: make setup"; exit 1

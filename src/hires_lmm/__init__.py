@@ -1,4 +1,4 @@
-"""High-resolution multimodal models for transformers: published ways to slice, adapt, compress and route visual tokens.
+"""High-resolution multimodal models for transformers: slicing, adapting, compressing and routing of visual tokens.
 
 Importing the package registers the classes with transformers' Auto classes, and makes every saved checkpoint carry its
 own code, so that it loads elsewhere with `trust_remote_code=True`.

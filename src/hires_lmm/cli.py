@@ -1,0 +1,399 @@
+"""The command line. Exit status: 0 done, 1 the work failed, 2 wrong usage.
+
+Nothing heavy is imported before a command runs. Imports inside commands are absolute, since `hires_lmm_command` loads
+this file without the package around it.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+
+DEFAULT_MAX_CROPS = 6
+MAX_CROPS_NOTE = f"max_crops={DEFAULT_MAX_CROPS} is the default of this command; --max-crops sets another."
+
+app = typer.Typer(
+    help="High-resolution multimodal models: ask about images, count and see their tokens, convert checkpoints.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # panels cut the names of options at 80 columns
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+convert_app = typer.Typer(help="Convert to and from other formats.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(convert_app, name="convert")
+
+output, notes = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def _checked_question(text: str) -> str:
+    if not text.strip():
+        raise typer.BadParameter("The question is empty.")
+    return text
+
+
+class Dtype(str, Enum):
+    """Number formats of the weights."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+Checkpoint = Annotated[str, typer.Argument(help="Folder or Hub id of a hires_lmm checkpoint.", show_default=False)]
+Budget = Annotated[int | None, typer.Option(min=1, help="Budget: most tokens of one image, exact.")]
+MaxCrops = Annotated[int | None, typer.Option(min=1, help=f"Most crops of one image. [default: {DEFAULT_MAX_CROPS}]")]
+DtypeOption = Annotated[Dtype, typer.Option(help="Number format of the weights; auto = as saved.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... [default: CUDA where there is one]")]
+Trust = Annotated[bool, typer.Option(help="Run code that comes with the checkpoint; not needed for hires_lmm's own.")]
+Json = Annotated[bool, typer.Option("--json", help="Write JSON to standard output.")]
+Question = Annotated[
+    str, typer.Option("--question", "-q", help="The question.", show_default=False, callback=_checked_question)
+]
+SaveDtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. [default: as in the source]")]
+Source = Annotated[str, typer.Argument(help="Folder or Hub id.", show_default=False)]
+Destination = Annotated[Path, typer.Argument(help="A new folder.", show_default=False)]
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turn what a user can mend into one line on standard error and exit status 1; a bug keeps its traceback."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, StrictDataclassError
+
+    try:
+        yield
+    except (ValueError, OSError, ImportError, HfHubHTTPError, HFValidationError, StrictDataclassError) as error:
+        _fail(error)
+    except RuntimeError as error:
+        if "out of memory" not in str(error):
+            raise
+        _fail(f"{str(error).splitlines()[0]} Lower --max-crops or --max-image-tokens, or use --dtype bfloat16.")
+    except KeyboardInterrupt:
+        notes.print("stopped")
+        raise typer.Exit(130) from None
+
+
+def _fail(reason: object) -> None:
+    notes.print(f"[bold red]error:[/] {_escape(' '.join(str(reason).split()))}")
+    raise typer.Exit(1)
+
+
+def _escape(text: str) -> str:
+    return text.replace("[", r"\[")
+
+
+def _quiet() -> None:
+    """Keep the library's own bars and notes off the terminal."""
+    from huggingface_hub.utils import logging as hub_logging
+    from transformers.utils import logging
+
+    hub_logging.set_verbosity_error()
+    logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+
+
+def _existing(checkpoint: str, presets: Iterable[str] = ()) -> str:
+    """A folder that exists, or something that may be a Hub id."""
+    path = Path(checkpoint)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ValueError(f"{checkpoint} has no config.json, so it is no checkpoint; name another folder.")
+        return checkpoint
+    if path.exists() or path.is_absolute() or checkpoint.count("/") > 1 or checkpoint.startswith((".", "~")):
+        raise ValueError(f"There is no folder {checkpoint}; name a checkpoint folder or a Hub id (owner/name).")
+    if "/" not in checkpoint:
+        hint = f"; known presets: {', '.join(presets)}" if presets else ""
+        raise ValueError(f"There is no folder {checkpoint}, and a Hub id has the form owner/name{hint}.")
+    return checkpoint
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[int, int, str], None]]:
+    """A bar on standard error, as a function of (done, total, description)."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=notes) as progress:
+        task = progress.add_task("starting", total=None)
+
+        def update(done: int, total: int, description: str) -> None:
+            progress.update(task, completed=done, total=total, description=description)
+
+        yield update
+
+
+def _images_kwargs(max_crops: int | None, max_image_tokens: int | None) -> dict[str, int]:
+    if max_crops is None:
+        notes.print(f"[dim]{MAX_CROPS_NOTE}[/]")
+    options = {"max_crops": DEFAULT_MAX_CROPS if max_crops is None else max_crops}
+    return options if max_image_tokens is None else {**options, "max_image_tokens": max_image_tokens}
+
+
+def _describe(image: Any, name: str, num_tokens: int, full_tokens: int) -> str:
+    return f"{name}: {image.width} x {image.height} pixels (width x height), {num_tokens} of {full_tokens} tokens"
+
+
+@app.command("ask")
+def _ask(
+    checkpoint: Checkpoint,
+    images: Annotated[list[str], typer.Argument(metavar="IMAGE", help="Files or URLs.", show_default=False)],
+    question: Question,
+    max_image_tokens: Budget = None,
+    max_crops: MaxCrops = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of the answer.")] = 128,
+    dtype: DtypeOption = Dtype.auto,
+    device: Device = None,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Ask about images.
+
+    The answer streams to standard output, notes go to standard error.
+    """
+    with one_line_errors():
+        _quiet()
+        from hires_lmm.inference import load_model, load_processor, prepare, stream_answer
+
+        processor = load_processor(_existing(checkpoint), trust_remote_code)
+        prepared = prepare(processor, images, question, **_images_kwargs(max_crops, max_image_tokens))
+        accounts = list(zip(images, prepared.images, prepared.num_tokens, prepared.full_tokens, strict=True))
+        for name, image, num_tokens, full_tokens in accounts:
+            notes.print(f"[dim]{_escape(_describe(image, name, num_tokens, full_tokens))}[/]")
+        model = load_model(checkpoint, dtype.value, device, trust_remote_code)
+        pieces = []
+        for piece in stream_answer(model, processor, prepared, max_new_tokens):
+            pieces.append(piece)
+            if not as_json:
+                sys.stdout.write(piece)
+                sys.stdout.flush()
+        if not as_json:
+            sys.stdout.write("\n")
+            return
+        records = [
+            {"image": name, "height": image.height, "width": image.width, "tokens": used, "full_tokens": full}
+            for name, image, used, full in accounts
+        ]
+        _write_json({"question": question, "answer": "".join(pieces), "images": records})
+
+
+def _write_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def _parse_size(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d{1,6})[xX×](\d{1,6})", text.strip())
+    if not found or not all(int(side) for side in found.groups()):
+        raise typer.BadParameter(f"{text!r} is no size; write HEIGHTxWIDTH in pixels, for instance 2000x3000.")
+    return int(found[1]), int(found[2])
+
+
+@app.command("tokens")
+def _tokens(
+    checkpoint: Annotated[
+        str, typer.Argument(help="Folder, Hub id, or the name of a preset.", show_default=False, metavar="CHECKPOINT")
+    ],
+    sizes: Annotated[
+        list[str], typer.Argument(metavar="HEIGHTxWIDTH", help="Image sizes, pixels.", show_default=False)
+    ],
+    max_image_tokens: Budget = None,
+    max_crops: MaxCrops = None,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Count views and tokens from image sizes.
+
+    Needs neither images nor weights. The last column is LLaVA-NeXT's count of the same image, by transformers' own
+    processor with its released settings.
+    """
+    pairs = [_parse_size(size) for size in sizes]
+    with one_line_errors():
+        _quiet()
+        from hires_lmm import PRESETS
+        from hires_lmm.accounting import account_image, preset_processor
+        from hires_lmm.inference import load_processor
+
+        if checkpoint in PRESETS and not Path(checkpoint).exists():
+            processor = preset_processor(checkpoint)
+        else:
+            processor = load_processor(_existing(checkpoint, PRESETS), trust_remote_code)
+        options = _images_kwargs(max_crops, None)
+        accounts = [account_image(processor, *pair, max_image_tokens, **options) for pair in pairs]
+        if as_json:
+            _write_json([{**account.to_dict(), **options} for account in accounts])
+            return
+        output.print(_token_table(accounts, max_image_tokens), crop=False, overflow="ignore")
+
+
+def _token_table(accounts: list[Any], max_image_tokens: int | None) -> Table:
+    table = Table(title_justify="left")
+    columns = ["height x width", "views", "crops", "patches", "tokens"]
+    columns += [f"budget {max_image_tokens}"] if max_image_tokens is not None else []
+    for column in [*columns, "LLaVA-NeXT"]:
+        table.add_column(column, justify="right", no_wrap=True)
+    for account in accounts:
+        cells = [
+            f"{account.height} x {account.width}",
+            str(account.views),
+            f"{account.crop_rows} x {account.crop_cols}",
+            str(account.patch_tokens),
+            str(account.tokens),
+        ]
+        cells += [str(account.budget_tokens)] if max_image_tokens is not None else []
+        table.add_row(*cells, str(account.llava_next))
+    return table
+
+
+@app.command("show")
+def _show(
+    checkpoint: Checkpoint,
+    image: Annotated[str, typer.Argument(help="File or URL.", show_default=False)],
+    question: Question,
+    out: Annotated[Path, typer.Option(help="The picture to write, PNG.", show_default=False)],
+    max_image_tokens: Budget = None,
+    max_crops: MaxCrops = None,
+    width: Annotated[int, typer.Option(min=600, max=10000, help="Width of the picture, pixels.")] = 1500,
+    dtype: DtypeOption = Dtype.auto,
+    device: Device = None,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Draw which tokens were kept.
+
+    The image with the grid of crops: kept tokens bright, dropped ones dim, scores as heat.
+    """
+    if out.suffix.lower() != ".png":
+        raise typer.BadParameter(f"{out} must end in .png.", param_hint="--out")
+    with one_line_errors():
+        if not out.absolute().parent.is_dir():
+            raise ValueError(f"There is no folder {out.parent}; create it first.")
+        _quiet()
+        from hires_lmm.inference import load_model, load_processor, map_tokens, prepare
+        from hires_lmm.visualize import draw_token_map
+
+        processor = load_processor(_existing(checkpoint), trust_remote_code)
+        prepared = prepare(processor, [image], question, **_images_kwargs(max_crops, max_image_tokens))
+        model = load_model(checkpoint, dtype.value, device, trust_remote_code)
+        token_map = map_tokens(model, prepared)
+        draw_token_map(prepared.images[0], token_map, title=question, width=width).save(out)
+        kept = int(token_map.kept.sum())
+        if as_json:
+            _write_json({"picture": str(out), "tokens": len(token_map.kept), "kept": kept})
+            return
+        output.print(f"{_escape(str(out))}: {kept} of {len(token_map.kept)} visual tokens kept")
+
+
+@app.command("export")
+def _export(checkpoint: Checkpoint, destination: Destination) -> None:
+    """Write a self-contained folder.
+
+    It holds weights, code, processor and model card, and loads where this package is not installed.
+    """
+    with one_line_errors():
+        _quiet()
+        from hires_lmm.conversion import export
+
+        with _progress() as progress:
+            export(_existing(checkpoint), destination, progress=progress)
+        output.print(f"wrote {_escape(str(destination))}")
+
+
+@app.command("compose")
+def _compose(
+    vision: Annotated[str, typer.Option(help="Folder or Hub id of a CLIP or SigLIP tower.", show_default=False)],
+    text: Annotated[str, typer.Option(help="Folder or Hub id of a causal language model.", show_default=False)],
+    destination: Destination,
+    preset: Annotated[str, typer.Option(help="How the parts between them are put together.")] = "slime",
+    dtype: SaveDtype = None,
+    chat_template: Annotated[str | None, typer.Option(help="llama3, vicuna, chatml, plain or a Jinja text.")] = None,
+) -> None:
+    """Join a vision tower and a language model.
+
+    Both are pretrained; the parts between them are new and untrained.
+    """
+    with one_line_errors():
+        _quiet()
+        from hires_lmm.conversion import compose
+
+        with _progress() as progress:
+            compose(vision, text, preset, destination, dtype=dtype, chat_template=chat_template, progress=progress)
+        output.print(f"wrote {_escape(str(destination))}; its new parts are untrained")
+
+
+@convert_app.command("slime")
+def _convert_slime(
+    source: Source,
+    destination: Destination,
+    vision_config: Annotated[str | None, typer.Option(help="Tower: folder, config file or Hub id.")] = None,
+    base: Annotated[str | None, typer.Option(help="Language model under a LoRA or stage folder.")] = None,
+    dtype: SaveDtype = None,
+) -> None:
+    """Convert a released SliME checkpoint."""
+    with one_line_errors():
+        _quiet()
+        from hires_lmm.conversion import convert_slime
+
+        with _progress() as progress:
+            convert_slime(source, destination, vision_config=vision_config, base=base, dtype=dtype, progress=progress)
+        output.print(f"wrote {_escape(str(destination))}")
+
+
+@convert_app.command("llava-next")
+def _convert_llava_next(source: Source, destination: Destination, dtype: SaveDtype = None) -> None:
+    """Convert a LLaVA-NeXT checkpoint in transformers' format."""
+    with one_line_errors():
+        _quiet()
+        from hires_lmm.conversion import convert_llava_next
+
+        with _progress() as progress:
+            convert_llava_next(source, destination, dtype=dtype, progress=progress)
+        output.print(f"wrote {_escape(str(destination))}")
+
+
+@convert_app.command("to-slime")
+def _convert_to_slime(source: Source, destination: Destination) -> None:
+    """Convert a checkpoint back to SliME's released format."""
+    with one_line_errors():
+        _quiet()
+        from hires_lmm.conversion import convert_to_slime
+
+        with _progress() as progress:
+            convert_to_slime(source, destination, progress=progress)
+        output.print(f"wrote {_escape(str(destination))}")
+
+
+@app.command("serve-demo")
+def _serve_demo(
+    checkpoint: Checkpoint,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 7860,
+    dtype: DtypeOption = Dtype.auto,
+    device: Device = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Serve a page for trying a checkpoint.
+
+    Image, question and budget go in; answer and picture of the kept tokens come out. Needs the extra `demo`.
+    """
+    with one_line_errors():
+        _quiet()
+        from hires_lmm.inference import load_model, load_processor
+        from hires_lmm.serve import build_page
+
+        processor = load_processor(_existing(checkpoint), trust_remote_code)
+        model = load_model(checkpoint, dtype.value, device, trust_remote_code)
+        page = build_page(model, processor, Path(checkpoint).name)
+        notes.print(f"serving on http://{host}:{port} (stop with Ctrl-C)")
+        page.launch(server_name=host, server_port=port, quiet=True, show_error=True)
+
+
+if __name__ == "__main__":
+    app()

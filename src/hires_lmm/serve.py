@@ -1,0 +1,106 @@
+"""A page for trying a model: image, question and budget in; answer and picture of the kept tokens out."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from PIL import Image
+
+from .inference import encode_images, map_tokens, prepare, stream_answer
+from .visualize import draw_token_map
+
+
+MAX_CROPS = 6
+HIGHEST_BUDGET = 4096
+MAX_NEW_TOKENS = 256
+PICTURE_WIDTH = 1400
+
+Shown = tuple[str, Image.Image | None, str]
+
+
+def answer_question(
+    model: Any, processor: Any, image: Image.Image | None, question: str, budget: int, max_crops: int, length: int
+) -> Iterator[Shown]:
+    """Answer a question about an image and draw what was kept.
+
+    Args:
+        model (`HiResLmmForConditionalGeneration`): The model.
+        processor (`HiResLmmProcessor`): Of the checkpoint.
+        image (`PIL.Image.Image`, *optional*): What the visitor gave.
+        question (`str`): The visitor's text.
+        budget (`int`): Most tokens of the image; 0 = no budget.
+        max_crops (`int`): Most crops.
+        length (`int`): Most tokens of the answer.
+
+    Returns:
+        An iterator over (answer so far, picture or `None`, account of tokens).
+
+    Raises:
+        ValueError: If something is missing or the budget too small.
+    """
+    if image is None:
+        raise ValueError("There is no image yet; drop one into the field on the left.")
+    if not question.strip():
+        raise ValueError("There is no question yet; write one below the image.")
+    options = {"max_crops": int(max_crops)} | ({"max_image_tokens": int(budget)} if budget else {})
+    prepared = prepare(processor, [image], question, **options)
+    features = encode_images(model, prepared)
+    token_map = map_tokens(model, prepared, features)
+    picture = draw_token_map(prepared.images[0], token_map, title=question, width=PICTURE_WIDTH)
+    kept, total = int(token_map.kept.sum()), len(token_map.kept)
+    account = f"{image.width} x {image.height} pixels: {total} visual tokens, {kept} read by the language model."
+    answer = ""
+    yield answer, picture, account
+    for piece in stream_answer(model, processor, prepared, int(length), features):
+        answer += piece
+        yield answer, picture, account
+
+
+def build_page(model: Any, processor: Any, name: str, note: str | None = None) -> Any:
+    """Build the page.
+
+    Args:
+        model (`HiResLmmForConditionalGeneration`): The model.
+        processor (`HiResLmmProcessor`): Of the checkpoint.
+        name (`str`): Shown as the title.
+        note (`str`, *optional*): A line below the title.
+
+    Returns:
+        `gradio.Blocks`, to be launched.
+
+    Raises:
+        ImportError: If gradio is not installed.
+    """
+    try:
+        import gradio
+    except ImportError as error:
+        raise ImportError("The page needs gradio; install it with: pip install 'hires-lmm[demo]'") from error
+
+    def answer(image: Image.Image | None, question: str, budget: int, max_crops: int, length: int) -> Iterator[Shown]:
+        try:
+            yield from answer_question(model, processor, image, question, budget, max_crops, length)
+        except ValueError as error:
+            raise gradio.Error(str(error), print_exception=False) from error
+
+    with gradio.Blocks(title="hires_lmm", analytics_enabled=False) as page:
+        gradio.Markdown(f"# hires_lmm\n`{name}`" + (f"\n\n{note}" if note else ""))
+        with gradio.Row():
+            with gradio.Column(scale=2):
+                image = gradio.Image(type="pil", label="Image", sources=["upload", "clipboard"], height=320)
+                question = gradio.Textbox(label="Question", placeholder="What do you want to know?", lines=2)
+                budget = gradio.Slider(0, HIGHEST_BUDGET, value=0, step=1, label="Token budget (0 = none)")
+                max_crops = gradio.Slider(1, 36, value=MAX_CROPS, step=1, label="Most crops")
+                length = gradio.Slider(1, MAX_NEW_TOKENS, value=64, step=1, label="Most tokens of the answer")
+                button = gradio.Button("Ask", variant="primary", elem_id="ask")
+            with gradio.Column(scale=5):
+                text = gradio.Textbox(label="Answer", lines=3, elem_id="answer")
+                account = gradio.Textbox(label="Tokens", elem_id="account")
+                picture = gradio.Image(
+                    show_label=False, format="png", elem_id="picture", buttons=["download", "fullscreen"]
+                )
+        inputs, outputs = [image, question, budget, max_crops, length], [text, picture, account]
+        for trigger in (button.click, question.submit):
+            trigger(answer, inputs, outputs, api_name="answer", concurrency_limit=1)
+    return page
+
+
+__all__ = ["answer_question", "build_page"]

@@ -1,0 +1,110 @@
+"""What README and docs show runs, and the numbers in their tables are current."""
+
+import importlib.util
+import os
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from builders_docs import ROOT, read_blocks, read_session, run_page
+from hires_lmm import PRESETS
+from hires_lmm.modeling.parts_hires_lmm import ADAPTERS, TOKEN_OPS, VIEW_OPS
+from hires_lmm.processing.planners_hires_lmm import PLANNERS
+
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+NOT_RUN = {  # page -> why its blocks are not run here
+    "needle.md": "needs pretrained halves, which take longer to make than a test may run",
+    "training.md": "its blocks are excerpts that need a checkpoint and data of the reader",
+}
+SCRIPT = ROOT / "scripts" / "doc_tables.py"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    from hires_lmm.demo import build_demo_checkpoint
+
+    return build_demo_checkpoint(tmp_path_factory.mktemp("docs") / "demo-checkpoint")
+
+
+@pytest.fixture
+def clone(tmp_path, monkeypatch, checkpoint):
+    """A working folder that looks like a clone with a demo checkpoint in it."""
+    os.symlink(ROOT / "examples", tmp_path / "examples")
+    shutil.copytree(checkpoint, tmp_path / "demo-checkpoint")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_code_of_the_page_runs(page: Path, clone):
+    if page.name in NOT_RUN:
+        pytest.skip(NOT_RUN[page.name])
+    run_page(page.read_text(encoding="utf-8"), page.name)
+
+
+@pytest.fixture(scope="module")
+def tables():
+    spec = importlib.util.spec_from_file_location("doc_tables", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_tables_are_current(tables, capsys):
+    assert tables.main(["--check"]) == 0, f"run: python scripts/doc_tables.py ({capsys.readouterr().out})"
+
+
+def test_a_stale_table_is_found(tables, tmp_path, monkeypatch):
+    page = tmp_path / "page.md"
+    marks = next(iter(tables.TABLES))
+    page.write_text(f"before\n{marks[0]}\nold\n{marks[1]}\nafter\n")
+    monkeypatch.setattr(tables, "TABLES", {marks: (lambda: "new", (page,))})
+    assert tables.main(["--check"]) == 1
+    assert tables.main([]) == 0
+    assert page.read_text() == f"before\n{marks[0]}\nnew\n{marks[1]}\nafter\n"
+    assert tables.main(["--check"]) == 0
+
+
+def test_every_part_has_a_row_in_the_docs():
+    text = (ROOT / "docs" / "parts.md").read_text(encoding="utf-8")
+    rows = set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE))
+    names = {*PRESETS, *PLANNERS, *VIEW_OPS, *ADAPTERS, *TOKEN_OPS}
+    assert names <= rows, f"docs/parts.md has no row for {sorted(names - rows)}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_pictures_exist(page: Path):
+    text = page.read_text(encoding="utf-8")
+    targets = [target.partition("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", text)]
+    missing = [target for target in targets if "://" not in target and not (page.parent / target).exists()]
+    assert missing == []
+
+
+def test_every_page_is_in_the_navigation():
+    listed = set(re.findall(r": ([\w-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
+    assert listed == {page.name for page in (ROOT / "docs").glob("*.md")}
+
+
+def test_blocks_are_found_also_when_indented():
+    text = "a\n```python\nx = 1\n```\n* item\n\n    ```console\n    $ b\n    c\n    ```\n```bash\nno\n```\n"
+    blocks = read_blocks(text)
+    assert [(block.info, block.text, block.line) for block in blocks] == [
+        ("python", "x = 1\n", 3),
+        ("console", "$ b\nc\n", 8),
+        ("bash", "no\n", 12),
+    ]
+    assert read_session(blocks[1].text) == [("b", "c\n")]
+
+
+@pytest.mark.parametrize("block", ["python\nassert False", "console\n$ hires-lmm bogus", "console\n$ rm x"])
+def test_a_broken_page_fails(block: str):
+    with pytest.raises((AssertionError, ValueError)):
+        run_page(f"```{block}\n```\n", "page.md")
+
+
+def test_wrong_output_fails(clone):
+    with pytest.raises(AssertionError, match="expected"):
+        run_page("```console\n$ hires-lmm tokens slime 336x336 --json\nwrong\n```\n", "page.md")

@@ -1,0 +1,90 @@
+"""Each example runs as a user would run it, on the demo checkpoint; the image is what its script draws."""
+
+import importlib.util
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from builders_docs import ROOT
+
+
+EXAMPLES = ROOT / "examples"
+LONGER = {"make_images": 200, "bilinear_alternation": 200}  # a drawing and a proof; the others fit on three screens
+NAMES = sorted(path.stem for path in EXAMPLES.glob("*.py"))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    from hires_lmm.demo import build_demo_checkpoint
+
+    return str(build_demo_checkpoint(tmp_path_factory.mktemp("examples")))
+
+
+def run(name: str, *arguments: str, monkeypatch, capsys) -> str:
+    """Standard output of one example, run in this process with the working folder of the test."""
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
+    runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_examples_are_one_file_with_their_dependencies(name: str):
+    text = (EXAMPLES / f"{name}.py").read_text(encoding="utf-8")
+    assert re.match(r'# /// script\n(# requires-python = .+\n)?# dependencies = \[.+\]\n# ///\n"""', text)
+    assert len(text.splitlines()) <= LONGER.get(name, 150)
+
+
+def test_quickstart_answers(checkpoint, monkeypatch, capsys):
+    assert run("quickstart", checkpoint, monkeypatch=monkeypatch, capsys=capsys).strip()
+
+
+def test_quickstart_builds_its_own_checkpoint(monkeypatch, capsys):
+    assert run("quickstart", monkeypatch=monkeypatch, capsys=capsys).strip()
+
+
+def test_batch_mixed_sizes_counts_rows_and_images(checkpoint, monkeypatch, capsys):
+    text = run("batch_mixed_sizes", checkpoint, monkeypatch=monkeypatch, capsys=capsys)
+    assert "4 rows, 4 images, 23 views" in text
+    assert [line.partition(":")[0] for line in text.splitlines()[-4:]] == ["row 0", "row 1", "row 2", "row 3"]
+
+
+def test_token_budget_is_exact_and_refuses_what_is_too_small(checkpoint, monkeypatch, capsys):
+    text = run("token_budget", checkpoint, monkeypatch=monkeypatch, capsys=capsys)
+    assert [int(found) for found in re.findall(r"^budget (\d+): \1 tokens", text, re.MULTILINE)] == [1440, 1080, 720]
+    assert "the smallest value for this image is 577" in text
+    moved = [float(found) for found in re.findall(r"moved by ([\d.]+)", text)]
+    assert moved[0] == 0 and max(moved) > 0
+
+
+def test_show_kept_tokens_draws_two_different_pictures(checkpoint, tmp_path, monkeypatch, capsys):
+    text = run("show_kept_tokens", checkpoint, str(tmp_path), monkeypatch=monkeypatch, capsys=capsys)
+    first, second = (np.asarray(Image.open(tmp_path / f"kept_{index}.png")) for index in (0, 1))
+    assert first.shape != second.shape or (first != second).any()
+    assert "kept for both" in text
+
+
+def test_demo_tells_the_whole_story(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))
+    text = run("demo", str(tmp_path), monkeypatch=monkeypatch, capsys=capsys)
+    assert "meaningless until a trained checkpoint ships" in text
+    assert "3888 visual tokens, budget 1200" in text
+    assert "reached the language model: 1200" in text
+    assert Image.open(tmp_path / "kept_tokens.png").width >= 1000
+
+
+def test_the_image_is_what_its_script_draws():
+    spec = importlib.util.spec_from_file_location("make_images", EXAMPLES / "make_images.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    file: Path = module.OUTPUT
+    stored, drawn = Image.open(file).convert("RGB"), module.make_board()
+    assert min(stored.size) >= 2000 and max(stored.size) >= 3000
+    assert file.stat().st_size < 400_000
+    difference = np.abs(np.asarray(stored, dtype=int) - np.asarray(drawn, dtype=int))
+    assert stored.size == drawn.size
+    assert difference.mean() < 3  # 64 colours, and fonts differ a little between Pillow versions

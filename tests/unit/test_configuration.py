@@ -1,0 +1,81 @@
+"""What a configuration refuses, and what it computes for the processor."""
+
+import pytest
+
+from builders import tiny_config
+from hires_lmm import PRESETS, HiResLmmConfig
+
+
+@pytest.mark.parametrize(
+    "connector, message",
+    [
+        ({"foo": 1}, "Unknown key 'foo' in connector_config; known keys: view_ops"),
+        ({"adapter": {"part": "mlx"}}, "adapter names the unknown part 'mlx'; known parts of this slot: identity"),
+        (
+            {"adapter": {"part": "mlp", "size": 1}},
+            r"Unknown option 'size' in adapter \(mlp\); known options: hidden_act",
+        ),
+        ({"adapter": {"part": "mlp", "bias": "yes"}}, "expected bool, got str"),
+        ({"adapter": {"part": "identity"}}, "features of width 32, but the language model has width"),
+        ({"view_ops": [{"part": "query_compressor", "num_queries": 10}]}, "num_queries=10 is not a square"),
+        ({"token_ops": [{"part": "router", "keep": {"rule": "best"}}]}, "best"),
+        ({"token_ops": [{"part": "router", "keep": {"gamma": 2}}]}, r"keep.gamma is 2; it must lie in \(0, 1\]"),
+        ({"token_ops": [{"part": "router", "keep": {"size": 2}}]}, "size"),
+        ({"token_ops": [{"part": "router"}, {"part": "router"}]}, "Two token operations would consume"),
+        ({"layout": {"row_end": "newline"}}, "layout.row_end is 'newline'"),
+        ({"layout": {"row_end": 10**6}}, "layout.row_end is the token id 1000000, but the language model has"),
+    ],
+)
+def test_a_wrong_part_or_option_is_a_value_error_that_names_it(connector, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_config("llava_hd", text=wide_text(), connector_config=connector)
+
+
+def wide_text():
+    """A language model of another width than the tower."""
+    from builders import tiny_text_config
+
+    config = tiny_text_config("llama")
+    config.hidden_size = 48
+    return config
+
+
+def test_an_unknown_preset_or_field_is_named():
+    with pytest.raises(ValueError, match="Unknown preset 'slim'; known presets: llava_next"):
+        HiResLmmConfig.from_preset("slim")
+    with pytest.raises(ValueError, match="no field 'adapter'"):
+        HiResLmmConfig.from_preset("slime", adapter={"part": "mlp"})
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+def test_presets_survive_json(preset, tmp_path):
+    config = HiResLmmConfig.from_preset(preset)
+    config.save_pretrained(tmp_path)
+    again = HiResLmmConfig.from_pretrained(tmp_path)
+    assert again.token_layout() == config.token_layout()
+    assert again.planner == config.planner
+    for name in ("view_ops", "adapter", "token_ops", "layout"):
+        assert getattr(again.connector_config, name) == getattr(config.connector_config, name)
+
+
+def test_token_layout_of_slime():
+    layout = tiny_config("slime", connector_config={"view_ops": [{"part": "query_compressor", "num_queries": 4}]})
+    assert layout.token_layout() == {
+        "patch_grid": [4, 4],
+        "global_grid": [4, 4],
+        "crop_grid": [2, 2],
+        "global_position": "first",
+        "crop_order": "raster",
+        "between_views": False,
+        "row_end": False,
+        "view_end": False,
+        "fixed_tokens": None,
+        "later_tokens": None,
+        "budget": {"on": "crops"},
+    }
+
+
+def test_ties_of_the_language_model_are_kept():
+    text = wide_text()
+    text.tie_word_embeddings = True
+    assert tiny_config("llava_hd", text=text).tie_word_embeddings

@@ -1,0 +1,138 @@
+"""The picture of kept tokens: cells lie where they belong, kept is bright, dropped is dim, nothing is lost."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hires_lmm.modeling.outputs_hires_lmm import TokenMap
+from hires_lmm.visualize import _Frame, draw_token_map, heat_colors
+
+
+ORANGE, BLUE = (230, 140, 40), (40, 120, 230)
+NAN = float("nan")
+
+
+def make_map(cells: int = 4, grid=(2, 3), size=(200, 300), kept=None, scored=True, marks=2, padding=0) -> TokenMap:
+    """A map of one image: a global view of `cells` x `cells` and crops of the same, over `size` plus padding."""
+    views = [(0, (0, 0, *size))]
+    height, width = size[0] / max(grid[0], 1), (size[1] + 2 * padding) / grid[1]
+    for row in range(grid[0]):
+        for col in range(grid[1]):
+            left = col * width - padding
+            views.append((1, (row * height, left, (row + 1) * height, left + width)))
+    rows = []
+    for view, (kind, (top, left, bottom, right)) in enumerate(views):
+        for i in range(cells):
+            for j in range(cells):
+                h, w = (bottom - top) / cells, (right - left) / cells
+                box = (top + i * h, left + j * w, top + (i + 1) * h, left + (j + 1) * w)
+                rows.append((view, (i, j), kind, box, 0.1 * i if kind and scored else NAN))
+    rows += [(-1, (0, 0), 2, (NAN,) * 4, NAN)] * marks
+    number = len(rows)
+    return TokenMap(
+        image=torch.zeros(number, dtype=torch.long),
+        view=torch.tensor([row[0] for row in rows]),
+        cell=torch.tensor([row[1] for row in rows]),
+        kind=torch.tensor([row[2] for row in rows]),
+        box=torch.tensor([row[3] for row in rows]),
+        score=torch.tensor([row[4] for row in rows]),
+        kept=torch.ones(number, dtype=torch.bool) if kept is None else kept(rows),
+    )
+
+
+def plain(size=(200, 300)) -> Image.Image:
+    """Left half orange, right half blue."""
+    image = Image.new("RGB", (size[1], size[0]), ORANGE)
+    image.paste(BLUE, (size[1] // 2, 0, size[1], size[0]))
+    return image
+
+
+def pixels_near(picture: Image.Image, color, tolerance: int = 12) -> int:
+    """Number of pixels of about that colour."""
+    return int((np.abs(np.asarray(picture, dtype=int) - color).max(axis=-1) <= tolerance).sum())
+
+
+def test_all_kept_shows_the_whole_image_bright_and_no_legend_of_dropped():
+    picture = draw_token_map(plain(), make_map(), width=1000)
+    assert picture.mode == "RGB"
+    assert picture.width == pytest.approx(1000, abs=4)
+    assert pixels_near(picture, ORANGE) == pytest.approx(pixels_near(picture, BLUE), rel=0.1)
+    dim = draw_token_map(plain(), make_map(kept=lambda rows: torch.zeros(len(rows), dtype=torch.bool)), width=1000)
+    assert pixels_near(dim, ORANGE) < 0.02 * pixels_near(picture, ORANGE)
+
+
+def test_cells_lie_over_the_part_of_the_image_they_stand_for():
+    """Only tokens over the left half are kept: orange stays, blue goes."""
+
+    def left_half(rows):
+        return torch.tensor([kind == 2 or box[3] <= 151 for _, _, kind, box, _ in rows])
+
+    bright = draw_token_map(plain(), make_map(), width=1000)
+    picture = draw_token_map(plain(), make_map(kept=left_half), width=1000)
+    assert pixels_near(picture, ORANGE) > 0.85 * pixels_near(bright, ORANGE)
+    assert pixels_near(picture, BLUE) < 0.02 * pixels_near(bright, BLUE)
+
+
+def test_frame_places_the_corners_of_the_source_exactly():
+    frame = _Frame((0.0, -50.0, 200.0, 350.0), 2.0)
+    assert frame.size == (800, 400)
+    assert frame.place(np.array([[0, 0, 200, 300], [-10, -90, 999, 999]])).tolist() == [
+        [0, 100, 400, 700],
+        [0, 0, 400, 800],
+    ]
+
+
+def test_padding_is_drawn_around_the_image_and_named_in_the_legend():
+    without, padded = (draw_token_map(plain(), make_map(padding=padding), width=1000) for padding in (0, 60))
+    hatch = (214, 214, 210)
+    assert pixels_near(padded, hatch, 2) > 20 * max(pixels_near(without, hatch, 2), 1)
+
+
+def test_panels_follow_what_there_is():
+    full = draw_token_map(plain(), make_map(), width=1000)
+    unscored = draw_token_map(plain(), make_map(scored=False), width=1000)
+    assert pixels_near(unscored, ORANGE) > pixels_near(full, ORANGE)
+    only_global = draw_token_map(plain(), make_map(grid=(0, 1)), width=1000)
+    assert pixels_near(only_global, ORANGE) > 0
+
+
+@pytest.mark.parametrize("size", [(1, 1), (30, 3000), (3000, 30), (700, 500)])
+def test_any_shape_gives_a_picture_of_reasonable_size(size):
+    picture = draw_token_map(plain(size), make_map(size=size), title="A question " * 60, width=900)
+    assert 890 <= picture.width <= 1400
+    assert picture.height < 4000
+
+
+def test_a_long_word_as_title_does_not_hang():
+    assert draw_token_map(plain(), make_map(), title="x" * 1000, width=600).height < 2000
+
+
+def test_the_second_image_of_a_batch():
+    one, two = make_map(), make_map(kept=lambda rows: torch.zeros(len(rows), dtype=torch.bool))
+    fields = {name: torch.cat([getattr(one, name), getattr(two, name)]) for name in vars(one)}
+    fields["image"] = torch.cat([one.image, two.image + 1])
+    batch = TokenMap(**fields)
+    assert pixels_near(draw_token_map(plain(), batch), ORANGE) > pixels_near(draw_token_map(plain(), batch, 1), ORANGE)
+    with pytest.raises(ValueError, match="holds 2 images"):
+        draw_token_map(plain(), batch, 2)
+
+
+def test_the_source_may_be_a_path_with_orientation(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown turned by 90 degrees
+    plain((300, 200)).save(tmp_path / "turned.jpg", exif=exif)
+    picture = draw_token_map(tmp_path / "turned.jpg", make_map(size=(200, 300)), width=1000)
+    assert pixels_near(picture, (214, 214, 210), 2) < 300  # the upright size is that of the map: no padding
+
+
+@pytest.mark.parametrize("width", [599, True, 800.0, "800"])
+def test_a_bad_width_is_named(width):
+    with pytest.raises(ValueError, match="width="):
+        draw_token_map(plain(), make_map(), width=width)
+
+
+def test_heat_runs_from_dark_to_light():
+    brightness = heat_colors(np.linspace(0, 1, 20)).sum(axis=-1)
+    assert (np.diff(brightness) > 0).all()
+    assert heat_colors(np.zeros((2, 3))).shape == (2, 3, 3)
