@@ -112,3 +112,13 @@ def test_prompt_scope_reads_up_to_the_end_of_the_last_answer_prefix():
     labels = [-100] * 7 + [20] + [-100] * 5 + [21]
     assert read([1, 9, 10, 20], scope="prompt", answer=(), labels=[-100, -100, -100, 20]) == [[0, 2]]
     assert read(ids[:7], scope="prompt", labels=labels[:7]) == [[0, 1, 2, 4, 5, 6]]
+
+
+def test_prompt_scope_reads_no_answer_that_is_learned():
+    """At inference earlier answers are part of the prompt; with labels, or in training, they are targets."""
+    ids = [1, 40, 41, 9, 10, 50, 51, 20, 40, 41, 11, 50, 51, 21]
+    unread = [[0, 1, 2, 4, 5, 6, 8, 9, 10, 11, 12]]
+    assert read(ids, scope="prompt", question=USER, labels=ids) == unread
+    assert read(ids, scope="prompt", question=USER, training=True) == unread
+    # without a question prefix nothing tells where an answer ends: only the answer prefixes are read beyond
+    assert read(ids, scope="prompt", training=True) == [[0, 1, 2, 4, 5, 6, 11, 12]]

@@ -125,6 +125,7 @@ class HiResLmmConfig(PreTrainedConfig):
             prompt, as released SliME does.
         answer_prefix_ids (`list[int]`, *optional*): Ids that open an answer in the chat template.
         question_prefix_ids (`list[int]`, *optional*): Ids that open a user turn in the chat template.
+        training_stage (`str`, *optional*): Stage of training that wrote the weights; the model does not read it.
         tie_word_embeddings (`bool`): Share input and output embeddings; taken from `text_config` if set there.
         auto_map (`dict`, *optional*): Classes for loading without this package; complete by default.
 
@@ -158,6 +159,7 @@ class HiResLmmConfig(PreTrainedConfig):
     question_scope: Literal["turn", "prompt"] = "turn"
     answer_prefix_ids: list | None = None
     question_prefix_ids: list | None = None
+    training_stage: str | None = None
     tie_word_embeddings: bool = False
     auto_map: dict | None = None
 
@@ -243,6 +245,12 @@ class HiResLmmConfig(PreTrainedConfig):
             )
         global_grid, crop_grid = chain.grids_before(self.patch_grid)[-1]
         marks = chain.layout.active_marks()
+        for name, mark in marks.items():
+            if isinstance(mark, int) and not 0 <= mark < self.text_config.vocab_size:
+                raise ValueError(
+                    f"layout.{name} is the token id {mark}, but the language model has {self.text_config.vocab_size} "
+                    'tokens; use one of them, or "learned".'
+                )
         consumers = budget_consumers(chain) or [{"on": BUDGET_ROUTER["on"]}]
         return {
             "patch_grid": list(self.patch_grid),

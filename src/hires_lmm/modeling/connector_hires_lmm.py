@@ -59,6 +59,7 @@ class HiResLmmConnector(PreTrainedModel):
         ]
         self.num_early_ops = held_back.index(True) if True in held_back else len(held_back)
         self.is_done_early = True not in held_back
+        self.training_views = "all"  # views that a training stage uses: "all", "global" or "crops"
         self.post_init()
 
     @torch.no_grad()
@@ -86,17 +87,25 @@ class HiResLmmConnector(PreTrainedModel):
         return self._apply_budget(tokens) if self.is_done_early else tokens
 
     def adapt(self, views: ViewFeatures) -> ViewFeatures:
-        """Run view operations and adapter; without crops they still run in training, on a zero-weighted one."""
-        idle = self.training and not views.crop_features.shape[0]
+        """Run view operations and adapter.
+
+        In training, the kinds of views that `training_views` names run in every batch, crops on a zero-weighted view
+        if need be, and the other kind runs in none: all processes do the same work.
+        """
+        num_images = len(views.images)
+        idle = self.training and self.training_views != "global" and not views.crop_features.shape[0]
         if idle:
             views = replace(views, crop_features=torch.zeros_like(views.global_features[:1]))
         for op in self.view_ops:
             views = op(views)
-        glob = self.adapter(views.global_features, KIND_GLOBAL)
         crops = self.adapter(views.crop_features, KIND_CROP)
+        global_grid, crop_grid = self.adapted_grids
+        if views.global_features.shape[0] or not num_images:
+            glob = self.adapter(views.global_features, KIND_GLOBAL)
+        else:
+            glob = crops.new_zeros(num_images, global_grid[0] * global_grid[1], crops.shape[-1])
         if idle:
             glob, crops = glob + 0.0 * crops.sum(), crops[:0]
-        global_grid, crop_grid = self.adapted_grids
         return replace(views, global_features=glob, crop_features=crops, global_grid=global_grid, crop_grid=crop_grid)
 
     def run_idle(self, views: ViewFeatures, embed: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:

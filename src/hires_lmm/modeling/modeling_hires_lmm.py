@@ -95,6 +95,7 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
         view_spans: torch.Tensor,
         view_boxes: torch.Tensor | None = None,
         vision_feature_layer: int | None = None,
+        vision_features: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | BaseModelOutputWithPooling:
         """Encode images up to the first operation that reads the question or whose count depends on content.
@@ -105,6 +106,8 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
             view_spans (`torch.Tensor` of shape `(V, 4)`): Patch rows and columns of each view that enter the sequence.
             view_boxes (`torch.Tensor` of shape `(V, 4)`, *optional*): Boxes in 1/256 source pixel, for token maps.
             vision_feature_layer (`int`, *optional*): Layer of the tower; `config.vision_feature_layer` by default.
+            vision_features (`torch.Tensor` of shape `(V, L, C)`, *optional*): What the tower gave for the views, in
+                place of `pixel_values`; the tower does not run.
 
         Returns:
             `HiResLmmImageFeatures`; its `pooler_output` holds one `(n_i, D)` tensor an image.
@@ -112,9 +115,17 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
         Raises:
             ValueError: If the tensors do not belong together or do not fit the model.
         """
-        images = self._read_geometry(pixel_values, view_positions, view_spans)
-        features, last_hidden_state = self.encode_views(pixel_values, vision_feature_layer)
-        tokens = self.connector.encode(self._group_views(features, images), self._embed_token)
+        source = pixel_values if vision_features is None else vision_features
+        images = self._read_geometry(source, vision_features is not None, view_positions, view_spans)
+        groups = self._group_rows(images)
+        if groups[0] is None:
+            source = source[groups[1].to(source.device)]
+        if vision_features is None:
+            features, last_hidden_state = self.encode_views(source, vision_feature_layer)
+        else:
+            features, last_hidden_state = source.to(self.vision_tower.dtype), None
+        views = self._group_views(features, images, groups)
+        tokens = self.connector.encode(views, self._embed_token)
         placed = drop(tokens)[0].split(tokens.num_tokens) if self.connector.is_done_early else None
         return HiResLmmImageFeatures(
             last_hidden_state=last_hidden_state,
@@ -128,39 +139,56 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
         return self.get_input_embeddings()(ids)
 
     def _read_geometry(
-        self, pixel_values: torch.Tensor, view_positions: torch.Tensor | None, view_spans: torch.Tensor | None
+        self,
+        source: torch.Tensor | None,
+        is_encoded: bool,
+        view_positions: torch.Tensor | None,
+        view_spans: torch.Tensor | None,
     ) -> list[ImageGeometry]:
-        """Copy the geometry to the host, once."""
-        side = self.config.view_size
-        if pixel_values.ndim != 4 or tuple(pixel_values.shape[-2:]) != (side, side):
+        """Check views or their features against the geometry, and copy that to the host, once."""
+        side, (rows, cols) = self.config.view_size, self.config.patch_grid
+        name, shape = "pixel_values", f"3, {side}, {side}"
+        if is_encoded:
+            name, shape = "vision_features", f"{rows * cols}, {self.config.vision_config.hidden_size}"
+        given = None if source is None else tuple(source.shape)
+        if given is None or ", ".join(map(str, given[1:])) != shape:
             raise ValueError(
-                f"pixel_values has the shape {tuple(pixel_values.shape)}, but the vision tower reads views of shape "
-                f"(views, 3, {side}, {side}). Use the image processor that belongs to this checkpoint."
+                f"{name} has the shape {given}, but this model reads views of shape (views, {shape}). Use the image "
+                "processor that belongs to this checkpoint."
             )
         if view_positions is None or view_spans is None:
-            raise ValueError(
-                "pixel_values came without view_positions and view_spans; pass all that the processor gives."
-            )
-        if view_positions.shape != (pixel_values.shape[0], NUM_POSITION_FIELDS):
+            raise ValueError(f"{name} came without view_positions and view_spans; pass all that the processor gives.")
+        if view_positions.shape != (given[0], NUM_POSITION_FIELDS):
             raise ValueError(
                 f"view_positions has the shape {tuple(view_positions.shape)}, expected "
-                f"({pixel_values.shape[0]}, {NUM_POSITION_FIELDS}): one row a view of pixel_values."
+                f"({given[0]}, {NUM_POSITION_FIELDS}): one row a view of {name}."
             )
         table = torch.cat([view_positions, view_spans], dim=1).tolist()
         positions = [row[:NUM_POSITION_FIELDS] for row in table]
         return read_geometry(positions, [row[NUM_POSITION_FIELDS:] for row in table])
 
-    def _group_views(self, features: torch.Tensor, images: list[ImageGeometry]) -> ViewFeatures:
-        """Separate global views from the others; in training, crops always exist (a zero-weighted one if need be)."""
-        kinds = [kind for image in images for kind in image.kinds]
-        global_rows = [row for row, kind in enumerate(kinds) if kind == KIND_GLOBAL]
-        crop_rows = [row for row, kind in enumerate(kinds) if kind != KIND_GLOBAL]
+    def _group_rows(self, images: list[ImageGeometry]) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """Rows of global views and of crops; None for global views that a training stage leaves out."""
+        kinds = torch.tensor([kind for image in images for kind in image.kinds], dtype=torch.long)
+        crop_rows = torch.nonzero(kinds != KIND_GLOBAL)[:, 0]
+        if not (self.training and self.connector.training_views == "crops"):
+            return torch.nonzero(kinds == KIND_GLOBAL)[:, 0], crop_rows
+        if any(image.spans[0][1] > image.spans[0][0] for image in images):
+            raise ValueError(
+                "This training stage uses crops only, but global views enter the sequence; make the batch with "
+                "views='crops'."
+            )
+        return None, crop_rows
+
+    def _group_views(
+        self, features: torch.Tensor, images: list[ImageGeometry], groups: tuple[torch.Tensor | None, torch.Tensor]
+    ) -> ViewFeatures:
+        """Separate global views from the others."""
         grid = self.config.patch_grid
-
-        def rows(index: list[int]) -> torch.Tensor:
-            return features[torch.tensor(index, dtype=torch.long).to(features.device)]
-
-        return ViewFeatures(rows(global_rows), rows(crop_rows), grid, grid, images)
+        if groups[0] is None:
+            return ViewFeatures(features[:0], features, grid, grid, images)
+        glob, crops = (features[rows.to(features.device)] for rows in groups if rows is not None)
+        return ViewFeatures(glob, crops, grid, grid, images)
 
     def get_placeholder_mask(
         self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor, prompt_length: int | None = None
@@ -202,6 +230,7 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
         mm_encoder_outputs: dict | None = None,
         output_token_map: bool = False,
         question_labels: torch.Tensor | None = None,
+        vision_features: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | HiResLmmModelOutputWithPast:
         """Run the model.
@@ -221,6 +250,8 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
             mm_encoder_outputs (`dict`, *optional*): `{"image": features}` from `get_image_features`.
             output_token_map (`bool`): Return a record of every visual token.
             question_labels (`torch.Tensor` of shape `(B, S)`, *optional*): Training labels, to keep answers unread.
+            vision_features (`torch.Tensor` of shape `(V, L, C)`, *optional*): Cached output of the tower in place of
+                `pixel_values`, for training; with no rows it says that the tower runs on no process.
 
         Returns:
             `HiResLmmModelOutputWithPast`.
@@ -233,7 +264,14 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         features = self._image_features(
-            input_ids, inputs_embeds, pixel_values, view_positions, view_spans, view_boxes, mm_encoder_outputs
+            input_ids,
+            inputs_embeds,
+            pixel_values,
+            vision_features,
+            view_positions,
+            view_spans,
+            view_boxes,
+            mm_encoder_outputs,
         )
         extra: dict[str, Any] = {}
         packing = None
@@ -246,7 +284,8 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
                 inputs_embeds = pack(inputs_embeds, packing)
                 extra["packed_attention_mask"] = attention_mask
         elif self.training and past_key_values is None:
-            inputs_embeds = inputs_embeds + self._idle_connector(inputs_embeds.device).to(inputs_embeds)
+            idle = self._idle_connector(inputs_embeds.device, use_tower=vision_features is None)
+            inputs_embeds = inputs_embeds + idle.to(inputs_embeds)
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -270,6 +309,7 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
         input_ids: torch.Tensor | None,
         inputs_embeds: torch.Tensor,
         pixel_values: torch.Tensor | None,
+        vision_features: torch.Tensor | None,
         view_positions: torch.Tensor | None,
         view_spans: torch.Tensor | None,
         view_boxes: torch.Tensor | None,
@@ -277,11 +317,21 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
     ) -> HiResLmmImageFeatures | None:
         """Take the caller's features or encode the images, after comparing placeholders with promised tokens."""
         features = (mm_encoder_outputs or {}).get("image")
-        if features is not None and pixel_values is not None:
-            raise ValueError("Pass pixel_values or mm_encoder_outputs, not both: they stand for the same images.")
-        if features is None and pixel_values is not None and pixel_values.shape[0]:
+        given = [views for views in (pixel_values, vision_features) if views is not None]
+        if len(given) + (features is not None) > 1:
+            raise ValueError(
+                "Pass one of pixel_values, vision_features and mm_encoder_outputs: they stand for the same images."
+            )
+        if given and given[0].shape[0]:
             self.check_placeholders(self.get_placeholder_mask(input_ids, inputs_embeds), view_positions)
-            return self.get_image_features(pixel_values, view_positions, view_spans, view_boxes, return_dict=True)
+            return self.get_image_features(
+                pixel_values,
+                view_positions,
+                view_spans,
+                view_boxes,
+                vision_features=vision_features,
+                return_dict=True,
+            )
         if features is not None and getattr(features, "prompt_length", None) is None:
             mask = self.get_placeholder_mask(input_ids, inputs_embeds)
             compare_counts(int(mask.sum()), sum(placeholders_per_image(features)))
@@ -365,11 +415,18 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
         prompt_length: int | None,
     ) -> Question:
         """Collect the readable text of each image."""
-        readable = torch.ones_like(placeholder)
-        if attention_mask is not None and attention_mask.ndim == 2:
-            readable = attention_mask[:, -placeholder.shape[1] :].bool()
+        readable, length = torch.ones_like(placeholder), placeholder.shape[1]
+        if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
+            readable = attention_mask[:, -length:].bool()
         if prompt_length is not None:
-            readable = readable & (torch.arange(placeholder.shape[1], device=placeholder.device) < prompt_length)
+            readable = readable & (torch.arange(length, device=placeholder.device) < prompt_length)
+            if prompt_mask is not None:  # `generate` does not lengthen it
+                prompt_mask = nn.functional.pad(prompt_mask.bool(), (0, max(length - prompt_mask.shape[1], 0)))
+        if prompt_mask is not None and prompt_mask.shape != placeholder.shape:
+            raise ValueError(
+                f"prompt_mask has the shape {tuple(prompt_mask.shape)}, expected that of input_ids: "
+                f"{tuple(placeholder.shape)}."
+            )
         return build_question(
             inputs_embeds,
             input_ids,
@@ -381,7 +438,7 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
             scope=self.config.question_scope,
             answer_prefix=self.config.answer_prefix_ids or [],
             question_prefix=self.config.question_prefix_ids or [],
-            training=self.training,
+            training=self.training and prompt_length is None,  # in `generate` no answer can be read
         )
 
     def _pack(
@@ -409,14 +466,22 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
         position_ids = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)[:, -packing.mask.shape[1] :]
         return packing, attention_mask, position_ids
 
-    def _idle_connector(self, device: torch.device) -> torch.Tensor:
-        """Zero, computed from all visual modules, so that batches without images train them on every rank alike."""
+    def _idle_connector(self, device: torch.device, use_tower: bool) -> torch.Tensor:
+        """Zero, computed from the visual modules of the stage, so that they train on every rank alike."""
         side, (rows, cols) = self.config.view_size, self.config.patch_grid
-        pixels = torch.zeros(1, self.config.vision_config.num_channels, side, side, device=device)
-        features, _ = self.encode_views(pixels, self.config.vision_feature_layer)
-        span = (0, rows, 0, cols)
-        image = ImageGeometry(0, (KIND_GLOBAL, 1), (1, 1), ((0, 0), (0, 0)), (span, span), 0)
-        views = ViewFeatures(features, features, self.config.patch_grid, self.config.patch_grid, [image])
+        if use_tower:
+            pixels = torch.zeros(1, self.config.vision_config.num_channels, side, side, device=device)
+            features, _ = self.encode_views(pixels, self.config.vision_feature_layer)
+        else:
+            shape = (1, rows * cols, self.config.vision_config.hidden_size)
+            features = torch.zeros(shape, device=device, dtype=self.vision_tower.dtype)
+        span, used = (0, rows, 0, cols), self.connector.training_views
+        spans = ((0, 0, 0, 0) if used == "crops" else span, span)
+        image = ImageGeometry(0, (KIND_GLOBAL, 1), (1, 1), ((0, 0), (0, 0)), spans, 0)
+        if used == "global":
+            image = ImageGeometry(0, (KIND_GLOBAL,), (0, 0), ((0, 0),), (span,), 0)
+        glob, crops = features[: used != "crops"], features[: used != "global"]
+        views = ViewFeatures(glob, crops, self.config.patch_grid, self.config.patch_grid, [image])
         return self.connector.run_idle(views, self._embed_token)
 
 
@@ -459,6 +524,7 @@ class HiResLmmForConditionalGeneration(HiResLmmPreTrainedModel, HiResLmmGenerati
         logits_to_keep: int | torch.Tensor = 0,
         mm_encoder_outputs: dict | None = None,
         output_token_map: bool = False,
+        vision_features: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | HiResLmmCausalLMOutputWithPast:
         """Run the model and its head; see `HiResLmmModel.forward` for the inputs they share.
@@ -488,6 +554,7 @@ class HiResLmmForConditionalGeneration(HiResLmmPreTrainedModel, HiResLmmGenerati
             mm_encoder_outputs=mm_encoder_outputs,
             output_token_map=output_token_map,
             question_labels=labels,
+            vision_features=vision_features,
             return_dict=True,
             **kwargs,
         )

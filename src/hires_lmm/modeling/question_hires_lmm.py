@@ -114,6 +114,8 @@ def build_question(
             turn, next_turn = number_turns(ids, placeholder, answer_prefix, question_prefix)
         else:
             turn = (~_after_last(ids, answer_prefix)).long()
+            if training or labels is not None:  # earlier answers are targets here, at inference part of the prompt
+                turn = torch.where(_in_answer(ids, answer_prefix, question_prefix), 0, turn)
     if prompt_mask is not None:
         readable = readable & prompt_mask.bool()
     elif labels is not None:
@@ -127,6 +129,13 @@ def _after_last(ids: torch.Tensor, answer_prefix: list[int]) -> torch.Tensor:
     last = latest(find_sequence(ids, answer_prefix))[:, -1:]
     positions = torch.arange(ids.shape[1], device=ids.device)
     return (last >= 0) & (positions >= last + len(answer_prefix))
+
+
+def _in_answer(ids: torch.Tensor, answer_prefix: list[int], question_prefix: list[int]) -> torch.Tensor:
+    """True from the end of an answer prefix to the next question prefix (to the end of the row without one)."""
+    opened, closed = latest(find_sequence(ids, answer_prefix)), latest(find_sequence(ids, question_prefix))
+    positions = torch.arange(ids.shape[1], device=ids.device)
+    return (opened > closed) & (positions >= opened + len(answer_prefix))
 
 
 def _image_positions(placeholder: torch.Tensor, lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:

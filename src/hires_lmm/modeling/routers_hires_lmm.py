@@ -204,6 +204,8 @@ class HiResLmmRouter(nn.Module):
         self, features: torch.Tensor, image: int, question: Question | None, mask: torch.Tensor | None
     ) -> torch.Tensor:
         """Scores `(n,)` of the routed tokens of one image, float32."""
+        if not features.shape[0]:
+            return features.new_zeros(0, dtype=torch.float32)
         if self.options.score == "saliency":
             return saliency_scores(features)
         if question is None or mask is None:
