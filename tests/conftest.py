@@ -122,7 +122,11 @@ def fail_on_deprecated_calls():
     warning_once = getattr(logging.Logger, "warning_once", None)  # transformers says some things once a process
     if warning_once is not None:
         warning_once.cache_clear()
+    loggers = [logging.getLogger(name) for name in ("transformers", "huggingface_hub")]
+    levels = [logger.level for logger in loggers]
     yield
+    for logger, level in zip(loggers, levels, strict=True):  # the command line silences the libraries
+        logger.setLevel(level)
     lines = CATCHER.take()
     if lines:
         pytest.fail("transformers logged a deprecation:\n" + "\n".join(lines), pytrace=False)

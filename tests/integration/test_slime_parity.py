@@ -104,6 +104,7 @@ def test_every_stage_equals_the_published_one(number, released, expected):
     close(output.token_map.score[local], "router_scores", atol=2e-4)  # sums of up to 22 cosines
     assert output.token_map.kept[local].nonzero()[:, 0].tolist() == want("selected").tolist()
     assert int(output.token_map.kept.sum()) + len(case["input_ids"]) - 1 == case["sequence_length"]
+    assert int(output.kept_mask.sum()) == case["sequence_length"]
     close(output.logits[0, -1], "logits_last")
     close(output.logits[0, -len(want("logits_text")) :], "logits_text")
 

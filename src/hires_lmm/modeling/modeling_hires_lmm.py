@@ -394,7 +394,7 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
         kept_positions = torch.ones_like(placeholder)
         if kept is not None:
             kept_positions = kept_positions.masked_scatter(placeholder, kept.to(placeholder.device))
-        extra: dict[str, Any] = {"image_hidden_states": placed}
+        extra: dict[str, Any] = {"image_hidden_states": placed, "kept_mask": kept_positions}
         if prompt_length is not None:
             extra["num_drafted"] = placeholder.shape[1] - prompt_length
         if output_token_map:

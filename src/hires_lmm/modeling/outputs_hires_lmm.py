@@ -135,7 +135,7 @@ class HiResLmmModelOutputWithPast(BaseModelOutputWithPast):
         hidden_states (`tuple[torch.Tensor]`, *optional*): Per layer, at packed length.
         attentions (`tuple[torch.Tensor]`, *optional*): Per layer, at packed length.
         image_hidden_states (`torch.Tensor` of shape `(M, D)`, *optional*): Visual tokens written over placeholders.
-        kept_mask (`torch.Tensor` of shape `(B, S)`, *optional*): Positions that reached the language model.
+        kept_mask (`torch.Tensor` of shape `(B, S)`, *optional*): False where a visual token was dropped.
         packed_attention_mask (`torch.Tensor` of shape `(B, past + P)`, *optional*): Mask of the packed rows.
         num_drafted (`int`, *optional*): Positions beyond the prompt in this call.
         token_map (`TokenMap`, *optional*): With `output_token_map=True`.
