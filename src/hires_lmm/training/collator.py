@@ -1,0 +1,232 @@
+"""From conversations with images to batches for training."""
+
+from typing import Any
+
+import torch
+from torch.utils.data import get_worker_info
+
+from .data.conversations import attach_images
+from .features import VisionFeatureStore
+from .stages import VIEWS
+
+
+IGNORED = -100
+TOO_LONG = ("error", "lower_budget", "drop")
+GEOMETRY = ("view_positions", "view_boxes", "view_spans")
+COUNTERS = ("dropped_samples", "lowered_budgets")
+WORKER_SLOTS = 128
+
+
+class HiResLmmCollator:
+    """Turns chat messages with images into a batch: labels on answers only, padding on the right.
+
+    Args:
+        processor (`HiResLmmProcessor`): Its chat template must mark answers with `{% generation %}`.
+        views (`str`): Views that are made: `"all"`, `"global"` or `"crops"`; that of the stage.
+        max_length (`int`, *optional*): Most tokens of a sample, placeholders included.
+        too_long (`str`): What happens to longer samples. `"error"`: stop and name the sample. `"lower_budget"`: give
+            its images the largest common `max_image_tokens` that fits, and count it. `"drop"`: leave it out and count
+            it; a batch that loses all its samples becomes one row of two end tokens, so that every process has one.
+        max_image_tokens (`int`, *optional*): Budget of every image.
+        features (`VisionFeatureStore`, *optional*): Cached tower features that replace the pixels.
+        pad_to_multiple_of (`int`, *optional*): Round the length of the batch up.
+        images_kwargs (`dict`, *optional*): More options for the images, such as `max_crops`.
+
+    Raises:
+        ValueError: If an option is unknown, or the chat template has no generation marks.
+    """
+
+    def __init__(
+        self,
+        processor: Any,
+        views: str = "all",
+        max_length: int | None = None,
+        too_long: str = "error",
+        max_image_tokens: int | None = None,
+        features: VisionFeatureStore | None = None,
+        pad_to_multiple_of: int | None = None,
+        images_kwargs: dict | None = None,
+    ):
+        if views not in VIEWS:
+            raise ValueError(f"views={views!r} is unknown; use one of {', '.join(VIEWS)}.")
+        if too_long not in TOO_LONG:
+            raise ValueError(f"too_long={too_long!r} is unknown; use one of {', '.join(TOO_LONG)}.")
+        if processor.chat_template is None or "generation" not in processor.chat_template:
+            raise ValueError(
+                "The chat template of the processor does not mark answers with {% generation %}, so labels cannot be "
+                "made; pass chat_template='llama3', 'vicuna', 'chatml' or 'plain' to HiResLmmProcessor.from_config."
+            )
+        if features is not None:
+            features.check_processor(processor)
+        self.processor = processor
+        self.views = views
+        self.max_length = max_length
+        self.too_long = too_long
+        self.max_image_tokens = max_image_tokens
+        self.features = features
+        self.pad_to_multiple_of = pad_to_multiple_of
+        self.images_kwargs = {**(images_kwargs or {}), "views": views}
+        self._counts = torch.zeros(len(COUNTERS), WORKER_SLOTS, dtype=torch.long).share_memory_()
+
+    def counts(self) -> dict[str, int]:
+        """Samples that were dropped and samples whose budget was lowered, over all workers of this process."""
+        return dict(zip(COUNTERS, self._counts.sum(dim=1).tolist(), strict=True))
+
+    def encode(self, example: dict) -> dict[str, torch.Tensor] | None:
+        """Encode one conversation.
+
+        Args:
+            example (`dict`): `messages`, and `images` or `image` where the messages hold none themselves.
+
+        Returns:
+            Tensors of one sample without batch dimension, or None where it is too long and `too_long="drop"`.
+
+        Raises:
+            ValueError: If the sample is too long and may not be changed, or has no answer.
+        """
+        messages = read_messages(example)
+        sample = self._encode(messages, self.max_image_tokens)
+        length = len(sample["input_ids"])
+        if self.max_length is None or length <= self.max_length:
+            return sample
+        if self.too_long == "drop":
+            return None
+        if self.too_long == "lower_budget" and "view_positions" in sample:
+            budget = self._smaller_budget(sample, length - self.max_length)
+            if budget is not None:
+                sample = self._encode(messages, budget)
+                self._count("lowered_budgets")
+                return sample
+        raise ValueError(
+            f"Sample {example.get('id', '')!r} has {length} tokens, {int(sample['is_image'].sum())} of them for "
+            f"images, more than max_length={self.max_length}; raise max_length, lower max_image_tokens, or pass "
+            "too_long='lower_budget' (needs room for the text) or 'drop'."
+        )
+
+    def __call__(self, examples: list[dict]) -> dict[str, torch.Tensor]:
+        """Encode and pad a batch.
+
+        Args:
+            examples (`list[dict]`): Conversations, see `encode`.
+
+        Returns:
+            `input_ids`, `attention_mask`, `labels`, `prompt_mask` (all `(B, S)`), and for batches with images
+            `pixel_values` (or `vision_features` from a cache, for all batches) and the geometry of the views.
+        """
+        samples = []
+        for example in examples:
+            sample = self.encode(example)
+            if sample is None:
+                self._count("dropped_samples")
+            else:
+                samples.append(sample)
+        return self._join(samples or [self._end_row()])
+
+    def _encode(self, messages: list[dict], max_image_tokens: int | None) -> dict[str, torch.Tensor]:
+        """Run the processor on one conversation."""
+        images_kwargs = {**self.images_kwargs, "max_image_tokens": max_image_tokens}
+        has_images = any(part["type"] == "image" for message in messages for part in message["content"])
+        encoded = self.processor.apply_chat_template(
+            [messages],
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            processor_kwargs={"images_kwargs": images_kwargs} if has_images else {},
+        )
+        ids = torch.as_tensor(encoded["input_ids"][0], dtype=torch.long)
+        answer = torch.as_tensor(encoded["assistant_masks"][0], dtype=torch.bool)
+        is_image = ids == self.processor.image_token_id
+        answer = answer & ~is_image
+        if not answer.any():
+            raise ValueError(
+                f"A sample has no answer to learn: {str(messages)[:160]!r}; end it with an assistant turn."
+            )
+        sample = {
+            "input_ids": ids,
+            "labels": torch.where(answer, ids, IGNORED),
+            "prompt_mask": ~answer & ~is_image,
+            "is_image": is_image,
+        }
+        for name in GEOMETRY if has_images else ():
+            sample[name] = torch.as_tensor(encoded[name])
+        if has_images and self.features is None:
+            sample["pixel_values"] = torch.as_tensor(encoded["pixel_values"])
+        elif has_images and self.features is not None:
+            images = [find_image(part) for message in messages for part in message["content"]]
+            images = [image for image in images if image is not None]
+            sample["vision_features"] = self.features.rows(self.processor, images, sample["view_positions"])
+        return sample
+
+    def _smaller_budget(self, sample: dict[str, torch.Tensor], surplus: int) -> int | None:
+        """The largest common budget that saves `surplus` tokens; None if there is none."""
+        positions = sample["view_positions"]
+        counts = positions[positions[:, 0] == 0, 5].tolist()
+        for budget in range(max(counts) - 1, 0, -1):
+            if sum(max(count - budget, 0) for count in counts) >= surplus:
+                return budget
+        return None
+
+    def _count(self, name: str) -> None:
+        worker = get_worker_info()
+        self._counts[COUNTERS.index(name), 0 if worker is None else 1 + worker.id % (WORKER_SLOTS - 1)] += 1
+
+    def _end_row(self) -> dict[str, torch.Tensor]:
+        """A row that teaches next to nothing: an end token after an end token."""
+        ids = torch.full((2,), self.processor.tokenizer.eos_token_id, dtype=torch.long)
+        return {
+            "input_ids": ids,
+            "labels": torch.tensor([IGNORED, ids[1].item()]),
+            "prompt_mask": torch.tensor([True, False]),
+        }
+
+    def _join(self, samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """Pad the rows on the right and put the views of all samples one after another."""
+        length = max(len(sample["input_ids"]) for sample in samples)
+        if self.pad_to_multiple_of is not None:
+            length = -(-length // self.pad_to_multiple_of) * self.pad_to_multiple_of
+        tokenizer = self.processor.tokenizer
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+
+        def padded(name: str, value: int) -> torch.Tensor:
+            rows = [sample[name] for sample in samples]
+            return torch.stack([torch.nn.functional.pad(row, (0, length - len(row)), value=value) for row in rows])
+
+        lengths = torch.tensor([len(sample["input_ids"]) for sample in samples])
+        batch = {
+            "input_ids": padded("input_ids", pad),
+            "attention_mask": (torch.arange(length) < lengths[:, None]).long(),
+            "labels": padded("labels", IGNORED),
+            "prompt_mask": padded("prompt_mask", 0),
+        }
+        for name in ("pixel_values", "vision_features", *GEOMETRY):
+            parts = [sample[name] for sample in samples if name in sample]
+            if parts:
+                batch[name] = torch.cat(parts)
+        if self.features is not None and "vision_features" not in batch:
+            batch["vision_features"] = self.features.empty()
+        return batch
+
+
+def read_messages(example: dict) -> list[dict]:
+    """The messages of an example with its images in their places.
+
+    Args:
+        example (`dict`): `messages`, and `images` or `image` where the messages hold none themselves.
+
+    Raises:
+        ValueError: If there are no messages.
+    """
+    if not example.get("messages"):
+        raise ValueError(f"An example has the keys {', '.join(example)}, but no messages; see load_conversations.")
+    images = example.get("images")
+    return attach_images(example["messages"], example.get("image") if images is None else images)
+
+
+def find_image(part: dict) -> Any:
+    """The image or source of a content part, or None for a text.
+
+    Args:
+        part (`dict`): A part as `attach_images` gives it.
+    """
+    keys = ("image", "url", "path", "base64")
+    return next((part[key] for key in keys if key in part), None) if part["type"] == "image" else None

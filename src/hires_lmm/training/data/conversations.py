@@ -1,0 +1,195 @@
+"""Conversations with images: the LLaVA JSON format and datasets with a `messages` column, local or streamed."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import Dataset
+
+
+IMAGE_MARK = "<image>"
+LLAVA_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+
+
+def attach_images(messages: list[dict], images: Any = None) -> list[dict]:
+    """Bring messages into one form: contents are lists of parts, and image parts hold their image.
+
+    Args:
+        messages (`list[dict]`): `role` and `content`; a content is a string, in which `<image>` stands for an image,
+            or a list of parts of type `text` and `image`. Keys with the value None, which columnar datasets add, are
+            left out.
+        images (*optional*): The images of the conversation in reading order, one or a list; only for image parts
+            that do not hold one themselves.
+
+    Returns:
+        New messages.
+
+    Raises:
+        ValueError: If the number of images and of places for them differ.
+    """
+    given = list(images) if isinstance(images, (list, tuple)) else [] if images is None else [images]
+    waiting = iter(given)
+    result, places = [], 0
+    for message in messages:
+        parts = []
+        for part in _split_content(message["content"]):
+            if part["type"] == "image" and not {"image", "url", "path", "base64"} & set(part):
+                places += 1
+                image = next(waiting, None)
+                part = part if image is None else {"type": "image", "image": image}
+            parts.append(part)
+        result.append({"role": message["role"], "content": parts})
+    if places != len(given):
+        raise ValueError(
+            f"A conversation has {places} places for images ({IMAGE_MARK} or image parts without an image), but "
+            f"{len(given)} images; write one place for each image. It begins {str(messages)[:120]!r}."
+        )
+    return result
+
+
+def _split_content(content: Any) -> list[dict]:
+    """Parts of a content."""
+    if not isinstance(content, str):
+        return [{key: value for key, value in part.items() if value is not None} for part in content]
+    parts: list[dict] = []
+    for number, text in enumerate(content.split(IMAGE_MARK)):
+        if number:
+            parts.append({"type": "image"})
+        if text:
+            parts.append({"type": "text", "text": text})
+    return parts
+
+
+def read_llava_record(record: dict, image_folder: str | Path | None = None) -> dict:
+    """Turn one record of a LLaVA JSON file into an example.
+
+    Args:
+        record (`dict`): `conversations` of `from` and `value`, and `image`: a path, a list of paths, or absent.
+        image_folder (`str`, *optional*): Folder that relative paths start from.
+
+    Returns:
+        `{"id", "messages"}`; image parts hold paths.
+
+    Raises:
+        ValueError: If the record is malformed; the message names its id.
+    """
+    name = record.get("id", "without an id")
+    turns = record.get("conversations")
+    if not isinstance(turns, list) or not turns:
+        raise ValueError(f"Record {name} has no conversations; it needs a list of {{'from', 'value'}}.")
+    images = record.get("image")
+    images = [] if images in (None, "") else images if isinstance(images, list) else [images]
+    messages = []
+    for turn in turns:
+        if turn.get("from") not in LLAVA_ROLES or not isinstance(turn.get("value"), str):
+            raise ValueError(f"Record {name} has the turn {turn!r}; 'from' must be one of {', '.join(LLAVA_ROLES)}.")
+        messages.append({"role": LLAVA_ROLES[turn["from"]], "content": turn["value"]})
+    paths = [str(Path(image_folder or "") / image) for image in images]
+    try:
+        return {"id": str(name), "messages": attach_images(messages, paths)}
+    except ValueError as error:
+        raise ValueError(f"Record {name}: {error}") from error
+
+
+class LlavaConversations(Dataset):
+    """A LLaVA JSON or JSON-lines file as a dataset of examples for `HiResLmmCollator`.
+
+    Args:
+        file (`str`): A `.json` file with a list of records, or a `.jsonl` file with one a line.
+        image_folder (`str`, *optional*): Folder of the images; by default that of the file.
+
+    Raises:
+        ValueError: If the file is missing or no list of records.
+    """
+
+    def __init__(self, file: str | Path, image_folder: str | Path | None = None):
+        self.file = Path(file)
+        self.image_folder = Path(image_folder) if image_folder is not None else self.file.parent
+        if not self.file.is_file():
+            raise ValueError(f"There is no file {str(file)!r}; correct the path.")
+        try:
+            text = self.file.read_text(encoding="utf-8")
+            lines = [line for line in text.splitlines() if line.strip()]
+            self.records = [json.loads(line) for line in lines] if self.file.suffix == ".jsonl" else json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{str(file)!r} is no JSON: {error}.") from error
+        if not isinstance(self.records, list):
+            raise ValueError(f"{str(file)!r} holds a {type(self.records).__name__}; it must be a list of records.")
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> dict:
+        return read_llava_record(self.records[index], self.image_folder)
+
+
+def stream_llava(file: str | Path, image_folder: str | Path | None = None) -> Iterator[dict]:
+    """Read a `.jsonl` file in the LLaVA format line by line, without holding it.
+
+    Args:
+        file (`str`): The file.
+        image_folder (`str`, *optional*): Folder of the images; by default that of the file.
+
+    Returns:
+        An iterator over examples; wrap it with `datasets.IterableDataset.from_generator` to shuffle and shard it.
+    """
+    folder = Path(image_folder) if image_folder is not None else Path(file).parent
+    with open(file, encoding="utf-8") as lines:
+        for line in lines:
+            if line.strip():
+                yield read_llava_record(json.loads(line), folder)
+
+
+def load_conversations(
+    source: str, split: str = "train", streaming: bool = False, image_folder: str | Path | None = None
+) -> Any:
+    """Open training conversations of any kind.
+
+    Args:
+        source (`str`): A LLaVA file (`.json`, `.jsonl`), a folder written by `Dataset.save_to_disk`, a local folder
+            or file that `datasets` reads, or a dataset on the Hub; the latter with a `messages` column and, where
+            messages hold none themselves, an `images` or `image` column.
+        split (`str`): Split of a dataset.
+        streaming (`bool`): Read while training instead of loading first.
+        image_folder (`str`, *optional*): Folder of the images of a LLaVA file.
+
+    Returns:
+        A dataset whose rows `HiResLmmCollator` reads.
+
+    Raises:
+        ValueError: If a dataset has no `messages` column.
+    """
+    path = Path(source)
+    if path.is_file() and path.suffix in (".json", ".jsonl") and _is_llava(path):
+        if not streaming:
+            return LlavaConversations(path, image_folder)
+        from datasets import IterableDataset
+
+        if path.suffix != ".jsonl":
+            raise ValueError(f"{source!r} cannot be streamed: only .jsonl is read line by line. Convert it.")
+        return IterableDataset.from_generator(stream_llava, gen_kwargs={"file": path, "image_folder": image_folder})
+    from datasets import load_dataset, load_from_disk
+
+    if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
+        dataset = load_from_disk(source)
+        dataset = dataset[split] if (path / "dataset_dict.json").is_file() else dataset
+        dataset = dataset.to_iterable_dataset() if streaming else dataset
+    elif path.is_file():
+        kind = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}.get(path.suffix, path.suffix[1:])
+        dataset = load_dataset(kind, data_files=source, split="train", streaming=streaming)
+    else:
+        dataset = load_dataset(source, split=split, streaming=streaming)
+    if dataset.column_names is not None and "messages" not in dataset.column_names:
+        raise ValueError(
+            f"{source!r} has the columns {', '.join(dataset.column_names)}, but no messages; rename the column, or "
+            "convert records in the LLaVA format with read_llava_record."
+        )
+    return dataset
+
+
+def _is_llava(path: Path) -> bool:
+    """Whether a JSON file holds records with `conversations`."""
+    with open(path, encoding="utf-8") as file:
+        start = file.read(1 << 20)
+    return '"conversations"' in start

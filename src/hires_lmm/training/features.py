@@ -1,0 +1,246 @@
+"""Tower features on disk, so that stages with a frozen tower run none."""
+
+import json
+from collections.abc import Iterable
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from ..processing.image_input_hires_lmm import flatten_images, open_image, to_rgb
+from .stages import find_base
+
+
+INDEX = "index.json"
+VIEW_OPTIONS = (
+    "planner",
+    "view_size",
+    "patch_size",
+    "max_crops",
+    "pinpoints",
+    "unpad",
+    "global_view",
+    "resample",
+    "image_mean",
+    "image_std",
+    "rescale_factor",
+    "background",
+)
+
+
+def image_key(processor: Any, image: Any) -> str:
+    """Name of an image in a cache: a hash of its upright RGB pixels.
+
+    Args:
+        processor (`HiResLmmProcessor`): Its background colour and size limit are used.
+        image: An image or a source, as the processor takes it.
+    """
+    options = processor.image_processor
+    rgb = to_rgb(open_image(image, 0), 0, tuple(options.background), options.pixel_limit)
+    digest = blake2b(digest_size=16)
+    digest.update(np.array(rgb.size, dtype=np.int64).tobytes())
+    digest.update(rgb.tobytes())
+    return digest.hexdigest()
+
+
+def planner_key(processor: Any) -> dict[str, Any]:
+    """What decides over the pixels of views: the options of the image processor, as JSON values.
+
+    Args:
+        processor (`HiResLmmProcessor`): Any processor.
+    """
+    values = {name: getattr(processor.image_processor, name) for name in VIEW_OPTIONS}
+    return json.loads(json.dumps(values, default=list))
+
+
+def tower_key(model: nn.Module) -> str:
+    """Hash of the weights of a vision tower and of the layer that is read.
+
+    Args:
+        model (`nn.Module`): A model of this package, bare or wrapped by PEFT.
+    """
+    base = find_base(model)
+    digest = blake2b(str(base.config.vision_feature_layer).encode(), digest_size=16)
+    for name, tensor in sorted(base.vision_tower.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+class VisionFeatureStore:
+    """Reads what `cache_vision_features` wrote.
+
+    Args:
+        folder (`str`): The folder.
+
+    Raises:
+        ValueError: If the folder holds no cache.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        if not (self.folder / INDEX).is_file():
+            raise ValueError(f"{str(folder)!r} holds no {INDEX}; write it with cache_vision_features.")
+        self.index = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))
+        self._files: dict[str, Any] = {}
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_files": {}}
+
+    def __len__(self) -> int:
+        return len(self.index["images"])
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.index["images"]
+
+    def check_processor(self, processor: Any) -> None:
+        """Compare the processor with the one that made the views.
+
+        Raises:
+            ValueError: If an option differs.
+        """
+        now, then = planner_key(processor), self.index["planner"]
+        changed = [name for name in now if now[name] != then.get(name)]
+        if changed:
+            raise ValueError(
+                f"The cache {str(self.folder)!r} was made with {changed[0]}={then.get(changed[0])!r}, the processor "
+                f"has {now[changed[0]]!r}; write the cache anew or change the processor."
+            )
+
+    def check_model(self, model: nn.Module) -> None:
+        """Compare the vision tower with the one that made the features.
+
+        Raises:
+            ValueError: If its weights or the layer differ.
+        """
+        if tower_key(model) != self.index["tower"]:
+            raise ValueError(
+                f"The cache {str(self.folder)!r} was made by another vision tower or another layer; write it anew."
+            )
+
+    def get(self, key: str) -> torch.Tensor:
+        """Features `(V, L, C)` of all views of an image.
+
+        Raises:
+            ValueError: If the image is not in the cache.
+        """
+        if key not in self.index["images"]:
+            raise ValueError(
+                f"The cache {str(self.folder)!r} does not hold the image {key}; run cache_vision_features over all "
+                "images of the dataset (it goes on where it stopped)."
+            )
+        shard = self.index["images"][key]
+        if shard not in self._files:
+            self._files[shard] = safe_open(self.folder / shard, framework="pt")
+        return self._files[shard].get_tensor(key)
+
+    def rows(self, processor: Any, images: list, view_positions: torch.Tensor) -> torch.Tensor:
+        """Features of the views that a processor call made.
+
+        Args:
+            processor (`HiResLmmProcessor`): The processor.
+            images (`list`): The images of the call, in order.
+            view_positions (`torch.Tensor` of shape `(V, 6)`): Its geometry; without crops the global view is taken.
+
+        Returns:
+            `(V, L, C)`.
+
+        Raises:
+            ValueError: If an image is missing or was cut differently.
+        """
+        starts = [*torch.nonzero(view_positions[:, 0] == 0)[:, 0].tolist(), len(view_positions)]
+        parts = []
+        for image, first, last in zip(images, starts, starts[1:], strict=False):
+            features = self.get(image_key(processor, image))
+            if last - first not in (1, len(features)):
+                raise ValueError(
+                    f"The cache holds {len(features)} views of an image of which {last - first} are asked for; write "
+                    "it with the same max_crops and planner."
+                )
+            parts.append(features[: last - first])
+        return torch.cat(parts)
+
+    def empty(self) -> torch.Tensor:
+        """Features of no view `(0, L, C)`: a batch without images under a cache still runs no tower."""
+        return torch.zeros(0, *self.index["shape"])
+
+
+@torch.no_grad()
+def cache_vision_features(
+    model: nn.Module,
+    processor: Any,
+    images: Iterable,
+    folder: str | Path,
+    views_per_pass: int = 32,
+    shard_bytes: int = 1 << 30,
+    dtype: torch.dtype | None = None,
+) -> VisionFeatureStore:
+    """Write the tower features of images, all views each, to safetensors shards.
+
+    Images that the folder already holds are skipped, so an interrupted run goes on where its last shard ended.
+
+    Args:
+        model (`nn.Module`): The model whose tower is run, in evaluation mode.
+        processor (`HiResLmmProcessor`): Cuts the images.
+        images (`Iterable`): Images or sources; repetitions cost a hash.
+        folder (`str`): Where to write.
+        views_per_pass (`int`): Views that the tower sees at once.
+        shard_bytes (`int`): Size of a shard.
+        dtype (`torch.dtype`, *optional*): Type on disk; that of the tower by default.
+
+    Returns:
+        The store.
+
+    Raises:
+        ValueError: If the folder holds features of another tower or processor.
+    """
+    base: Any = find_base(model)
+    folder = Path(folder)
+    dtype = dtype or base.vision_tower.dtype
+    layer = base.config.vision_feature_layer
+    rows, cols = base.config.patch_grid
+    index = {
+        "tower": tower_key(model),
+        "planner": planner_key(processor),
+        "shape": [rows * cols, base.config.vision_config.hidden_size],
+        "images": {},
+    }
+    if (folder / INDEX).is_file():
+        store = VisionFeatureStore(folder)
+        store.check_model(model)
+        store.check_processor(processor)
+        index["images"] = store.index["images"]
+    folder.mkdir(parents=True, exist_ok=True)
+    was_training = base.vision_tower.training
+    base.vision_tower.eval()
+    waiting: dict[str, torch.Tensor] = {}
+    for image in images:
+        for single in flatten_images(image):
+            key = image_key(processor, single)
+            if key in index["images"] or key in waiting:
+                continue
+            pixels = processor.image_processor(single, views="all", return_tensors="pt")["pixel_values"]
+            parts = [base.encode_views(part, layer)[0].to("cpu", dtype) for part in pixels.split(views_per_pass)]
+            waiting[key] = torch.cat(parts).contiguous()
+            if sum(features.nbytes for features in waiting.values()) >= shard_bytes:
+                _write_shard(folder, index, waiting)
+    _write_shard(folder, index, waiting)
+    base.vision_tower.train(was_training)
+    return VisionFeatureStore(folder)
+
+
+def _write_shard(folder: Path, index: dict, waiting: dict[str, torch.Tensor]) -> None:
+    """Write a shard, then the index, so that a killed run leaves a whole cache."""
+    if waiting:
+        name = f"features-{len(set(index['images'].values())):05d}.safetensors"
+        save_file(waiting, folder / name)
+        index["images"].update(dict.fromkeys(waiting, name))
+        waiting.clear()
+    partial = folder / f"{INDEX}.partial"
+    partial.write_text(json.dumps(index), encoding="utf-8")
+    partial.replace(folder / INDEX)

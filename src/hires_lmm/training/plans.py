@@ -1,0 +1,164 @@
+"""Published plans of training as lists of stages."""
+
+from dataclasses import dataclass, replace
+
+from .stages import Stage
+
+
+CONNECTOR = "connector"
+LANGUAGE = ("language_model", "lm_head")
+TOWER = "vision_tower"
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of SliME's Table 7: numbers of the first two stages (align) and of the third (tune).
+
+    All columns share AdamW, bf16, one epoch, a cosine schedule with a linear warm-up of 0.03, and no weight decay.
+
+    Args:
+        align_batch (`int`): Samples of an optimizer step in stages I and II.
+        align_rate (`float`): Learning rate of stages I and II.
+        align_zero (`int`): ZeRO stage of stages I and II.
+        tune_batch (`int`): Samples of an optimizer step in stage III.
+        tune_rate (`float`): Learning rate of stage III.
+        tune_zero (`int`): ZeRO stage of stage III (the 70B run also offloads).
+        lora (`str`, *optional*): Preset of `lora_config` for stage III.
+
+    Source: SliME, huggingface.co/papers/2406.08487, Table 7.
+    """
+
+    align_batch: int = 256
+    align_rate: float = 1e-3
+    align_zero: int = 2
+    tune_batch: int = 128
+    tune_rate: float = 2e-5
+    tune_zero: int = 3
+    lora: str | None = None
+
+
+COLUMNS: dict[str, Column] = {
+    "vicuna_7b": Column(),
+    "vicuna_13b": Column(),
+    "llama3_8b": Column(tune_rate=1e-5),
+    "llama3_70b_lora": Column(tune_rate=1e-4, align_zero=3, lora="language_only"),
+}
+"""Columns of Table 7. For Vicuna-13B the paper says "similar to 7B"; the same numbers are used."""
+
+
+def slime(column: str = "vicuna_7b", tower_rate: float | None = None) -> list[Stage]:
+    """SliME's alternating training: the global branch expert by expert, then the local branch, then all together.
+
+    Args:
+        column (`str`): Column of Table 7, a key of `COLUMNS`.
+        tower_rate (`float`, *optional*): Learning rate of the vision tower in stage III; None leaves it frozen, as
+            the released scripts do (the paper says "all parameters").
+
+    Returns:
+        Four stages: I-a the perceptron and I-b the query former of the mixture, both on the global view; II the
+        compressor, on crops; III everything.
+
+    Source: SliME, huggingface.co/papers/2406.08487, section 3.3 and Table 7. The released code also trains the gate
+    and the shared perceptron in I-b; here I-b moves only what I-a left out.
+    """
+    numbers = find_column(column)
+    return [
+        _align("slime/I-a", "connector.adapter.mlp", numbers, "global", "mlp"),
+        _align("slime/I-b", "connector.adapter.query_former", numbers, "global", "query_former"),
+        _align("slime/II", "connector.view_ops", numbers, "crops"),
+        replace(_tune("slime/III", numbers, tower_rate), expert="mixture"),
+    ]
+
+
+def query_former(column: str = "vicuna_7b", tower_rate: float | None = None) -> list[Stage]:
+    """Alternating training of the adapter that is a query former alone: projection, then queries and attention.
+
+    Args:
+        column (`str`): Column of Table 7, a key of `COLUMNS`.
+        tower_rate (`float`, *optional*): Learning rate of the vision tower in the last stage; None leaves it frozen.
+
+    Returns:
+        Three stages for a model with the adapter `query_former`.
+
+    Source: SliME, huggingface.co/papers/2406.08487, Fig. 1 and footnote 3.
+    """
+    numbers = find_column(column)
+    return [
+        _align("query_former/projection", "connector.adapter.mlp", numbers),
+        _align("query_former/queries", "connector.adapter.query_former", numbers),
+        _tune("query_former/all", numbers, tower_rate),
+    ]
+
+
+def end_to_end(column: str = "vicuna_7b", tower_rate: float | None = None) -> list[Stage]:
+    """Training without alternation: the whole connector on all views, then everything.
+
+    Args:
+        column (`str`): Column of Table 7, a key of `COLUMNS`.
+        tower_rate (`float`, *optional*): Learning rate of the vision tower in the last stage; None leaves it frozen.
+
+    Returns:
+        Two stages for any model of this package.
+
+    Source: the "end-to-end" row of SliME's Table 4, huggingface.co/papers/2406.08487.
+    """
+    numbers = find_column(column)
+    return [
+        _align("end_to_end/connector", CONNECTOR, numbers),
+        _tune("end_to_end/all", numbers, tower_rate),
+    ]
+
+
+def _align(name: str, part: str, numbers: Column, views: str = "all", expert: str | None = None) -> Stage:
+    """A stage that trains one part of the connector."""
+    return Stage(
+        name,
+        {part: numbers.align_rate},
+        views=views,
+        expert=expert,
+        batch_size=numbers.align_batch,
+        zero_stage=numbers.align_zero,
+    )
+
+
+def _tune(name: str, numbers: Column, tower_rate: float | None) -> Stage:
+    """The last stage of every plan: connector and language model, and the tower where a rate is given."""
+    parts = (CONNECTOR, *LANGUAGE) if numbers.lora is None else (CONNECTOR, "language_model")
+    rates = dict.fromkeys(parts, numbers.tune_rate)
+    if tower_rate is not None:
+        rates = {TOWER: tower_rate, **rates}
+    return Stage(name, rates, batch_size=numbers.tune_batch, zero_stage=numbers.tune_zero, lora=numbers.lora)
+
+
+PLANS = {"slime": slime, "query_former": query_former, "end_to_end": end_to_end}
+"""Name -> function of a column of Table 7 that returns the stages."""
+
+
+def find_column(name: str) -> Column:
+    """A column of Table 7 by name.
+
+    Args:
+        name (`str`): A key of `COLUMNS`.
+
+    Raises:
+        ValueError: If there is no such column.
+    """
+    if name not in COLUMNS:
+        raise ValueError(f"Unknown column {name!r} of Table 7; known columns: {', '.join(COLUMNS)}.")
+    return COLUMNS[name]
+
+
+def get_plan(name: str, column: str = "vicuna_7b", tower_rate: float | None = None) -> list[Stage]:
+    """The stages of a plan by name.
+
+    Args:
+        name (`str`): A key of `PLANS`.
+        column (`str`): Column of Table 7, a key of `COLUMNS`.
+        tower_rate (`float`, *optional*): Learning rate of the vision tower in the last stage.
+
+    Raises:
+        ValueError: If plan or column is unknown.
+    """
+    if name not in PLANS:
+        raise ValueError(f"Unknown plan {name!r}; known plans: {', '.join(PLANS)}.")
+    return PLANS[name](column, tower_rate)

@@ -1,0 +1,47 @@
+"""Loading in 4 bit: which modules stay in full precision."""
+
+from typing import Any
+
+import torch
+
+
+HEAD = ("lm_head",)
+CONNECTOR = ("model.connector", "connector")
+TOWER = ("model.vision_tower", "vision_tower")
+
+
+def skip_modules(quantize_tower: bool = False) -> list[str]:
+    """Modules that are not quantised.
+
+    A list of one's own replaces the one that transformers makes, so the head must be named too, or it is quantised
+    and often breaks. Names are compared from their start: `"connector"` alone matches nothing below `model`.
+
+    Args:
+        quantize_tower (`bool`): Quantise the vision tower as well.
+
+    Returns:
+        Names for `llm_int8_skip_modules`, for the model with and without its head.
+    """
+    return [*HEAD, *CONNECTOR, *(() if quantize_tower else TOWER)]
+
+
+def four_bit_config(quantize_tower: bool = False, **options: Any) -> Any:
+    """A `BitsAndBytesConfig` for NF4 with the right skip list.
+
+    Args:
+        quantize_tower (`bool`): Quantise the vision tower as well.
+        options: Fields that replace the defaults: double quantisation, bfloat16 arithmetic.
+
+    Returns:
+        The configuration, for `from_pretrained(..., quantization_config=...)`.
+    """
+    from transformers import BitsAndBytesConfig
+
+    defaults = {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": torch.bfloat16,
+        "llm_int8_skip_modules": skip_modules(quantize_tower),
+    }
+    return BitsAndBytesConfig(**{**defaults, **options})

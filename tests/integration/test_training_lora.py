@@ -1,0 +1,132 @@
+"""LoRA presets, saving and merging, and the modules that stay whole in 4 bit."""
+
+import re
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from builders import tiny_model
+from builders_training import conversations, make_trainer, slime_config, slime_parts
+from hires_lmm.training import HiResLmmCollator, Stage, get_plan, set_expert
+from hires_lmm.training.lora import LORA_TARGETS, connector_modules, lora_config, merge_lora
+from hires_lmm.training.quantization import four_bit_config, skip_modules
+
+
+peft = pytest.importorskip("peft")
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # by PEFT
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+
+
+@pytest.mark.parametrize(
+    "preset, parts",
+    [
+        ("language_only", ("model.language_model.",)),
+        ("language_and_vision", ("model.language_model.", "model.vision_tower.")),
+        ("adapters", ("model.connector.",)),
+    ],
+)
+def test_a_preset_names_all_linear_layers_of_its_parts_and_no_other(preset, parts):
+    model = tiny_model(slime_config())
+    matched = [name for name, _ in model.named_modules() if re.fullmatch(LORA_TARGETS[preset], name)]
+    assert matched == [name for name in linear_names(model) if name.startswith(parts)] and matched
+    wrapped = peft.get_peft_model(model, lora_config(model, preset, r=2))
+    prefix = "base_model.model."
+    adapted = [
+        name for name, module in wrapped.named_modules() if hasattr(module, "lora_A") and hasattr(module, "base_layer")
+    ]
+    assert [name.removeprefix(prefix) for name in adapted] == matched
+
+
+def test_unknown_presets_are_refused():
+    with pytest.raises(ValueError, match="'all'; known presets: language_only"):
+        lora_config(tiny_model(slime_config()), "all")
+
+
+def test_the_connector_is_saved_whole():
+    model = tiny_model(slime_config())
+    assert connector_modules(model) == ["connector.view_ops.0", "connector.adapter"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A base checkpoint, an adapter folder that two steps of the Trainer wrote, and the live model's logits."""
+    folder = tmp_path_factory.mktemp("lora")
+    model, processor = slime_parts()
+    set_expert(model, "mixture")
+    model.save_pretrained(folder / "base")
+    processor.save_pretrained(folder / "base")
+    model = AutoModelForImageTextToText.from_pretrained(folder / "base")
+    stage = get_plan("slime", "llama3_70b_lora")[3]
+    stage = Stage(**{**stage.to_dict(), "trainable": dict.fromkeys(stage.trainable, 1e-2)})
+    wrapped = peft.get_peft_model(model, lora_config(model, stage.lora, r=4, alpha=8))
+    trainer = make_trainer(wrapped, processor, stage, conversations(4), folder / "run", max_steps=2)
+    trainer.train()
+    trainer.save_model(str(folder / "adapter"))
+    batch = HiResLmmCollator(processor)(conversations(2))
+    return folder, wrapped.eval(), batch, stage
+
+
+def logits(model, batch) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(**batch).logits
+
+
+def test_only_lora_and_the_connector_were_trained(trained):
+    folder, wrapped, _, stage = trained
+    base = AutoModelForImageTextToText.from_pretrained(folder / "base")
+    originals = {f"base_model.model.{name}": p for name, p in base.named_parameters()}
+    moved = set()
+    for name, parameter in wrapped.named_parameters():
+        plain = name.replace("modules_to_save.default.", "").replace("base_layer.", "").replace("original_module.", "")
+        if parameter.requires_grad:
+            assert "lora_" in name or "modules_to_save" in name
+            if "lora_B" in name or "modules_to_save" in name:
+                moved.add("language_model" if "lora_B" in name else "connector")
+        elif plain in originals:
+            assert torch.equal(parameter, originals[plain]), name
+    assert moved == {"language_model", "connector"}
+    assert stage.pattern_of("base_model.model.model.language_model.layers.0.mlp.up_proj.lora_A.default.weight")
+
+
+def test_the_adapter_folder_loads_through_the_auto_class(trained):
+    folder, wrapped, batch, _ = trained
+    base = AutoModelForImageTextToText.from_pretrained(folder / "base")
+    assert not torch.allclose(logits(base, batch), logits(wrapped, batch), atol=1e-3)
+    again = AutoModelForImageTextToText.from_pretrained(folder / "adapter")
+    torch.testing.assert_close(logits(again, batch), logits(wrapped, batch), atol=1e-5, rtol=1e-5)
+
+
+def test_merging_writes_a_whole_checkpoint(trained):
+    folder, wrapped, batch, _ = trained
+    merge_lora(folder / "adapter", folder / "merged")
+    merged = AutoModelForImageTextToText.from_pretrained(folder / "merged")
+    assert not any("lora" in name for name, _ in merged.named_parameters())
+    torch.testing.assert_close(logits(merged, batch), logits(wrapped, batch), atol=1e-5, rtol=1e-5)
+    assert AutoProcessor.from_pretrained(folder / "merged").image_tokens(60, 90) > 0
+    with pytest.raises(ValueError, match=r"no adapter_config\.json"):
+        merge_lora(folder / "base", folder / "nothing")
+
+
+def test_an_expert_that_the_adapter_folder_could_not_hold_is_refused():
+    model, _ = slime_parts()
+    set_expert(model, "mlp")
+    wrapped = peft.get_peft_model(model, lora_config(model, r=2))
+    with pytest.raises(ValueError, match=r"set_expert\(model, 'mixture'\).*before get_peft_model"):
+        Stage("x", {"connector": 1e-3}, expert="mixture").apply(wrapped)
+
+
+@pytest.mark.parametrize("quantize_tower", [False, True])
+def test_the_skip_list_leaves_head_connector_and_tower_whole(quantize_tower):
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    model = tiny_model(slime_config())
+    config = four_bit_config(quantize_tower)
+    assert config.load_in_4bit and config.llm_int8_skip_modules == skip_modules(quantize_tower)
+    converted = [name for name in linear_names(model) if should_convert_module(name, config.llm_int8_skip_modules)]
+    parts = ("model.language_model.", "model.vision_tower.") if quantize_tower else ("model.language_model.",)
+    assert converted == [name for name in linear_names(model) if name.startswith(parts)]

@@ -1,0 +1,210 @@
+"""Stages and plans: what they train in which model, at which rate, and what they refuse."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from builders import tiny_config, tiny_model
+from builders_training import query_former_config, slime_config, slime_parts, training_arguments
+from hires_lmm.training import Alternation, Stage, alternating_scheduler, get_plan, set_expert, summarise
+from hires_lmm.training.callbacks import check_optimizer, gate_balance
+from hires_lmm.training.optimization import parameter_groups
+from hires_lmm.training.plans import COLUMNS, PLANS
+from hires_lmm.training.stages import list_parts, part_name
+
+
+GOLDEN = Path(__file__).parents[1] / "fixtures" / "training_plans.json"
+CONFIGS = {"slime": slime_config, "query_former": query_former_config, "end_to_end": slime_config}
+
+
+def describe(plan: str, column: str) -> list[dict]:
+    """Everything a plan decides in the tiny model of the plan."""
+    model, stages = tiny_model(CONFIGS[plan]()), []
+    for stage in get_plan(plan, column):
+        names = {name for pairs in stage.parameters(model).values() for name, _ in pairs}
+        stage.apply(model)
+        assert names == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        stages.append(
+            {
+                **{key: value for key, value in stage.to_dict().items() if key != "alternation"},
+                "parts": {
+                    row.part: [row.trainable, row.parameters, list(row.learning_rates)]
+                    for row in summarise(model, stage)
+                },
+                "names": sorted(part_name(name) for name in names) if column == "vicuna_7b" else None,
+            }
+        )
+    return stages
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_every_stage_of_every_plan_is_golden_data(plan):
+    golden = json.loads(GOLDEN.read_text())
+    for column in COLUMNS:
+        assert describe(plan, column) == golden[f"{plan}/{column}"], f"{plan}/{column} changed"
+
+
+def test_table_7_is_written_as_printed():
+    rows = {
+        name: (c.align_batch, c.tune_batch, c.align_rate, c.tune_rate, c.align_zero, c.tune_zero)
+        for name, c in COLUMNS.items()
+    }
+    assert rows["vicuna_7b"] == rows["vicuna_13b"] == (256, 128, 1e-3, 2e-5, 2, 3)
+    assert rows["llama3_8b"] == (256, 128, 1e-3, 1e-5, 2, 3)
+    assert rows["llama3_70b_lora"] == (256, 128, 1e-3, 1e-4, 3, 3)
+
+
+def test_wrappers_do_not_change_the_name_of_a_part():
+    for name in (
+        "model.connector.adapter.mlp.linear_1.weight",
+        "module.model.connector.adapter.mlp.linear_1.weight",
+        "_fsdp_wrapped_module.model.connector.adapter._fsdp_wrapped_module.mlp.linear_1.weight",
+        "base_model.model.model.connector.adapter.modules_to_save.default.mlp.linear_1.weight",
+    ):
+        assert part_name(name) == "connector.adapter.mlp.linear_1.weight"
+
+
+def test_the_first_matching_pattern_decides():
+    model = tiny_model(slime_config())
+    stage = Stage("x", {"connector.adapter.mlp.*.bias": 1e-2, "connector": 1e-3, "language_model.layers.1": 1e-4})
+    groups = {group["name"]: group for group in parameter_groups(stage, model)}
+    assert [groups[name]["lr"] for name in stage.trainable] == [1e-2, 1e-3, 1e-4]
+    assert len(groups["connector.adapter.mlp.*.bias"]["params"]) == 2
+    flat = [id(p) for group in groups.values() for p in group["params"]]
+    assert len(flat) == len(set(flat))
+
+
+def test_weight_decay_spares_vectors():
+    model = tiny_model(slime_config())
+    groups = parameter_groups(Stage("x", {"connector": 1e-3}), model, weight_decay=0.1)
+    assert [(group["name"], group["weight_decay"]) for group in groups] == [
+        ("connector", 0.1),
+        ("connector (no decay)", 0.0),
+    ]
+    assert all(p.ndim < 2 for p in groups[1]["params"]) and all(p.ndim >= 2 for p in groups[0]["params"])
+
+
+def test_a_pattern_that_matches_nothing_names_the_parts():
+    model = tiny_model(query_former_config())
+    with pytest.raises(
+        ValueError, match=r"connector\.view_ops.*Parts of this model: vision_tower, connector\.adapter"
+    ):
+        get_plan("slime")[2].apply(model)
+    assert list_parts(model)[-2:] == ["language_model", "lm_head"]
+
+
+def test_a_tied_head_is_trained_with_the_embeddings():
+    config = tiny_config("slime", text="llama", connector_config={"view_ops": [], "token_ops": []})
+    config.text_config.tie_word_embeddings = config.tie_word_embeddings = True
+    model = tiny_model(config)
+    model.tie_weights()
+    get_plan("end_to_end")[1].apply(model)
+    assert model.lm_head.weight is model.model.language_model.embed_tokens.weight
+    assert model.lm_head.weight.requires_grad
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"trainable": {}}, "trains nothing"),
+        ({"views": "local"}, "views='local'"),
+        ({"expert": "gate"}, "expert='gate'"),
+        ({"loss_weights": {"language": 1.0}}, "unknown loss 'language'"),
+        ({"alternation": Alternation([["a"], ["b"]])}, "alternates 'a'"),
+    ],
+)
+def test_contradictory_stages_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Stage(**{"name": "x", "trainable": {"connector": 1e-3}, **changes})
+
+
+def test_stages_survive_json():
+    for stage in [*get_plan("slime"), Stage("x", {"a": 1.0, "b": 2.0}, alternation=Alternation([["a"], ["b"]], 3))]:
+        assert Stage.from_dict(json.loads(json.dumps(stage.to_dict()))) == stage
+    with pytest.raises(ValueError, match="no field 'lr'"):
+        Stage.from_dict({"name": "x", "lr": 1})
+
+
+def test_the_expert_is_switched_in_the_model_and_in_its_configuration(tmp_path):
+    from transformers import AutoModelForImageTextToText
+
+    model, _ = slime_parts()
+    for expert, forced in (("mlp", "mlp"), ("query_former", "query_former"), ("mixture", None)):
+        set_expert(model, expert)
+        assert model.model.connector.adapter.forced_expert == forced
+        model.save_pretrained(tmp_path / expert)
+        again = AutoModelForImageTextToText.from_pretrained(tmp_path / expert)
+        assert again.model.connector.adapter.forced_expert == forced
+    assert model.config.connector_config.adapter == {"part": "mixture"}
+    with pytest.raises(ValueError, match="this model has 'query_former'"):
+        set_expert(tiny_model(query_former_config()), "mlp")
+
+
+def test_the_stage_is_saved_with_the_model(tmp_path):
+    from transformers import AutoConfig
+
+    model, _ = slime_parts()
+    get_plan("slime")[0].apply(model)
+    model.save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert config.training_stage == "slime/I-a"
+    assert config.connector_config.adapter["forced_expert"] == "mlp"
+
+
+def test_optimizers_of_another_kind_are_refused(tmp_path):
+    model, args = tiny_model(slime_config()), training_arguments(tmp_path, learning_rate=1e-3)
+    stage = Stage("x", {"connector": 1e-3, "lm_head": 1e-4})
+    stage.apply(model)
+    check_optimizer(stage.optimizer(model, args), model, stage)
+    one_rate = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    with pytest.raises(ValueError, match=r"group None with learning rate 0\.001"):
+        check_optimizer(one_rate, model, stage)
+    single = Stage("y", {"connector": 1e-3})
+    with pytest.raises(ValueError, match=r"also holds lm_head\.weight"):
+        check_optimizer(one_rate, model, single)
+    with pytest.raises(ValueError, match=r"lacks connector\."):
+        check_optimizer(torch.optim.AdamW([model.lm_head.weight], lr=1e-3), model, single)
+    single.apply(model)
+    check_optimizer(torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3), model, single)
+
+
+def test_alternation_switches_groups_and_survives_a_resume(tmp_path):
+    model = tiny_model(slime_config())
+    stage = Stage(
+        "x",
+        {"connector.adapter": 1e-2, "connector.view_ops": 1e-3, "lm_head": 1e-4},
+        alternation=Alternation([["connector.adapter"], ["connector.view_ops"]], steps=2),
+    )
+    args = training_arguments(tmp_path)
+
+    def start():
+        optimizer = stage.optimizer(model, args)
+        return optimizer, alternating_scheduler(stage, optimizer, 8, name="constant")
+
+    def run(optimizer, scheduler, steps):
+        rates = []
+        for _ in range(steps):
+            rates.append([group["lr"] for group in optimizer.param_groups])
+            optimizer.step()
+            scheduler.step()
+        return rates
+
+    whole = run(*start(), 8)
+    assert [bool(row[0]) for row in whole] == [True, True, False, False] * 2
+    assert all(bool(row[0]) != bool(row[1]) and row[2] == 1e-4 for row in whole)
+    optimizer, scheduler = start()
+    first = run(optimizer, scheduler, 3)
+    states = optimizer.state_dict(), scheduler.state_dict()
+    optimizer, scheduler = start()
+    optimizer.load_state_dict(states[0])
+    scheduler.load_state_dict(states[1])
+    assert first + run(optimizer, scheduler, 5) == whole
+    with pytest.raises(ValueError, match="has no alternation"):
+        alternating_scheduler(get_plan("slime")[0], optimizer, 8)
+
+
+def test_gate_balance_is_zero_for_even_experts():
+    assert gate_balance(torch.full((5, 2), 0.5)) == 0
+    assert gate_balance(torch.tensor([[1.0, 0.0]] * 4)) == 1
