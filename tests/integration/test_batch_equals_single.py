@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import reference_generation as reference
-from builders import make_batch, random_image, tiny_config, tiny_model, tiny_processor
+import reference_routing as routing
+from builders import make_batch, plain_tokenizer, random_image, tiny_config, tiny_model, tiny_processor
 
 
 TOLERANCE = 1e-4
@@ -20,14 +21,24 @@ ROWS = [
     ("USER: What is in the picture?<image>", [(200, 200)]),
     ("USER: <image> A small red boat on a lake, a curious user and an assistant. ASSISTANT:", [(31, 47)]),
 ]
-CASES = [("llava_next", "clip", "llama"), ("llava_hd", "siglip", "qwen2"), ("llava_next", "siglip", "gemma2")]
+CASES = [
+    ("llava_next", "clip", "llama", None),
+    ("llava_hd", "siglip", "qwen2", None),
+    ("llava_next", "siglip", "gemma2", None),
+    ("slime", "clip", "llama", routing.Rule("cosine")),
+    ("slime", "siglip", "qwen2", routing.Rule("attention", gamma=0.6)),
+    ("llava_next", "clip", "gemma2", routing.Rule("saliency", gamma=0.3)),
+]
 BUDGETS = [None, 30]
 
 
 @functools.cache
 def build(case):
-    preset, vision, text = case
-    config = tiny_config(preset, vision, text)
+    preset, vision, text, rule = case
+    connector = dict(routing.SMALL_CONNECTORS.get(preset, {}))
+    if rule is not None:
+        connector["token_ops"] = rule.token_ops()
+    config = tiny_config(preset, vision, text, connector_config=connector)
     return tiny_model(config, seed=4), tiny_processor(config)
 
 
@@ -50,20 +61,56 @@ def alone(case, row, budget):
     batch = batch_of(processor, [row], budget)
     length = batch["input_ids"].shape[1]
     logits = model(**batch).logits[0]
+    if case[3] is not None and "pixel_values" in batch:
+        assert_dropped_repeat(model, batch, logits)
     ids = model.generate(**batch, max_new_tokens=NEW_TOKENS, do_sample=False)[0, length:].tolist()
     return batch["input_ids"][0].tolist(), logits, ids
 
 
+def kept_positions(model, batch) -> torch.Tensor:
+    """Positions of a single row that enter the language model."""
+    mask = torch.ones_like(batch["input_ids"][0], dtype=torch.bool)
+    if "pixel_values" in batch:
+        found = model(**batch, output_token_map=True).token_map
+        counts = batch["view_positions"][batch["view_positions"][:, 0] == 0, 5].tolist()
+        kept = []
+        for image, count in enumerate(counts):
+            mine = found.kept[found.image == image]
+            kept.append(mine if len(mine) == count else mine[mine])
+        mask[batch["input_ids"][0] == model.config.image_token_id] = torch.cat(kept)
+    return mask
+
+
+def assert_dropped_repeat(model, batch, logits) -> None:
+    """A dropped position repeats the logits of the kept one before it."""
+    kept = kept_positions(model, batch)
+    for place in (~kept).nonzero()[:, 0].tolist():
+        source = max(kept[:place].nonzero()[:, 0].tolist(), default=int(kept.nonzero()[0]))
+        assert torch.equal(logits[place], logits[source])
+
+
+def select_by(case, text: str):
+    """The reference's selection for one row; None: saliency under a budget."""
+    if case[3] is None:
+        return None, "all"
+    model, processor = build(case)
+    ids = [id for piece in text.split(processor.image_token) for id in plain_tokenizer()(piece).input_ids]
+    words = model.model.language_model.get_input_embeddings()(torch.tensor(ids)).detach()
+    return routing.selection(model, case[3], words), case[3].on
+
+
 @pytest.mark.parametrize("budget", BUDGETS, ids=["full", "budget"])
-@pytest.mark.parametrize("case", CASES, ids="-".join)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
 @torch.no_grad()
 def test_a_row_alone_gives_the_reference(case, budget):
     model, processor = build(case)
     for row, (text, images) in enumerate(samples()):
-        embeds = reference.prompt_embeds(model, processor, text, images, budget)
+        select, on = select_by(case, text)
+        embeds = reference.prompt_embeds(model, processor, text, images, budget, on, select)
         input_ids, logits, ids = alone(case, row, budget)
-        assert len(input_ids) == embeds.shape[1]
-        torch.testing.assert_close(logits, reference.run_logits(model, embeds), atol=TOLERANCE, rtol=0)
+        kept = kept_positions(model, batch_of(processor, [row], budget))
+        assert int(kept.sum()) == embeds.shape[1]
+        torch.testing.assert_close(logits[kept], reference.run_logits(model, embeds), atol=TOLERANCE, rtol=0)
         assert ids == reference.greedy(model, embeds, NEW_TOKENS)
         if budget is not None:
             counts = [len(kinds) for kinds in reference.full_visual_tokens(model, processor, images)[1]]
@@ -72,7 +119,7 @@ def test_a_row_alone_gives_the_reference(case, budget):
 
 @pytest.mark.parametrize("padding_side", ["left", "right"])
 @pytest.mark.parametrize("budget", BUDGETS, ids=["full", "budget"])
-@pytest.mark.parametrize("case", CASES, ids="-".join)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
 @torch.no_grad()
 def test_each_row_of_a_batch_gives_its_logits_alone(case, budget, padding_side):
     model, processor = build(case)
@@ -92,7 +139,7 @@ def test_each_row_of_a_batch_gives_its_logits_alone(case, budget, padding_side):
 
 @pytest.mark.parametrize("padding_side", ["left", "right"])
 @pytest.mark.parametrize("budget", BUDGETS, ids=["full", "budget"])
-@pytest.mark.parametrize("case", CASES, ids="-".join)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
 @torch.no_grad()
 def test_each_row_of_a_batch_gives_its_greedy_text_alone(case, budget, padding_side):
     model, processor = build(case)
@@ -109,24 +156,25 @@ def test_each_row_of_a_batch_gives_its_greedy_text_alone(case, budget, padding_s
     [{"use_cache": False}, {"cache_implementation": "static"}, {"num_beams": 2, "num_return_sequences": 2}],
     ids=["no_cache", "static", "beams"],
 )
+@pytest.mark.parametrize("case", [CASES[0], CASES[3], CASES[4]], ids=lambda case: "-".join(map(str, case)))
 @torch.no_grad()
-def test_right_padding_holds_in_other_modes(options):
-    case = CASES[0]
+def test_right_padding_holds_in_other_modes(case, options):
     model, processor = build(case)
     options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, **options}
-    batch = batch_of(processor, range(len(ROWS)), 30, padding_side="right")
+    budget = 30 if case[3] is None else None
+    batch = batch_of(processor, range(len(ROWS)), budget, padding_side="right")
     got = reference.new_tokens(model.generate(**batch, **options), batch["input_ids"].shape[1])
     expected = []
     for row in range(len(ROWS)):
-        single = batch_of(processor, [row], 30)
+        single = batch_of(processor, [row], budget)
         expected += reference.new_tokens(model.generate(**single, **options), single["input_ids"].shape[1])
     assert got == expected
 
 
 @pytest.mark.parametrize("budget", BUDGETS, ids=["full", "budget"])
+@pytest.mark.parametrize("case", [CASES[0], CASES[3], CASES[4]], ids=lambda case: "-".join(map(str, case)))
 @torch.no_grad()
-def test_the_order_of_the_rows_does_not_matter(budget):
-    case = CASES[0]
+def test_the_order_of_the_rows_does_not_matter(case, budget):
     model, processor = build(case)
     order = [3, 5, 1, 0, 4, 2]
     batch = batch_of(processor, order, budget, padding_side="left")

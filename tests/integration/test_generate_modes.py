@@ -1,7 +1,9 @@
-"""Every mode of `generate` under a saliency budget is token-equal to a reference without splice, packing or cache."""
+"""Every mode of `generate`, with every router, is token-equal to a reference without splice, packing or cache."""
 
+import copy
 import dataclasses
 import functools
+import itertools
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from transformers import AutoModelForCausalLM, LogitsProcessor, LogitsProcessorL
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import reference_generation as reference
+import reference_routing as routing
 from builders import (
     TEXT_FAMILIES,
     geometry_of,
@@ -24,11 +27,12 @@ from builders import (
 
 
 NEW_TOKENS = 8
+ANSWER = " ASSISTANT:"
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One model under one selection; later routers and keep rules add cases with their own `select`."""
+    """One model under one selection."""
 
     preset: str
     vision: str
@@ -36,10 +40,18 @@ class Case:
     budget: int | None = 30
     on: str = "all"  # which kinds compete
     token_ops: str | None = None  # name of the router in `TOKEN_OPS`; None: the one that a budget alone brings
+    rule: routing.Rule | None = None  # a router with a reference of its own
+    has_answer_prefix: bool = False  # whether the config tells where an answer begins
 
     def __str__(self) -> str:
-        parts = [self.preset, self.vision, self.text, self.token_ops or "default", str(self.budget)]
-        return "-".join(parts)
+        router = str(self.rule) if self.rule else self.token_ops or "default"
+        return "-".join([self.preset, self.vision, self.text, router, str(self.budget)])
+
+
+def routed(preset: str, vision: str, text: str, budget: int | None, has_answer_prefix: bool, *args, **changes) -> Case:
+    """A case with a router of its own: the last arguments are those of `routing.Rule`."""
+    rule = routing.Rule(*args, **changes)
+    return Case(preset, vision, text, budget, rule.on, None, rule, has_answer_prefix)
 
 
 TOKEN_OPS = {
@@ -56,8 +68,20 @@ CASES = [
     Case("llava_next", "clip", "llama", 35, "crops", "crops"),
     Case("llava_next", "siglip", "qwen2", None),
 ]
+ROUTED = [
+    routed("slime", "clip", "llama", None, True, "cosine"),
+    routed("slime", "siglip", "qwen2", None, False, "attention", num_heads=4),
+    routed("slime_release", "clip", "mistral", None, True, "cosine", gamma=0.9),
+    routed("slime", "siglip", "qwen3", None, False, "saliency", on="all", gamma=0.4),
+    routed("slime", "clip", "gemma2", 40, False, "cosine", "budget", reduce="mean"),
+    routed("monkey", "siglip", "gemma3_text", 35, True, "attention", "budget", on="all"),
+    routed("monkey", "clip", "qwen2", None, True, "cosine", on="all", temperature=0.5),
+    routed("llava_next", "siglip", "llama", 40, True, "attention", gamma=0.6),  # a budget goes before the threshold
+]
+STATIC_EXTRA = [CASES[0], CASES[1], CASES[6]]  # counts that follow from sizes alone, nothing reads the question
+CASES = [*CASES, Case("monkey", "siglip", "mistral"), *ROUTED]
 MAIN = CASES[0]
-EXTRA = [CASES[0], CASES[1], CASES[6]]  # the rarer modes run on these
+EXTRA = [*STATIC_EXTRA, ROUTED[0], ROUTED[1]]  # the rarer modes run on these
 ROWS = [
     ("USER: <image>\nHow many cats are on the table? ASSISTANT:", [(100, 180)]),
     ("USER: Describe the image. ASSISTANT:", []),
@@ -65,6 +89,8 @@ ROWS = [
 ]
 all_cases = pytest.mark.parametrize("case", CASES, ids=str)
 extra_cases = pytest.mark.parametrize("case", EXTRA, ids=str)
+static_cases = pytest.mark.parametrize("case", STATIC_EXTRA, ids=str)
+routed_cases = pytest.mark.parametrize("case", ROUTED, ids=str)
 
 
 @functools.cache
@@ -75,9 +101,14 @@ def build(case: Case, seed: int = 0):
 
 
 def make_config(case: Case):
-    """The preset's config with the case's router, if it names one."""
-    changes = {} if case.token_ops is None else {"connector_config": {"token_ops": TOKEN_OPS[case.token_ops]}}
-    return tiny_config(case.preset, case.vision, case.text, **changes)
+    """The preset's config with few queries and the case's router, if it names one."""
+    connector = dict(routing.SMALL_CONNECTORS.get(case.preset, {}))
+    if case.token_ops is not None:
+        connector["token_ops"] = TOKEN_OPS[case.token_ops]
+    if case.rule is not None:
+        connector["token_ops"] = case.rule.token_ops()
+    changes = {"answer_prefix_ids": plain_tokenizer()(ANSWER).input_ids} if case.has_answer_prefix else {}
+    return tiny_config(case.preset, case.vision, case.text, connector_config=connector, **changes)
 
 
 @functools.cache
@@ -91,9 +122,28 @@ def batch_of(case: Case, rows=(0, 1, 2), **kwargs):
     return make_batch(build(case)[1], [sample(row) for row in rows], padding_side="left", **extra, **kwargs)
 
 
+def selection(case: Case, text: str, before: list[int] | None = None):
+    """The selection of a case for the images of a prompt; `before`: ids that stand in front of the text."""
+    if case.rule is None:
+        return None
+    model, processor = build(case)
+    if case.has_answer_prefix and ANSWER in text:
+        question = text[: text.index(ANSWER)]
+        text = text[: text.rindex(ANSWER) + len(ANSWER)] if model.config.question_scope == "prompt" else question
+    ids = [id for piece in text.split(processor.image_token) for id in plain_tokenizer()(piece).input_ids]
+    words = model.model.language_model.get_input_embeddings()(torch.tensor([*(before or []), *ids], dtype=torch.long))
+    return routing.selection(model, case.rule, words.detach())
+
+
+def prompt_embeds(case: Case, text: str, images: list, before: list[int] | None = None):
+    """What must enter the language model for a prompt."""
+    select = selection(case, text, before)
+    return reference.prompt_embeds(*build(case), text, images, case.budget, case.on, select)
+
+
 @functools.cache
 def embeds(case: Case, row: int):
-    return reference.prompt_embeds(*build(case), *sample(row), case.budget, case.on)
+    return prompt_embeds(case, *sample(row))
 
 
 @functools.cache
@@ -118,16 +168,18 @@ def test_the_budget_and_the_selection_decide_the_text(case):
     """Dropping nothing, or the wrong tokens, gives other logits: the comparisons below can fail."""
     model, processor = build(case)
     assert len({*greedy(case, 0), *greedy(case, 2)}) > 3
-    if case.budget is None:
+    if case.budget is None and case.rule is None:
         return
     text, images = sample(0)
     kept = reference.run_logits(model, embeds(case, 0))[-1]
-    full = reference.run_logits(model, reference.prompt_embeds(model, processor, text, images))[-1]
+    full = reference.run_logits(
+        model, reference.prompt_embeds(model, processor, text, images, select=lambda tokens, *_: range(len(tokens)))
+    )[-1]
 
     def worst(tokens, kinds, budget, on):
-        best = reference.select_by_saliency(tokens, kinds, budget, on)
+        best = (selection(case, text) or reference.select_by_saliency)(tokens, kinds, budget, on)
         free = [index for index in range(len(kinds)) if index not in best]
-        droppable = [index for index in best if kinds[index] != "mark"]
+        droppable = [index for index in best if kinds[index] == kinds[free[0]]]
         return sorted(set(best) - {droppable[-1]} | {free[0]})
 
     wrong = reference.run_logits(
@@ -165,11 +217,14 @@ def test_forward_logits_of_forced_steps_with_and_without_cache(case):
     length = batch["input_ids"].shape[1]
     ids = torch.cat([batch["input_ids"], torch.tensor([forced])], 1)
     with torch.no_grad():
-        whole = model(input_ids=ids, attention_mask=torch.ones_like(ids), **geometry_of(batch)).logits[0, -13:]
+        inputs = {"attention_mask": torch.ones_like(ids), **geometry_of(batch)}
+        if not case.has_answer_prefix:  # nothing else tells where the question ends
+            inputs["prompt_mask"] = torch.arange(ids.shape[1])[None] < length
+        whole = model(input_ids=ids, **inputs).logits[0, -13:]
         out = model(**batch, use_cache=True)
         steps = [out.logits[0, -1]]
-        for index, token in enumerate(forced):
-            mask = torch.ones(1, length + index + 1, dtype=torch.long)
+        for token in forced:
+            mask = torch.ones(1, out.past_key_values.get_seq_length() + 1, dtype=torch.long)
             out = model(
                 input_ids=torch.tensor([[token]]),
                 attention_mask=mask,
@@ -192,16 +247,23 @@ def test_greedy_stops_at_an_end_token(case):
         assert set(ids[len(wanted) :]) <= {pad}
 
 
-def test_a_small_sliding_window_counts_kept_tokens_only():
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+@pytest.mark.parametrize("rule", [None, routing.Rule("saliency", on="all", gamma=0.5)], ids=str)
+def test_a_small_sliding_window_counts_kept_tokens_only(rule, padding_side):
+    """Neither padding nor dropped tokens may stand between a token and its window."""
     text = tiny_text_config("gemma2", sliding_window=9)
-    config = tiny_config("llava_next", "clip", text)
+    connector = {} if rule is None else {"token_ops": rule.token_ops()}
+    config = tiny_config("llava_next", "clip", text, connector_config=connector)
     model, processor = tiny_model(config, 3), tiny_processor(config)
-    batch = make_batch(processor, [sample(row) for row in range(3)], padding_side="left", max_image_tokens=30)
+    budget = 30 if rule is None else None
+    extra = {} if budget is None else {"max_image_tokens": budget}
+    batch = make_batch(processor, [sample(row) for row in range(3)], padding_side=padding_side, **extra)
     sequences = model.generate(**batch, max_new_tokens=NEW_TOKENS, do_sample=False)
-    expected = [
-        reference.greedy(model, reference.prompt_embeds(model, processor, *sample(row), 30), NEW_TOKENS)
-        for row in range(3)
+    select = None if rule is None else routing.selection(model, rule, torch.zeros(0, 32))
+    prompts = [
+        reference.prompt_embeds(model, processor, *sample(row), budget, "all", select).detach() for row in range(3)
     ]
+    expected = [reference.greedy(model, prompt, NEW_TOKENS) for prompt in prompts]
     assert reference.new_tokens(sequences, batch["input_ids"].shape[1]) == expected
 
 
@@ -248,11 +310,6 @@ def test_without_cache(case):
     assert generate(case, use_cache=False) == [greedy(case, row) for row in range(3)]
 
 
-def turn_two(case: Case, text: str, images: list):
-    """Text and images of a second turn: what follows the first answer."""
-    return reference.prompt_embeds(*build(case), text, images, case.budget, case.on)
-
-
 @extra_cases
 @pytest.mark.parametrize("with_image", [False, True], ids=["text", "image"])
 def test_second_turn_from_a_returned_cache_with_the_new_ids(case, with_image):
@@ -276,12 +333,44 @@ def test_second_turn_from_a_returned_cache_with_the_new_ids(case, with_image):
     }
     got = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)[0, new_ids.shape[1] :].tolist()
     table = model.model.language_model.get_input_embeddings()
-    whole = torch.cat([embeds(case, 0), table(answer)[None], turn_two(case, text, images)], 1).detach()
+    turn_two = prompt_embeds(case, text, images, before=answer[-1:].tolist())
+    whole = torch.cat([embeds(case, 0), table(answer)[None], turn_two], 1).detach()
     assert answer.tolist() == greedy(case, 0, 5)
     assert got == reference.greedy(model, whole, NEW_TOKENS)
 
 
 @extra_cases
+def test_second_turn_of_a_padded_batch_with_new_images(case):
+    """Rows of different lengths: the mask of the past is the packed one, which `forward` returns."""
+    model, processor = build(case)
+    rows, text, image = (0, 2), " USER: <image>\nWhat is in it? ASSISTANT:", random_image(130, 60, seed=77)
+    batch = batch_of(case, rows)
+    positions = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)  # as `generate` numbers them
+    with torch.no_grad():
+        first = model(**batch, position_ids=positions, use_cache=True)
+    answers = first.logits[:, -1:].argmax(-1)
+    extra = {} if case.budget is None else {"max_image_tokens": case.budget}
+    second = make_batch(processor, [(text, [image])] * 2, **extra)
+    new_ids = torch.cat([answers, second["input_ids"]], 1)
+    mask = batch["attention_mask"]
+    mask = mask if first.packed_attention_mask is None else first.packed_attention_mask
+    assert (mask == 0).any() and mask.shape[1] == first.past_key_values.get_seq_length()
+    got = model.generate(
+        input_ids=new_ids,
+        attention_mask=torch.cat([mask, torch.ones_like(new_ids)], 1),
+        past_key_values=first.past_key_values,
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        **geometry_of(second),
+    )
+    table = model.model.language_model.get_input_embeddings()
+    for row, answer, ids in zip(rows, answers, got[:, new_ids.shape[1] :].tolist(), strict=True):
+        turn_two = prompt_embeds(case, text, [image], before=answer.tolist())
+        whole = torch.cat([embeds(case, row), table(answer)[None], turn_two], 1).detach()
+        assert ids == reference.greedy(model, whole, NEW_TOKENS)
+
+
+@static_cases
 def test_second_turn_from_a_returned_cache_with_the_full_history(case):
     """Under a budget nothing is packed, so the usual call (all ids and the cache) works as for any model."""
     model, _ = build(case)
@@ -308,10 +397,10 @@ def repeating(case: Case):
     """A sample whose prompt repeats its n-grams, so that prompt lookup drafts from the first step on."""
     text = "USER: <image>\nred boat on a lake red boat on a lake red boat ASSISTANT: red boat"
     image = random_image(100, 180, seed=5)
-    model, processor = build(case)
+    processor = build(case)[1]
     extra = {} if case.budget is None else {"max_image_tokens": case.budget}
     batch = make_batch(processor, [(text, [image])], **extra)
-    return batch, reference.prompt_embeds(model, processor, text, [image], case.budget, case.on)
+    return batch, prompt_embeds(case, text, [image])
 
 
 @all_cases
@@ -489,9 +578,12 @@ def test_an_image_token_that_the_model_writes_is_text(case, options):
 def test_features_given_back_twice_stay_as_they_were(case, options):
     model = build(case)[0]
     batch = batch_of(case)
-    features = model.get_image_features(**geometry_of(batch), return_dict=True)
+    with torch.no_grad():
+        features = model.get_image_features(**geometry_of(batch), return_dict=True)
     outer, pooled = {"image": features}, features.pooler_output
     tensors, copies, fields = list(pooled), [tensor.clone() for tensor in pooled], dict(features)
+    tokens, kept = features.tokens, features.tokens.kept
+    token_fields = {name: copy.deepcopy(value) for name, value in vars(tokens).items()}
     text = {name: batch[name] for name in ("input_ids", "attention_mask")}
     expected = generate(case, batch=batch, **options)
     for _ in range(2):
@@ -503,11 +595,16 @@ def test_features_given_back_twice_stay_as_they_were(case, options):
         assert all(a is b for a, b in zip(pooled, tensors, strict=True))
         assert all(torch.equal(a, b) for a, b in zip(pooled, copies, strict=True))
         assert set(features) == set(fields)
+        assert features.prompt_length is None and features.is_right_padded is None
+        assert features.tokens is tokens and tokens.kept is kept
+        for name, value in token_fields.items():
+            same = torch.equal if isinstance(value, torch.Tensor) else lambda a, b: str(a) == str(b)
+            assert same(getattr(tokens, name), value), name
     if not options:
         assert expected == [greedy(case, row) for row in range(3)]
 
 
-@extra_cases
+@static_cases
 @torch.no_grad()
 def test_features_cached_per_image_serve_any_prompt(case):
     """Features of single images, made apart, put together for a batch: the logits of the batch with pixels."""
@@ -527,3 +624,57 @@ def test_features_cached_per_image_serve_any_prompt(case):
     given = {**text, "mm_encoder_outputs": {"image": features}}
     assert generate(case, batch=given, num_beams=2) == generate(case, num_beams=2)
     assert generate(case, batch=given) == [greedy(case, row) for row in range(3)]
+
+
+@routed_cases
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=["greedy", "beams"])
+def test_selected_features_serve_rows_apart(case, options):
+    """Features of a whole batch, cut and reordered with `select_images`, serve single rows and other orders."""
+    model = build(case)[0]
+    expected = generate(case, **options)
+    features = model.get_image_features(**geometry_of(batch_of(case)), return_dict=True)
+    for rows, images in [((0,), [0]), ((2,), [1, 2]), ((2, 0), [1, 2, 0]), ((0, 2, 0), [0, 1, 2, 0])]:
+        batch = batch_of(case, rows)
+        text = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        given = {**text, "mm_encoder_outputs": {"image": features.select_images(images)}}
+        assert generate(case, rows, given, **options) == [expected[row] for row in rows]
+
+
+@routed_cases
+def test_right_padded_prompts(case):
+    expected = [greedy(case, row) for row in range(3)]
+    extra = {} if case.budget is None else {"max_image_tokens": case.budget}
+    batch = make_batch(build(case)[1], [sample(row) for row in range(3)], padding_side="right", **extra)
+    assert generate(case, batch=batch) == expected
+    assert generate(case, batch=batch, cache_implementation="static") == expected
+
+
+# --- the full cross product ----------------------------------------------------------------------------------------
+PRODUCT = [
+    routed(preset, vision, text, 40 if keep == "budget" else None, prefix, score, keep, gamma=0.6)
+    for (preset, vision, text, score, keep), prefix in zip(
+        itertools.product(
+            ("slime", "slime_release"),
+            ("clip", "siglip"),
+            TEXT_FAMILIES,
+            ("cosine", "attention", "saliency"),
+            ("threshold", "budget"),
+        ),
+        itertools.cycle((True, False, False)),
+        strict=False,
+    )
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", PRODUCT, ids=str)
+def test_the_full_product(case):
+    model = build(case)[0]
+    expected = [greedy(case, row) for row in range(3)]
+    assert generate(case) == expected
+    assert generate(case, cache_implementation="static") == expected
+    assert generate(case, use_cache=False) == expected
+    beams = [ids for row in range(3) for ids in reference.beam_search(model, embeds(case, row), 3, NEW_TOKENS, 2)]
+    assert generate(case, num_beams=3, num_return_sequences=2) == beams
+    batch, prompt = repeating(case)
+    assert generate(case, (0,), batch, prompt_lookup_num_tokens=3) == [reference.greedy(model, prompt, NEW_TOKENS)]

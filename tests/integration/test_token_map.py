@@ -1,0 +1,261 @@
+"""One record a visual token before selection: where it came from, its score, and whether it was kept."""
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import reference_generation as reference
+import reference_routing as routing
+from builders import geometry_of, make_batch, random_image, tiny_config, tiny_model, tiny_processor
+
+
+PRESETS = ["slime", "slime_release", "monkey", "llava_next", "llava_hd"]
+TEXT = "USER: <image>\nHow many cats are on the table? ASSISTANT:"
+SIZES = [(100, 180), (200, 90), (56, 56), (61, 300)]
+NAMES = ["global", "crop", "mark"]
+BRIGHT = 24  # side of the bright patch in source pixels
+
+
+@functools.cache
+def build(preset: str, rule: routing.Rule | None = None):
+    connector = dict(routing.SMALL_CONNECTORS.get(preset, {}))
+    if rule is not None:
+        connector["token_ops"] = rule.token_ops()
+    config = tiny_config(preset, connector_config=connector)
+    return tiny_model(config), tiny_processor(config)
+
+
+@torch.no_grad()
+def run(preset: str, images: list, rule: routing.Rule | None = None, **kwargs):
+    """Model, batch (one row an image) and output."""
+    model, processor = build(preset, rule)
+    batch = make_batch(processor, [(TEXT, [image]) for image in images], padding_side="left", **kwargs)
+    return model, batch, model(**batch, output_token_map=True)
+
+
+def of_image(found, image: int) -> dict[str, torch.Tensor]:
+    """The records of one image."""
+    mine = found.image == image
+    return {name: getattr(found, name)[mine] for name in ("view", "cell", "kind", "box", "score", "kept")}
+
+
+# --- records -------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("preset", PRESETS)
+def test_records_are_the_tokens_before_selection(preset):
+    model, batch, output = run(preset, [random_image(*size, seed=i) for i, size in enumerate(SIZES)])
+    found, layout = output.token_map, model.config.token_layout()
+    features = model.get_image_features(**geometry_of(batch), return_dict=True)
+    positions, spans = batch["view_positions"].tolist(), batch["view_spans"].tolist()
+    starts = [row for row, position in enumerate(positions) if position[0] == 0] + [len(positions)]
+    assert len(found.image) == sum(len(part) for part in features.pooler_output)
+    for image in range(len(SIZES)):
+        records, (start, stop) = of_image(found, image), starts[image : image + 2]
+        kinds = reference.layout_kinds(positions[start:stop], spans[start:stop], layout)
+        assert [NAMES[kind] for kind in records["kind"]] == kinds
+        for view, kind, cell in zip(records["view"], records["kind"], records["cell"], strict=True):
+            if kind == 2:
+                assert view == -1
+                continue
+            assert start <= view < stop and positions[view][0] == kind
+            grid = layout["global_grid"] if kind == 0 else layout["crop_grid"]
+            assert 0 <= cell[0] < grid[0] and 0 <= cell[1] < grid[1]
+        addresses = torch.cat([records["view"][:, None], records["cell"]], 1)[records["kind"] < 2]
+        assert len(addresses.unique(dim=0)) == len(addresses)
+
+
+@pytest.mark.parametrize(
+    "rule", [routing.Rule("cosine"), routing.Rule("attention"), routing.Rule("saliency", on="all")], ids=str
+)
+def test_scores_and_kept_are_those_of_the_router(rule):
+    images = [random_image(*size, seed=i) for i, size in enumerate(SIZES)]
+    model, _, output = run("slime", images, rule)
+    for number, image in enumerate(images):
+        records = of_image(output.token_map, number)
+        tokens, kinds = reference.full_visual_tokens(model, build("slime", rule)[1], [image])
+        words = reference.prompt_embeds(model, build("slime", rule)[1], TEXT.replace("<image>", ""), [])[0]
+        if number == 0:  # the pieces around the placeholder are tokens of their own
+            tokenizer = build("slime", rule)[1].tokenizer
+            ids = [id for piece in TEXT.split("<image>") for id in tokenizer(piece).input_ids]
+            words = model.model.language_model.get_input_embeddings()(torch.tensor(ids)).detach()
+            select = routing.selection(model, rule, words)
+            assert records["kept"].nonzero()[:, 0].tolist() == select(tokens[0], kinds[0], None, rule.on)
+            scored = [i for i, kind in enumerate(kinds[0]) if kind in routing.SCORED_KINDS[rule.on]]
+            wanted = routing.scores_of(model, rule, tokens[0][scored], words)
+            torch.testing.assert_close(
+                records["score"][scored].double(), torch.tensor(wanted).double(), atol=1e-4, rtol=0
+            )
+        scored = ~records["score"].isnan()
+        assert torch.equal(scored, records["kind"] < 2 if rule.on == "all" else records["kind"] == 1)
+        assert records["kept"][~scored].all()
+        assert records["score"][records["kept"] & scored].min() > records["score"][~records["kept"]].max()
+
+
+@pytest.mark.parametrize(
+    "preset, rule, budget",
+    [
+        ("slime", None, None),
+        ("slime_release", None, None),
+        ("slime", None, 30),
+        ("monkey", routing.Rule("cosine", "budget", on="all"), 20),
+        ("monkey", None, 20),
+        ("llava_next", None, 30),
+        ("llava_next", routing.Rule("attention", on="crops"), None),
+        ("llava_hd", None, None),
+    ],
+    ids=str,
+)
+def test_as_many_are_kept_as_enter_the_language_model(preset, rule, budget):
+    model, processor = build(preset, rule)
+    extra = {} if budget is None else {"max_image_tokens": budget}
+    images = [random_image(*size, seed=i) for i, size in enumerate(SIZES)]
+    batch = make_batch(processor, [(TEXT, [image]) for image in images], padding_side="left", **extra)
+    seen = []
+
+    def look(module, args, kwargs):
+        mask, embeds = kwargs["attention_mask"], kwargs["inputs_embeds"]
+        seen.append((mask[:, -embeds.shape[1] :].sum(1), embeds))
+
+    handle = model.model.language_model.register_forward_pre_hook(look, with_kwargs=True)
+    try:
+        with torch.no_grad():
+            output = model(**batch, output_token_map=True)
+    finally:
+        handle.remove()
+    text = (batch["attention_mask"].bool() & (batch["input_ids"] != model.config.image_token_id)).sum(1)
+    kept = torch.tensor([int(of_image(output.token_map, image)["kept"].sum()) for image in range(len(SIZES))])
+    (lengths, embeds), table = seen[0], model.get_input_embeddings().weight
+    assert kept.tolist() == (lengths - text).tolist()
+    if budget is not None:
+        full = [processor.image_tokens(*size) for size in SIZES]
+        assert all(k == budget for k, count in zip(kept.tolist(), full, strict=True) if count > budget)
+    # and they are those tokens, in their order
+    for image in range(len(SIZES)):
+        everything, _ = reference.full_visual_tokens(model, processor, [images[image]])
+        wanted = everything[0][of_image(output.token_map, image)["kept"]]
+        row = embeds[image, -int(lengths[image]) :]
+        first = int((batch["input_ids"][image] == model.config.image_token_id).nonzero()[0])
+        first -= int((batch["attention_mask"][image] == 0).sum())
+        torch.testing.assert_close(row[first : first + len(wanted)], wanted, atol=1e-4, rtol=0)
+        if first:
+            torch.testing.assert_close(row[0], table[batch["input_ids"][image][batch["attention_mask"][image] > 0][0]])
+
+
+def test_the_map_needs_boxes_and_is_absent_unless_asked_for():
+    model, batch, output = run("slime", [random_image(60, 60)])
+    assert output.token_map is not None
+    assert model(**batch).token_map is None
+    with pytest.raises(ValueError, match="view_boxes"):
+        model(**{**batch, "view_boxes": None}, output_token_map=True)
+    text = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    features = model.get_image_features(**geometry_of(batch), return_dict=True)
+    given = model(**text, mm_encoder_outputs={"image": features}, output_token_map=True).token_map
+    for name in vars(given):
+        torch.testing.assert_close(
+            getattr(given, name), getattr(output.token_map, name), equal_nan=True, atol=1e-5, rtol=0
+        )
+    ids = torch.tensor([[10, 11, 12]])
+    assert model(input_ids=ids, output_token_map=True).token_map is None
+
+
+def test_the_map_of_reordered_features_has_their_boxes():
+    images = [random_image(*size, seed=i) for i, size in enumerate(SIZES[:2])]
+    model, batch, output = run("slime", images)
+    features = model.get_image_features(**geometry_of(batch), return_dict=True).select_images([1, 0])
+    text = {name: batch[name].flip(0) for name in ("input_ids", "attention_mask")}
+    found = model(**text, mm_encoder_outputs={"image": features}, output_token_map=True).token_map
+    for image in range(2):
+        mine, theirs = of_image(found, image), of_image(output.token_map, 1 - image)
+        for name in mine:
+            torch.testing.assert_close(mine[name], theirs[name], equal_nan=True, atol=1e-4, rtol=0)
+
+
+# --- boxes ---------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("size", [*SIZES, (333, 250)])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_boxes_of_crop_tokens_tile_the_image(preset, size):
+    """Every source pixel lies in exactly one crop token (where unpadding cut border patches: in at most one)."""
+    _, _, output = run(preset, [random_image(*size)])
+    records = of_image(output.token_map, 0)
+    height, width = size
+    rows, columns = (np.arange(side) + 0.5 for side in size)
+    hits = np.zeros(size, dtype=int)
+    for top, left, bottom, right in records["box"][records["kind"] == 1].tolist():
+        inside = ((rows >= top) & (rows < bottom))[:, None] & ((columns >= left) & (columns < right))[None]
+        hits += inside
+    rounding = 0.02 * height * width  # boxes are rounded to 1/256 pixel: a centre may fall between two of them
+    assert (hits > 1).sum() <= rounding
+    if preset == "llava_next":  # its own rule cuts up to half a patch of the image
+        assert (hits == 1).mean() > 0.6
+    else:
+        assert (hits == 0).sum() <= rounding
+    boxes = records["box"][records["kind"] < 2]
+    assert torch.isfinite(boxes).all() and (boxes[:, 2:] > boxes[:, :2]).all()
+    assert records["box"][records["kind"] == 2].isnan().all()
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_boxes_of_global_tokens_cover_the_image(preset, size):
+    _, _, output = run(preset, [random_image(*size)])
+    records = of_image(output.token_map, 0)
+    boxes = records["box"][records["kind"] == 0]
+    assert (boxes[:, :2].min(0).values <= 0.01).all()
+    assert (boxes[:, 2:].max(0).values >= torch.tensor(size) - 0.01).all()
+
+
+def patch_means(batch, view: int, cell: torch.Tensor, grid: list[int]) -> float:
+    """Mean of the pixels of a view that a token stands for."""
+    pixels = batch["pixel_values"][view].mean(0)
+    side = pixels.shape[0]
+    row, column = int(cell[0]), int(cell[1])
+    height, width = side / grid[0], side / grid[1]
+    rows = slice(round(row * height), round((row + 1) * height))
+    return float(pixels[rows, round(column * width) : round((column + 1) * width)].mean())
+
+
+@pytest.mark.parametrize("centre", [(20, 30), (75, 150), (50, 95)])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_token_lies_where_it_came_from(preset, centre):
+    """Of a dark picture with one bright patch, the tokens whose pixels are brightest have boxes around the patch."""
+    pixels = np.zeros((110, 190, 3), np.uint8)
+    top, left = centre[0] - BRIGHT // 2, centre[1] - BRIGHT // 2
+    pixels[max(top, 0) : top + BRIGHT, max(left, 0) : left + BRIGHT] = 255
+    model, batch, output = run(preset, [Image.fromarray(pixels)])
+    records, layout = of_image(output.token_map, 0), model.config.token_layout()
+    for kind, grid in ((0, layout["global_grid"]), (1, layout["crop_grid"])):
+        index = (records["kind"] == kind).nonzero()[:, 0].tolist()
+        means = {i: patch_means(batch, int(records["view"][i]), records["cell"][i], grid) for i in index}
+        brightest = max(means, key=means.get)
+        box = records["box"][brightest]
+        middle = ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2)
+        reach = [(BRIGHT + float(box[2 + axis] - box[axis])) / 2 for axis in range(2)]
+        for axis in range(2):
+            assert abs(float(middle[axis]) - centre[axis]) < reach[axis], (kind, box.tolist(), centre)
+        dark = min(means.values())
+        for i, mean in means.items():  # a token far from the patch saw none of it
+            far = any(
+                float(records["box"][i][axis]) > centre[axis] + BRIGHT
+                or float(records["box"][i][2 + axis]) < centre[axis] - BRIGHT
+                for axis in range(2)
+            )
+            assert not far or mean < dark + 0.35, (kind, records["box"][i].tolist(), mean)
+
+
+@pytest.mark.parametrize("preset", ["slime", "monkey", "llava_next"])
+@torch.no_grad()
+def test_a_token_is_computed_from_the_view_that_the_map_names(preset):
+    """Changing the pixels of one view changes the features of its tokens and of no others."""
+    model, processor = build(preset)
+    batch = make_batch(processor, [(TEXT, [random_image(*size)]) for size in SIZES[:2]])
+    found = model(**batch, output_token_map=True).token_map
+    before = model.get_image_features(**geometry_of(batch), return_dict=True).tokens.features
+    for view in range(len(batch["pixel_values"])):
+        pixels = batch["pixel_values"].clone()
+        pixels[view] += torch.randn(pixels[view].shape)
+        changed = {**geometry_of(batch), "pixel_values": pixels}
+        after = model.get_image_features(**changed, return_dict=True).tokens.features
+        moved = (after - before).abs().amax(1) > 1e-3
+        assert torch.equal(moved, found.view == view)

@@ -1,0 +1,212 @@
+"""Half precision against single precision, and equal scores.
+
+Tolerances, relative to the largest value of the float32 result: bfloat16 keeps 8 bits (a rounding error of 0.2 % a
+value), float16 keeps 11 (0.02 %). A part is a few operations deep; the whole model adds up three tower layers, the
+connector and two text layers.
+"""
+
+import functools
+
+import pytest
+import torch
+
+import reference_routing as routing
+from builders import make_batch, random_image, tiny_config, tiny_model, tiny_processor
+from hires_lmm.modeling.routers_hires_lmm import (
+    cosine_scores,
+    keep_budget,
+    keep_threshold,
+    saliency_scores,
+)
+
+
+PART = {torch.float16: 4e-3, torch.bfloat16: 3e-2}
+WHOLE = {torch.float16: 1e-2, torch.bfloat16: 5e-2}
+SCORES = {torch.float16: 2e-2, torch.bfloat16: 8e-2}
+SEED = 1  # the scores at the border of each case differ by more than bfloat16 rounds: both keep the same tokens
+halves = pytest.mark.parametrize("dtype", PART, ids=["fp16", "bf16"])
+CASES = {
+    "cosine": ("slime", "clip", "llama", routing.Rule("cosine", reduce="mean", temperature=0.05)),
+    "attention": ("slime", "siglip", "qwen2", routing.Rule("attention")),
+    "saliency": ("slime_release", "clip", "mistral", routing.Rule("saliency", "budget")),
+    "monkey": ("monkey", "siglip", "gemma2", None),
+    "llava_next": ("llava_next", "clip", "qwen3", None),
+}
+TEXT = "USER: <image>\nHow many cats are on the table? ASSISTANT:"
+
+
+@functools.cache
+def build(name: str, dtype: torch.dtype = torch.float32):
+    preset, vision, text, rule = CASES[name]
+    connector = dict(routing.SMALL_CONNECTORS.get(preset, {}))
+    if rule is not None:
+        connector["token_ops"] = rule.token_ops()
+    config = tiny_config(preset, vision, text, connector_config=connector)
+    return tiny_model(config, SEED, dtype), tiny_processor(config)
+
+
+def difference(half: torch.Tensor, single: torch.Tensor) -> float:
+    """Largest absolute difference over the largest absolute value."""
+    assert half.shape == single.shape
+    assert torch.isfinite(half).all()
+    return float((half.float() - single).abs().max() / single.abs().max())
+
+
+@functools.cache
+def batch_of(name: str):
+    return make_batch(build(name)[1], [(TEXT, [random_image(100, 180)])])
+
+
+@torch.no_grad()
+def connector_parts(model) -> dict[str, torch.nn.Module]:
+    """The parts of a connector that compute, by name."""
+    connector = model.model.connector
+    parts = {f"view_op_{i}": op.query_former for i, op in enumerate(connector.view_ops)}
+    if hasattr(connector.adapter, "query_former"):
+        parts["query_former"] = connector.adapter.query_former
+        parts["gate"] = connector.adapter.gate
+    return {**parts, "mlp": getattr(connector.adapter, "mlp", None) or connector.adapter}
+
+
+@halves
+@pytest.mark.parametrize("name", CASES)
+@torch.no_grad()
+def test_parts(name, dtype):
+    """Each part alone, on the same input, rounded to its own precision."""
+    single, half = connector_parts(build(name)[0]), connector_parts(build(name, dtype)[0])
+    features = torch.randn(3, 16, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for part in single:
+        call = (features, 1) if part == "mlp" and name == "monkey" else (features,)
+        wide = (features.float(), *call[1:])
+        got = half[part](*call)
+        assert got.dtype == dtype, part
+        assert difference(got, single[part](*wide)) < PART[dtype], part
+
+
+@halves
+@torch.no_grad()
+def test_the_attention_score(dtype):
+    single = build("attention")[0].model.connector.token_ops[0].attention_score
+    half = build("attention", dtype)[0].model.connector.token_ops[0].attention_score
+    generator = torch.Generator().manual_seed(0)
+    features, text = (torch.randn(n, 32, generator=generator).to(dtype) for n in (40, 11))
+    assert difference(half(features, text), single(features.float(), text.float())) < PART[dtype]
+
+
+@halves
+def test_scores_without_parameters_are_computed_in_single_precision(dtype):
+    """Half-precision features are read exactly: no error beyond that of float32."""
+    generator = torch.Generator().manual_seed(0)
+    features, text = (torch.randn(n, 32, generator=generator).to(dtype) for n in (40, 11))
+    weights = torch.ones(11)
+    for half, single in [
+        (saliency_scores(features), saliency_scores(features.float())),
+        (cosine_scores(features, text, weights), cosine_scores(features.float(), text.float(), weights)),
+    ]:
+        assert half.dtype == torch.float32
+        torch.testing.assert_close(half, single, atol=1e-6, rtol=0)
+
+
+@halves
+@pytest.mark.parametrize("name", CASES)
+@torch.no_grad()
+def test_whole_logits(name, dtype):
+    """The router's scores, the kept set and the logits."""
+    single, half = build(name)[0], build(name, dtype)[0]
+    batch = dict(batch_of(name))
+    wide = single(**batch, output_token_map=True)
+    narrow = half(**{**batch, "pixel_values": batch["pixel_values"].to(dtype)}, output_token_map=True)
+    assert narrow.logits.dtype == dtype
+    scored = ~wide.token_map.score.isnan()
+    assert torch.equal(~narrow.token_map.score.isnan(), scored)
+    if scored.any():
+        assert difference(narrow.token_map.score[scored], wide.token_map.score[scored]) < SCORES[dtype]
+    assert torch.equal(narrow.token_map.kept, wide.token_map.kept)
+    assert difference(narrow.logits, wide.logits) < WHOLE[dtype]
+
+
+@halves
+@pytest.mark.parametrize("name", CASES)
+def test_generation_and_training_steps_run_in_half_precision(name, dtype):
+    model, _ = build(name, dtype)
+    batch = {**batch_of(name), "pixel_values": batch_of(name)["pixel_values"].to(dtype)}
+    assert model.generate(**batch, max_new_tokens=3, do_sample=False).shape[1] == batch["input_ids"].shape[1] + 3
+    loss = model(**batch, labels=batch["input_ids"]).loss
+    loss.backward()
+    gradients = [weight.grad for weight in model.model.connector.parameters() if weight.grad is not None]
+    assert gradients and all(torch.isfinite(gradient).all() for gradient in gradients)
+    model.zero_grad()
+
+
+# --- ties ----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("count", [1, 2, 17, 1000])
+def test_the_earlier_of_equal_scores_wins(count, dtype):
+    scores = torch.full((count,), 0.3, dtype=dtype)
+    for budget in {1, count // 2, count}:
+        assert keep_budget(scores, budget).tolist() == [True] * budget + [False] * (count - budget)
+    kept = keep_threshold(scores.float(), 0.5, 1.0)
+    number = int(kept.sum())
+    assert kept[:number].all() and number == count // 2 + 1
+
+
+def test_ties_at_the_border_keep_the_earlier_token():
+    scores = torch.tensor([0.0, 2.0, 1.0, 1.0, 3.0, 1.0])
+    assert keep_budget(scores, 3).tolist() == [False, True, True, False, True, False]
+    assert keep_budget(scores, 4).tolist() == [False, True, True, True, True, False]
+    mass = scores.softmax(0)
+    assert keep_threshold(scores, float(mass[4] + mass[1]) + 1e-3, 1.0).tolist() == keep_budget(scores, 3).tolist()
+
+
+@torch.no_grad()
+def all_scores_equal(name: str, rule: routing.Rule):
+    """A model whose features are all the same vector: every score is equal."""
+    preset, vision, text, _ = CASES[name]
+    connector = {**routing.SMALL_CONNECTORS[preset], "token_ops": rule.token_ops(), "adapter": {"part": "linear"}}
+    config = tiny_config(preset, vision, text, connector_config=connector)
+    model, processor = tiny_model(config), tiny_processor(config)
+    model.model.connector.adapter.linear.weight.zero_()
+    return model, processor
+
+
+@pytest.mark.parametrize("score", ["cosine", "attention", "saliency"])
+@torch.no_grad()
+def test_images_without_a_best_token_keep_their_first_ones(score):
+    """Alone, in batches and again: the same set, the first tokens."""
+    model, processor = all_scores_equal("cosine", routing.Rule(score))
+    image, other = random_image(100, 180), random_image(70, 200, seed=5)
+    for _ in range(2):
+        for samples in ([(TEXT, [image])], [(TEXT, [other]), ("a " + TEXT, [image])], [(TEXT, [image])] * 3):
+            found = model(**make_batch(processor, samples), output_token_map=True).token_map
+            for number in range(len(samples)):
+                routed = found.kept[(found.image == number) & (found.kind == 1)]
+                count = int(routed.sum())
+                assert routed[:count].all() and count == int(0.75 * len(routed)) + 1, (count, len(routed))
+
+
+@pytest.mark.parametrize("name", ["cosine", "attention", "saliency"])
+@torch.no_grad()
+def test_equal_images_keep_the_same_set_and_runs_repeat(name):
+    """Two equal images of a batch, two runs, and the image alone: one set."""
+    model, processor = build(name)
+    image = random_image(100, 180)
+    extra = {"max_image_tokens": 40} if name == "saliency" else {}
+    alone = model(**make_batch(processor, [(TEXT, [image])], **extra), output_token_map=True).token_map.kept
+    assert 0 < int(alone.sum()) < len(alone)
+    for _ in range(2):
+        found = model(**make_batch(processor, [(TEXT, [image])] * 3, **extra), output_token_map=True).token_map
+        for number in range(3):
+            assert torch.equal(found.kept[found.image == number], alone)
+
+
+@pytest.mark.parametrize("name", ["cosine", "attention", "saliency"])
+@torch.no_grad()
+def test_a_blank_image_keeps_the_same_set_alone_and_in_a_batch(name):
+    """Its crops are equal, so cells tie across crops as far as arithmetic allows."""
+    model, processor = build(name)
+    blank = random_image(1, 1).resize((224, 168))
+    extra = {"max_image_tokens": 40} if name == "saliency" else {}
+    alone = model(**make_batch(processor, [(TEXT, [blank])], **extra), output_token_map=True).token_map
+    samples = [(TEXT, [random_image(70, 200, seed=5)]), (TEXT, [blank])]
+    found = model(**make_batch(processor, samples, **extra), output_token_map=True).token_map
+    assert torch.equal(found.kept[found.image == 1], alone.kept)
