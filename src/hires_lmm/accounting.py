@@ -46,12 +46,12 @@ class ImageAccount:
 
 
 def account_image(
-    processor: Any, height: int, width: int, max_image_tokens: int | None = None, **images_kwargs: Any
+    image_processor: Any, height: int, width: int, max_image_tokens: int | None = None, **images_kwargs: Any
 ) -> ImageAccount:
     """Count views and tokens of an image without its pixels.
 
     Args:
-        processor (`HiResLmmProcessor`): Of a checkpoint, or from `preset_processor`.
+        image_processor (`HiResLmmImageProcessor`): Of a checkpoint, or of `preset_processor`.
         height, width (`int`): The upright image, pixels.
         max_image_tokens (`int`, *optional*): The budget.
         images_kwargs: Call-time options: `max_crops`, `views`, ...
@@ -62,11 +62,11 @@ def account_image(
     Raises:
         ValueError: If a size or option is wrong, or the budget too small; the message names the smallest.
     """
-    plan = processor.image_processor.plan(height, width, **images_kwargs)
+    plan = image_processor.plan(height, width, **images_kwargs)
     grid = (plan.patch_grid, plan.patch_grid)
     budget_tokens = None
     if max_image_tokens is not None:
-        budget_tokens = processor.image_tokens(height, width, max_image_tokens=max_image_tokens, **images_kwargs)
+        budget_tokens = image_processor.image_tokens(height, width, max_image_tokens=max_image_tokens, **images_kwargs)
     return ImageAccount(
         height=height,
         width=width,
@@ -74,7 +74,7 @@ def account_image(
         crop_rows=plan.grid[0],
         crop_cols=plan.grid[1],
         patch_tokens=count_tokens(plan, TokenLayout(grid, grid, grid)).total,
-        tokens=processor.image_tokens(height, width, **images_kwargs),
+        tokens=image_processor.image_tokens(height, width, **images_kwargs),
         budget_tokens=budget_tokens,
         llava_next=count_llava_next(height, width),
     )

@@ -219,14 +219,14 @@ def _tokens(
         _quiet()
         from hires_lmm import PRESETS
         from hires_lmm.accounting import account_image, preset_processor
-        from hires_lmm.inference import load_processor
+        from hires_lmm.inference import load_image_processor
 
         if checkpoint in PRESETS and not Path(checkpoint).exists():
-            processor = preset_processor(checkpoint)
+            image_processor = preset_processor(checkpoint).image_processor
         else:
-            processor = load_processor(_existing(checkpoint, PRESETS), trust_remote_code)
+            image_processor = load_image_processor(_existing(checkpoint, PRESETS), trust_remote_code)
         options = _images_kwargs(max_crops, None)
-        accounts = [account_image(processor, *pair, max_image_tokens, **options) for pair in pairs]
+        accounts = [account_image(image_processor, *pair, max_image_tokens, **options) for pair in pairs]
         if as_json:
             _write_json([{**account.to_dict(), **options} for account in accounts])
             return

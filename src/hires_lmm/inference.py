@@ -7,7 +7,14 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BatchFeature, TextIteratorStreamer
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    BatchFeature,
+    TextIteratorStreamer,
+)
 
 from .modeling.outputs_hires_lmm import HiResLmmImageFeatures, TokenMap
 from .processing.image_input_hires_lmm import open_image, to_rgb
@@ -48,12 +55,27 @@ def load_processor(checkpoint: str, trust_remote_code: bool = False) -> Any:
         ValueError: If the checkpoint is of another kind of model.
         OSError: If it does not exist.
     """
+    _check_kind(checkpoint, trust_remote_code)
+    return AutoProcessor.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
+
+
+def load_image_processor(checkpoint: str, trust_remote_code: bool = False) -> Any:
+    """Load the image processor of a checkpoint, which may have no tokenizer. Args and errors as in `load_processor`.
+
+    Args:
+        checkpoint (`str`): Folder or Hub id.
+        trust_remote_code (`bool`): Whether code that comes with the checkpoint may run.
+    """
+    _check_kind(checkpoint, trust_remote_code)
+    return AutoImageProcessor.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
+
+
+def _check_kind(checkpoint: str, trust_remote_code: bool) -> None:
     config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
     if config.model_type != "hires_lmm":
         raise ValueError(
             f"{checkpoint} holds a {config.model_type!r} model; this command needs a 'hires_lmm' checkpoint."
         )
-    return AutoProcessor.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
 
 
 def load_model(
