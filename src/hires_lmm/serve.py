@@ -73,7 +73,7 @@ def build_page(model: Any, processor: Any, name: str, note: str | None = None) -
     try:
         import gradio
     except ImportError as error:
-        raise ImportError("The page needs gradio; install it with: pip install 'hires-lmm[demo]'") from error
+        raise ImportError("The page needs gradio; install it with: pip install -e '.[demo]' (in a clone)") from error
 
     def answer(image: Image.Image | None, question: str, budget: int, max_crops: int, length: int) -> Iterator[Shown]:
         try:

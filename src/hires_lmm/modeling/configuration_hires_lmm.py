@@ -267,4 +267,30 @@ class HiResLmmConfig(PreTrainedConfig):
         }
 
 
+def check_fit(config: HiResLmmConfig, language_model: Any) -> None:
+    """Refuse settings that tower or language model cannot serve.
+
+    Args:
+        config (`HiResLmmConfig`): The configuration.
+        language_model (`PreTrainedModel`): The language model without its head.
+
+    Raises:
+        ValueError: If the language model is of an unknown make, or an id or layer lies outside of it.
+    """
+    vocabulary, layer = config.text_config.vocab_size, config.vision_feature_layer
+    depth = config.vision_config.num_hidden_layers
+    if not hasattr(language_model, "embed_tokens"):
+        raise ValueError(
+            f"The language model {config.text_config.model_type!r} has no embed_tokens; use a causal language model "
+            "such as Llama, Qwen, Mistral or Gemma."
+        )
+    if not 0 <= config.image_token_id < vocabulary:
+        raise ValueError(
+            f"image_token_id={config.image_token_id} is no token of the language model, which has {vocabulary}; add a "
+            "token and resize, or use a spare one."
+        )
+    if not -depth - 1 <= layer <= depth:
+        raise ValueError(f"vision_feature_layer={layer} does not exist; the vision tower has {depth} layers.")
+
+
 __all__ = ["HiResLmmConfig", "HiResLmmConnectorConfig"]

@@ -13,6 +13,55 @@ from transformers.utils import ModelOutput
 from .outputs_hires_lmm import HiResLmmImageFeatures, compare_counts, placeholders_per_image
 
 
+def check_encoder_outputs(outputs: Any) -> dict[str, Any]:
+    """Copy `mm_encoder_outputs`, which must be a dict with the one key `"image"`.
+
+    Args:
+        outputs (`dict`, *optional*): What the caller passed.
+
+    Returns:
+        A new dict.
+
+    Raises:
+        ValueError: If it is no dict or has other keys, whose features would be ignored.
+    """
+    if outputs is None:
+        return {}
+    if not isinstance(outputs, dict) or set(outputs) - {"image"}:
+        given = sorted(outputs) if isinstance(outputs, dict) else type(outputs).__name__
+        raise ValueError(
+            f'mm_encoder_outputs is {given}, expected {{"image": features}} with what get_image_features returned.'
+        )
+    return dict(outputs)
+
+
+def images_after(placeholder: torch.Tensor, lengths: list[int], position: int) -> list[int]:
+    """Images whose placeholders come at or after a position of their row.
+
+    Args:
+        placeholder (`torch.Tensor` of shape `(B, S)`): True at placeholders.
+        lengths (`list[int]`): Placeholders of each image, in reading order.
+        position (`int`): First position that counts.
+
+    Returns:
+        Their indices.
+
+    Raises:
+        ValueError: If an image lies on both sides.
+    """
+    columns, chosen, start = placeholder.nonzero()[:, 1].tolist(), [], 0
+    for index, length in enumerate(lengths):
+        is_after = {column >= position for column in columns[start : start + length]}
+        if len(is_after) > 1:
+            raise ValueError(
+                f"past_key_values ends after {position} positions, in the middle of image {index}; crop it to before "
+                "the image."
+            )
+        chosen += [index] if True in is_after else []
+        start += length
+    return chosen
+
+
 class HiResLmmGenerationMixin(GenerationMixin):
     """The stock `generate` with hooks for encoded images, beams, masks and positions."""
 
@@ -24,16 +73,21 @@ class HiResLmmGenerationMixin(GenerationMixin):
         generation_config: GenerationConfig,
     ) -> dict[str, Any]:
         """Encode images once; work on a copy of the caller's features and note where the prompt ends."""
-        model_kwargs["mm_encoder_outputs"] = dict(model_kwargs.get("mm_encoder_outputs") or {})
+        model_kwargs["mm_encoder_outputs"] = check_encoder_outputs(model_kwargs.get("mm_encoder_outputs"))
         ids = inputs_tensor if inputs_tensor.ndim == 2 else model_kwargs.get("input_ids")
-        has_ids = ids is not None and ids.shape[1] > 0
-        has_pixels = model_kwargs.get("pixel_values") is not None
-        if has_pixels or model_kwargs["mm_encoder_outputs"].get("image") is not None:
-            if generation_config.prefill_chunk_size is not None:
-                raise ValueError("prefill_chunk_size is not supported with images; leave it unset.")
-            placeholder = self.model.get_placeholder_mask(ids if has_ids else None, inputs_tensor)
+        has_ids, has_pixels = ids is not None and ids.shape[1] > 0, model_kwargs.get("pixel_values") is not None
+        has_images = has_pixels or model_kwargs["mm_encoder_outputs"].get("image") is not None
+        placeholder = self.model.get_placeholder_mask(ids if has_ids else None, inputs_tensor)
+        cached = self._cached_history(inputs_tensor.shape[1], model_kwargs, placeholder, generation_config)
+        if has_images and generation_config.prefill_chunk_size is not None:
+            raise ValueError("prefill_chunk_size is not supported with images; leave it unset.")
         if has_pixels:
             self.model.check_placeholders(placeholder, model_kwargs.get("view_positions"))
+        elif not has_images and bool(placeholder[:, cached:].any()):
+            raise ValueError(
+                f"The prompt holds {int(placeholder[:, cached:].sum())} image tokens, but no images were passed. Pass "
+                "all that the processor returned: model.generate(**inputs)."
+            )
         model_kwargs = super()._maybe_prepare_encoder_kwargs_for_generation(
             inputs_tensor, model_kwargs, model_input_name, generation_config
         )
@@ -44,11 +98,38 @@ class HiResLmmGenerationMixin(GenerationMixin):
             image = copy.copy(image)
             if not isinstance(image, HiResLmmImageFeatures):
                 image = HiResLmmImageFeatures(pooler_output=list(image.pooler_output))
-            image.pooler_output, image.prompt_length = list(image.pooler_output), inputs_tensor.shape[1]
+            if cached:
+                image = image.select_images(images_after(placeholder, placeholders_per_image(image), cached))
+            image.pooler_output, image.prompt_length = list(image.pooler_output), inputs_tensor.shape[1] - cached
             mask = model_kwargs.get("attention_mask")
             image.is_right_padded = mask is not None and mask.ndim == 2 and bool((mask[:, -1] == 0).any())
-            model_kwargs["mm_encoder_outputs"]["image"] = image
+            model_kwargs["mm_encoder_outputs"]["image"] = image if image.pooler_output else None
         return model_kwargs
+
+    def _cached_history(
+        self,
+        length: int,
+        model_kwargs: dict[str, Any],
+        placeholder: torch.Tensor,
+        generation_config: GenerationConfig,
+    ) -> int:
+        """Positions of the prompt that the caller's cache already holds; 0 if only new ids were passed.
+
+        As in the library, a mask longer than the ids says that they are new; it drops a mask of ones and notes its
+        length. What an assistant drafts is checked by the main model, so it may go on with a packed cache.
+        """
+        cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
+        past = cache.get_seq_length() if isinstance(cache, Cache) else 0
+        mask_length = mask.shape[1] if mask is not None else getattr(generation_config, "_mask_length", length)
+        if not past or mask_length != length or generation_config.is_assistant:
+            return 0
+        if not self.model.connector.is_count_static and bool(placeholder.any()):
+            raise ValueError(
+                f"The cache holds {past} positions after dropping visual tokens, so the {length} ids of the whole "
+                "conversation cannot be lined up with it. Pass only the new ids, with an attention_mask of length "
+                f"{past} + the number of new ids; or start without past_key_values."
+            )
+        return past
 
     def _expand_multimodal_outputs(
         self,

@@ -11,9 +11,9 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 
-from .configuration_hires_lmm import HiResLmmConfig, HiResLmmConnectorConfig
+from .configuration_hires_lmm import HiResLmmConfig, HiResLmmConnectorConfig, check_fit
 from .connector_hires_lmm import HiResLmmConnector, drop
-from .generation_hires_lmm import HiResLmmGenerationMixin
+from .generation_hires_lmm import HiResLmmGenerationMixin, check_encoder_outputs
 from .logits_hires_lmm import scale_logits, select_positions
 from .outputs_hires_lmm import (
     HiResLmmCausalLMOutputWithPast,
@@ -75,6 +75,7 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
             config.patch_grid,
         )
         self.language_model = AutoModel.from_config(config.text_config)
+        check_fit(config, self.language_model)
         self.post_init()
 
     def encode_views(self, pixel_values: torch.Tensor, layer: int | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -316,11 +317,16 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
         mm_encoder_outputs: dict | None,
     ) -> HiResLmmImageFeatures | None:
         """Take the caller's features or encode the images, after comparing placeholders with promised tokens."""
-        features = (mm_encoder_outputs or {}).get("image")
+        features = check_encoder_outputs(mm_encoder_outputs).get("image")
         given = [views for views in (pixel_values, vision_features) if views is not None]
         if len(given) + (features is not None) > 1:
             raise ValueError(
                 "Pass one of pixel_values, vision_features and mm_encoder_outputs: they stand for the same images."
+            )
+        if view_positions is not None and view_positions.shape[0] and not given and features is None:
+            raise ValueError(
+                f"view_positions describes {view_positions.shape[0]} views, but pixel_values is missing; pass all "
+                "that the processor returned."
             )
         if given and given[0].shape[0]:
             self.check_placeholders(self.get_placeholder_mask(input_ids, inputs_embeds), view_positions)

@@ -106,6 +106,11 @@ def build_question(
             "Routing by the question needs to know where the answer begins, or it would read the answer in training: "
             "pass prompt_mask or labels, or set config.answer_prefix_ids."
         )
+    if ids is None and answer_prefix and scope == "turn" and prompt_mask is None:
+        raise ValueError(
+            "The question of an image is found by token ids, and inputs_embeds has none. Pass prompt_mask (True where "
+            'the question stands), or use question_scope="prompt".'
+        )
     found = torch.zeros_like(placeholder[:, :1])
     turn = next_turn = torch.ones_like(placeholder, dtype=torch.long)
     if ids is not None and answer_prefix:
