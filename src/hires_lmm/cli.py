@@ -321,8 +321,11 @@ def _compose(
     """
     with one_line_errors():
         _quiet()
+        from hires_lmm import PRESETS
         from hires_lmm.conversion import compose
 
+        if preset not in PRESETS:
+            raise typer.BadParameter(f"{preset!r} is none of {', '.join(PRESETS)}.", param_hint="--preset")
         with _progress() as progress:
             compose(vision, text, preset, destination, dtype=dtype, chat_template=chat_template, progress=progress)
         output.print(f"wrote {_escape(str(destination))}; its new parts are untrained")

@@ -6,9 +6,13 @@ from typing import Any, Literal
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import nn
+from transformers.utils import logging
 
 from .attention_hires_lmm import HiResLmmQueryFormer, square_side
 from .views_hires_lmm import PartContext, ViewFeatures
+
+
+logger = logging.get_logger(__name__)
 
 
 class HiResLmmViewOp(nn.Module):
@@ -87,6 +91,11 @@ class HiResLmmQueryCompressor(HiResLmmViewOp):
                 f'crops {context.crop_grid}; give each kind its own query_compressor ("on": "global" / "crops").'
             )
         grid = context.global_grid if options.on == "global" else context.crop_grid
+        if options.num_queries > grid[0] * grid[1]:
+            logger.warning_once(
+                f"query_compressor makes {options.num_queries} tokens out of {grid[0] * grid[1]}; lower num_queries to "
+                "compress."
+            )
         self.query_former = HiResLmmQueryFormer(
             context.config, context.width, options.num_queries, grid, options.num_heads
         )
