@@ -15,10 +15,7 @@ from hires_lmm.processing.planners_hires_lmm import PLANNERS
 
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-NOT_RUN = {  # page -> why its blocks are not run here
-    "needle.md": "needs pretrained halves, which take longer to make than a test may run",
-    "training.md": "its blocks are excerpts that need a checkpoint and data of the reader",
-}
+NEEDS = {"needle.md": ("sklearn", "matplotlib"), "training.md": ("peft",)}  # page -> modules of the extra `train`
 SCRIPT = ROOT / "scripts" / "doc_tables.py"
 
 
@@ -32,16 +29,18 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture
 def clone(tmp_path, monkeypatch, checkpoint):
     """A working folder that looks like a clone with a demo checkpoint in it."""
-    os.symlink(ROOT / "examples", tmp_path / "examples")
+    for name in ("examples", "checkpoints"):
+        os.symlink(ROOT / name, tmp_path / name)
     shutil.copytree(checkpoint, tmp_path / "demo-checkpoint")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # by PEFT
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_code_of_the_page_runs(page: Path, clone):
-    if page.name in NOT_RUN:
-        pytest.skip(NOT_RUN[page.name])
+    for module in NEEDS.get(page.name, ()):
+        pytest.importorskip(module)
     run_page(page.read_text(encoding="utf-8"), page.name)
 
 

@@ -93,8 +93,8 @@ class HiResLmmQueryCompressor(HiResLmmViewOp):
         grid = context.global_grid if options.on == "global" else context.crop_grid
         if options.num_queries > grid[0] * grid[1]:
             logger.warning_once(
-                f"query_compressor makes {options.num_queries} tokens out of {grid[0] * grid[1]}; lower num_queries to "
-                "compress."
+                f"query_compressor makes {options.num_queries} tokens out of {grid[0] * grid[1]}; lower num_queries "
+                "to compress."
             )
         self.query_former = HiResLmmQueryFormer(
             context.config, context.width, options.num_queries, grid, options.num_heads

@@ -225,6 +225,7 @@ def cache_vision_features(
             if key in index["images"] or key in waiting:
                 continue
             pixels = processor.image_processor(single, views="all", return_tensors="pt")["pixel_values"]
+            pixels = pixels.to(base.vision_tower.device)
             parts = [base.encode_views(part, layer)[0].to("cpu", dtype) for part in pixels.split(views_per_pass)]
             waiting[key] = torch.cat(parts).contiguous()
             if sum(features.nbytes for features in waiting.values()) >= shard_bytes:
