@@ -120,7 +120,7 @@ class HiResLmmGenerationMixin(GenerationMixin):
         """
         cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
         past = cache.get_seq_length() if isinstance(cache, Cache) else 0
-        mask_length = mask.shape[1] if mask is not None else getattr(generation_config, "_mask_length", length)
+        mask_length = mask.shape[1] if mask is not None else vars(generation_config).get("_mask_length", length)
         if not past or mask_length != length or generation_config.is_assistant:
             return 0
         if not self.model.connector.is_count_static and bool(placeholder.any()):
