@@ -58,7 +58,7 @@ def test_without_gradio_the_remedy_is_named(loaded, monkeypatch):
     from hires_lmm.serve import build_page
 
     monkeypatch.setitem(sys.modules, "gradio", None)
-    with pytest.raises(ImportError, match=r"hires-lmm\[demo\]"):
+    with pytest.raises(ImportError, match=r"pip install -e"):
         build_page(*loaded, "x")
 
 
