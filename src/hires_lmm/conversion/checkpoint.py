@@ -30,6 +30,17 @@ ASIDE_NAME = "conversion_leftovers.safetensors"
 LIBRARIES = ("torch", "transformers", "safetensors", "huggingface_hub")
 EMBEDDINGS = ("model.language_model.embed_tokens.weight", "lm_head.weight")
 
+BOOKKEEPING = {
+    "model_type",
+    "architectures",
+    "transformers_version",
+    "dtype",
+    "id2label",
+    "label2id",
+    "_name_or_path",
+}
+"""Fields of saved configurations that do not describe a model's shape."""
+
 
 @dataclass
 class Speech:
@@ -97,16 +108,7 @@ def text_config_of(values: dict, model_type: str) -> Any:
         model_type (`str`): Name of the family in transformers.
     """
     known = {*AutoConfig.for_model(model_type).to_dict(), "rope_theta", "rope_scaling"}
-    left_out = {
-        "model_type",
-        "architectures",
-        "transformers_version",
-        "dtype",
-        "id2label",
-        "label2id",
-        "_name_or_path",
-    }
-    fields = {key: value for key, value in values.items() if key in known - left_out}
+    fields = {key: value for key, value in values.items() if key in known - BOOKKEEPING}
     return build_config(AutoConfig.for_model, "The language model's configuration", model_type=model_type, **fields)
 
 

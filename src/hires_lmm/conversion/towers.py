@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from .checkpoint import build_config
+from .checkpoint import BOOKKEEPING, build_config
 from .errors import ConversionError
 from .hub import resolve_folder
 from .tensors import Entries, folder_entries, read_json
@@ -51,16 +51,7 @@ def tower_config(values: dict, name: str) -> Any:
         known = ", ".join([*COMPOSITES.values(), *COMPOSITES])
         raise ConversionError(f"{name} describes a model of type {model_type!r}; vision towers can be: {known}.")
     known_fields = {*AutoConfig.for_model(model_type).to_dict(), "vision_use_head"}
-    left_out = {
-        "model_type",
-        "architectures",
-        "transformers_version",
-        "dtype",
-        "id2label",
-        "label2id",
-        "_name_or_path",
-    }
-    fields = {key: value for key, value in values.items() if key in known_fields - left_out}
+    fields = {key: value for key, value in values.items() if key in known_fields - BOOKKEEPING}
     return build_config(AutoConfig.for_model, "The vision tower's configuration", model_type=model_type, **fields)
 
 
