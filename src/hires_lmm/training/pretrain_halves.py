@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from .data.text_scenes import TextStyle
 from .halves.evaluate import text_scores, vision_scores
 from .halves.files import RECORD_FILE, Halves, load_halves, save_weights
 from .halves.loop import Clock
@@ -33,6 +34,9 @@ logger = logging.getLogger(__name__)
 
 PARTS = ("vision", "language")
 UNFINISHED = "unfinished"
+ONE_SLOT = TextStyle(views="both", joined=False, listed=False, fillers=6, repeats=False)
+"""The style nearest to visual tokens: one slot an object and block."""
+
 PACKAGES = ("torch", "transformers", "tokenizers", "scikit-learn", "pillow", "numpy", "matplotlib")
 
 
@@ -105,7 +109,8 @@ def measure(halves: Halves, num_scenes: int, split: str = "validation") -> dict[
     """
     vision = vision_scores(halves.vision, num_scenes, split)
     text = text_scores(halves.language, halves.tokenizer, num_scenes, split)
-    return {"split": split, "scenes": num_scenes, "vision": vision, "language": text}
+    one_slot = text_scores(halves.language, halves.tokenizer, num_scenes, split, ONE_SLOT)
+    return {"split": split, "scenes": num_scenes, "vision": vision, "language": text, "language_one_slot": one_slot}
 
 
 def build_record(options: argparse.Namespace, clocks: dict[str, Clock]) -> dict[str, Any]:

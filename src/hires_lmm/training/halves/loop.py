@@ -28,7 +28,7 @@ class LoopOptions:
         warmup (`int`): Steps over which the rate rises.
         decay_share (`float`): Share of the steps, at the end, over which the rate falls to a hundredth.
         save_every (`int`): Steps between checkpoints and lines of the log.
-        restart (`int`): Step at which the rate, having fallen to its end there, stands at its peak again; 0: never.
+        restarts (`tuple` of `int`): Steps at which the rate, having fallen to its end there, stands at its peak again.
     """
 
     steps: int
@@ -36,7 +36,7 @@ class LoopOptions:
     warmup: int = 200
     decay_share: float = 0.3
     save_every: int = 100
-    restart: int = 0
+    restarts: tuple[int, ...] = ()
 
 
 @dataclass
@@ -58,7 +58,8 @@ def learning_rate(step: int, options: LoopOptions) -> float:
         The rate. Two runs of different length agree until the shorter one begins to fall.
     """
     rise = min(1.0, (step + 1) / options.warmup)
-    end = options.restart if step < options.restart else options.steps
+    end = min((restart for restart in options.restarts if step < restart), default=options.steps)
+    end = min(end, options.steps)
     left = (end - step) / max(1.0, options.decay_share * end)
     return options.peak_rate * rise * max(0.01, min(1.0, left))
 

@@ -36,6 +36,7 @@ FOCUS_SCENES = NeedleOptions(
 )
 FOCUS_KINDS = ("read_digit", "read_number", "read_word", "shape", "chart", "colour_of_value")
 PLACE_FOCUS_KINDS = (*PLACE_KINDS, "read_digit")
+LATE_KINDS = ("place_of_value", "digit_at_place", "place_of_colour", "read_number", "larger_digit", "chart")
 
 LONGEST_IMAGE = 700
 """Positions over which the slots of a scene may be spread, so that any number of visual tokens will do."""
@@ -55,19 +56,22 @@ class TextPlan:
         spread (`int`): Steps after those, over which the gaps between slots grow to their full length.
         focus (`tuple` of two `int`): First and past-last step of a phase that asks for values and their colours only,
             in scenes of at most four objects: what is read there is copied for every kind, or for none.
-        restart (`int`): Step at which the learning rate, fallen once, starts again at its peak.
+        restarts (`tuple` of `int`): Steps at which the learning rate, having fallen, starts again at its peak.
         places (`tuple` of two `int`): First and past-last step of a phase that mostly asks for places.
+        polish (`int`): Step from which few scenes are written word by word and every second one asks only for what
+            is learnt last.
         scenes (`int`): Scenes a step.
         questions (`int`): Most questions a scene.
         peak_rate (`float`): Learning rate.
     """
 
-    steps: int = 4600
+    steps: int = 8600
     few: int = 1000
     spread: int = 1500
     focus: tuple[int, int] = (1700, 2500)
-    restart: int = 3500
+    restarts: tuple[int, ...] = (3500, 4600)
     places: tuple[int, int] = (3500, 3900)
+    polish: int = 4600
     scenes: int = 16
     questions: int = 8
     peak_rate: float = 2e-3
@@ -175,7 +179,8 @@ def training_rows(seed: int, step: int, plan: TextPlan) -> list[TextRow]:
     rows = []
     for index in range(plan.scenes):
         key = f"{seed}/{step}/{index}"
-        style = sample_style(random.Random(f"style/{key}"), 0.4 if few else 0.15)
+        listed_share = 0.4 if few else 0.15 if step < plan.polish else 0.04
+        style = sample_style(random.Random(f"style/{key}"), listed_share)
         if plan.focus[0] <= step < plan.focus[1]:
             style = replace(style, listed=False, views="local" if style.views == "local" else "both")
             rows.append(sample_row(key, "train", FOCUS_SCENES, plan.questions, style, longest, FOCUS_KINDS))
@@ -184,7 +189,8 @@ def training_rows(seed: int, step: int, plan: TextPlan) -> list[TextRow]:
             style = replace(style, listed=False, views="local" if style.views == "local" and style.joined else "both")
             rows.append(sample_row(key, "train", SCENES, plan.questions, style, longest, PLACE_FOCUS_KINDS))
             continue
-        rows.append(sample_row(key, "train", options, plan.questions, style, longest))
+        kinds = LATE_KINDS if step >= plan.polish and index % 2 else QUESTION_KINDS
+        rows.append(sample_row(key, "train", options, plan.questions, style, longest, kinds))
     return rows
 
 
@@ -296,5 +302,5 @@ def train_text(seed: int, plan: TextPlan, folder: Path) -> tuple[LlamaForCausalL
         accuracy = (logits.argmax(-1) == labels).float().mean().item()
         return F.cross_entropy(logits, labels), {"token_accuracy": accuracy}
 
-    options = LoopOptions(plan.steps, plan.peak_rate, decay_share=0.15, restart=min(plan.restart, plan.steps))
+    options = LoopOptions(plan.steps, plan.peak_rate, decay_share=0.15, restarts=plan.restarts)
     return model, run_loop("language half", model, step_loss, options, folder)

@@ -64,12 +64,14 @@ class VisionPlan:
         aligned (`int`): Steps with objects on the patch lattice.
         jittered (`int`): Steps after those, over which the offset from the lattice grows; then placement is free.
         peak_rate (`float`): Learning rate.
+        restarts (`tuple` of `int`): Steps at which the learning rate, having fallen, starts again at its peak.
     """
 
-    steps: int = 5000
+    steps: int = 9000
     aligned: int = 1200
     jittered: int = 1500
     peak_rate: float = 1e-3
+    restarts: tuple[int, ...] = (5000,)
 
 
 @dataclass(frozen=True)
@@ -264,4 +266,5 @@ def train_vision(seed: int, plan: VisionPlan, folder: Path) -> tuple[VisionHalf,
         views = training_views(seed, step, plan)
         return _loss(model(normalise(np.stack([view.pixels for view in views]))), views)
 
-    return model, run_loop("vision half", model, step_loss, LoopOptions(plan.steps, plan.peak_rate), folder)
+    options = LoopOptions(plan.steps, plan.peak_rate, restarts=plan.restarts)
+    return model, run_loop("vision half", model, step_loss, options, folder)
