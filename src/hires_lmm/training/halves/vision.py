@@ -37,14 +37,18 @@ IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
 MOST_COUNTED = 8
 BACKGROUND_INDEX = {name: index for index, name in enumerate(BACKGROUNDS)}
+VIEW_PATCHES = NeedleOptions.view_size // NeedleOptions.patch_size
 HEADS = {
     "kind": len(KIND_INDEX) + 1,
     "value": len(VALUE_INDEX),
     "colour": len(COLOUR_INDEX),
     "background": len(BACKGROUNDS),
     "count": MOST_COUNTED + 1,
+    "row": VIEW_PATCHES,
+    "column": VIEW_PATCHES,
 }
-"""Name -> classes. `count` reads the mean of the patches, the others each patch."""
+"""Name -> classes. `count` reads the mean of the patches, the others each patch. `row` and `column` are those of the
+patch in its view: without them the tower forgets where the object that a patch shows stands."""
 
 SCENES = NeedleOptions()
 CROWDED = replace(
@@ -67,11 +71,11 @@ class VisionPlan:
         restarts (`tuple` of `int`): Steps at which the learning rate, having fallen, starts again at its peak.
     """
 
-    steps: int = 9000
+    steps: int = 11000
     aligned: int = 1200
     jittered: int = 1500
     peak_rate: float = 1e-3
-    restarts: tuple[int, ...] = (5000,)
+    restarts: tuple[int, ...] = (5000, 9000)
 
 
 @dataclass(frozen=True)
@@ -234,9 +238,13 @@ def _loss(logits: dict[str, torch.Tensor], views: list[LabelledView]) -> tuple[t
         "background": _mean_loss(logits["background"], background),
         "count": _mean_loss(logits["count"], count),
     }
+    patches = torch.arange(kind.shape[1]).expand_as(kind)
+    losses["row"] = _mean_loss(logits["row"], patches // VIEW_PATCHES)
+    losses["column"] = _mean_loss(logits["column"], patches % VIEW_PATCHES)
     total = (
         2 * losses["kind"] + 2 * losses["value"] + losses["colour"] + 0.1 * (losses["background"] + losses["count"])
     )
+    total = total + 0.3 * (losses["row"] + losses["column"])
     known = value != IGNORED
     right = (logits["value"].argmax(-1) == value)[known].float().mean().item()
     return total, {"value_accuracy": right, **{name: loss.item() for name, loss in losses.items()}}
