@@ -6,6 +6,7 @@ this file without the package around it.
 
 import json
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -361,6 +362,18 @@ def _convert_llava_next(source: Source, destination: Destination, dtype: SaveDty
         output.print(f"wrote {_escape(str(destination))}")
 
 
+@convert_app.command("fusion")
+def _convert_fusion(source: Source, destination: Destination, dtype: SaveDtype = None) -> None:
+    """Convert a released checkpoint of the token-scaling paper."""
+    with one_line_errors():
+        _quiet()
+        from hires_lmm.conversion import convert_fusion
+
+        with _progress() as progress:
+            convert_fusion(source, destination, dtype=dtype, progress=progress)
+        output.print(f"wrote {_escape(str(destination))}")
+
+
 @convert_app.command("to-slime")
 def _convert_to_slime(source: Source, destination: Destination) -> None:
     """Convert a checkpoint back to SliME's released format."""
@@ -371,6 +384,121 @@ def _convert_to_slime(source: Source, destination: Destination) -> None:
         with _progress() as progress:
             convert_to_slime(source, destination, progress=progress)
         output.print(f"wrote {_escape(str(destination))}")
+
+
+def _parse_list(text: str | None, kind: Callable[[str], Any], name: str) -> list[Any]:
+    """Values between commas; `default` leaves the choice to the checkpoint."""
+    values = []
+    for word in (text or "default").split(","):
+        try:
+            values.append(None if word.strip() == "default" else kind(word.strip()))
+        except ValueError:
+            raise typer.BadParameter(
+                f"{word!r} is no value; write numbers between commas, such as 8,64,default.", param_hint=name
+            ) from None
+    return values
+
+
+def _parse_names(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",")]
+
+
+@app.command("sweep")
+def _sweep(
+    checkpoint: Checkpoint,
+    dataset: Annotated[
+        str, typer.Argument(help="needle, needle:test, ..., or a .json or .jsonl file.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option(help="Folder of answers and results; goes on there.", show_default=False)],
+    tokens: Annotated[str | None, typer.Option(help="Budgets, such as 64,256,default (default = all tokens).")] = None,
+    gamma: Annotated[str | None, typer.Option(help="Thresholds of the router, such as 0.5,0.75,1.")] = None,
+    max_crops: Annotated[str | None, typer.Option(help="Most crops, such as 4,16,default.")] = None,
+    image_size: Annotated[str | None, typer.Option(help="Longest sides of images, pixels.")] = None,
+    views: Annotated[str, typer.Option(help="Of all,global,crops,none.")] = "all",
+    response_format: Annotated[str, typer.Option("--format", help="Of plain,word,letter.")] = "plain",
+    scenes: Annotated[int, typer.Option(min=1, help="Scenes of the needle task.")] = 100,
+    questions: Annotated[int, typer.Option(min=1, help="Most questions a needle scene.")] = 8,
+    data_seed: Annotated[int, typer.Option(help="Seed of the needle scenes.")] = 0,
+    scene_size: Annotated[int | None, typer.Option(min=1, help="Side of needle scenes, pixels.")] = None,
+    placement: Annotated[str, typer.Option(help="Of needle objects: free, jitter or aligned.")] = "free",
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first questions.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions answered at once.")] = 16,
+    seed: Annotated[int, typer.Option(help="Seed of options to choose from and of the intervals.")] = 0,
+    plot: Annotated[bool, typer.Option(help="Draw pictures (needs matplotlib).")] = True,
+    dtype: DtypeOption = Dtype.auto,
+    device: Device = None,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Measure accuracy over a grid of settings.
+
+    Accuracy by kind of question with 95 % intervals, for all combinations of the lists given. Run again, it goes on.
+    """
+    grid: dict[str, list[Any]] = {
+        "tokens": _parse_list(tokens, int, "--tokens"),
+        "gamma": _parse_list(gamma, float, "--gamma"),
+        "max_crops": _parse_list(max_crops, int, "--max-crops"),
+        "image_size": _parse_list(image_size, int, "--image-size"),
+        "views": _parse_names(views),
+        "format": _parse_names(response_format),
+    }
+    with one_line_errors():
+        _quiet()
+        from hires_lmm.sweep import build_tables, expand_grid
+        from hires_lmm.sweep.command import DataOptions, run_sweep
+        from hires_lmm.sweep.laws import build_law_table, fit_budgets
+
+        settings = expand_grid(**grid)
+        data = DataOptions(scenes, questions, data_seed, scene_size, placement, limit)
+        command = shlex.join(["hires-lmm", *sys.argv[1:]])
+        options = (batch_size, seed, dtype.value, device, trust_remote_code, command, plot)
+        with _progress() as progress:
+            result, record, files = run_sweep(
+                _existing(checkpoint), dataset, out, settings, data, *options, progress=progress
+            )
+        if as_json:
+            _write_json(record)
+        else:
+            wide = Console(highlight=False, width=max(output.width, 200))  # a table is as wide as it needs to be
+            for table in build_tables(result):
+                wide.print(table, crop=False, overflow="ignore")
+            if laws := fit_budgets(result):
+                wide.print(build_law_table(laws), crop=False, overflow="ignore")
+        notes.print(f"wrote {_escape(', '.join(map(str, files)))}")
+
+
+@app.command("reconstruct")
+def _reconstruct(
+    checkpoint: Checkpoint,
+    image: Annotated[str, typer.Argument(help="File or URL.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="PNG to write.", show_default=False)],
+    objectives: Annotated[
+        Path | None, typer.Option(help="Folder of the run's objectives. [default: in or beside CHECKPOINT]")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the sampler.")] = 28,
+    seed: Annotated[int, typer.Option(help="Of the noise that it starts from.")] = 0,
+    max_crops: MaxCrops = None,
+    dtype: DtypeOption = Dtype.auto,
+    device: Device = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Paint an image back from the tokens that the language model is given.
+
+    For checkpoints of training with the objective 'reconstruction'; needs the extra 'reconstruction'.
+    """
+    with one_line_errors():
+        _quiet()
+        from hires_lmm.inference import load_model, load_processor
+        from hires_lmm.training.objectives.painting import find_reconstruction, paint, write_png
+
+        objective = find_reconstruction(_existing(checkpoint), objectives)
+        model = load_model(checkpoint, dtype.value, device, trust_remote_code)
+        processor = load_processor(checkpoint, trust_remote_code)
+        kwargs = _images_kwargs(max_crops, None)
+        with _progress() as progress:
+            painted = paint(model, processor, objective, image, steps, seed, images_kwargs=kwargs, progress=progress)
+        write_png(painted, out)
+    notes.print(f"wrote {_escape(str(out))}")
 
 
 @app.command("serve-demo")

@@ -1,0 +1,264 @@
+"""The questions of a sweep: from generated scenes, from files, or rows of any data set for the collator."""
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ..training.collator import find_image, read_messages
+from ..training.data.conversations import read_llava_record
+from .prompts import normalise_answer
+
+
+CONSTANT_SCENES = 500
+"""Training scenes on which constant answers are measured."""
+
+
+class ScenePicture:
+    """The picture of a needle scene, drawn when it is needed.
+
+    Args:
+        scene (`Scene`): The scene.
+    """
+
+    def __init__(self, scene: Any):
+        self.scene = scene
+
+    def draw(self) -> Image.Image:
+        """The picture."""
+        from ..training.data.scenes import render_scene
+
+        return Image.fromarray(render_scene(self.scene))
+
+
+@dataclass(frozen=True)
+class SweepRow:
+    """One question in the form that the evaluator works with.
+
+    Args:
+        index (`int`): Number of the row.
+        messages (`list[dict]`): Turns up to the last user turn; image parts hold no image.
+        images (`list`): Images or sources in reading order.
+        answer (`str`): The right answer.
+        kind (`str`, *optional*): Kind of the question.
+        group (`str`): Questions of one group share a scene.
+        fine (`bool`, *optional*): Whether it is about fine detail.
+        cut (`bool`, *optional*): Whether something it is about is cut by a crop border.
+        chance (`float`, *optional*): What guessing gets.
+        constant (`float`, *optional*): What the best constant answer to questions of the kind gets.
+    """
+
+    index: int
+    messages: list
+    images: list
+    answer: str
+    kind: str | None
+    group: str
+    fine: bool | None
+    cut: bool | None
+    chance: float | None
+    constant: float | None
+
+
+def needle_rows(
+    split: str = "validation",
+    scenes: int = 300,
+    seed: int = 0,
+    questions_per_scene: int = 8,
+    options: Any = None,
+    kinds: Sequence[str] | None = None,
+) -> list[dict[str, Any]]:
+    """Questions of the needle task with what guessing gets; pictures are drawn when they are needed.
+
+    Args:
+        split (`str`): `train`, `validation` or `test`.
+        scenes (`int`): Number of scenes.
+        seed (`int`): Another seed, other scenes.
+        questions_per_scene (`int`): Most questions a scene.
+        options (`NeedleOptions`, *optional*): How scenes are drawn.
+        kinds (sequence of `str`, *optional*): Kinds that are asked; all by default.
+
+    Returns:
+        The rows of `NeedleDataset` with `ScenePicture` in place of pictures, `chance` and `constant`: what the best
+        constant answer to questions of the kind gets on training scenes.
+
+    Raises:
+        ValueError: If the split or a kind is unknown.
+    """
+    from ..training.data.needle import (
+        QUESTION_KINDS,
+        NeedleDataset,
+        ask_questions,
+        chance_accuracy,
+        constant_accuracy,
+        needle_row,
+        needle_scene,
+    )
+
+    dataset = NeedleDataset(split, scenes, seed, options, questions_per_scene, kinds or QUESTION_KINDS)
+    asked = [(index, *dataset.questions(index)) for index in range(scenes)]
+    chance = chance_accuracy(dataset.options)
+    drawn = (needle_scene(index, "train", seed, dataset.options) for index in range(CONSTANT_SCENES))
+    constant = constant_accuracy([question for scene in drawn for question in ask_questions(scene)])
+    rows = []
+    for index, scene, questions in asked:
+        picture: Any = ScenePicture(scene)
+        for question in questions:
+            extra = {"chance": chance[question.kind], "constant": constant[question.kind]}
+            rows.append({**needle_row(picture, question, index), **extra})
+    return rows
+
+
+def read_rows(file: str | Path, image_folder: str | Path | None = None) -> list[dict[str, Any]]:
+    """Read questions from a JSON file.
+
+    Args:
+        file (`str` or `Path`): `.json` with a list of records or `.jsonl` with one a line, in the form that the
+            collator takes (`messages`, `images` or `image`) or in the LLaVA format (`conversations`); further keys
+            `answer`, `kind`, `fine`, `cut`, `scene`.
+        image_folder (`str` or `Path`, *optional*): Folder that relative paths start from; that of the file by default.
+
+    Returns:
+        The rows.
+
+    Raises:
+        ValueError: If the file is missing or holds no records.
+    """
+    file = Path(file)
+    folder = Path(image_folder) if image_folder is not None else file.parent
+    if not file.is_file():
+        raise ValueError(f"There is no file {str(file)!r}; correct the path.")
+    text = file.read_text(encoding="utf-8")
+    try:
+        lines = [line for line in text.splitlines() if line.strip()] if file.suffix == ".jsonl" else []
+        records = [json.loads(line) for line in lines] if file.suffix == ".jsonl" else json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{str(file)!r} is no JSON: {error}.") from error
+    if not isinstance(records, list) or not records or not all(isinstance(record, dict) for record in records):
+        raise ValueError(f"{str(file)!r} must hold a list of records, one a question.")
+    return [_read_record(record, folder) for record in records]
+
+
+def _read_record(record: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """One record with its images in the messages, paths resolved."""
+    if "conversations" in record:
+        return {**record, "messages": read_llava_record(record, folder)["messages"], "image": None, "images": None}
+    messages = [{**message, "content": _resolved(message["content"], folder)} for message in read_messages(record)]
+    return {**record, "messages": messages, "image": None, "images": None}
+
+
+def _resolved(parts: list[dict], folder: Path) -> list[dict]:
+    resolved = []
+    for part in parts:
+        source = find_image(part)
+        if isinstance(source, str) and "://" not in source and "base64" not in part:
+            part = {"type": "image", "image": str(folder / source)}
+        resolved.append(part)
+    return resolved
+
+
+def prepare_rows(rows: Iterable[dict[str, Any]]) -> list[SweepRow]:
+    """Check rows and bring them into one form.
+
+    Args:
+        rows (iterable of `dict`): In the form that the collator takes; the answer is `answer`, or else the text of the
+            last turn.
+
+    Returns:
+        The questions.
+
+    Raises:
+        ValueError: If there are none, or one has no answer; the message names its number.
+    """
+    numbers: dict[str, int] = {}
+    prepared = [_prepare(index, row, numbers) for index, row in enumerate(rows)]
+    if not prepared:
+        raise ValueError("There are no questions to ask; pass at least one row.")
+    best = constant_shares([(row.kind, row.answer) for row in prepared])
+    return [row if row.constant is not None else replace(row, constant=best[row.kind]) for row in prepared]
+
+
+def constant_shares(questions: Sequence[tuple[str | None, str]]) -> dict[str | None, float]:
+    """What the best constant answer to each kind gets on given questions.
+
+    Args:
+        questions (sequence of `tuple[str, str]`): Kind and right answer of each question.
+
+    Returns:
+        Kind -> share, 0 to 1.
+    """
+    answers: dict[str | None, Counter[str]] = defaultdict(Counter)
+    for kind, answer in questions:
+        answers[kind][normalise_answer(answer)] += 1
+    return {kind: counts.most_common(1)[0][1] / counts.total() for kind, counts in answers.items()}
+
+
+def _prepare(index: int, row: dict[str, Any], numbers: dict[str, int]) -> SweepRow:
+    """One row; `numbers` counts the images in the order in which they appear first."""
+    messages = read_messages(row)
+    answer = row.get("answer")
+    if messages[-1]["role"] == "assistant":
+        said = "".join(part["text"] for part in messages[-1]["content"] if part["type"] == "text").strip()
+        answer = said if answer is None else answer
+        messages = messages[:-1]
+    if not isinstance(answer, str) or not answer.strip():
+        raise ValueError(f"Row {index} has the answer {answer!r}; give a text, as answer or as a last assistant turn.")
+    if not messages or messages[-1]["role"] != "user":
+        raise ValueError(f"Row {index} asks nothing: before its answer there must be a user turn.")
+    sources = [find_image(part) for message in messages for part in message["content"] if part["type"] == "image"]
+    return SweepRow(
+        index=index,
+        messages=[{**message, "content": _bare(message["content"])} for message in messages],
+        images=sources,
+        answer=answer,
+        kind=row.get("kind"),
+        group=_group(index, row, sources, numbers),
+        fine=row.get("fine"),
+        cut=row.get("cut"),
+        chance=row.get("chance"),
+        constant=row.get("constant"),
+    )
+
+
+def _bare(parts: list[dict]) -> list[dict]:
+    """Parts without their images."""
+    return [{"type": "image"} if part["type"] == "image" else part for part in parts]
+
+
+def source_key(source: Any) -> str:
+    """What tells images apart within one run: the path or address, or the identity of the object.
+
+    Args:
+        source: An image or a source.
+    """
+    return str(source) if isinstance(source, (str, Path)) else f"object {id(source)}"
+
+
+def _group(index: int, row: dict[str, Any], sources: list, numbers: dict[str, int]) -> str:
+    """The scene, or else the images, or else the row alone."""
+    if row.get("scene") is not None:
+        return f"scene {row['scene']}"
+    names = [str(numbers.setdefault(source_key(source), len(numbers))) for source in sources]
+    return f"images {' '.join(names)}" if names else f"row {index}"
+
+
+def digest_rows(rows: Sequence[SweepRow]) -> str:
+    """A short name of the questions, the same in every run.
+
+    Args:
+        rows (sequence of `SweepRow`): The questions.
+
+    Returns:
+        A hash of texts, answers, kinds, groups and names of images, not of their pixels.
+    """
+    digest = blake2b(digest_size=16)
+    for row in rows:
+        named = [str(source) if isinstance(source, (str, Path)) else "" for source in row.images]
+        record = [row.messages, named, row.answer, row.kind, row.group, row.fine, row.cut]
+        digest.update(json.dumps(record, ensure_ascii=False, sort_keys=True).encode())
+    return digest.hexdigest()

@@ -1,0 +1,126 @@
+"""Accuracies with intervals: Wilson's, and a bootstrap over scenes where questions share one."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from math import sqrt
+from typing import Any
+
+import numpy as np
+
+
+Z95 = 1.959963984540054
+"""97.5 % point of the standard normal distribution."""
+
+RESAMPLES = 2000
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Score:
+    """How many of some questions were answered right.
+
+    Args:
+        questions, right (`int`): Counts.
+        accuracy (`float`): Their quotient.
+        wilson (`tuple[float, float]`): 95 % interval if questions were independent.
+        bootstrap (`tuple[float, float]`, *optional*): 95 % interval over resampled scenes; None where no two questions
+            share one.
+        chance (`float`, *optional*): What guessing gets, where it is known for all questions.
+        constant (`float`, *optional*): What the best constant answer to each kind gets.
+    """
+
+    questions: int
+    right: int
+    accuracy: float
+    wilson: Interval
+    bootstrap: Interval | None
+    chance: float | None = None
+    constant: float | None = None
+
+    @property
+    def interval(self) -> Interval:
+        """The interval to show: the lower and the higher end of both, since the bootstrap sees no doubt where all
+        answers are right or all wrong, and Wilson's knows nothing of shared scenes."""
+        ends = (*self.wilson, *(self.bootstrap or ()))
+        return min(ends), max(ends)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON values."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+
+def wilson_interval(right: int, questions: int, z: float = Z95) -> Interval:
+    """Wilson's score interval of a share.
+
+    Args:
+        right (`int`): Successes.
+        questions (`int`): Trials, at least 1.
+        z (`float`): Point of the normal distribution; 95 % by default.
+
+    Returns:
+        Lower and upper end, in [0, 1].
+
+    Source: E. B. Wilson, J. Am. Stat. Assoc. 22 (1927).
+    """
+    share, weight = right / questions, z * z / questions
+    centre = (share + weight / 2) / (1 + weight)
+    half = z * sqrt(share * (1 - share) / questions + weight / (4 * questions)) / (1 + weight)
+    low = 0.0 if right == 0 else max(0.0, centre - half)
+    return low, 1.0 if right == questions else min(1.0, centre + half)
+
+
+def cluster_bootstrap(right: Sequence[bool], groups: Sequence[str], seed: int = 0) -> Interval | None:
+    """95 % interval of a share by resampling groups of questions.
+
+    Args:
+        right (sequence of `bool`): Whether each question was answered right.
+        groups (sequence of `str`): The group of each question.
+        seed (`int`): Of the resampling.
+
+    Returns:
+        The 2.5th and 97.5th percentile over 2000 resamples, or None where every group has one question.
+    """
+    names, members = np.unique(np.asarray(groups), return_inverse=True)
+    if len(names) == len(members):
+        return None
+    asked = np.bincount(members, minlength=len(names))
+    correct = np.bincount(members, weights=np.asarray(right, dtype=np.float64), minlength=len(names))
+    draws = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), size=RESAMPLES)
+    low, high = np.percentile((draws @ correct) / (draws @ asked), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def score(
+    right: Sequence[bool],
+    groups: Sequence[str],
+    chances: Sequence[float | None] = (),
+    constants: Sequence[float | None] = (),
+    seed: int = 0,
+) -> Score:
+    """Score answers.
+
+    Args:
+        right (sequence of `bool`): Whether each question was answered right; at least one.
+        groups (sequence of `str`): The scene of each question.
+        chances (sequence of `float`): What guessing gets on each question, or None.
+        constants (sequence of `float`): What the best constant answer gets on each question, or None.
+        seed (`int`): Of the bootstrap.
+
+    Returns:
+        Counts, accuracy and intervals.
+    """
+    total, count = sum(right), len(right)
+    return Score(
+        questions=count,
+        right=total,
+        accuracy=total / count,
+        wilson=wilson_interval(total, count),
+        bootstrap=cluster_bootstrap(right, groups, seed),
+        chance=_mean(chances),
+        constant=_mean(constants),
+    )
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known and len(known) == len(values) else None
