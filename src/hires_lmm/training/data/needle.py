@@ -138,11 +138,15 @@ class NeedleDataset(IterableDataset):
         """The scene of that number."""
         return needle_scene(index, self.split, self.seed, self.options)
 
-    def rows(self, index: int) -> list[dict[str, Any]]:
-        """The rows of one scene."""
+    def questions(self, index: int) -> tuple[Scene, list[Question]]:
+        """The scene of that number and what `rows` asks about it."""
         scene = self.scene(index)
         rng = random.Random(f"rows/{self.split}/{self.seed}/{index}")
-        questions = pick_questions(ask_questions(scene), self.kinds, self.questions_per_scene, rng)
+        return scene, pick_questions(ask_questions(scene), self.kinds, self.questions_per_scene, rng)
+
+    def rows(self, index: int) -> list[dict[str, Any]]:
+        """The rows of one scene."""
+        scene, questions = self.questions(index)
         if not questions:
             return []
         image = Image.fromarray(render_scene(scene))

@@ -1,0 +1,172 @@
+"""Codebook indices of images: the nearest codebook vector of each cell."""
+
+from hashlib import blake2b
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+
+
+ROWS_PER_BLOCK = 4096
+
+
+class Quantiser(Protocol):
+    """What a codebook task asks of a quantiser; any object with these three members will do.
+
+    Args:
+        num_codes (`int`): Size of the codebook.
+        grid (`tuple[int, int]`): Rows and columns of cells of every image.
+    """
+
+    num_codes: int
+    grid: tuple[int, int]
+
+    def __call__(self, images: list[Image.Image]) -> np.ndarray:
+        """Indices (n, rows, cols) of n upright RGB images of any size."""
+
+
+def nearest_codes(vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
+    """Index of the nearest codebook vector.
+
+    Args:
+        vectors (`torch.Tensor` of shape `(..., d)`): Vectors.
+        codebook (`torch.Tensor` of shape `(K, d)`): Codebook.
+
+    Returns:
+        `torch.Tensor` (...) int64; the lowest index among equals.
+
+    Raises:
+        ValueError: If the widths differ, or a vector is NaN or infinite.
+
+    Source: VLSA, OpenReview RLhEGWt94S, eq. 5, which prints the argmin of a similarity; this is the argmin of the
+    Euclidean distance, as VQ models define their codes.
+    """
+    if codebook.ndim != 2 or vectors.shape[-1] != codebook.shape[1] or not len(codebook):
+        raise ValueError(
+            f"Vectors of shape {tuple(vectors.shape)} have no nearest one in a codebook of {tuple(codebook.shape)}; "
+            "both must end in the same width."
+        )
+    centre = codebook.float().mean(dim=0)  # distances do not change, and rounding matters less
+    codes = codebook.float() - centre
+    flat = vectors.float().flatten(0, -2) - centre
+    if not (torch.isfinite(flat).all() and torch.isfinite(codes).all()):
+        raise ValueError(
+            f"Vectors or codebook hold NaN or infinity (they come in {vectors.dtype}); load the VQ model in float32."
+        )
+    norms = codes.square().sum(dim=1)
+    blocks = [(norms - 2 * block @ codes.T).argmin(dim=1) for block in flat.split(ROWS_PER_BLOCK)]
+    return torch.cat(blocks).view(vectors.shape[:-1])
+
+
+class VqQuantiser:
+    """Codes of a `VQModel` of diffusers, or of any model with the same `encode` and `quantize.embedding`.
+
+    Images are squeezed to a square, so that a cell always means the same share of width and height.
+
+    Args:
+        model (`VQModel`): The model; it is put into evaluation mode.
+        image_size (`int`): Side of the square, pixels.
+
+    Raises:
+        ValueError: If the model cannot encode RGB images of this size, or is none.
+    """
+
+    def __init__(self, model: Any, image_size: int = 256):
+        if isinstance(image_size, bool) or not isinstance(image_size, int) or image_size < 1:
+            raise ValueError(f"image_size={image_size!r} must be a whole number of pixels of at least 1, such as 256.")
+        if not hasattr(model, "encode") or not hasattr(getattr(model, "quantize", None), "embedding"):
+            raise ValueError(
+                f"{type(model).__name__} has no encode or no quantize.embedding; pass a diffusers VQModel, or any "
+                "object with num_codes, grid and a call as the quantiser itself."
+            )
+        self.model = model.eval()
+        self.image_size = image_size
+        self.codebook = model.quantize.embedding.weight.detach()
+        self.num_codes = len(self.codebook)
+        blank = Image.new("RGB", (image_size, image_size))
+        try:
+            self.grid: tuple[int, int] = tuple(self([blank]).shape[1:])
+        except RuntimeError as error:
+            raise ValueError(
+                f"{type(model).__name__} cannot encode RGB images of {image_size} x {image_size} pixels ({error}); "
+                "choose the image_size it was trained with."
+            ) from error
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the weights and of the size of the images: what the codes depend on."""
+        digest = blake2b(str(self.image_size).encode(), digest_size=16)
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    @torch.no_grad()
+    def __call__(self, images: list[Image.Image]) -> np.ndarray:
+        """Indices of images.
+
+        Args:
+            images (`list[Image.Image]`): n RGB images of any size.
+
+        Returns:
+            `np.ndarray` (n, rows, cols) int64.
+        """
+        side = (self.image_size, self.image_size)
+        arrays = [np.asarray(image.resize(side, Image.Resampling.BICUBIC), dtype=np.float32) for image in images]
+        pixels = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2) / 127.5 - 1
+        weight = next(self.model.parameters())
+        latents = self.model.encode(pixels.to(weight.device, weight.dtype)).latents
+        return nearest_codes(latents.permute(0, 2, 3, 1), self.codebook.to(latents.device)).cpu().numpy()
+
+
+def load_quantiser(name_or_path: str, image_size: int = 256, **kwargs: Any) -> VqQuantiser:
+    """Load a `VQModel` of diffusers (extra `reconstruction`).
+
+    Args:
+        name_or_path (`str`): Folder or repository.
+        image_size (`int`): Side of the square that images are squeezed to, pixels.
+        **kwargs: More arguments of `VQModel.from_pretrained`, such as `subfolder="vqvae"`.
+
+    Returns:
+        The quantiser.
+
+    Raises:
+        ImportError: If diffusers is not installed.
+    """
+    try:
+        from diffusers import VQModel
+    except ImportError as error:
+        raise ImportError(
+            "VQ models need diffusers: pip install 'hires-lmm[reconstruction]'. Or pass a quantiser of your own."
+        ) from error
+    return VqQuantiser(VQModel.from_pretrained(name_or_path, **kwargs), image_size)
+
+
+def check_codes(codes: Any, quantiser: Quantiser, number: int) -> np.ndarray:
+    """Check what a quantiser gave.
+
+    Args:
+        codes: Its result for `number` images.
+        quantiser (`Quantiser`): The quantiser.
+        number (`int`): Images.
+
+    Returns:
+        `np.ndarray` (number, rows, cols) int64.
+
+    Raises:
+        ValueError: If shape, type or range are not as announced.
+    """
+    array = np.asarray(codes)
+    shape = (number, *quantiser.grid)
+    if array.shape != shape or array.dtype.kind not in "iu":
+        raise ValueError(
+            f"{type(quantiser).__name__} gave codes of shape {array.shape} and type {array.dtype} for {number} "
+            f"images; its grid announces whole numbers of shape {shape}."
+        )
+    if array.min() < 0 or array.max() >= quantiser.num_codes:
+        raise ValueError(
+            f"{type(quantiser).__name__} gave codes from {array.min()} to {array.max()}, but num_codes is "
+            f"{quantiser.num_codes}; correct num_codes."
+        )
+    return array.astype(np.int64)

@@ -1,0 +1,571 @@
+"""Cognition alignment: what is asked, where it goes, how often, and how answers are read and scored."""
+
+import math
+import pickle
+import re
+import time
+from collections import Counter
+from random import Random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, IterableDataset
+
+from builders import random_image, tiny_processor
+from builders_training import conversation, slime_config
+from hires_lmm.training import HiResLmmCollator
+from hires_lmm.training.data.cognition import CodebookTask, CognitionTransform, PixelTask, with_cognition
+from hires_lmm.training.data.cognition_answers import (
+    code_accuracy,
+    pixel_error,
+    read_codes,
+    read_pixels,
+    write_codes,
+    write_pixels,
+)
+from hires_lmm.training.data.cognition_places import Place, find_places, insert_pair
+from hires_lmm.training.data.cognition_tasks import region_colours
+from hires_lmm.training.data.cognition_templates import CODE_TEMPLATES, PIXEL_TEMPLATES
+
+
+PALETTE = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 0], [0, 0, 0]])
+
+
+class Palette:
+    """A labelled codebook of five colours on a grid of 2 x 3 cells; the code is the nearest colour of the centre."""
+
+    num_codes, grid = 5, (2, 3)
+
+    def __call__(self, images):
+        cells = np.stack([np.asarray(image.resize((3, 2), Image.Resampling.BOX), dtype=int) for image in images])
+        return np.abs(cells[..., None, :] - PALETTE).sum(-1).argmin(-1)
+
+
+def flag(codes, scale: int = 20) -> Image.Image:
+    """An image whose cells have colours of the palette."""
+    return Image.fromarray(PALETTE[np.array(codes)].astype(np.uint8).repeat(scale, 0).repeat(scale, 1))
+
+
+def row(number: int = 0, turns: int = 3, parts: bool = False, system: bool = False, mark: str = "<image>\n{}") -> dict:
+    """A conversation whose first turn holds the image."""
+    messages = [{"role": "system", "content": "Be brief."}] if system else []
+    for turn in range(turns):
+        question = f"question {number}.{turn}"
+        messages.append({"role": "user", "content": mark.format(question) if turn == 0 else question})
+        messages.append({"role": "assistant", "content": f"answer {number}.{turn}"})
+    if parts:
+        for message in messages:
+            texts = message["content"].split("<image>")
+            content = [{"type": "text", "text": text} for text in texts if text]
+            message["content"] = [{"type": "image"}, *content] if len(texts) > 1 else content
+    return {"id": str(number), "messages": messages, "images": [random_image(24, 40, number)]}
+
+
+def texts(row: dict) -> list[str]:
+    """All contents as text, images as marks."""
+    joined = []
+    for message in row["messages"]:
+        content = message["content"]
+        if not isinstance(content, str):
+            content = "".join("<image>" if part["type"] == "image" else part["text"] for part in content)
+        joined.append(content)
+    return joined
+
+
+def inserted(before: dict, after: dict) -> list[int]:
+    """Numbers of the new user turns, checked to be whole pairs between old ones."""
+    old = [text.replace("<image>", "").strip() for text in texts(before)]
+    new = [text.replace("<image>", "").strip() for text in texts(after)]
+    found, index = [], 0
+    while index < len(new):
+        if new[index] in old:
+            index += 1
+        else:
+            assert [m["role"] for m in after["messages"][index : index + 2]] == ["user", "assistant"]
+            found.append(index)
+            index += 2
+    assert [text for text in new if text in old] == old
+    return found
+
+
+# ---- answers
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_codes_and_pixels_survive_the_round_trip(seed):
+    rng = np.random.default_rng(seed)
+    grid = tuple(rng.integers(1, 7, 2).tolist())
+    codes, pixels = rng.integers(0, 1000, grid), rng.integers(0, 256, (*grid, 3)).astype(np.uint8)
+    assert (read_codes(write_codes(codes), grid, 1000) == codes).all()
+    assert (read_pixels(write_pixels(pixels), grid) == pixels).all()
+    spaced = re.sub(r"\s", "\t \n", write_pixels(pixels)).replace(",", " ,\n")
+    assert (read_pixels(f"\n {spaced} ", grid) == pixels).all()
+    assert (read_codes(re.sub(r"\s", " \r\n", f" {write_codes(codes)}\n\n"), grid, 1000) == codes).all()
+
+
+def test_the_form_of_the_answers():
+    assert write_codes(np.array([[1, 20], [3, 4]])) == "1 20\n3 4"
+    assert write_pixels(np.array([[[1, 2, 3], [0, 255, 6]]], dtype=np.uint8)) == "1,2,3 0,255,6"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "1 2 3",
+        "1 2 3 4 5",
+        "1 2 3 10",
+        "1 2 3 x",
+        "1 2 3 -1",
+        "1 2 3 4.0",
+        "1, 2, 3, 4",
+        "1 2 3 ٤",
+        "1 2 3 " + "9" * 9999,
+    ],
+)
+def test_what_is_not_exactly_so_many_codes_is_no_answer(text):
+    assert read_codes(text, (2, 2), 10) is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "1,2,3",
+        "1,2,3 4,5",
+        "1,2,3 4,5,6 7,8,9",
+        "1,2,3 4,5,256",
+        "1,2,3 4,5,-6",
+        "1 2 3 4 5 6",
+        "1,2,3,4,5,6",
+        "1,2,3 (4,5,6)",
+        "RGB: 1,2,3 4,5,6",
+        "1,2,3 4,5," + "9" * 9999,
+    ],
+)
+def test_what_is_not_exactly_so_many_colours_is_no_answer(text):
+    assert read_pixels(text, (1, 2)) is None
+
+
+def test_endless_digits_are_refused_at_once():
+    start = time.perf_counter()
+    assert read_pixels("9" * 100_000, (1, 2)) is None and read_codes("9" * 100_000, (1, 2), 5) is None
+    assert time.perf_counter() - start < 5
+
+
+def test_leading_zeros_and_the_ends_of_the_range_are_read():
+    assert read_codes("007 0 00 9", (2, 2), 10).tolist() == [[7, 0], [0, 9]]
+    assert read_pixels("0,000,255 007,8,9", (2, 1)).tolist() == [[[0, 0, 255]], [[7, 8, 9]]]
+
+
+@pytest.mark.parametrize("grid", [(0, 2), (2,), (2, 2, 2), (2.0, 2), (True, 2), "22", 4, None])
+def test_senseless_grids_are_refused(grid):
+    for call in (lambda: read_codes("1", grid, 5), lambda: read_pixels("1", grid), lambda: PixelTask(grid)):
+        with pytest.raises(ValueError, match="rows, columns"):
+            call()
+
+
+@pytest.mark.parametrize("bad", [np.zeros((2, 2, 3)), np.zeros((2, 2), np.uint8), np.zeros((0, 2, 3), np.uint8)])
+def test_what_is_no_grid_of_colours_is_not_written(bad):
+    with pytest.raises(ValueError, match="uint8"):
+        write_pixels(bad)
+    with pytest.raises(ValueError, match="grid of indices"):
+        write_codes(np.zeros((2, 2)))
+
+
+def test_scores():
+    target = np.array([[1, 2], [3, 4]])
+    assert code_accuracy(np.array([[1, 2], [3, 0]]), target) == 0.75
+    assert code_accuracy(None, target) == 0.0
+    colours = np.array([[[10, 20, 30]]], dtype=np.uint8)
+    assert pixel_error(np.array([[[13, 20, 24]]]), colours) == 3.0
+    assert pixel_error(np.array([[[0, 20, 30]]], dtype=np.uint8), colours) == pytest.approx(10 / 3)
+    assert pixel_error(None, colours) is None
+    for score in (code_accuracy, pixel_error):
+        with pytest.raises(ValueError, match="cannot be compared"):
+            score(np.zeros((1, 1)), target)
+
+
+# ---- tasks
+
+
+def test_every_template_names_the_region_it_is_about():
+    image = random_image(40, 60)
+    for template in PIXEL_TEMPLATES:
+        query = PixelTask((2, 3), [template]).ask(image, Random(3), "image 2")
+        numbers = set(map(int, re.findall(r"\d+", query.prompt)))
+        rng = Random(3)
+        left, top = rng.randint(0, 50), rng.randint(0, 50)
+        assert {left, top, left + 50, top + 50, 2, 3} <= numbers and "image 2" in query.prompt
+        assert (query.target == region_colours(image, left, top, (2, 3))).all()
+    for template in CODE_TEMPLATES:
+        query = CodebookTask(Palette(), (1, 2), [template]).ask(flag([[0, 1, 2], [3, 4, 0]]), Random(1))
+        assert "the image" in query.prompt and "{" not in query.prompt
+    assert len(set(PIXEL_TEMPLATES)) >= 5 and len(set(CODE_TEMPLATES)) >= 5
+
+
+def test_a_one_colour_image_gives_that_colour():
+    task = PixelTask((3, 4))
+    for seed, colour in enumerate([(255, 0, 0), (1, 2, 3), (200, 201, 202)]):
+        query = task.ask(Image.new("RGB", (37, 91), colour), Random(seed))
+        assert (task.read(query.answer) == colour).all() and task.read(query.answer).shape == (3, 4, 3)
+
+
+def test_cells_are_means_of_the_pixels_under_them():
+    image = random_image(200, 100, 5)
+    pixels = np.asarray(image, dtype=np.float64)
+    found = region_colours(image, left=20, top=10, grid=(4, 5)).astype(float)
+    region = pixels[20:120, 20:70]
+    cells = region.reshape(4, 25, 5, 10, 3).mean((1, 3))
+    assert np.abs(found - cells).max() <= 1.01  # Pillow rounds after the rows and after the columns
+    assert np.abs(found - pixels[20:120, 21:71].reshape(4, 25, 5, 10, 3).mean((1, 3))).max() > 2
+
+
+def test_corners_reach_everywhere_and_the_region_is_a_quarter():
+    task, seen = PixelTask((1, 1), ["{left} {right} {top} {bottom}"]), set()
+    for seed in range(3000):
+        left, right, top, bottom = map(int, task.ask(Image.new("RGB", (4, 4)), Random(seed)).prompt.split())
+        assert right - left == bottom - top == 50 and 0 <= left <= 50 and 0 <= top <= 50
+        seen.add(("left", left)), seen.add(("top", top))
+    assert len(seen) == 102
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 300), (3, 2)])
+def test_images_smaller_than_the_grid_repeat_their_pixels(size):
+    image = random_image(*size)
+    colours = {tuple(pixel) for pixel in np.asarray(image).reshape(-1, 3).tolist()}
+    target = PixelTask((5, 5)).ask(image, Random(0)).target
+    if size[0] * size[1] < 10:
+        assert {tuple(pixel) for pixel in target.reshape(-1, 3).tolist()} <= colours
+    assert target.shape == (5, 5, 3)
+
+
+def test_a_labelled_codebook_gives_the_known_indices():
+    codes = np.array([[0, 1, 2], [3, 4, 1]])
+    whole = CodebookTask(Palette(), block=None).ask(flag(codes), Random(0))
+    assert whole.answer == "0 1 2\n3 4 1"
+    template = (
+        "{first_row} {last_row} {first_col} {last_col} {rows} {cols} {num_codes} {last_code} {grid_rows} {grid_cols}"
+    )
+    task, seen = CodebookTask(Palette(), (1, 2), [template]), set()
+    for seed in range(30):
+        query = task.ask(flag(codes), Random(seed))
+        top, bottom, left, right, *rest = map(int, query.prompt.split())
+        assert rest == [1, 2, 5, 4, 2, 3]
+        assert (query.target == codes[top - 1 : bottom, left - 1 : right]).all()
+        assert (task.read(query.answer) == query.target).all()
+        seen.add((top, left))
+    assert seen == {(1, 1), (1, 2), (2, 1), (2, 2)}
+
+
+def test_tasks_score_answers():
+    codes = CodebookTask(Palette(), None)
+    query = codes.ask(flag([[0, 1, 2], [3, 4, 1]]), Random(0))
+    assert codes.score([query.answer, "0 1 2 3 4 0", "no"], [query] * 3) == pytest.approx(
+        {"parsed": 2 / 3, "accuracy": (1 + 5 / 6) / 3}
+    )
+    pixels = PixelTask((1, 1))
+    query = pixels.ask(Image.new("RGB", (8, 8), (10, 20, 30)), Random(0))
+    assert pixels.score(["10,20,36", "ten", query.answer], [query] * 3) == {
+        "parsed": pytest.approx(2 / 3),
+        "error": 1.0,
+    }
+    nothing = pixels.score(["?"], [query])
+    assert nothing["parsed"] == 0 and math.isnan(nothing["error"])
+
+
+class Lying(Palette):
+    def __init__(self, codes):
+        self.codes = codes
+
+    def __call__(self, images):
+        return self.codes
+
+
+@pytest.mark.parametrize(
+    "codes, message",
+    [
+        (np.full((1, 2, 3), 5), "from 5 to 5, but num_codes is 5"),
+        (np.full((1, 2, 3), -1), "from -1"),
+        (np.zeros((1, 3, 2), int), r"shape \(1, 3, 2\)"),
+        (np.zeros((1, 2, 3)), "float64"),
+    ],
+)
+def test_a_quantiser_that_lies_is_found(codes, message):
+    with pytest.raises(ValueError, match=message):
+        CodebookTask(Lying(codes), None).ask(random_image(9, 9), Random(0))
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: CodebookTask(Palette(), (3, 1)), "does not fit into the 2 x 3 grid"),
+        (lambda: CodebookTask(Palette(), (0, 1)), "block=.*at least 1"),
+        (lambda: CodebookTask(object()), "has no num_codes"),
+        (lambda: PixelTask(templates=[]), "templates is empty"),
+        (lambda: PixelTask(templates="one text"), "pass a list"),
+        (lambda: PixelTask(templates=["{first_row}"]), "unknown field 'first_row'; fields are image, left"),
+        (lambda: PixelTask(templates=["{"]), "cannot be read"),
+        (lambda: PixelTask(templates=["<image> {left}"]), "without <image>"),
+        (lambda: CognitionTransform({}), "must map tasks to rates"),
+        (lambda: CognitionTransform({PixelTask(): 1.5}), "1.5 of the task 'pixels'"),
+        (lambda: CognitionTransform({PixelTask(): -0.1}), "-0.1"),
+        (lambda: CognitionTransform({PixelTask(): float("nan")}), "nan"),
+        (lambda: CognitionTransform({PixelTask(): True}), "True"),
+        (lambda: CognitionTransform({PixelTask: 0.5}), "no task"),
+        (lambda: CognitionTransform({"pixels": 0.5}), "no task"),
+        (lambda: CognitionTransform({PixelTask(): 1}, places="end"), "places='end'.*any, after"),
+        (lambda: with_cognition({"train": []}, CognitionTransform({PixelTask(): 1})), "dict is no dataset"),
+    ],
+)
+def test_senseless_options_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+# ---- places
+
+
+@pytest.mark.parametrize("parts", [False, True])
+@pytest.mark.parametrize("system", [False, True])
+@pytest.mark.parametrize("mark", ["<image>\n{}", "{}\n<image>", "before <image> {}"])
+def test_pairs_stay_whole_and_the_image_comes_first(parts, system, mark):
+    transform = CognitionTransform({PixelTask((1, 1)): 1.0, CodebookTask(Palette(), (1, 1)): 1.0})
+    for number in range(40):
+        before = row(number, parts=parts, system=system, mark="<image>\n{}" if parts else mark)
+        kept = pickle.dumps(before)
+        after = transform(before)
+        assert pickle.dumps(before) == kept
+        assert len(inserted(before, after)) == 2
+        marks = [text.count("<image>") for text in texts(after)]
+        assert sum(marks) == 1 and marks.index(1) == int(system)
+        kinds = {type(message["content"]) for message in after["messages"]}
+        assert kinds == ({list} if parts else {str})
+        assert not any(text.startswith("\n") or text.endswith("\n") for text in texts(after))
+
+
+def test_places_are_uniform():
+    transform, counts = CognitionTransform({PixelTask((1, 1)): 1.0}), Counter()
+    for number in range(2000):
+        before = row(number)
+        counts[inserted(before, transform(before))[0]] += 1
+    assert set(counts) == {0, 2, 4, 6}
+    chi = sum((count - 500) ** 2 / 500 for count in counts.values())
+    assert chi < 16.3  # 3 degrees of freedom, p = 0.001
+
+
+def test_where_a_question_may_stand():
+    assistant = {"role": "assistant", "content": "a"}
+
+    def user(text):
+        return {"role": "user", "content": text}
+
+    two = [user("<image>\n<image> q"), assistant, user("q"), assistant]
+    assert find_places(two, 1) == [Place(2), Place(4)]
+    later = [user("q"), assistant, user("<image> q"), assistant, user("last")]
+    assert find_places(later, 0) == [Place(2, moves=True), Place(4)]
+    assert find_places(later, 0, before=False) == [Place(4)]
+    assert find_places([user("<image>"), assistant], 0) == [Place(2)]
+    assert find_places([user("<image> q")], 0) == [Place(0, moves=True)]
+    assert find_places([user("<image> q"), user("q"), assistant], 0) == [Place(0, moves=True), Place(3)]
+    assert find_places([user("q"), assistant, {"role": "assistant", "content": "<image>"}], 0) == [Place(3)]
+    tool = {"role": "tool", "content": "t"}
+    assert find_places([user("a <image> q"), assistant, tool, assistant], 0) == [Place(4)]
+    separate = [user("<image>\nq"), assistant, user("<image>\nr"), assistant]
+    assert find_places(separate, 1) == [Place(2, moves=True), Place(4)]
+
+
+def test_an_image_part_moves_with_its_image():
+    image = random_image(5, 6)
+    for content in (
+        [{"type": "image", "image": image}, {"type": "text", "text": "\nq"}],
+        [{"type": "text", "text": "q\n"}, {"type": "image", "image": image}],
+    ):
+        messages = [
+            {"role": "user", "content": content},
+            {"role": "assistant", "content": [{"type": "text", "text": "a"}]},
+        ]
+        new = insert_pair(messages, Place(0, moves=True), "P", "A")
+        assert new[0]["content"][0]["image"] is image and new[0]["content"][1]["text"] == "\nP"
+        assert new[2]["content"] == [{"type": "text", "text": "q"}] and len(new) == 4
+        assert len(content) == 2
+
+
+def test_images_stay_in_their_turn_where_a_router_reads_it():
+    transform = CognitionTransform({PixelTask((1, 1)): 1.0}, places="after")
+    places = Counter()
+    for number in range(300):
+        before = row(number)
+        after = transform(before)
+        assert texts(after)[0] == texts(before)[0]
+        places[inserted(before, after)[0]] += 1
+    assert set(places) == {2, 4, 6}
+
+
+def test_images_are_named_and_asked_about_evenly_where_there_are_several():
+    transform, counts = CognitionTransform({PixelTask((1, 1)): 1.0}, seed=4), Counter()
+    colours = [(255, 0, 0), (0, 0, 255)]
+    for number in range(400):
+        messages = [{"role": "user", "content": f"<image><image> {number}"}, {"role": "assistant", "content": "a"}]
+        images = [Image.new("RGB", (8, 8), colour) for colour in colours]
+        question, answer = transform({"messages": messages, "images": images})["messages"][2:]
+        name = re.search(r"image (\d)", question["content"])[1]
+        assert read_pixels(answer["content"], (1, 1))[0, 0].tolist() == list(colours[int(name) - 1])
+        counts[name] += 1
+    assert set(counts) == {"1", "2"} and abs(counts["1"] - 200) < 60
+
+
+# ---- rates and seeds
+
+
+def test_rates_are_those_of_many_rows():
+    transform = CognitionTransform({PixelTask((1, 1)): 0.3, CodebookTask(Palette(), (1, 1)): 0.8})
+    pixels = codes = 0
+    for number in range(2000):
+        new = transform(row(number))["messages"]
+        answers = [message["content"] for message in new if message["role"] == "assistant"]
+        pixels += sum(read_pixels(answer, (1, 1)) is not None for answer in answers)
+        codes += sum(read_codes(answer, (1, 1), 5) is not None for answer in answers)
+    assert abs(pixels / 2000 - 0.3) < 0.04 and abs(codes / 2000 - 0.8) < 0.04
+
+
+def test_a_rate_of_zero_and_rows_without_images_change_nothing():
+    text = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "images": []}
+    assert CognitionTransform({PixelTask(): 1.0})(text) is text
+    example = row()
+    assert CognitionTransform({PixelTask(): 0.0})(example) == example
+
+
+def test_the_same_row_gets_the_same_questions_and_another_seed_or_epoch_others():
+    rows = [row(number) for number in range(20)]
+
+    def run(seed=0, epoch=0, order=range(20)):
+        transform = CognitionTransform({PixelTask(): 0.7, CodebookTask(Palette(), (1, 2)): 0.7}, seed=seed)
+        transform.set_epoch(epoch)
+        return {number: texts(transform(rows[number])) for number in order}
+
+    assert run() == run(order=reversed(range(20))) == run()
+    assert run() != run(seed=1) and run() != run(epoch=1)
+
+
+def test_file_names_count_and_folders_do_not(tmp_path):
+    transform, found = CognitionTransform({PixelTask(): 1.0}), []
+    for place in ("a/one.png", "b/one.png", "b/two.png"):
+        (tmp_path / place).parent.mkdir(exist_ok=True)
+        random_image(20, 20).save(tmp_path / place)
+        found.append(texts(transform({"messages": row()["messages"], "images": [str(tmp_path / place)]})))
+    assert found[0] == found[1] != found[2]
+
+
+# ---- images of all kinds
+
+
+def test_images_are_read_as_the_processor_reads_them(tmp_path):
+    processor = tiny_processor(slime_config(), "chatml")
+    processor.image_processor.background = (0, 200, 0)
+    deep = np.full((40, 40), 40000, dtype=np.uint16)
+    turned = Image.new("RGB", (40, 20), (255, 0, 0))
+    turned.paste((0, 0, 255), (0, 0, 20, 20))  # blue left, red right
+    exif = turned.getexif()
+    exif[0x0112] = 6  # turned by a quarter: blue above, red below
+    turned.save(tmp_path / "turned.png", exif=exif)
+    cases = [
+        (Image.new("L", (30, 30), 77), (77, 77, 77)),
+        (Image.new("RGBA", (30, 30), (9, 9, 9, 0)), (0, 200, 0)),
+        (Image.new("CMYK", (30, 30), (0, 255, 255, 0)), (255, 0, 0)),
+        (Image.fromarray(deep), (156, 156, 156)),
+        (torch.full((3, 30, 30), 0.2), (51, 51, 51)),
+        (np.full((30, 30, 1), 5, np.uint8), (5, 5, 5)),
+    ]
+    transform = CognitionTransform({PixelTask((2, 2)): 1.0}, places="after", processor=processor)
+    for image, colour in cases:
+        new = transform({"messages": row(turns=1)["messages"], "images": [image]})["messages"]
+        assert (read_pixels(new[-1]["content"], (2, 2)) == colour).all(), image
+    transform = CognitionTransform({PixelTask((2, 1), ["{top}"]): 1.0}, places="after")
+    tops = set()
+    for seed in range(30):
+        transform.seed = seed
+        new = transform({"messages": row(turns=1)["messages"], "images": [str(tmp_path / "turned.png")]})["messages"]
+        top = int(new[-2]["content"])
+        upper, lower = read_pixels(new[-1]["content"], (2, 1))[:, 0].tolist()
+        if abs(top - 25) > 2:  # a pixel belongs to the cell that its centre is in
+            assert (upper == [0, 0, 255]) == (top < 25) and (lower == [255, 0, 0]) == (top > 25)
+            tops.add(top < 25)
+    assert tops == {True, False}
+
+
+def test_bad_rows_are_named(tmp_path):
+    transform = CognitionTransform({PixelTask(): 1.0})
+    with pytest.raises(ValueError, match="no messages"):
+        transform({"text": "x"})
+    with pytest.raises(ValueError, match=r"1 places .* 0 images"):
+        transform({"messages": row()["messages"]})
+    with pytest.raises(ValueError, match=r"Sample '7': .*no existing file"):
+        transform({"id": "7", "messages": row()["messages"], "images": [str(tmp_path / "none.png")]})
+    random_image(50, 50).save(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:2000])
+    for broken in (str(tmp_path / "cut.png"), Image.open(tmp_path / "cut.png")):
+        with pytest.raises(ValueError, match=r"Sample '7': .*cannot be decoded"):
+            transform({"id": "7", "messages": row()["messages"], "images": [broken]})
+
+
+# ---- datasets
+
+
+class Stream(IterableDataset):
+    """A stream that notes the epoch it is told."""
+
+    epoch = None
+
+    def __iter__(self):
+        return (row(number) for number in range(6))
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+
+def test_datasets_of_both_styles_give_the_same_rows_and_other_ones_in_the_next_epoch():
+    rows, transform = [row(number) for number in range(6)], CognitionTransform({PixelTask(): 1.0})
+    mapped, streamed = with_cognition(rows, transform), with_cognition(Stream(), transform)
+    assert len(mapped) == 6 and isinstance(streamed, IterableDataset)
+    expected = [texts(transform(one)) for one in rows]
+    assert [texts(mapped[number]) for number in range(6)] == [texts(one) for one in streamed] == expected
+    streamed.set_epoch(1)
+    assert streamed.dataset.epoch == 1
+    assert [texts(one) for one in streamed] != expected
+    loader = DataLoader(pickle.loads(pickle.dumps(mapped)), batch_size=None, num_workers=2)
+    assert [texts(one) for one in loader] == [texts(mapped[number]) for number in range(6)]
+
+
+@pytest.mark.parametrize("parts", [False, True])
+def test_map_of_datasets_gives_the_same_rows(parts):
+    datasets = pytest.importorskip("datasets")
+    transform = CognitionTransform({PixelTask((2, 2)): 0.6})
+    rows = [row(number, parts=parts) for number in range(5)]
+    features = datasets.Features(
+        {
+            "id": datasets.Value("string"),
+            "messages": datasets.Dataset.from_list([{"messages": rows[0]["messages"]}]).features["messages"],
+            "images": datasets.List(datasets.Image()),
+        }
+    )
+    whole = datasets.Dataset.from_list(rows, features=features)
+    expected = [texts(transform(one)) for one in whole]
+    assert [texts(one) for one in whole.map(transform)] == expected
+    assert [texts(one) for one in whole.to_iterable_dataset().map(transform)] == expected
+    assert [texts(one) for one in with_cognition(whole, transform)] == expected
+    assert [texts(one) for one in with_cognition(whole.to_iterable_dataset(), transform)] == expected
+    assert sum(len(one) > 6 for one in expected) in (2, 3, 4)
+
+
+def test_the_collator_learns_the_inserted_answers():
+    processor = tiny_processor(slime_config(), "chatml")
+    transform = CognitionTransform({PixelTask((2, 2)): 1.0}, processor=processor)
+    new = transform(conversation(3))
+    batch = HiResLmmCollator(processor)([new])
+    learned = processor.tokenizer.decode(batch["labels"][0][batch["labels"][0] != -100])
+    for message in new["messages"]:
+        assert (message["content"] in learned) == (message["role"] == "assistant")
+    assert (batch["input_ids"] == processor.image_token_id).sum() == batch["view_positions"][0, 5]

@@ -1,0 +1,98 @@
+"""Cognition alignment from the plain values of a recipe."""
+
+import inspect
+from random import Random
+
+import numpy as np
+import pytest
+
+from builders import random_image
+from builders_training import conversation
+from hires_lmm.training import get_plan
+from hires_lmm.training.data.cognition import CodebookTask, CognitionTransform, PixelTask, cache_codes
+from hires_lmm.training.data.cognition_settings import TASK_KEYS, build_cognition
+
+
+class Levels:
+    """Eight grey levels on 2 x 2 cells."""
+
+    num_codes, grid = 8, (2, 2)
+
+    def __call__(self, images):
+        return np.stack([np.asarray(image.convert("L").resize((2, 2)), dtype=np.int64) // 32 for image in images])
+
+
+def test_settings_build_the_same_transform(tmp_path):
+    rows = [conversation(number) for number in range(12)]
+    cache = cache_codes(Levels(), [row["images"] for row in rows], tmp_path, show_progress=False)
+    settings = {
+        "pixels": {"rate": 0.7, "grid": [2, 3]},
+        "codebook": {"rate": 0.6, "cache": str(tmp_path), "block": [1, 2]},
+        "seed": 5,
+        "places": "after",
+    }
+    direct = CognitionTransform({PixelTask((2, 3)): 0.7, CodebookTask(cache, (1, 2)): 0.6}, seed=5, places="after")
+    built = build_cognition(settings)
+    found = [built(row)["messages"] for row in rows]
+    assert found == [direct(row)["messages"] for row in rows]
+    assert found != [build_cognition({**settings, "seed": 6})(row)["messages"] for row in rows]
+    assert {len(messages) for messages in found} == {2, 4, 6}
+
+
+def test_the_rates_of_a_stage_go_before_those_of_the_settings(tmp_path):
+    rows = [conversation(number) for number in range(3)]
+    settings = {"pixels": {"rate": 0.0, "grid": [1, 1]}, "codebook": {"cache": "nowhere"}}
+    built = build_cognition(settings, rates={"pixels": 1.0})
+    expected = CognitionTransform({PixelTask((1, 1)): 1.0})
+    assert [built(row) for row in rows] == [expected(row) for row in rows] != rows
+    assert [task.grid for task in build_cognition({}, rates={"pixels": 0.5}).rates] == [(4, 4)]
+    for stage in get_plan("vlsa") + get_plan("vlsa_cognition", "llama3_8b"):
+        assert set(stage.cognition or {}) <= set(TASK_KEYS)
+    with pytest.raises(ValueError, match="must name either cache"):
+        build_cognition({}, rates={"codebook": 0.5})
+    with pytest.raises(ValueError, match="unknown key 'colour'; keys are pixels, codebook"):
+        build_cognition({}, rates={"colour": 0.5})
+
+
+def test_a_model_is_loaded_by_name(monkeypatch):
+    asked = {}
+
+    def load(name, **kwargs):
+        asked.update(kwargs, name=name)
+        return Levels()
+
+    monkeypatch.setattr("hires_lmm.training.data.cognition_settings.load_quantiser", load)
+    values = {"rate": 1, "model": "vq", "image_size": 64, "subfolder": "vqvae", "block": None}
+    transform = build_cognition({"codebook": values})
+    assert asked == {"name": "vq", "image_size": 64, "subfolder": "vqvae"}
+    (task,) = transform.rates
+    assert task.block == (2, 2) and task.ask(random_image(9, 9), Random(0)).target.shape == (2, 2)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({}, "names no task; add pixels or codebook"),
+        ({"seed": 1}, "names no task"),
+        ({"pixel": {"rate": 1}}, "unknown key 'pixel'; keys are pixels, codebook, seed, places"),
+        ({"pixels": {"rate": 1, "size": 3}}, "cognition.pixels has the unknown key 'size'; keys are rate, grid"),
+        ({"pixels": {"grid": [2, 2]}}, "cognition.pixels has no rate"),
+        ({"pixels": 0.5}, "cognition.pixels=0.5 must be a mapping"),
+        ({"pixels": {"rate": 2}}, "The rate 2 of the task 'pixels'"),
+        ({"pixels": {"rate": 1, "grid": [0, 2]}}, "at least 1"),
+        ({"codebook": {"rate": 1}}, "either cache"),
+        ({"codebook": {"rate": 1, "cache": "a", "model": "b"}}, "either cache"),
+        ({"codebook": {"rate": 1, "cache": "a", "image_size": 8}}, "either cache"),
+        ({"codebook": {"rate": 1, "cache": "nowhere"}}, "holds no index.json"),
+        ("pixels", "must be a mapping"),
+    ],
+)
+def test_senseless_settings_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        build_cognition(settings)
+
+
+def test_the_keys_are_those_of_the_tasks():
+    for name, task in (("pixels", PixelTask), ("codebook", CodebookTask)):
+        options = set(inspect.signature(task.__init__).parameters) - {"self", "quantiser"}
+        assert options <= set(TASK_KEYS[name])
