@@ -1,0 +1,259 @@
+"""The spatially aware perceiver: the low-resolution view reads all crops and alone reaches the language model."""
+
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
+from typing import Any, Literal
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import nn
+from transformers import initialization as init
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .attention_hires_lmm import eager_attention_forward
+from .compressors_hires_lmm import HiResLmmViewOp
+from .silu_attention_hires_lmm import silu_attention
+from .views_hires_lmm import ImageGeometry, PartContext, ViewFeatures
+
+
+FLASH_HEAD_WIDTH = 256
+"""Widest head that flash attention runs."""
+
+NORM_FLOOR = 1.0
+"""Added to the mean square under the root of a norm, which so shrinks what is large and never amplifies. A query with
+scores far below zero reads next to nothing, in bfloat16 all rounding error, which a small epsilon would blow up."""
+
+GLOBAL_EMBEDDING = "global_embedding"
+"""Name of the global embeddings `(I, C)` in `aux`."""
+
+
+def check_backend(implementation: str | None, head_width: int, num_heads: int) -> None:
+    """Refuse heads that are too wide for the attention backend.
+
+    Args:
+        implementation (`str`, *optional*): The connector's attention setting.
+        head_width (`int`): Channels of a head.
+        num_heads (`int`): Heads, for the message.
+
+    Raises:
+        ValueError: If flash attention was chosen and a head has more than 256 channels.
+    """
+    if implementation is not None and "flash" in implementation and head_width > FLASH_HEAD_WIDTH:
+        least = -(-head_width * num_heads // FLASH_HEAD_WIDTH)
+        raise ValueError(
+            f"sa_perceiver with softmax has num_heads={num_heads} of {head_width} channels, but {implementation} runs "
+            f"at most {FLASH_HEAD_WIDTH}; use num_heads={least} or more, activation and self_attention 'silu' or "
+            f'\'none\', or another backend for the connector: attn_implementation={{"connector_config": "sdpa"}}.'
+        )
+
+
+class HiResLmmSaPerceiver(HiResLmmViewOp):
+    """Replaces each low-resolution view by what it reads in the crops of its image; the crops leave.
+
+    With V' the tokens of the low-resolution view and, as the last row, a learned query:
+
+        V' ← V' + W_o1 norm(act(W_q V' · Kᵀ) K),  K = W_kv (all tokens of all crops of the image)
+        V' ← V' + W_o2 norm(act(V' · (W_k V')ᵀ) V'),  norm(x) = w x / √(1 + mean x²), of the mean over the keys
+
+    The last row is the global embedding (`aux["global_embedding"]`, `(I, C)`), for a reconstruction loss; the others
+    take the place of the low-resolution view. Any number of crops gives the same number of tokens. An image without
+    crops has no keys: its cross step adds zero and the self step works on the low-resolution view alone.
+
+    Stable from 1 to 64 crops needs `norm` (`rms` or `layer`) or `score_scale="1/num_keys"`: as printed (neither) the
+    sum over the keys grows with their number. `norm="rms"` is therefore the default.
+
+    Args:
+        context (`PartContext`): Widths and grids around the part.
+        options (`Options`): Activation, scale, norm, heads.
+
+    Source: VLSA, openreview.net/forum?id=RLhEGWt94S; no code is public. The paper's: the query, one matrix for keys
+    and values, SiLU without scale, one head, no biases, residuals. Ours: `norm`; the self step, printed as a sum of
+    matrices of different shapes, is read in the style of the cross step; all tokens of all crops, padding included,
+    make one list of keys; everything that is no default.
+    """
+
+    @strict
+    @dataclass
+    class Options:
+        """Options of `sa_perceiver`; the defaults are the paper's but for `norm`.
+
+        Args:
+            activation (`str`): `"silu"` or `"softmax"` on the scores of the cross step.
+            self_attention (`str`): `"silu"`, `"softmax"`, or `"none"`: no self step.
+            score_scale (`str`): `"none"`; `"1/sqrt(d)"` with d channels a head, before the activation; `"1/num_keys"`:
+                the mean over the keys in place of their sum, for SiLU only; it matters only without `norm`.
+            norm (`str`): `"rms"`, `"layer"` (both without bias) or `"none"` before the output projections; a norm is
+                given the mean over the keys. It divides by √(1 + mean square), so it never amplifies.
+            num_heads (`int`): Heads; divides the width of the tower.
+        """
+
+        activation: Literal["silu", "softmax"] = "silu"
+        self_attention: Literal["silu", "softmax", "none"] = "silu"
+        score_scale: Literal["none", "1/sqrt(d)", "1/num_keys"] = "none"
+        norm: Literal["rms", "layer", "none"] = "rms"
+        num_heads: int = 1
+
+        def __post_init__(self) -> None:
+            if self.num_heads < 1:
+                raise ValueError(f"num_heads={self.num_heads} must be at least 1.")
+            if self.score_scale == "1/num_keys" and "softmax" in (self.activation, self.self_attention):
+                raise ValueError(
+                    "score_scale='1/num_keys' is for SiLU; softmax weights sum to one already. Use 'none' or "
+                    "'1/sqrt(d)'."
+                )
+
+    def __init__(self, context: PartContext, options: Options):
+        super().__init__()
+        width = context.width
+        if width % options.num_heads:
+            raise ValueError(f"num_heads={options.num_heads} does not divide the width {width}; choose a divisor.")
+        self.options, self.config, self.patch_grid = options, context.config, context.patch_grid
+        self.is_causal, self.num_key_value_groups = False, 1
+        self.head_width = width // options.num_heads
+        self.scaling = self.head_width**-0.5 if options.score_scale == "1/sqrt(d)" else 1.0
+        self._check_backend()
+        self.global_query = nn.Parameter(torch.empty(width))
+        self.q_proj, self.kv_proj = nn.Linear(width, width, bias=False), nn.Linear(width, width, bias=False)
+        self.cross_norm, self.cross_out = _make_norm(options.norm, width), nn.Linear(width, width, bias=False)
+        if options.self_attention != "none":
+            self.k_proj = nn.Linear(width, width, bias=False)
+            self.self_norm, self.self_out = _make_norm(options.norm, width), nn.Linear(width, width, bias=False)
+
+    @classmethod
+    def output_grids(
+        cls, options: Any, global_grid: tuple[int, int], crop_grid: tuple[int, int]
+    ) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Token grids of global views and crops afterwards: crops have none."""
+        return global_grid, (0, 0)
+
+    @classmethod
+    def is_count_fixed(cls, options: Any) -> bool:
+        """Every image becomes one global view, whatever its size."""
+        return True
+
+    def init_weights(self) -> None:
+        """Initialise the learned query."""
+        init.normal_(self.global_query, mean=0.0, std=self.config.initializer_range)
+
+    def _check_backend(self) -> None:
+        if "softmax" in (self.options.activation, self.options.self_attention):
+            check_backend(self.config._attn_implementation, self.head_width, self.options.num_heads)
+
+    def _heads(self, states: torch.Tensor) -> torch.Tensor:
+        return states.unflatten(-1, (self.options.num_heads, self.head_width))
+
+    def _attend(
+        self, activation: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, offsets: list[int]
+    ) -> torch.Tensor:
+        """`(I, Q, C)` queries read the `(T, C)` keys of their image: `(I, Q, C)`."""
+        keys = self._heads(key)
+        heads = (self._heads(query), keys, keys if value is key else self._heads(value))
+        if activation == "silu":
+            mean = self.options.score_scale == "1/num_keys" or self.options.norm != "none"
+            return silu_attention(*heads, offsets, self.scaling, mean).flatten(2)
+        self._check_backend()
+        return _softmax_attention(self, *heads, offsets, self.scaling).flatten(2)
+
+    def cross_step(self, tokens: torch.Tensor, crops: torch.Tensor, counts: list[int]) -> torch.Tensor:
+        """Let each image read its crops.
+
+        Args:
+            tokens (`torch.Tensor` of shape `(I, Q, C)`): Low-resolution tokens and the query.
+            crops (`torch.Tensor` of shape `(K, L, C)`): Crops of all images, maybe more than `counts` sum to.
+            counts (`list[int]`): Crops of each image.
+
+        Returns:
+            `(I, Q, C)`, without the residual.
+        """
+        keys = self.kv_proj(crops).flatten(0, 1)
+        offsets = [count * crops.shape[1] for count in accumulate(counts, initial=0)]
+        return self.cross_out(
+            self.cross_norm(self._attend(self.options.activation, self.q_proj(tokens), keys, keys, offsets))
+        )
+
+    def self_step(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Let each image read its own tokens `(I, Q, C)`; without the residual."""
+        offsets = list(range(0, (tokens.shape[0] + 1) * tokens.shape[1], tokens.shape[1]))
+        keys, values = self.k_proj(tokens).flatten(0, 1), tokens.flatten(0, 1)
+        return self.self_out(self.self_norm(self._attend(self.options.self_attention, tokens, keys, values, offsets)))
+
+    def forward(self, views: ViewFeatures) -> ViewFeatures:
+        """Apply the operation.
+
+        Args:
+            views (`ViewFeatures`): Low-resolution views and crops.
+
+        Returns:
+            Global features of unchanged shape, no crops, and `aux["global_embedding"]` `(I, C)`.
+
+        Raises:
+            ValueError: If the low-resolution views were left out.
+        """
+        glob, images = views.global_features, views.images
+        if glob.shape[0] != len(images):
+            raise ValueError(
+                f"sa_perceiver needs the low-resolution view of every image, but the tower ran on {glob.shape[0]} of "
+                f"{len(images)}; train it in a stage whose views are 'all'."
+            )
+        query = self.global_query.to(glob).expand(len(images), 1, -1)
+        tokens = torch.cat([glob, query], dim=1)
+        tokens = tokens + self.cross_step(tokens, views.crop_features, [image.num_crops for image in images])
+        if self.options.self_attention != "none":
+            tokens = tokens + self.self_step(tokens)
+        image_tokens, embedding = tokens[:, :-1], tokens[:, -1]
+        if self.training:  # the query takes part in every loss, also where none reads the embedding
+            image_tokens = image_tokens + 0.0 * embedding[:, None]
+        return replace(
+            views,
+            global_features=image_tokens,
+            crop_features=views.crop_features[:0, :0],
+            crop_grid=(0, 0),
+            images=[self._whole(image) for image in images],
+            aux={**views.aux, GLOBAL_EMBEDDING: embedding},
+        )
+
+    def _whole(self, image: ImageGeometry) -> ImageGeometry:
+        """The geometry of an image whose global view enters the sequence as a whole."""
+        span = (0, self.patch_grid[0], 0, self.patch_grid[1])
+        return replace(image, spans=(span, *image.spans[1:]))
+
+
+def _make_norm(name: str, width: int) -> nn.Module:
+    """A norm without bias, so that zero stays zero."""
+    if name == "none":
+        return nn.Identity()
+    return nn.RMSNorm(width, eps=NORM_FLOOR) if name == "rms" else nn.LayerNorm(width, eps=NORM_FLOOR, bias=False)
+
+
+def _softmax_attention(
+    module: HiResLmmSaPerceiver,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    offsets: list[int],
+    scaling: float,
+) -> torch.Tensor:
+    """Softmax attention with the arguments of `silu_attention`, one call of the backend for each number of keys."""
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, eager_attention_forward)
+    lengths = [stop - start for start, stop in pairwise(offsets)]
+    order, outputs = [], []
+    for length in sorted(set(lengths)):
+        rows = [row for row, own in enumerate(lengths) if own == length]
+        order += rows
+        queries = torch.stack([query[row] for row in rows])
+        if not length:
+            outputs.append(0.0 * queries)
+            continue
+        keys, values = (
+            torch.stack([part[offsets[row] : offsets[row + 1]] for row in rows]).transpose(1, 2)
+            for part in (key, value)
+        )
+        output, _ = attend(
+            module, queries.transpose(1, 2), keys, values, None, dropout=0.0, scaling=scaling, is_causal=False
+        )
+        outputs.append(output)
+    unused = 0.0 * (key[offsets[-1] :].sum() + value[offsets[-1] :].sum())  # keeps the projections in the graph
+    if not outputs:
+        return query + unused
+    places = sorted(range(len(order)), key=order.__getitem__)
+    return torch.cat(outputs)[torch.tensor(places, device=query.device)] + unused

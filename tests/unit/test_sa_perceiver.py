@@ -1,0 +1,262 @@
+"""The spatially aware perceiver against loops in float64, its stability over the number of crops, and its refusals."""
+
+import functools
+import itertools
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import reference_silu as reference
+from builders import randomise, tiny_config, tiny_model
+from hires_lmm import HiResLmmConnectorConfig
+from hires_lmm.modeling.connector_hires_lmm import HiResLmmConnector
+from hires_lmm.modeling.sa_perceiver_hires_lmm import HiResLmmSaPerceiver
+from hires_lmm.modeling.views_hires_lmm import ImageGeometry, PartContext, ViewFeatures
+
+
+WIDTH, GRID = 12, (2, 3)
+DEFAULTS = {
+    "activation": "silu",
+    "self_attention": "silu",
+    "score_scale": "none",
+    "norm": "rms",
+    "num_heads": 1,
+}
+COMBINATIONS = [
+    {},
+    {"norm": "none"},
+    {"norm": "layer", "score_scale": "1/sqrt(d)"},
+    {"norm": "none", "score_scale": "1/sqrt(d)", "num_heads": 3},
+    {"norm": "none", "score_scale": "1/num_keys"},
+    {"score_scale": "1/num_keys", "num_heads": 2},
+    {"self_attention": "none", "norm": "none"},
+    {"self_attention": "softmax"},
+    {"activation": "softmax", "self_attention": "softmax", "score_scale": "1/sqrt(d)", "num_heads": 2},
+    {"activation": "softmax", "self_attention": "silu", "norm": "none"},
+    {"activation": "softmax", "self_attention": "none"},
+]
+combinations = pytest.mark.parametrize(
+    "options", COMBINATIONS, ids=lambda o: ",".join(map(str, o.values())) or "default"
+)
+
+
+def build(width: int = WIDTH, backend: str = "eager", **options) -> HiResLmmSaPerceiver:
+    config = SimpleNamespace(_attn_implementation=backend, initializer_range=0.02)
+    context = PartContext(config, width, 32, GRID, GRID, GRID)
+    return HiResLmmSaPerceiver(context, HiResLmmSaPerceiver.Options(**options))
+
+
+def geometry(first_view: int, crops: int) -> ImageGeometry:
+    """An image of one row of crops; a few columns of each view are cut away."""
+    span = (0, GRID[0], 0, GRID[1] - 1)
+    cells = ((0, 0), *((0, column) for column in range(crops)))
+    return ImageGeometry(first_view, (0, *[1] * crops), (1, crops), cells, (span,) * (crops + 1), 6)
+
+
+def make_views(counts: list[int], width: int = WIDTH, dtype=torch.float64, size: int = 6) -> ViewFeatures:
+    """Views of images with so many crops, `size` tokens each."""
+    generator = torch.Generator().manual_seed(0)
+    starts = itertools.accumulate([count + 1 for count in counts[:-1]], initial=0)
+    return ViewFeatures(
+        torch.randn(len(counts), size, width, generator=generator).to(dtype),
+        torch.randn(sum(counts), size, width, generator=generator).to(dtype),
+        GRID,
+        GRID,
+        [geometry(*pair) for pair in zip(starts, counts, strict=True)],
+    )
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+@combinations
+@torch.no_grad()
+def test_each_combination_equals_the_reference(options, backend):
+    op = randomise(build(backend=backend, **options).double(), seed=3)
+    weights = {name: value.numpy() for name, value in op.state_dict().items()}
+    counts = [2, 0, 3, 2]
+    tolerance = 1e-5 if backend == "eager" and "softmax" in options.values() else 1e-12  # it works in float32
+    views = make_views(counts)
+    found = op(views)
+    crops = views.crop_features.split(counts)
+    for image, own in enumerate(crops):
+        wanted = reference.perceive(
+            views.global_features[image].numpy(), own.numpy(), weights, {**DEFAULTS, **options}
+        )
+        assert reference.relative_error(found.global_features[image], wanted[0]) < tolerance
+        assert reference.relative_error(found.aux["global_embedding"][image], wanted[1]) < tolerance
+
+
+@pytest.mark.parametrize("options", COMBINATIONS[1:], ids=lambda options: ",".join(map(str, options.values())))
+@torch.no_grad()
+def test_options_change_the_result(options):
+    """No option is dead: with equal weights every combination differs from the default."""
+    views = make_views([2, 3])
+    results = []
+    for given in (options, {}):
+        op, default = build(**given).double(), randomise(build().double(), seed=3).state_dict()
+        randomise(op, seed=3)
+        op.load_state_dict({name: default.get(name, value) for name, value in op.state_dict().items()})
+        results.append(op(views).global_features)
+    assert (results[0] - results[1]).abs().max() > 1e-3
+
+
+def test_the_defaults_are_those_documented():
+    assert vars(HiResLmmSaPerceiver.Options()) == DEFAULTS
+
+
+def test_the_crops_leave_and_the_whole_view_stays():
+    views = make_views([2, 0])
+    views.aux["other"] = torch.ones(1)
+    found = build().double()(views)
+    assert found.global_features.shape == views.global_features.shape and found.global_grid == GRID
+    assert found.crop_features.numel() == 0 and found.crop_grid == (0, 0)
+    assert [image.spans[0] for image in found.images] == [(0, 2, 0, 3)] * 2
+    assert [image.spans[1:] for image in found.images] == [image.spans[1:] for image in views.images]
+    assert set(found.aux) == {"other", "global_embedding"} and found.aux["global_embedding"].shape == (2, WIDTH)
+    assert set(views.aux) == {"other"} and views.images[0].spans[0] == (0, 2, 0, 2)  # the input is not changed
+
+
+# ---- magnitude over the number of crops
+
+
+@functools.cache
+@torch.no_grad()
+def largest_activation(crops: int, **options) -> float:
+    """Largest activation of any step at initialisation, in bfloat16, on features of unit variance."""
+    width = 512
+    config = HiResLmmConnectorConfig(view_ops=[{"part": "sa_perceiver", **options}])
+    torch.manual_seed(0)
+    op = HiResLmmConnector(config, width, 32, GRID).view_ops[0].bfloat16()
+    sizes = []
+
+    def record(module, inputs, output):
+        assert torch.isfinite(output).all()
+        sizes.append(float(output.abs().max()))
+
+    for module in (op.cross_norm, op.cross_out, op.self_norm, op.self_out):
+        module.register_forward_hook(record)
+    found = op(make_views([crops], width, torch.bfloat16, size=64))
+    return max(*sizes, float(found.global_features.abs().max()), float(found.aux["global_embedding"].abs().max()))
+
+
+@pytest.mark.parametrize("crops", [2, 6, 36, 64])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"norm": "layer"}, {"norm": "none", "score_scale": "1/num_keys"}, {"score_scale": "1/sqrt(d)"}],
+    ids=["default", "layer", "mean", "scaled"],
+)
+def test_activations_stay_within_a_factor_of_ten(options, crops):
+    assert 0.1 < largest_activation(crops, **options) / largest_activation(1, **options) < 10
+
+
+def test_as_printed_activations_grow_with_the_crops():
+    """Why there is a norm: without norm and scale the sum grows with the number of keys."""
+    assert largest_activation(64, norm="none") / largest_activation(1, norm="none") > 10
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_half_precision_of_many_keys(dtype):
+    """Large features of 64 crops: the sum over the keys would overflow float16."""
+    op = randomise(build(64), seed=1)
+    views = make_views([64], 64, torch.float32)
+    views.global_features, views.crop_features = (
+        8 * part.to(dtype).float() for part in (views.global_features, views.crop_features)
+    )
+    wanted = op(views).global_features
+    views.global_features, views.crop_features = views.global_features.to(dtype), views.crop_features.to(dtype)
+    found = op.to(dtype)(views).global_features
+    assert torch.isfinite(found).all()
+    assert float((found.float() - wanted).abs().max() / wanted.abs().max()) < (
+        3e-2 if dtype == torch.bfloat16 else 4e-3
+    )
+
+
+@torch.no_grad()
+def test_what_was_hardly_read_is_not_blown_up():
+    """A query with scores far below zero reads rounding errors; a norm with a small epsilon would make them large."""
+    op = randomise(build(64), seed=1)
+    views = make_views([2], 64, torch.float32)
+    views.crop_features = views.crop_features + 3  # keys share a direction, as those of real towers do
+    sizes = []
+    op.cross_norm.register_forward_hook(lambda module, inputs, output: sizes.append((inputs[0], output)))
+    op(views)
+    read, normed = (part[0].pow(2).mean(-1).sqrt() for part in sizes[0])
+    assert read.min() < 1e-3 < 1 < read.max()  # both kinds of queries are there
+    assert (normed <= 1.5 * read).all() and normed.max() < 1.5
+
+
+# ---- training
+
+
+@combinations
+def test_a_dummy_crop_reaches_every_parameter(options):
+    """A training batch without crops adds one that belongs to no image, so that all processes do the same work."""
+    op = randomise(build(**options).double()).train()
+    views = make_views([0, 0])
+    views.crop_features = torch.zeros_like(views.global_features[:1])
+    wanted = op.eval()(make_views([0, 0])).global_features
+    found = op.train()(views).global_features
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+    found.sum().backward()
+    assert [name for name, parameter in op.named_parameters() if parameter.grad is None] == []
+    assert torch.isfinite(op.kv_proj.weight.grad).all() and not op.kv_proj.weight.grad.any()
+
+
+def test_the_loss_reaches_the_crops():
+    op = randomise(build().double())
+    views = make_views([2, 1])
+    views.crop_features.requires_grad_()
+    op(views).global_features[0].sum().backward()
+    grad = views.crop_features.grad
+    assert grad[:2].abs().amin(dim=(1, 2)).min() > 0 and not grad[2].any()  # the other image is not read
+
+
+# ---- refusals
+
+
+@pytest.mark.parametrize("options", [{"activation": "softmax"}, {"self_attention": "softmax"}])
+def test_one_wide_head_under_flash_attention_is_refused(options):
+    message = r"num_heads=1 of 1024 channels, but flash_attention_2 runs at most 256; use num_heads=4 or more"
+    with pytest.raises(ValueError, match=message):
+        build(1024, "flash_attention_2", **options)
+    op = build(1024, "sdpa", **options)
+    op.config._attn_implementation = "flash_attention_2"  # chosen after construction
+    with pytest.raises(ValueError, match=message):
+        op(make_views([1], 1024, torch.float32))
+    build(1024, "flash_attention_2", num_heads=4, **options)
+    build(1024, "flash_attention_2")  # SiLU does not go through the backend
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"num_heads": 5}, "num_heads=5 does not divide the width 12"),
+        ({"num_heads": 0}, "num_heads=0 must be at least 1"),
+        ({"activation": "softmax", "score_scale": "1/num_keys"}, "softmax weights sum to one already"),
+        ({"self_attention": "softmax", "score_scale": "1/num_keys"}, "softmax weights sum to one already"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(options, message):
+    with pytest.raises(Exception, match=message):
+        build(**options)
+
+
+def test_low_resolution_views_are_needed():
+    views = make_views([2])
+    views.global_features = views.global_features[:0]
+    with pytest.raises(ValueError, match="ran on 0 of 1; train it in a stage whose views are 'all'"):
+        build().double()(views)
+
+
+def test_an_operation_on_crops_behind_it_is_refused():
+    ops = [{"part": "sa_perceiver"}, {"part": "query_compressor", "on": "crops", "num_queries": 4}]
+    with pytest.raises(ValueError, match=r"on='crops' stands behind one that leaves no crops"):
+        tiny_config("vlsa", connector_config={"view_ops": ops})
+    ops[1]["on"] = "global"
+    config = tiny_config("vlsa", connector_config={"view_ops": ops})
+    assert config.token_layout()["fixed_tokens"] == 4
+    tiny_model(config)
+    ops.reverse()
+    ops[0]["on"] = "crops"
+    assert tiny_config("vlsa", connector_config={"view_ops": ops}).token_layout()["fixed_tokens"] == 16
