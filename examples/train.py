@@ -35,8 +35,12 @@ from hires_lmm.training import (
     set_expert,
 )
 from hires_lmm.training.collator import find_image, read_messages
+from hires_lmm.training.data.cognition import with_cognition
+from hires_lmm.training.data.cognition_settings import build_cognition
 from hires_lmm.training.data.conversations import load_conversations
 from hires_lmm.training.lora import lora_config
+from hires_lmm.training.objectives import OBJECTIVES, Objective, load_objectives
+from hires_lmm.training.objectives.files import find_folder
 
 
 logger = logging.getLogger("train")
@@ -60,7 +64,7 @@ def read_options() -> argparse.Namespace:
 def read_stages(recipe: dict) -> list[Stage]:
     """The stages of a recipe: a plan by name, or a list of stages."""
     if "plan" in recipe:
-        return get_plan(recipe["plan"], recipe.get("column", "vicuna_7b"), recipe.get("tower_rate"))
+        return get_plan(recipe["plan"], recipe.get("column"), recipe.get("tower_rate"))
     return [Stage.from_dict(values) for values in recipe["stages"]]
 
 
@@ -101,6 +105,15 @@ def read_features(folder: Path | None, stage: Stage, model: Any, processor: Any,
     return VisionFeatureStore(folder)
 
 
+def make_objectives(stage: Stage, start: str, model: Any, recipe: dict) -> dict[str, Objective]:
+    """The objectives that a stage weighs and the recipe describes, as the stage before left them."""
+    options = recipe.get("objectives", {})
+    names = [name for name in stage.loss_weights if name in options]
+    folder = find_folder(start)
+    learned = load_objectives(folder) if names and folder is not None else {}
+    return {name: learned.get(name) or OBJECTIVES[name].from_recipe(model, **options[name]) for name in names}
+
+
 def train_stage(stage: Stage, start: str, recipe: dict, options: argparse.Namespace) -> str:
     """Run one stage; returns the folder that the next one starts from."""
     folder = options.output / stage.name
@@ -113,20 +126,25 @@ def train_stage(stage: Stage, start: str, recipe: dict, options: argparse.Namesp
     processor = AutoProcessor.from_pretrained(start)
     model = load_model(start, stage, folder, recipe)
     source = options.data or recipe.get("stage_data", {}).get(stage.name) or recipe["data"]
+    objectives = make_objectives(stage, start, model, recipe)
     data = load_conversations(source, image_folder=options.image_folder, streaming=recipe.get("streaming", False))
     collator = HiResLmmCollator(
         processor,
         views=stage.views,
+        max_image_tokens=stage.max_image_tokens,
         features=read_features(options.features, stage, model, processor, data),
+        columns=[column for objective in objectives.values() for column in objective.columns()],
         **recipe.get("collator", {}),
     )
+    if stage.cognition is not None:
+        data = with_cognition(data, build_cognition(recipe.get("cognition", {}), processor, stage.cognition))
     trainer = Trainer(
         model,
         args,
         train_dataset=data,
         data_collator=collator,
         processing_class=processor,
-        callbacks=[StageCallback(stage)],
+        callbacks=[StageCallback(stage, objectives=objectives)],
         optimizer_cls_and_kwargs=stage.optimizer_cls_and_kwargs(args),
     )
     put_first(trainer)
@@ -140,10 +158,10 @@ def main() -> None:
     """Run the stages in order."""
     options = read_options()
     recipe = yaml.safe_load(options.recipe.read_text(encoding="utf-8"))
-    start = options.model
+    start, finished = options.model, {}
     for stage in read_stages(recipe):
         if options.stage is None or stage.name == options.stage:
-            start = train_stage(stage, start, recipe, options)
+            start = finished[stage.name] = train_stage(stage, finished.get(stage.after, start), recipe, options)
 
 
 if __name__ == "__main__":

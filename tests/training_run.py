@@ -1,7 +1,8 @@
 """One training run in a process of its own: `python training_run.py <json>`, alone or under a launcher.
 
-Settings: folder, stage (fields), data ("images", "text", "mixed", "by_rank"), resume, kill_at (a step), connector, and
-`arguments` for TrainingArguments. Writes losses and sums of the trained weights to `<folder>/result-<rank>.json`.
+Settings: folder, stage (fields), data ("images", "text", "mixed", "by_rank"), resume, kill_at (a step), connector,
+reconstruct (a VLSA model with that objective, its noise fixed), and `arguments` for TrainingArguments. Writes losses
+and sums of the trained weights to `<folder>/result-<rank>.json`.
 """
 
 import json
@@ -18,6 +19,7 @@ from accelerate import DistributedType, PartialState
 from transformers import TrainerCallback, set_seed
 
 from builders import random_image
+from builders_objectives import fixed_reconstruction, objective_trainer, vlsa_parts
 from builders_training import conversation, losses, make_trainer, slime_parts
 from hires_lmm.training import Stage
 
@@ -74,13 +76,21 @@ def main(settings: dict) -> None:
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         shard_on_cpu()
     set_seed(0)
-    model, processor = slime_parts(**settings.get("connector", {}))
     stage = Stage.from_dict(settings["stage"])
+    if settings.get("reconstruct"):
+        model, processor = vlsa_parts()
+        objectives = {"reconstruction": fixed_reconstruction(model)}
+    else:
+        model, processor = slime_parts(**settings.get("connector", {}))
+        objectives = {}
     arguments = settings.get("arguments", {})
     data = make_data(settings.get("data", "images"), settings.get("count", 8), settings.get("width", 1))
     callbacks = [KillAt(settings["kill_at"])] if "kill_at" in settings else []
     folder = Path(settings["folder"])
-    trainer = make_trainer(model, processor, stage, data, folder, callbacks=callbacks, **arguments)
+    if objectives:
+        trainer = objective_trainer(model, processor, stage, objectives, data, folder, callbacks, **arguments)
+    else:
+        trainer = make_trainer(model, processor, stage, data, folder, callbacks=callbacks, **arguments)
     trainer.train(resume_from_checkpoint=settings.get("resume"))
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped if trainer.is_fsdp_enabled else trainer.model)
     names = [name for name in state if stage.pattern_of(name) is not None] if state else []

@@ -2,9 +2,7 @@
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,11 +13,11 @@ import training_run
 from builders import random_image
 from builders_training import slime_parts
 from hires_lmm.training import Stage
+from hires_lmm.training.objectives import load_objectives
 from hires_lmm.training.stages import part_name
+from launching import TESTS, run_launcher
 
 
-TESTS = Path(__file__).parents[1]
-CONFIGS = TESTS.parent / "examples" / "configs"
 CONNECTOR = Stage("connector", {"connector": 1e-3}, expert="mlp")
 GLOBAL = Stage("global", {"connector.adapter": 1e-3}, views="global", expert="mlp")
 LOCAL = Stage("local", {"connector.view_ops": 1e-3}, views="crops")
@@ -42,20 +40,11 @@ def launch(config: str, settings: dict) -> None:
     run_launcher(config, [str(TESTS / "training_run.py"), json.dumps(settings)])
 
 
-def run_launcher(config: str, script: list[str], timeout: int = 300) -> None:
-    """Run a script under `accelerate launch` with one of the shipped configurations."""
-    environment = {**os.environ, "PYTHONPATH": str(TESTS.parent / "src"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / config)]
-    command += ["--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0"]
-    done = subprocess.run(
-        [*command, *script], env=environment, capture_output=True, text=True, timeout=timeout, check=False
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-
-
-def compare(tmp_path: Path, config: str, stage: Stage, extra: dict | None = None) -> None:
+def compare(
+    tmp_path: Path, config: str, stage: Stage, extra: dict | None = None, settings: dict | None = None
+) -> None:
     """Two processes with a batch of one each, against one process with a batch of two."""
-    settings = {"stage": stage.to_dict(), "data": "by_rank"}
+    settings = {"stage": stage.to_dict(), "data": "by_rank", **(settings or {})}
     one = {**RUN, **(extra or {}), "per_device_train_batch_size": 2}
     two = {**RUN, **(extra or {}), "per_device_train_batch_size": 1}
     launch(config, {**settings, "folder": str(tmp_path / "two"), "arguments": two})
@@ -91,6 +80,44 @@ def test_activation_checkpointing_in_two_processes(tmp_path, config):
     if config == "ddp.yaml":  # the last layer of the tower, after the one that is read, never gets a gradient
         kwargs["ddp_find_unused_parameters"] = True
     compare(tmp_path, config, ALL, extra=kwargs)
+
+
+RECONSTRUCT = Stage(
+    "reconstruct",
+    {"connector": 1e-3, "objectives.reconstruction.epigone": 1e-3, "objectives.reconstruction.denoiser": 1e-3},
+    loss_weights={"reconstruction": 1.0},
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["ddp.yaml", "fsdp2.yaml"])
+def test_reconstruction_in_two_processes(tmp_path, config):
+    """One process sees images, the other text only; one process on the union gives the same losses and weights."""
+    stage = RECONSTRUCT
+    if config == "fsdp2.yaml":
+        stage = dataclasses.replace(ALL, expert=None, trainable={**ALL.trainable, **RECONSTRUCT.trainable})
+        stage = dataclasses.replace(stage, loss_weights=RECONSTRUCT.loss_weights)
+    compare(tmp_path, config, stage, settings={"reconstruct": True})
+    objectives = [load_objectives(tmp_path / name / "objectives")["reconstruction"] for name in ("one", "two")]
+    for one, two in zip(objectives[0].parameters(), objectives[1].parameters(), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["ddp.yaml", "fsdp2.yaml"])
+def test_reconstruction_goes_on_in_two_processes(tmp_path, config):
+    run = {**RUN, "optim": "adamw_torch", "per_device_train_batch_size": 1, "max_steps": 4}
+    run |= {"save_strategy": "steps", "save_steps": 2}
+    settings = {"stage": RECONSTRUCT.to_dict(), "data": "by_rank", "reconstruct": True, "arguments": run}
+    folder = tmp_path / "run"
+    launch(config, {**settings, "folder": str(folder)})
+    expected = json.loads((folder / "result-0.json").read_text())
+    shutil.rmtree(folder / "checkpoint-4")
+    launch(config, {**settings, "folder": str(folder), "resume": True})
+    found = json.loads((folder / "result-0.json").read_text())
+    assert found["losses"] == pytest.approx(expected["losses"], rel=1e-6)
+    assert found["sums"] == pytest.approx(expected["sums"], rel=1e-6)
+    assert any(name.startswith("objectives.reconstruction.denoiser") for name in found["sums"])
 
 
 @pytest.mark.slow

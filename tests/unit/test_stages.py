@@ -9,14 +9,20 @@ import torch
 from builders import tiny_config, tiny_model
 from builders_training import query_former_config, slime_config, slime_parts, training_arguments
 from hires_lmm.training import Alternation, Stage, alternating_scheduler, get_plan, set_expert, summarise
-from hires_lmm.training.callbacks import check_optimizer, gate_balance
+from hires_lmm.training.callbacks import check_optimizer
+from hires_lmm.training.objectives import gate_balance
 from hires_lmm.training.optimization import parameter_groups
-from hires_lmm.training.plans import COLUMNS, PLANS
+from hires_lmm.training.plans import COLUMNS
 from hires_lmm.training.stages import list_parts, part_name
 
 
 GOLDEN = Path(__file__).parents[1] / "fixtures" / "training_plans.json"
 CONFIGS = {"slime": slime_config, "query_former": query_former_config, "end_to_end": slime_config}
+
+
+def unset(stage: Stage) -> list[str]:
+    """Fields that most plans leave alone and the golden data leaves out."""
+    return [name for name in ("max_image_tokens", "question", "after", "cognition") if getattr(stage, name) is None]
 
 
 def describe(plan: str, column: str) -> list[dict]:
@@ -28,7 +34,7 @@ def describe(plan: str, column: str) -> list[dict]:
         assert names == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         stages.append(
             {
-                **{key: value for key, value in stage.to_dict().items() if key != "alternation"},
+                **{key: value for key, value in stage.to_dict().items() if key not in ("alternation", *unset(stage))},
                 "parts": {
                     row.part: [row.trainable, row.parameters, list(row.learning_rates)]
                     for row in summarise(model, stage)
@@ -39,7 +45,7 @@ def describe(plan: str, column: str) -> list[dict]:
     return stages
 
 
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("plan", CONFIGS)
 def test_every_stage_of_every_plan_is_golden_data(plan):
     golden = json.loads(GOLDEN.read_text())
     for column in COLUMNS:

@@ -1,7 +1,8 @@
 """The callback that turns a run of the stock Trainer into one stage."""
 
-from functools import partial
+from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from rich.console import Console
@@ -11,63 +12,85 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from .collator import HiResLmmCollator
+from .objectives.base import Objective
+from .objectives.files import FOLDER, restore_objectives, save_objectives
+from .objectives.run import (
+    CarriedObjectives,
+    ObjectiveHooks,
+    attach,
+    check_objectives,
+    choose_objectives,
+    holds_images,
+    needed_columns,
+)
 from .optimization import NO_DECAY, other_stage_message
 from .stages import Stage, find_base, learnable_parameters, part_name, summarise
+from .sums import Sums
 
 
-SUMS = ("kept", "tokens", "gate", "gated")
+COUNTS = ["kept", "tokens", "gate", "gated"]
 
 
 class StageCallback(TrainerCallback, ExportableState):
-    """Freezes what a stage does not train, shows what it does, logs its numbers and guards resumes.
+    """Freezes what a stage does not train, carries its objectives, shows what it does, logs and guards resumes.
 
     Args:
         stage (`Stage` or `dict`): The stage, or its fields.
         show_table (`bool`): Write the table of parts to the standard error stream of the main process at the start.
+        objectives (`dict[str, Objective]`, *optional*): The losses that `stage.loss_weights` weighs, by name. During
+            the run they are submodules of the model (`objectives.<name>` in `stage.trainable`); their weights go to
+            `objectives` in each checkpoint and, at the end, in the output folder.
 
     Raises:
-        ValueError: From the Trainer's constructor or at the start of training, if stage, model, optimizer, checkpoint
-            or arguments contradict each other.
+        ValueError: From the Trainer's constructor or at the start of training, if stage, model, optimizer, checkpoint,
+            objectives or arguments contradict each other.
     """
 
-    def __init__(self, stage: Stage | dict, show_table: bool = True):
+    def __init__(self, stage: Stage | dict, show_table: bool = True, objectives: dict[str, Objective] | None = None):
         self.stage = stage if isinstance(stage, Stage) else Stage.from_dict(stage)
         self.show_table = show_table
+        self.objectives = choose_objectives(self.stage, objectives or {})
+        self.run_id = uuid4().hex
+        self._carried: CarriedObjectives | None = None
         self._handles: list = []
-        self._sums: dict[str, Any] = {}
-        self._gates: list[torch.Tensor] = []
+        self._sums = Sums(COUNTS)
         self._has_images = True
         self._rates: dict[str, float] = {}
 
     def state(self) -> dict:
-        """What a checkpoint remembers of the callback: the stage."""
+        """What a checkpoint remembers of the callback: the stage and the run."""
         return {
             "args": {"stage": self.stage.to_dict(), "show_table": self.show_table},
-            "attributes": {"stage_name": self.stage.name},
+            "attributes": {"stage_name": self.stage.name, "run_id": self.run_id},
         }
 
     # --- events of the Trainer ---
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
-        """Freeze and switch before the optimizer exists."""
+        """Attach the objectives, freeze and switch before the optimizer exists."""
         check_arguments(args, self.stage)
+        base = find_base(model)
+        self._carried = attach(model, base, self.objectives)
         self.stage.apply(model)
+        if self._carried is not None:
+            check_objectives(self._carried, self.stage, base)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
         """Compare checkpoint, optimizer and collator with the stage, show the table, start to listen."""
         saved = state.stateful_callbacks.get(type(self).__name__)
-        for entry in saved if isinstance(saved, list) else [saved]:
-            written = self.stage.name if entry is None else entry["attributes"]["stage_name"]
+        entries = [entry for entry in (saved if isinstance(saved, list) else [saved]) if entry is not None]
+        for entry in entries:
+            written = entry["attributes"]["stage_name"]
             if written != self.stage.name:
                 raise ValueError(other_stage_message(written, self.stage.name))
+        if state.global_step:
+            self._restore(args, state.global_step, entries)
         state.stateful_callbacks[type(self).__name__] = self.state()
         check_optimizer(kwargs["optimizer"], model, self.stage)
         collator = find_collator(kwargs.get("train_dataloader"))
-        if collator is not None and collator.views != self.stage.views:
-            raise ValueError(
-                f"Stage {self.stage.name!r} uses views={self.stage.views!r}, but the collator makes "
-                f"views={collator.views!r}; pass HiResLmmCollator(processor, views=stage.views)."
-            )
+        check_collator(collator, self.stage, self._carried)
+        if collator is not None:
+            collator.start(state.global_step, args.gradient_accumulation_steps)
         if self.show_table and state.is_world_process_zero:
             Console(stderr=True).print(render_table(model, self.stage))
         self._listen(model)
@@ -81,7 +104,7 @@ class StageCallback(TrainerCallback, ExportableState):
         """Add the numbers of the stage to what the Trainer logs; its history has been written by then."""
         if logs is None or "loss" not in logs:
             return
-        numbers: dict[str, Any] = {**self._take_numbers(args.device)}
+        numbers: dict[str, Any] = shares_of(self._sums.take(args.device))
         if len(self._rates) > 1:
             numbers.update(self._rates)
         collator = find_collator(kwargs.get("train_dataloader"))
@@ -92,19 +115,36 @@ class StageCallback(TrainerCallback, ExportableState):
         if state.log_history:
             state.log_history[-1].update(numbers)
 
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write the objectives into the checkpoint, which holds the model without them."""
+        self._write(Path(args.output_dir) / f"checkpoint-{state.global_step}", state)
+
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Stop listening."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        """Stop listening; leave the objectives in the output folder."""
+        self._stop_listening()
+        self._write(Path(args.output_dir), state)
+
+    # --- objectives ---
+
+    def _write(self, folder: Path, state: Any) -> None:
+        """Write the objectives of the run below a folder."""
+        save_objectives(folder / FOLDER, self.objectives, self.run_id, state.is_world_process_zero)
+
+    def _restore(self, args: Any, step: int, entries: list[dict]) -> None:
+        """Put back the objectives of the checkpoint that the Trainer goes on from; it does not say where that is."""
+        named = args.resume_from_checkpoint
+        folders = [Path(named)] if isinstance(named, str) and Path(named).is_dir() else []
+        folders.append(Path(args.output_dir) / f"checkpoint-{step}")
+        runs = [entry["attributes"].get("run_id") for entry in entries]
+        restore_objectives(folders, self.objectives, runs[-1] if runs else None)
 
     # --- numbers ---
 
     def _listen(self, model: nn.Module) -> None:
         """Hook the modules whose numbers are logged; hooks change nothing unless the stage weighs a loss."""
-        self.on_train_end(None, None, None)
-        self._sums = {}
+        self._stop_listening()
         base = find_base(model)
+        self._sums = Sums([*COUNTS, "share", "loss/generation", *(f"loss/{name}" for name in self.objectives)])
         self._handles.append(base.register_forward_pre_hook(self._before_forward, with_kwargs=True))
         hooks = {"HiResLmmGate": self._after_gate, "HiResLmmRouter": self._after_router}
         for module in base.modules():
@@ -112,76 +152,49 @@ class StageCallback(TrainerCallback, ExportableState):
             if hook is not None:
                 self._handles.append(module.register_forward_hook(hook))
         if self.stage.loss_weights:
-            top = next(m for m in model.modules() if hasattr(m, "lm_head"))
-            self._handles.append(top.register_forward_hook(partial(_add_losses, self), with_kwargs=True))
+            carried = self._carried if self._carried is not None else CarriedObjectives({})
+            self._handles += ObjectiveHooks(carried, self.stage.loss_weights, self._sums).install(model, base)
+
+    def _stop_listening(self) -> None:
+        """Take the hooks away."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
 
     def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        views = kwargs.get("pixel_values")
-        views = kwargs.get("vision_features") if views is None else views
-        self._has_images = module.training and views is not None and views.shape[0] > 0
-        self._gates = []
+        self._has_images = module.training and holds_images(kwargs)
 
     def _after_router(self, module: nn.Module, args: tuple, output: tuple) -> None:
         kept = output[0].kept
         if self._has_images and kept is not None:
-            self._add("tokens", kept.numel())
-            self._add("kept", kept.sum())
+            self._sums.add("tokens", kept.numel())
+            self._sums.add("kept", kept.sum())
 
     def _after_gate(self, module: nn.Module, args: tuple, gates: torch.Tensor) -> None:
         if self._has_images:
-            self._gates.append(gates.flatten(0, -2))
-            self._add("gate", gates[..., 0].detach().float().sum())
-            self._add("gated", gates[..., 0].numel())
+            self._sums.add("gate", gates[..., 0].detach().float().sum())
+            self._sums.add("gated", gates[..., 0].numel())
 
-    def _add(self, name: str, value: Any) -> None:
-        self._sums[name] = self._sums.get(name, 0) + value
 
-    def _take_numbers(self, device: torch.device) -> dict[str, float]:
-        """Sums over all processes since the last call, as shares."""
-        sums = torch.stack([torch.as_tensor(self._sums.get(n, 0), dtype=torch.float64, device="cpu") for n in SUMS])
-        self._sums = {}
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            sums = sums.to(device)
-            torch.distributed.all_reduce(sums)
-        kept, tokens, gate, gated = sums.tolist()
-        numbers = {"kept_share": kept / tokens} if tokens else {}
-        return {**numbers, **({"gate_mlp_share": gate / gated} if gated else {})}
+def shares_of(sums: dict[str, float]) -> dict[str, float]:
+    """The logged numbers from their sums: shares, and losses as means over answer tokens.
+
+    Args:
+        sums (`dict[str, float]`): Sums over steps and processes.
+    """
+    numbers = {}
+    if sums["tokens"]:
+        numbers["kept_share"] = sums["kept"] / sums["tokens"]
+    if sums["gated"]:
+        numbers["gate_mlp_share"] = sums["gate"] / sums["gated"]
+    if sums.get("share"):
+        numbers.update({name: value / sums["share"] for name, value in sums.items() if name.startswith("loss/")})
+    return numbers
 
 
 def _group_name(group: dict, number: int) -> str:
     """Name of a group of the optimizer, or its number."""
     return str(group.get("name", number))
-
-
-def _add_losses(callback: StageCallback, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-    """Add the weighted auxiliary losses to the loss of a training step, as shares of the whole optimizer step."""
-    if not module.training or not callback._gates:
-        return output
-    if output.loss is None:
-        raise ValueError(
-            "The stage weighs auxiliary losses, but the model returned no loss: this trainer computes its own, as "
-            "TRL's SFTTrainer does. Use transformers.Trainer for this stage."
-        )
-    targets, total = (kwargs["labels"][:, 1:] != -100).sum(), kwargs.get("num_items_in_batch")
-    share = 1.0 if total is None else targets / total
-    losses = {"gate_balance": gate_balance(torch.cat(callback._gates))}
-    output.loss = output.loss + share * sum(w * losses[name] for name, w in callback.stage.loss_weights.items())
-    return output
-
-
-def gate_balance(gates: torch.Tensor) -> torch.Tensor:
-    """Squared coefficient of variation of the mean weights of the experts: 0 when they share evenly.
-
-    Args:
-        gates (`torch.Tensor` of shape `(n, E)`): Weights of the experts for each token.
-
-    Returns:
-        A scalar.
-
-    Source: the importance loss of huggingface.co/papers/1701.06538.
-    """
-    mean = gates.float().mean(dim=0)
-    return mean.var(unbiased=False) / mean.mean().square()
 
 
 def find_collator(dataloader: Any) -> HiResLmmCollator | None:
@@ -195,6 +208,55 @@ def find_collator(dataloader: Any) -> HiResLmmCollator | None:
     return collator if isinstance(collator, HiResLmmCollator) else None
 
 
+def check_budgets(collator: HiResLmmCollator, stage: Stage) -> None:
+    """Compare the budgets of a collator with those of a stage.
+
+    Args:
+        collator (`HiResLmmCollator`): The collator.
+        stage (`Stage`): The stage; one that names no budget takes any.
+
+    Raises:
+        ValueError: If they differ.
+    """
+    wanted, given = (
+        list(value) if isinstance(value, (list, tuple)) else value
+        for value in (stage.max_image_tokens, collator.max_image_tokens)
+    )
+    if wanted is not None and wanted != given:
+        raise ValueError(
+            f"Stage {stage.name!r} trains with max_image_tokens={wanted}, but the collator has {given}; pass "
+            "HiResLmmCollator(processor, views=stage.views, max_image_tokens=stage.max_image_tokens)."
+        )
+
+
+def check_collator(collator: HiResLmmCollator | None, stage: Stage, carried: CarriedObjectives | None) -> None:
+    """Compare what a collator makes with what a stage and its objectives read.
+
+    Args:
+        collator (`HiResLmmCollator`, *optional*): The collator of the run, if it is one of this package.
+        stage (`Stage`): The stage.
+        carried (`CarriedObjectives`, *optional*): The objectives of the run.
+
+    Raises:
+        ValueError: If views, columns or budgets differ.
+    """
+    if collator is None:
+        return
+    check_budgets(collator, stage)
+    if collator.views != stage.views:
+        raise ValueError(
+            f"Stage {stage.name!r} uses views={stage.views!r}, but the collator makes views={collator.views!r}; pass "
+            "HiResLmmCollator(processor, views=stage.views)."
+        )
+    made = {column.name for column in collator.columns}
+    missing = [column.name for column in needed_columns(carried) if column.name not in made]
+    if missing:
+        raise ValueError(
+            f"The objectives of stage {stage.name!r} read the column {missing[0]!r}, which the collator does not "
+            "make; pass HiResLmmCollator(processor, columns=objective.columns())."
+        )
+
+
 def check_arguments(args: Any, stage: Stage) -> None:
     """Refuse arguments that would train something else in silence.
 
@@ -203,7 +265,8 @@ def check_arguments(args: Any, stage: Stage) -> None:
         stage (`Stage`): The stage.
 
     Raises:
-        ValueError: For label smoothing, `remove_unused_columns`, and auxiliary losses under TRL's trainer.
+        ValueError: For label smoothing, `remove_unused_columns`, callbacks rebuilt from a checkpoint, and auxiliary
+            losses under TRL's trainer.
     """
     if args.label_smoothing_factor:
         raise ValueError(
@@ -212,6 +275,11 @@ def check_arguments(args: Any, stage: Stage) -> None:
         )
     if args.remove_unused_columns:
         raise ValueError("Set remove_unused_columns=False: the collator reads columns that the model does not know.")
+    if stage.loss_weights and args.restore_callback_states_from_checkpoint:
+        raise ValueError(
+            "restore_callback_states_from_checkpoint=True would replace StageCallback by one without objectives; "
+            "leave it off: the callback finds its state by itself."
+        )
     if stage.loss_weights and any(cls.__module__.split(".")[0] == "trl" for cls in type(args).__mro__):
         raise ValueError(
             f"Stage {stage.name!r} weighs auxiliary losses, which TRL's SFTTrainer never computes; use Trainer."

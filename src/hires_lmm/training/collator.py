@@ -1,10 +1,12 @@
 """From conversations with images to batches for training."""
 
+import random
 from typing import Any
 
 import torch
 from torch.utils.data import get_worker_info
 
+from .columns import BatchColumn
 from .data.conversations import attach_images
 from .features import VisionFeatureStore
 from .stages import VIEWS
@@ -27,13 +29,16 @@ class HiResLmmCollator:
         too_long (`str`): What happens to longer samples. `"error"`: stop and name the sample. `"lower_budget"`: give
             its images the largest common `max_image_tokens` that fits, and count it. `"drop"`: leave it out and count
             it; a batch that loses all its samples becomes one row of two end tokens, so that every process has one.
-        max_image_tokens (`int`, *optional*): Budget of every image.
+        max_image_tokens (`int` or `list[int]`, *optional*): Budget of every image; from a list, one is drawn for each
+            optimizer step, the same on all processes, for models whose number of tokens is to stay a choice.
         features (`VisionFeatureStore`, *optional*): Cached tower features that replace the pixels.
         pad_to_multiple_of (`int`, *optional*): Round the length of the batch up.
         images_kwargs (`dict`, *optional*): More options for the images, such as `max_crops`.
+        seed (`int`): Of the draws from a list of budgets.
+        columns (`list[BatchColumn]`, *optional*): More columns of the batch, which the objectives of a stage read.
 
     Raises:
-        ValueError: If an option is unknown, or the chat template has no generation marks.
+        ValueError: If an option is unknown, a list of budgets is empty, or the chat template has no generation marks.
     """
 
     def __init__(
@@ -42,10 +47,12 @@ class HiResLmmCollator:
         views: str = "all",
         max_length: int | None = None,
         too_long: str = "error",
-        max_image_tokens: int | None = None,
+        max_image_tokens: int | list[int] | None = None,
         features: VisionFeatureStore | None = None,
         pad_to_multiple_of: int | None = None,
         images_kwargs: dict | None = None,
+        seed: int = 0,
+        columns: list[BatchColumn] | None = None,
     ):
         if views not in VIEWS:
             raise ValueError(f"views={views!r} is unknown; use one of {', '.join(VIEWS)}.")
@@ -58,6 +65,8 @@ class HiResLmmCollator:
             )
         if features is not None:
             features.check_processor(processor)
+        if isinstance(max_image_tokens, (list, tuple)) and not max_image_tokens:
+            raise ValueError("max_image_tokens=[] holds no budget to draw; pass numbers, or None for no budget.")
         self.processor = processor
         self.views = views
         self.max_length = max_length
@@ -66,17 +75,44 @@ class HiResLmmCollator:
         self.features = features
         self.pad_to_multiple_of = pad_to_multiple_of
         self.images_kwargs = {**(images_kwargs or {}), "views": views}
+        self.columns = columns or []
+        self.seed = seed
         self._counts = torch.zeros(len(COUNTERS), WORKER_SLOTS, dtype=torch.long).share_memory_()
+        self._batches = torch.zeros(WORKER_SLOTS, dtype=torch.long).share_memory_()
+        self._origin = torch.tensor([0, 1]).share_memory_()
+
+    def start(self, step: int = 0, batches_per_step: int = 1) -> None:
+        """Number the coming batches, from which the draws of budgets follow; `StageCallback` calls this.
+
+        Args:
+            step (`int`): Optimizer steps that were done before, in a run that is resumed.
+            batches_per_step (`int`): Batches of an optimizer step on one process.
+        """
+        self._batches.zero_()
+        self._origin.copy_(torch.tensor([step * batches_per_step, batches_per_step]))
+
+    def _next_budget(self) -> int | None:
+        """The budget of the next batch; workers take turns, as the data loader hands batches out."""
+        if not isinstance(self.max_image_tokens, (list, tuple)):
+            return self.max_image_tokens
+        worker = get_worker_info()
+        slot, number, workers = (0, 0, 1) if worker is None else (_slot(worker), worker.id, worker.num_workers)
+        done = int(self._batches[slot])
+        self._batches[slot] += 1
+        first, per_step = self._origin.tolist()
+        return draw_budget(self.max_image_tokens, (first + done * workers + number) // per_step, self.seed)
 
     def counts(self) -> dict[str, int]:
         """Samples that were dropped and samples whose budget was lowered, over all workers of this process."""
         return dict(zip(COUNTERS, self._counts.sum(dim=1).tolist(), strict=True))
 
-    def encode(self, example: dict) -> dict[str, torch.Tensor] | None:
+    def encode(self, example: dict, max_image_tokens: int | None = None) -> dict[str, torch.Tensor] | None:
         """Encode one conversation.
 
         Args:
             example (`dict`): `messages`, and `images` or `image` where the messages hold none themselves.
+            max_image_tokens (`int`, *optional*): Budget of every image of it; by default that of the collator, the
+                largest of a list.
 
         Returns:
             Tensors of one sample without batch dimension, or None where it is too long and `too_long="drop"`.
@@ -85,7 +121,10 @@ class HiResLmmCollator:
             ValueError: If the sample is too long and may not be changed, or has no answer.
         """
         messages = read_messages(example)
-        sample = self._encode(messages, self.max_image_tokens)
+        if max_image_tokens is None:
+            own = self.max_image_tokens
+            max_image_tokens = max(own) if isinstance(own, (list, tuple)) else own
+        sample = self._encode(messages, max_image_tokens)
         length = len(sample["input_ids"])
         if self.max_length is None or length <= self.max_length:
             return sample
@@ -111,11 +150,12 @@ class HiResLmmCollator:
 
         Returns:
             `input_ids`, `attention_mask`, `labels`, `prompt_mask` (all `(B, S)`), and for batches with images
-            `pixel_values` (or `vision_features` from a cache, for all batches) and the geometry of the views.
+            `pixel_values` (or `vision_features` from a cache, for all batches) and the geometry of the views; and the
+            `columns` for which a sample gave a value.
         """
-        samples = []
+        samples, budget = [], self._next_budget()
         for example in examples:
-            sample = self.encode(example)
+            sample = self.encode(example, budget)
             if sample is None:
                 self._count("dropped_samples")
             else:
@@ -155,6 +195,10 @@ class HiResLmmCollator:
             images = [find_image(part) for message in messages for part in message["content"]]
             images = [image for image in images if image is not None]
             sample["vision_features"] = self.features.rows(self.processor, images, sample["view_positions"])
+        for column in self.columns:
+            value = column.encode(messages)
+            if value is not None:
+                sample[column.name] = value
         return sample
 
     def _smaller_budget(self, sample: dict[str, torch.Tensor], surplus: int) -> int | None:
@@ -168,7 +212,7 @@ class HiResLmmCollator:
 
     def _count(self, name: str) -> None:
         worker = get_worker_info()
-        self._counts[COUNTERS.index(name), 0 if worker is None else 1 + worker.id % (WORKER_SLOTS - 1)] += 1
+        self._counts[COUNTERS.index(name), 0 if worker is None else _slot(worker)] += 1
 
     def _end_row(self) -> dict[str, torch.Tensor]:
         """A row that teaches next to nothing: an end token after an end token."""
@@ -204,7 +248,27 @@ class HiResLmmCollator:
                 batch[name] = torch.cat(parts)
         if self.features is not None and "vision_features" not in batch:
             batch["vision_features"] = self.features.empty()
+        for column in self.columns:
+            values = [sample[column.name] for sample in samples if column.name in sample]
+            if values:
+                batch[column.name] = column.join(values)
         return batch
+
+
+def _slot(worker: Any) -> int:
+    """Place of a worker process in the shared counters; the first is that of the main process."""
+    return 1 + worker.id % (WORKER_SLOTS - 1)
+
+
+def draw_budget(budgets: list[int], step: int, seed: int = 0) -> int:
+    """Draw the budget of an optimizer step, evenly and without a state.
+
+    Args:
+        budgets (`list[int]`): What may be drawn.
+        step (`int`): Number of the step.
+        seed (`int`): Another seed gives another sequence.
+    """
+    return random.Random(f"{seed} {step}").choice(budgets)
 
 
 def read_messages(example: dict) -> list[dict]:

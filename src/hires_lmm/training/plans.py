@@ -1,7 +1,17 @@
 """Published plans of training as lists of stages."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from .plans_fusion import fusion, fusion_nested
+from .plans_vlsa import (
+    vlsa,
+    vlsa_baseline,
+    vlsa_cognition,
+    vlsa_low_resolution,
+    vlsa_perceiver,
+    vlsa_reconstruction,
+)
 from .stages import Stage
 
 
@@ -130,8 +140,20 @@ def _tune(name: str, numbers: Column, tower_rate: float | None) -> Stage:
     return Stage(name, rates, batch_size=numbers.tune_batch, zero_stage=numbers.tune_zero, lora=numbers.lora)
 
 
-PLANS = {"slime": slime, "query_former": query_former, "end_to_end": end_to_end}
-"""Name -> function of a column of Table 7 that returns the stages."""
+PLANS: dict[str, Callable[..., list[Stage]]] = {
+    "slime": slime,
+    "query_former": query_former,
+    "end_to_end": end_to_end,
+    "fusion": fusion,
+    "fusion_nested": fusion_nested,
+    "vlsa": vlsa,
+    "vlsa_baseline": vlsa_baseline,
+    "vlsa_low_resolution": vlsa_low_resolution,
+    "vlsa_perceiver": vlsa_perceiver,
+    "vlsa_reconstruction": vlsa_reconstruction,
+    "vlsa_cognition": vlsa_cognition,
+}
+"""Name -> function that returns the stages, from a column of its paper's table and a rate of the vision tower."""
 
 
 def find_column(name: str) -> Column:
@@ -148,17 +170,18 @@ def find_column(name: str) -> Column:
     return COLUMNS[name]
 
 
-def get_plan(name: str, column: str = "vicuna_7b", tower_rate: float | None = None) -> list[Stage]:
+def get_plan(name: str, column: str | None = None, tower_rate: float | None = None) -> list[Stage]:
     """The stages of a plan by name.
 
     Args:
         name (`str`): A key of `PLANS`.
-        column (`str`): Column of Table 7, a key of `COLUMNS`.
-        tower_rate (`float`, *optional*): Learning rate of the vision tower in the last stage.
+        column (`str`, *optional*): Column of the table that the plan follows; its first by default.
+        tower_rate (`float`, *optional*): Learning rate of the vision tower, in the last stage or in all; see the plan.
 
     Raises:
         ValueError: If plan or column is unknown.
     """
     if name not in PLANS:
         raise ValueError(f"Unknown plan {name!r}; known plans: {', '.join(PLANS)}.")
-    return PLANS[name](column, tower_rate)
+    chosen = {} if column is None else {"column": column}
+    return PLANS[name](**chosen, tower_rate=tower_rate)

@@ -13,7 +13,6 @@ from ..modeling.adapters_hires_lmm import HiResLmmMixtureAdapter
 
 VIEWS = ("all", "global", "crops")
 EXPERTS = ("mlp", "query_former", "mixture")
-AUXILIARY_LOSSES = ("gate_balance",)
 PARTS = ("vision_tower", "connector.view_ops", "connector.adapter", "connector.layout", "connector.token_ops")
 LANGUAGE_PARTS = ("language_model", "lm_head")
 
@@ -82,12 +81,17 @@ class Stage:
         views (`str`): Views that are used: `"all"`, `"global"` or `"crops"`. Modules of the others run nowhere.
         expert (`str`, *optional*): What the mixture adapter uses: `"mlp"`, `"query_former"` or `"mixture"` (its gate
             decides). None leaves the model as it is.
-        loss_weights (`dict[str, float]`): Weights of auxiliary losses beside the language loss; known:
-            `gate_balance`, the squared coefficient of variation of the mean gate weights.
+        loss_weights (`dict[str, float]`): Weights of the losses: names of `OBJECTIVES`, such as `gate_balance`, and
+            `generation`, the language loss, whose weight is 1 where it is not given.
         batch_size (`int`, *optional*): Samples of one optimizer step over all processes, for recipes.
         zero_stage (`int`, *optional*): DeepSpeed ZeRO stage of the published run, for recipes.
         lora (`str`, *optional*): Preset of `lora_config` to apply before the stage, for recipes.
         alternation (`Alternation`, *optional*): Turns inside the run.
+        max_image_tokens (`int` or `list[int]`, *optional*): Budget of every image, for the collator; from a list, one
+            is drawn for each optimizer step.
+        question (`bool`, *optional*): Whether the fusion transformer reads the question. None leaves it as it is.
+        after (`str`, *optional*): Stage whose weights this one starts from, for recipes; the one before by default.
+        cognition (`dict[str, float]`, *optional*): Rates of the cognition tasks by name, for the data of recipes.
 
     Raises:
         ValueError: If a value is unknown or nothing is trainable.
@@ -102,6 +106,10 @@ class Stage:
     zero_stage: int | None = None
     lora: str | None = None
     alternation: Alternation | None = None
+    max_image_tokens: int | list | None = None
+    question: bool | None = None
+    after: str | None = None
+    cognition: dict | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.alternation, dict):
@@ -112,14 +120,20 @@ class Stage:
             raise ValueError(f"Stage {self.name!r} has views={self.views!r}; use one of {', '.join(VIEWS)}.")
         if self.expert is not None and self.expert not in EXPERTS:
             raise ValueError(f"Stage {self.name!r} has expert={self.expert!r}; use one of {', '.join(EXPERTS)}.")
-        for loss in self.loss_weights:
-            if loss not in AUXILIARY_LOSSES:
-                known = ", ".join(AUXILIARY_LOSSES)
-                raise ValueError(f"Stage {self.name!r} weighs the unknown loss {loss!r}; known losses: {known}.")
+        self._check_losses()
         bad = [p for turn in (self.alternation.turns if self.alternation else []) for p in turn]
         bad = [pattern for pattern in bad if pattern not in self.trainable]
         if bad:
             raise ValueError(f"Stage {self.name!r} alternates {bad[0]!r}, which is no pattern of trainable.")
+
+    def _check_losses(self) -> None:
+        """Refuse weights of losses that do not exist."""
+        from .objectives import GENERATION, OBJECTIVES
+
+        for loss in self.loss_weights:
+            if loss not in (GENERATION, *OBJECTIVES):
+                known = ", ".join((GENERATION, *OBJECTIVES))
+                raise ValueError(f"Stage {self.name!r} weighs the unknown loss {loss!r}; known losses: {known}.")
 
     @classmethod
     def from_dict(cls, values: dict) -> "Stage":
@@ -193,6 +207,10 @@ class Stage:
         if self.expert is not None:
             self._check_saved_expert(base, model)
             set_expert(base, self.expert)
+        if self.question is not None:
+            from .fusion_states import set_question
+
+            set_question(base, self.question)
 
     def _check_saved_expert(self, base: Any, model: nn.Module) -> None:
         """Refuse to change under PEFT what only the configuration of the base checkpoint holds."""
@@ -238,12 +256,13 @@ def learnable_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]
         model (`nn.Module`): The model, bare or wrapped.
 
     Returns:
-        All floating-point parameters; in a PEFT model only adapters and the copies in `modules_to_save`.
+        All floating-point parameters; in a PEFT model only adapters, the copies in `modules_to_save` and objectives.
     """
     pairs = list(model.named_parameters(remove_duplicate=False))
     has_peft = any(_is_peft_parameter(name) for name, _ in pairs)
     for name, parameter in pairs:
-        if parameter.is_floating_point() and (not has_peft or _is_peft_parameter(name)):
+        chosen = not has_peft or _is_peft_parameter(name) or part_name(name).startswith("objectives.")
+        if parameter.is_floating_point() and chosen:
             yield name, parameter
 
 
@@ -264,7 +283,7 @@ def list_parts(model: nn.Module) -> list[str]:
 
 def _head(part: str) -> str:
     """The part that a parameter belongs to."""
-    depth = 3 if part.startswith("connector.") else 1
+    depth = 3 if part.startswith(("connector.", "objectives.")) else 1
     return ".".join(part.split(".")[:depth])
 
 

@@ -1,0 +1,143 @@
+"""What an objective is and what it sees of a training step."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import nn
+
+from ...modeling.views_hires_lmm import KIND_GLOBAL
+from ..columns import BatchColumn
+
+
+class Call(NamedTuple):
+    """One call of a watched module.
+
+    Args:
+        args (`tuple`): Its positional arguments.
+        kwargs (`dict`): Its keyword arguments.
+        output: What it returned; not detached.
+    """
+
+    args: tuple
+    kwargs: dict
+    output: Any
+
+
+@dataclass
+class StepValues:
+    """What an objective sees of one forward pass of the model in training.
+
+    Args:
+        calls (`dict[str, list[Call]]`): Calls of the modules that `Objective.watch` names, in order.
+        columns (`dict[str, Any]`): The columns of the batch that the objectives of the run own; one is missing where
+            no sample of the batch gave a value.
+        inputs (`dict[str, Any]`): The other keyword arguments of the model: `input_ids`, `labels` and so on.
+        has_images (`bool`): False where the model sent a blank image through the modules of the stage.
+        model (`nn.Module`): The `HiResLmmModel`.
+    """
+
+    calls: dict[str, list[Call]]
+    columns: dict[str, Any]
+    inputs: dict[str, Any]
+    has_images: bool
+    model: Any
+
+    def image_rows(self) -> torch.Tensor:
+        """Row of the batch that holds each image `(I,)`; for the blank image of a batch without images, row 0."""
+        ids = self.inputs["input_ids"]
+        if not self.has_images:
+            return torch.zeros(1, dtype=torch.long, device=ids.device)
+        positions = self.inputs["view_positions"].to(ids.device)
+        lengths = positions[positions[:, 0] == KIND_GLOBAL, -1]
+        rows = torch.nonzero(ids == self.model.config.image_token_id)[:, 0]
+        return rows[lengths.cumsum(0) - lengths]
+
+    def per_row(self, values: torch.Tensor) -> torch.Tensor:
+        """Means over the images of each row of the batch.
+
+        Args:
+            values (`torch.Tensor` of shape `(I,)`): One number an image.
+
+        Returns:
+            `(B,)`; 0 for rows without images.
+        """
+        rows = self.image_rows().to(values.device)
+        zeros = values.new_zeros(self.inputs["input_ids"].shape[0])
+        counts = zeros.index_add(0, rows, torch.ones_like(values))
+        return zeros.index_add(0, rows, values) / counts.clamp(min=1)
+
+
+class Objective(nn.Module):
+    """A loss beside the language loss, with the modules it needs.
+
+    `forward` runs in every training step of every process and must use the same parameters each time. Where
+    `has_images` is False it works on a blank item; what it returns is then multiplied by zero, and must be finite.
+    """
+
+    is_automatic: ClassVar[bool] = False
+    """Whether it is built without arguments as soon as a stage weighs it."""
+
+    frozen: tuple[str, ...] = ()
+    """Submodules that no stage may train."""
+
+    no_split_modules: tuple[str, ...] = ()
+    """Class names of blocks that FSDP may wrap."""
+
+    def columns(self) -> list[BatchColumn]:
+        """Columns of the batch that it reads, for `HiResLmmCollator(..., columns=...)`."""
+        return []
+
+    def watch(self, model: Any) -> dict[str, nn.Module]:
+        """Modules whose calls it reads, by names of its own.
+
+        Args:
+            model (`nn.Module`): The `HiResLmmModel`.
+        """
+        return {}
+
+    def check(self, stage: Any, model: Any) -> None:
+        """Refuse what cannot work.
+
+        Args:
+            stage (`Stage`): The stage, already applied.
+            model (`nn.Module`): The `HiResLmmModel`.
+
+        Raises:
+            ValueError: If model or stage do not give what the objective needs.
+        """
+
+    def forward(self, step: StepValues) -> torch.Tensor:
+        """The loss.
+
+        Args:
+            step (`StepValues`): What the model did.
+
+        Returns:
+            `(B,)`, one loss a row of the batch, or a scalar for the whole batch. Either is weighed by answer tokens
+            as the language loss is; row by row it does not depend on how an optimizer step is cut into batches.
+        """
+        raise NotImplementedError
+
+    def settings(self) -> dict:
+        """What `from_settings` needs to build it anew, as JSON values."""
+        return {}
+
+    @classmethod
+    def from_settings(cls, settings: dict) -> "Objective":
+        """Build it with random weights.
+
+        Args:
+            settings (`dict`): From `settings`.
+        """
+        return cls(**settings)
+
+    @classmethod
+    def from_recipe(cls, model: nn.Module, **options: Any) -> "Objective":
+        """Build it for a model from the plain values of a recipe.
+
+        Args:
+            model (`nn.Module`): The model that is to be trained.
+            options: Its section of `objectives` in the recipe.
+        """
+        return cls(**options)

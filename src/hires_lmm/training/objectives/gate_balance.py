@@ -1,0 +1,51 @@
+"""The importance loss of mixtures of experts, for the gate of the mixture adapter."""
+
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from .base import Objective, StepValues
+
+
+def gate_balance(gates: torch.Tensor) -> torch.Tensor:
+    """Squared coefficient of variation of the mean weights of the experts: 0 when they share evenly.
+
+    Args:
+        gates (`torch.Tensor` of shape `(n, E)`): Weights of the experts for each token.
+
+    Returns:
+        A scalar.
+
+    Source: the importance loss of huggingface.co/papers/1701.06538.
+    """
+    mean = gates.float().mean(dim=0)
+    return mean.var(unbiased=False) / mean.mean().square()
+
+
+class GateBalance(Objective):
+    """`gate_balance` over all tokens that pass a gate in a batch."""
+
+    is_automatic: ClassVar[bool] = True
+
+    def watch(self, model: Any) -> dict[str, nn.Module]:
+        """The gates of the model."""
+        return {name: m for name, m in model.named_modules() if type(m).__name__.endswith("HiResLmmGate")}
+
+    def check(self, stage: Any, model: Any) -> None:
+        """Refuse models without a gate, and stages that use one expert alone.
+
+        Raises:
+            ValueError: If no gate runs.
+        """
+        adapter = model.config.connector_config.adapter
+        if not self.watch(model) or adapter.get("forced_expert") is not None:
+            raise ValueError(
+                f"Stage {stage.name!r} weighs 'gate_balance', but no gate runs: the adapter is {adapter!r}. Use the "
+                "adapter 'mixture' and expert='mixture', or take the weight away."
+            )
+
+    def forward(self, step: StepValues) -> torch.Tensor:
+        """A scalar for the batch."""
+        gates = [call.output.flatten(0, -2) for calls in step.calls.values() for call in calls]
+        return gate_balance(torch.cat(gates))

@@ -1,0 +1,290 @@
+"""How a run carries objectives: as submodules of the model, with hooks that feed them and add what they return."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..columns import BatchColumn
+from ..sums import Sums
+from .base import Call, Objective, StepValues
+
+
+ATTRIBUTE = "objectives"
+
+
+class CarriedObjectives(nn.ModuleDict):
+    """The objectives of a run, as the model holds them.
+
+    Args:
+        objectives (`dict[str, Objective]`): Name -> objective.
+    """
+
+    def __init__(self, objectives: dict[str, Objective]):
+        super().__init__(objectives)
+        self.handle: Any = None
+        self.blocks: set[str] = set()
+        self.taken: dict[str, Any] = {}
+        self._columns = frozenset(column.name for objective in objectives.values() for column in objective.columns())
+
+    def take_columns(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """A pre-hook of the model: keep the columns of the objectives away from it."""
+        self.taken = {name: value for name, value in kwargs.items() if name in self._columns}
+        return args, {name: value for name, value in kwargs.items() if name not in self._columns}
+
+
+def choose_objectives(stage: Any, given: dict[str, Objective]) -> dict[str, Objective]:
+    """The objectives that a stage weighs.
+
+    Args:
+        stage (`Stage`): The stage.
+        given (`dict[str, Objective]`): Those that were built for the run.
+
+    Returns:
+        Name -> objective, in the order of the weights.
+
+    Raises:
+        ValueError: If a weight has no objective, or an objective no weight.
+    """
+    from . import GENERATION, OBJECTIVES
+
+    idle = [name for name in given if name not in stage.loss_weights]
+    if idle:
+        raise ValueError(
+            f"The run carries the objective {idle[0]!r}, which stage {stage.name!r} does not weigh; add "
+            f"loss_weights={{{idle[0]!r}: 1.0}} to the stage, or leave the objective out."
+        )
+    chosen: dict[str, Objective] = {}
+    for name in stage.loss_weights:
+        if name in given:
+            chosen[name] = given[name]
+        elif name in OBJECTIVES and OBJECTIVES[name].is_automatic:
+            chosen[name] = OBJECTIVES[name]()
+        elif name != GENERATION:
+            raise ValueError(
+                f"Stage {stage.name!r} weighs {name!r}, but the run carries no such objective; pass "
+                f"StageCallback(stage, objectives={{{name!r}: ...}})."
+            )
+    return chosen
+
+
+def find_entry(model: nn.Module) -> Any:
+    """The module that is called with a batch and returns a loss: the model with its head, or PEFT around it.
+
+    Args:
+        model (`nn.Module`): The model of a run.
+
+    Raises:
+        ValueError: If no module has a head.
+    """
+    for module in model.modules():
+        if hasattr(module, "lm_head"):
+            return module
+    raise ValueError(
+        f"{type(model).__name__} has no head and returns no loss; train HiResLmmForConditionalGeneration."
+    )
+
+
+def find_top(model: nn.Module, base: nn.Module) -> Any:
+    """The module that holds the `HiResLmmModel`, whatever wraps it; None where there is no head.
+
+    Args:
+        model (`nn.Module`): The model of a run.
+        base (`nn.Module`): Its `HiResLmmModel`.
+    """
+    return next((module for module in model.modules() if module._modules.get("model") is base), None)
+
+
+def attach(model: nn.Module, base: nn.Module, objectives: dict[str, Objective]) -> CarriedObjectives | None:
+    """Make objectives submodules of the model, in place of those of an earlier run.
+
+    Their weights are left out of what `save_pretrained` writes.
+
+    Args:
+        model (`nn.Module`): The model of a run, not yet wrapped by DDP or FSDP.
+        base (`nn.Module`): Its `HiResLmmModel`.
+        objectives (`dict[str, Objective]`): Name -> objective; may be empty.
+
+    Returns:
+        The container, or None without objectives.
+
+    Raises:
+        ValueError: If the model has no head.
+    """
+    top = find_top(model, base)
+    if top is not None:
+        detach(top)
+    if not objectives:
+        return None
+    if top is None:
+        raise ValueError(
+            f"{type(model).__name__} has no head and returns no loss; train HiResLmmForConditionalGeneration."
+        )
+    carried = CarriedObjectives(objectives).to(next(top.parameters()).device)
+    setattr(top, ATTRIBUTE, carried)
+    ignored = {f"{ATTRIBUTE}.{key}" for key in carried.state_dict()}
+    top._keys_to_ignore_on_save = set(top._keys_to_ignore_on_save or ()) | ignored
+    named = {name for objective in objectives.values() for name in objective.no_split_modules}
+    carried.blocks = named & {type(module).__name__ for module in carried.modules()}
+    top._no_split_modules = set(top._no_split_modules or ()) | carried.blocks
+    carried.handle = find_entry(model).register_forward_pre_hook(carried.take_columns, with_kwargs=True)
+    return carried
+
+
+def detach(top: Any) -> None:
+    """Take the objectives of an earlier run from a model, if it holds some.
+
+    Args:
+        top (`nn.Module`): The module with the head.
+    """
+    before = top._modules.pop(ATTRIBUTE, None)
+    if before is None:
+        return
+    before.handle.remove()
+    top._keys_to_ignore_on_save = {key for key in top._keys_to_ignore_on_save if not key.startswith(f"{ATTRIBUTE}.")}
+    top._no_split_modules = set(top._no_split_modules) - before.blocks
+
+
+def check_objectives(carried: CarriedObjectives, stage: Any, base: nn.Module) -> None:
+    """Let every objective look at stage and model, and refuse stages that train what must stay frozen.
+
+    Args:
+        carried (`CarriedObjectives`): The objectives of the run.
+        stage (`Stage`): The stage, already applied.
+        base (`nn.Module`): The `HiResLmmModel`.
+
+    Raises:
+        ValueError: If something does not fit.
+    """
+    for name, objective in carried.items():
+        objective.check(stage, base)  # type: ignore[operator]
+        for part in objective.frozen:  # type: ignore[union-attr]
+            if any(parameter.requires_grad for parameter in objective.get_submodule(part).parameters()):
+                raise ValueError(
+                    f"Stage {stage.name!r} would train {ATTRIBUTE}.{name}.{part}, which must stay frozen; name the "
+                    f"other parts of {ATTRIBUTE}.{name} in trainable."
+                )
+
+
+def needed_columns(carried: CarriedObjectives | None) -> list[BatchColumn]:
+    """The columns that the objectives of a run read.
+
+    Args:
+        carried (`CarriedObjectives`, *optional*): The objectives of the run.
+    """
+    objectives = carried.values() if carried is not None else ()
+    return [column for objective in objectives for column in objective.columns()]  # type: ignore[operator]
+
+
+class ObjectiveHooks:
+    """Feeds objectives during training, and adds what they return to the loss of the model.
+
+    Args:
+        carried (`CarriedObjectives`): The objectives, as the model holds them.
+        weights (`dict[str, float]`): Weights of the losses; that of the language loss is 1 where it is not given.
+        sums (`Sums`): Gets the losses, for the log.
+    """
+
+    def __init__(self, carried: CarriedObjectives, weights: dict[str, float], sums: Sums):
+        self.carried, self.weights, self.sums = carried, weights, sums
+        self._calls: dict[str, dict[str, list[Call]]] = {}
+        self._is_open = False
+        self._precision: AbstractContextManager = nullcontext()
+
+    def install(self, model: nn.Module, base: nn.Module) -> list:
+        """Hook the model and the modules that the objectives watch.
+
+        Args:
+            model (`nn.Module`): The model of the run, as it is trained.
+            base (`nn.Module`): Its `HiResLmmModel`.
+
+        Returns:
+            The handles.
+        """
+        entry = find_entry(model)
+        handles = [
+            entry.register_forward_pre_hook(self._before_model),
+            base.register_forward_pre_hook(self._before_base),
+            entry.register_forward_hook(self._after_model(base), with_kwargs=True),
+        ]
+        for name, objective in self.carried.items():
+            for key, module in objective.watch(base).items():  # type: ignore[operator]
+                handles.append(module.register_forward_hook(self._after_watched(name, key), with_kwargs=True))
+        return handles
+
+    def _before_model(self, module: nn.Module, args: tuple) -> None:
+        self._is_open = module.training
+        self._calls = {name: {} for name in self.carried}
+
+    def _before_base(self, module: nn.Module, args: tuple) -> None:
+        """Note the autocast of the forward pass, which has ended when the losses are computed."""
+        device = next(module.parameters()).device.type
+        self._precision = nullcontext()
+        if torch.is_autocast_enabled(device):
+            self._precision = torch.autocast(device, dtype=torch.get_autocast_dtype(device))
+
+    def _after_watched(self, name: str, key: str) -> Any:
+        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+            if self._is_open:
+                self._calls[name].setdefault(key, []).append(Call(args, kwargs, output))
+
+        return hook
+
+    def _after_model(self, base: nn.Module) -> Any:
+        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+            if self._is_open:
+                self._is_open = False
+                with self._precision:
+                    output.loss = self._total(base, kwargs, output.loss)
+                self._calls, self.carried.taken = {}, {}
+            return output
+
+        return hook
+
+    def _total(self, base: nn.Module, inputs: dict, loss: torch.Tensor | None) -> torch.Tensor:
+        """The weighted sum of all losses of a batch, each a share of the optimizer step."""
+        from . import GENERATION
+
+        if loss is None:
+            raise ValueError(
+                "The stage weighs auxiliary losses, but the model returned no loss: this trainer computes its own, as "
+                "TRL's SFTTrainer does. Use transformers.Trainer for this stage."
+            )
+        shares = token_shares(inputs["labels"], inputs.get("num_items_in_batch"))
+        has_images = holds_images(inputs)
+        total = self.weights.get(GENERATION, 1.0) * loss
+        self.sums.add("share", shares.sum())
+        self.sums.add(f"loss/{GENERATION}", loss.detach())
+        for name, objective in self.carried.items():
+            step = StepValues(self._calls[name], self.carried.taken, inputs, has_images, base)
+            values = objective(step).float()
+            part = (shares * values).sum() * (1.0 if has_images else 0.0)
+            self.sums.add(f"loss/{name}", part.detach())
+            total = total + self.weights[name] * part
+        return total
+
+
+def token_shares(labels: torch.Tensor, num_items_in_batch: Any) -> torch.Tensor:
+    """Share of each row in the answer tokens of the optimizer step; of the batch where that is unknown.
+
+    Args:
+        labels (`torch.Tensor` of shape `(B, S)`): -100 where nothing is learned.
+        num_items_in_batch (`torch.Tensor` or `int`, *optional*): Answer tokens of the step over all processes.
+
+    Returns:
+        `(B,)`.
+    """
+    tokens = (labels[:, 1:] != -100).sum(dim=1)
+    return tokens / (tokens.sum() if num_items_in_batch is None else num_items_in_batch)
+
+
+def holds_images(inputs: dict) -> bool:
+    """Whether a batch has images, as pixels or as cached features.
+
+    Args:
+        inputs (`dict`): Keyword arguments of the model.
+    """
+    views = inputs.get("pixel_values")
+    views = inputs.get("vision_features") if views is None else views
+    return views is not None and views.shape[0] > 0
