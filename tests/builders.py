@@ -109,6 +109,9 @@ def tiny_config(
     text_config = tiny_text_config(text) if isinstance(text, str) else text
     if preset == "llava_next":
         changes.setdefault("planner", {"name": "llava_next", "pinpoints": scaled_pinpoints(vision_config.image_size)})
+    if preset == "fusion" and "token_ops" not in (changes.get("connector_config") or {}):
+        fusion = {"part": "fusion", "num_queries": 12, "later_queries": 3, "num_layers": 2, "num_heads": 4}
+        changes["connector_config"] = {**(changes.get("connector_config") or {}), "token_ops": [fusion]}
     changes.setdefault("image_token_id", plain_tokenizer().convert_tokens_to_ids("<image>"))
     return HiResLmmConfig.from_preset(preset, vision_config=vision_config, text_config=text_config, **changes)
 

@@ -18,7 +18,8 @@ logger = logging.get_logger(__name__)
 class HiResLmmViewOp(nn.Module):
     """Base of view operations that treat each view alone.
 
-    Subclasses implement `forward_group` and `output_grid`; options carry `on`.
+    Subclasses implement `forward_group` and `output_grid`; options carry `on`. An operation across views overrides
+    `forward` and `output_grids` instead.
     """
 
     options: Any
@@ -32,12 +33,26 @@ class HiResLmmViewOp(nn.Module):
     def output_grids(
         cls, options: Any, global_grid: tuple[int, int], crop_grid: tuple[int, int]
     ) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Token grids of global views and crops after the operation."""
+        """Token grids of global views and crops after the operation; `(0, 0)` for crops that left.
+
+        Raises:
+            ValueError: If the operation is for crops and an earlier one left none.
+        """
+        if options.on != "global" and 0 in crop_grid:
+            raise ValueError(
+                f"A view operation with on={options.on!r} stands behind one that leaves no crops; move it before that "
+                "one, or set on='global'."
+            )
         if options.on != "crops":
             global_grid = cls.output_grid(options, global_grid)
         if options.on != "global":
             crop_grid = cls.output_grid(options, crop_grid)
         return global_grid, crop_grid
+
+    @classmethod
+    def is_count_fixed(cls, options: Any) -> bool:
+        """Whether every image has the same number of tokens afterwards: one whole global view and no crops."""
+        return False
 
     def forward_group(self, features: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """Map the features `(V, L, C)` of views that share a grid."""
@@ -109,3 +124,51 @@ class HiResLmmQueryCompressor(HiResLmmViewOp):
     def forward_group(self, features: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """Compress `(V, L, C)` -> `(V, num_queries, C)`."""
         return self.query_former(features)
+
+
+class HiResLmmConvMerge(HiResLmmViewOp):
+    """Merges 2 x 2 neighbours by a convolution: 3 x 3, stride 2, without bias.
+
+    Args:
+        context (`PartContext`): Widths and grids around the part.
+        options (`Options`): Where; norm before, residual around.
+
+    Source: token-space scaling, huggingface.co/papers/2412.18387; norm and residual come from its released code, which
+    reads the last layer of the tower through a norm of its own in place of the tower's.
+    """
+
+    @strict
+    @dataclass
+    class Options:
+        """Options of `conv_merge`.
+
+        Args:
+            on (`str`): Views that are merged: `"global"`, `"crops"` or `"all"`.
+            norm (`bool`): Normalise the features first.
+            norm_eps (`float`): Epsilon of that norm, as CLIP's.
+            residual (`bool`): Add the features of the top left of each 2 x 2 neighbours.
+        """
+
+        on: Literal["global", "crops", "all"] = "all"
+        norm: bool = True
+        norm_eps: float = 1e-5
+        residual: bool = True
+
+    def __init__(self, context: PartContext, options: Options):
+        super().__init__()
+        self.options = options
+        self.norm = nn.LayerNorm(context.width, eps=options.norm_eps) if options.norm else nn.Identity()
+        self.conv = nn.Conv2d(context.width, context.width, kernel_size=3, stride=2, padding=1, bias=False)
+
+    @classmethod
+    def output_grid(cls, options: Any, grid: tuple[int, int]) -> tuple[int, int]:
+        """Token grid of a view afterwards: half of each side, rounded up."""
+        return -(-grid[0] // 2), -(-grid[1] // 2)
+
+    def forward_group(self, features: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """Merge `(V, L, C)` -> `(V, about L / 4, C)`."""
+        planes = self.norm(features).transpose(1, 2).unflatten(2, grid)
+        merged = self.conv(planes)
+        if self.options.residual:
+            merged = merged + planes[:, :, ::2, ::2]
+        return merged.flatten(2).transpose(1, 2)

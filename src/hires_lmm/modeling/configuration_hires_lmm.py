@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 from transformers.models.auto import AutoConfig
 
-from .parts_hires_lmm import BUDGET_ROUTER, ResolvedChain, budget_consumers, resolve_chain
+from .parts_hires_lmm import ResolvedChain, resolve_chain
 
 
 AUTO_MAP = {
@@ -60,6 +60,20 @@ PRESETS: dict[str, dict] = {
             "adapter": {"part": "linear"},
             "layout": {"crop_order": "views"},
         },
+    },
+    "fusion": {
+        "planner": {"name": "hd", "max_crops": 9},
+        "vision_feature_layer": -1,
+        "connector_config": {
+            "view_ops": [{"part": "conv_merge"}],
+            "adapter": {"part": "identity"},
+            "layout": {"crop_order": "views", "view_end": "learned"},
+            "token_ops": [{"part": "fusion"}],
+        },
+    },
+    "vlsa": {
+        "planner": {"name": "multiple"},
+        "connector_config": {"view_ops": [{"part": "sa_perceiver"}], "adapter": _MLP},
     },
 }
 
@@ -121,6 +135,8 @@ class HiResLmmConfig(PreTrainedConfig):
         planner (`dict`, *optional*): Name and limits of the slicing rule, read by `HiResLmmProcessor.from_config`.
         image_token_id (`int`): Id of the placeholder token.
         vision_feature_layer (`int`): Layer of the tower whose hidden states are used.
+        vision_chunk_size (`int`, *optional*): Most views that pass the tower at once, which bounds its memory; None =
+            all views of a batch.
         question_scope (`str`): `"turn"`: an image is routed by the user text of its own turn. `"prompt"`: by the whole
             prompt, as released SliME does.
         answer_prefix_ids (`list[int]`, *optional*): Ids that open an answer in the chat template.
@@ -156,6 +172,7 @@ class HiResLmmConfig(PreTrainedConfig):
     planner: dict[str, Any] | None = None
     image_token_id: int = 32000
     vision_feature_layer: int = -2
+    vision_chunk_size: int | None = None
     question_scope: Literal["turn", "prompt"] = "turn"
     answer_prefix_ids: list | None = None
     question_prefix_ids: list | None = None
@@ -169,6 +186,8 @@ class HiResLmmConfig(PreTrainedConfig):
         self.auto_map = {**AUTO_MAP, **(self.auto_map or {})}
         if self.text_config.tie_word_embeddings:
             self.tie_word_embeddings = True
+        if self.vision_chunk_size is not None and self.vision_chunk_size < 1:
+            raise ValueError(f"vision_chunk_size={self.vision_chunk_size} must be at least 1, or null for all views.")
         self.token_layout()
 
     @classmethod
@@ -234,13 +253,10 @@ class HiResLmmConfig(PreTrainedConfig):
             ValueError: If the widths of the parts do not lead to the width of the language model.
         """
         chain = self.connector_config.resolve()
-        adapter = chain.adapter
-        width = adapter.part.output_width(
-            adapter.options, self.vision_config.hidden_size, self.text_config.hidden_size
-        )
-        if width != self.text_config.hidden_size:
+        widths = chain.widths(self.vision_config.hidden_size, self.text_config.hidden_size)
+        if widths[-1] != self.text_config.hidden_size:
             raise ValueError(
-                f"The adapter gives features of width {width}, but the language model has width "
+                f"The adapter gives features of width {widths[0]}, but the language model has width "
                 f"{self.text_config.hidden_size}; use an adapter that projects, such as mlp."
             )
         global_grid, crop_grid = chain.grids_before(self.patch_grid)[-1]
@@ -251,7 +267,6 @@ class HiResLmmConfig(PreTrainedConfig):
                     f"layout.{name} is the token id {mark}, but the language model has {self.text_config.vocab_size} "
                     'tokens; use one of them, or "learned".'
                 )
-        consumers = budget_consumers(chain) or [{"on": BUDGET_ROUTER["on"]}]
         return {
             "patch_grid": list(self.patch_grid),
             "global_grid": list(global_grid),
@@ -261,9 +276,7 @@ class HiResLmmConfig(PreTrainedConfig):
             "between_views": "between_views" in marks,
             "row_end": "row_end" in marks,
             "view_end": "view_end" in marks,
-            "fixed_tokens": None,
-            "later_tokens": None,
-            "budget": consumers[0],
+            **chain.count_rules(self.patch_grid),
         }
 
 

@@ -2,11 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from .blocks_hires_lmm import ImageMemory
 from .configuration_hires_lmm import HiResLmmConnectorConfig
 from .layout_hires_lmm import HiResLmmLayout
 from .parts_hires_lmm import BUDGET_ROUTER, budget_consumers, resolve_part
@@ -21,6 +23,7 @@ class HiResLmmConnector(PreTrainedModel):
         width (`int`): Width of the vision tower.
         text_width (`int`): Width of the language model.
         patch_grid (`tuple[int, int]`): Patch rows and columns of a view.
+        vocab_size (`int`): Token ids of the language model, for parts with word embeddings of their own.
     """
 
     config: HiResLmmConnectorConfig
@@ -32,30 +35,43 @@ class HiResLmmConnector(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _no_split_modules = ["HiResLmmQueryFormer", "HiResLmmMlp"]
+    _no_split_modules = ["HiResLmmQueryFormer", "HiResLmmMlp", "HiResLmmSaPerceiver", "LlamaDecoderLayer"]
 
-    def __init__(self, config: HiResLmmConnectorConfig, width: int, text_width: int, patch_grid: tuple[int, int]):
+    def __init__(
+        self,
+        config: HiResLmmConnectorConfig,
+        width: int,
+        text_width: int,
+        patch_grid: tuple[int, int],
+        vocab_size: int = 0,
+    ):
         super().__init__(config)
         chain = config.resolve()
         grids = chain.grids_before(patch_grid)
 
-        def context(position: int) -> PartContext:
-            return PartContext(config, width, text_width, *grids[position])
+        def context(position: int, entering: int = width) -> PartContext:
+            return PartContext(config, entering, text_width, *grids[position], patch_grid, vocab_size)
 
         self.view_ops = nn.ModuleList(op.part(context(i), op.options) for i, op in enumerate(chain.view_ops))
         self.adapter = chain.adapter.part(context(-2), chain.adapter.options)
         self.adapted_grids = grids[-1]
-        out_width = chain.adapter.part.output_width(chain.adapter.options, width, text_width)
-        self.layout = HiResLmmLayout(chain.layout, patch_grid, out_width)
-        self.token_ops = nn.ModuleList(op.part(context(-1), op.options) for op in chain.token_ops)
+        widths = chain.widths(width, text_width)
+        self.layout = HiResLmmLayout(chain.layout, patch_grid, widths[0])
+        self.token_ops = nn.ModuleList(
+            op.part(context(-1, entering), op.options) for op, entering in zip(chain.token_ops, widths, strict=False)
+        )
         self.budget_router = None
         if not budget_consumers(chain):
             router = resolve_part("token_ops", BUDGET_ROUTER, "the budget router")
             self.budget_router = router.part(context(-1), router.options)
         self.reads_question = any(op.part.reads_question(op.options) for op in chain.token_ops)
         self.is_count_static = all(op.part.is_count_static(op.options) for op in chain.token_ops)
+        self.makes_tokens = chain.fixed_counts() is not None
         held_back = [
-            op.part.reads_question(op.options) or not op.part.is_count_static(op.options) for op in chain.token_ops
+            op.part.reads_question(op.options)
+            or not op.part.is_count_static(op.options)
+            or op.part.fixed_counts(op.options) is not None
+            for op in chain.token_ops
         ]
         self.num_early_ops = held_back.index(True) if True in held_back else len(held_back)
         self.is_done_early = True not in held_back
@@ -81,7 +97,10 @@ class HiResLmmConnector(PreTrainedModel):
         """
         views = self.adapt(views)
         tokens = self.layout(views, embed)
-        check_counts(tokens)
+        if self.makes_tokens:
+            tokens.memory = [ImageMemory() for _ in tokens.lengths]
+        else:
+            check_counts(tokens)
         for op in self.token_ops[: self.num_early_ops]:
             tokens, _ = op(tokens, None)
         return self._apply_budget(tokens) if self.is_done_early else tokens
@@ -143,6 +162,18 @@ class HiResLmmConnector(PreTrainedModel):
         for op in self.token_ops[self.num_early_ops :]:
             tokens, question = op(tokens, question)
         return self._apply_budget(tokens)
+
+    def read_blocks(self, question: Question) -> list[list[tuple]]:
+        """What a call asks of the operation that makes its own tokens.
+
+        Args:
+            question (`Question`): The readable text and the placeholders.
+
+        Returns:
+            For each image its blocks of tokens, each with the position behind its placeholders.
+        """
+        maker: Any = next(op for op in self.token_ops if hasattr(op, "read_blocks"))
+        return maker.read_blocks(question)
 
     def _apply_budget(self, tokens: VisualTokens) -> VisualTokens:
         """Reduce images over their budget where no configured part does so."""

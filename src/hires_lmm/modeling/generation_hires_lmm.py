@@ -1,7 +1,7 @@
 """What `generate` needs to know about a prompt that changes its length inside the model: four hooks."""
 
 import copy
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig
@@ -10,7 +10,9 @@ from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
-from .outputs_hires_lmm import HiResLmmImageFeatures, compare_counts, placeholders_per_image
+from .outputs_hires_lmm import HiResLmmImageFeatures, check_placeholders, compare_counts, placeholders_per_image
+from .question_hires_lmm import PromptText
+from .views_hires_lmm import VisualTokens, copy_to_host, padding_flags
 
 
 def check_encoder_outputs(outputs: Any) -> dict[str, Any]:
@@ -81,8 +83,12 @@ class HiResLmmGenerationMixin(GenerationMixin):
         cached = self._cached_history(inputs_tensor.shape[1], model_kwargs, placeholder, generation_config)
         if has_images and generation_config.prefill_chunk_size is not None:
             raise ValueError("prefill_chunk_size is not supported with images; leave it unset.")
+        geometry = (model_kwargs.get("view_positions"), model_kwargs.get("view_spans")) if has_pixels else (None, None)
+        flags = padding_flags(model_kwargs.get("attention_mask")) if has_images else []
+        positions, spans, count, *flags = copy_to_host(*geometry, placeholder.sum(), *flags)
         if has_pixels:
-            self.model.check_placeholders(placeholder, model_kwargs.get("view_positions"))
+            check_placeholders(count, positions, self.model.connector.makes_tokens)
+            model_kwargs["view_positions"], model_kwargs["view_spans"] = positions, spans
         elif not has_images and bool(placeholder[:, cached:].any()):
             raise ValueError(
                 f"The prompt holds {int(placeholder[:, cached:].sum())} image tokens, but no images were passed. Pass "
@@ -93,18 +99,53 @@ class HiResLmmGenerationMixin(GenerationMixin):
         )
         image = model_kwargs["mm_encoder_outputs"].get("image")
         if image is not None:
-            if not has_pixels:
-                compare_counts(int(placeholder.sum()), sum(placeholders_per_image(image)))
+            has_later = self.model.connector.makes_tokens
+            if not has_pixels and not has_later:
+                compare_counts(int(count), sum(placeholders_per_image(image)))
             image = copy.copy(image)
             if not isinstance(image, HiResLmmImageFeatures):
                 image = HiResLmmImageFeatures(pooler_output=list(image.pooler_output))
-            if cached:
+            if has_pixels:
+                image.keep_nothing()
+            if cached and has_later:
+                image = self._after_history(image, ids, inputs_tensor, placeholder, cached, model_kwargs)
+            elif cached:
                 image = image.select_images(images_after(placeholder, placeholders_per_image(image), cached))
+            if cached and model_kwargs.get("prompt_mask") is not None:
+                model_kwargs["prompt_mask"] = model_kwargs["prompt_mask"][:, cached:]
             image.pooler_output, image.prompt_length = list(image.pooler_output), inputs_tensor.shape[1] - cached
-            mask = model_kwargs.get("attention_mask")
-            image.is_right_padded = mask is not None and mask.ndim == 2 and bool((mask[:, -1] == 0).any())
+            image.is_unpadded, image.is_right_padded = map(bool, flags) if flags else (None, False)
             model_kwargs["mm_encoder_outputs"]["image"] = image if image.pooler_output else None
         return model_kwargs
+
+    def _after_history(
+        self,
+        image: HiResLmmImageFeatures,
+        ids: torch.Tensor | None,
+        inputs_tensor: torch.Tensor,
+        placeholder: torch.Tensor,
+        cached: int,
+        model_kwargs: dict[str, Any],
+    ) -> HiResLmmImageFeatures:
+        """Images that are asked about behind a cached history, with what was asked before.
+
+        So features that served other conversations in between are no danger: the ids say what must have been read.
+        """
+        names = ("attention_mask", "prompt_mask", "labels", "question_ids")
+        text = PromptText(ids, inputs_tensor, *(model_kwargs.get(name) for name in names))
+        lengths = cast("VisualTokens", image.tokens).num_tokens
+        question = self.model.read_question(text, placeholder, lengths, inputs_tensor.shape[1])
+        blocks = self.model.connector.read_blocks(question)
+        for row, own in zip(question.image_row.tolist(), blocks, strict=True):
+            if any(stop - block.num_slots < cached < stop for block, stop in own):
+                raise ValueError(
+                    f"past_key_values ends after {cached} positions, in the middle of the image tokens of "
+                    f"conversation {row}; crop it to before them."
+                )
+        asked = [index for index, own in enumerate(blocks) if any(stop > cached for _, stop in own)]
+        image = image.select_images(asked)
+        image.earlier = [tuple(block for block, stop in blocks[index] if stop <= cached) for index in asked]
+        return image
 
     def _cached_history(
         self,
@@ -142,6 +183,9 @@ class HiResLmmGenerationMixin(GenerationMixin):
         image = mm_encoder_output.get("image")
         if image is None:
             return mm_encoder_output
+        if self.model.connector.makes_tokens:  # one image a row; later turns have placeholders too
+            order = [index for index in range(len(image.pooler_output)) for _ in range(expand_size)]
+            return {**mm_encoder_output, "image": image.select_images(order)}
         lengths = placeholders_per_image(image)
         stand_ins = [torch.full((length, 1), index) for index, length in enumerate(lengths)]
         regrouped = super()._expand_multimodal_outputs(

@@ -1,7 +1,7 @@
 """The order in which the tokens of all views of an image enter the sequence, and the marks between them."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Literal
 
@@ -16,8 +16,11 @@ from .views_hires_lmm import (
     KIND_GLOBAL,
     KIND_MARK,
     ImageGeometry,
+    TokenPlan,
     ViewFeatures,
     VisualTokens,
+    find_groups,
+    index_tensor,
     span_to_cells,
 )
 
@@ -187,6 +190,7 @@ class HiResLmmLayout(nn.Module):
     def __init__(self, options: LayoutOptions, patch_grid: tuple[int, int], width: int):
         super().__init__()
         self.options = options
+        self.option_values = tuple(getattr(options, field.name) for field in fields(options))
         self.patch_grid = tuple(patch_grid)
         self.width = width
         for name, mark in options.active_marks().items():
@@ -208,7 +212,8 @@ class HiResLmmLayout(nn.Module):
             elif mark == LEARNED:
                 vectors.append(getattr(self, name).to(features))
             else:
-                vectors.append(embed(torch.tensor(mark, device=features.device)).to(features))
+                token = torch.full((), mark, dtype=torch.long, device=features.device)
+                vectors.append(embed(token).to(features))
         return torch.stack(vectors)
 
     def forward(self, views: ViewFeatures, embed: Callable[[torch.Tensor], torch.Tensor]) -> VisualTokens:
@@ -222,34 +227,76 @@ class HiResLmmLayout(nn.Module):
             `VisualTokens` of the batch.
         """
         glob, crops = views.global_features, views.crop_features
-        layouts = [
-            image_layout(image_key(image), self.options, self.patch_grid, views.global_grid, views.crop_grid)
-            for image in views.images
-        ]
         bank = torch.cat([glob.flatten(0, 1), crops.flatten(0, 1), self.mark_vectors(glob, embed)])
-        index = _bank_index(layouts, views.images, glob.shape, crops.shape)
-        first_views = np.repeat([image.first_view for image in views.images], [len(lay.view) for lay in layouts])
-        view, cell, kind = (_join([getattr(lay, name) for lay in layouts]) for name in ("view", "cell", "kind"))
-        view = np.where(view < 0, -1, view + first_views)
+        plan = token_plan(
+            tuple((image.first_view, *image_key(image)) for image in views.images),
+            self.option_values,
+            (self.patch_grid, tuple(views.global_grid), tuple(views.crop_grid)),
+            (*glob.shape[:2], *crops.shape[:2]),
+            str(bank.device),
+        )
         return VisualTokens(
-            features=bank[torch.from_numpy(index).to(bank.device)],
-            lengths=[len(lay.view) for lay in layouts],
+            features=bank[plan.index],
+            lengths=list(plan.lengths),
             num_tokens=[image.num_tokens for image in views.images],
-            view=torch.from_numpy(view),
-            cell=torch.from_numpy(cell.reshape(-1, 2)),
-            kind=torch.from_numpy(kind),
+            view=plan.view,
+            cell=plan.cell,
+            kind=plan.kind,
             grids={KIND_GLOBAL: views.global_grid, KIND_CROP: views.crop_grid},
             aux=views.aux,
+            plan=plan,
         )
 
 
-def image_key(image: ImageGeometry) -> ImageGeometry:
-    """The geometry without what differs between equal images, so that layouts are computed once a grid.
+def image_key(image: ImageGeometry) -> tuple:
+    """What decides the layout of an image: kinds, grid, cells and spans of its views, as tuples of integers.
 
     Args:
         image (`ImageGeometry`): Any geometry.
     """
-    return ImageGeometry(0, image.kinds, image.crop_grid, image.cells, image.spans, 0)
+    return image.kinds, image.crop_grid, image.cells, image.spans
+
+
+@torch.compiler.assume_constant_result
+def token_plan(images: tuple, options: tuple, grids: tuple, shapes: tuple, device: str) -> TokenPlan:
+    """Order the tokens of a batch; computed once a geometry, a constant for compilers.
+
+    Args:
+        images (`tuple`): First view and `image_key` of each image.
+        options (`tuple`): The values of `LayoutOptions`, in order.
+        grids (`tuple`): Patch grid, token grid of global views, token grid of crops.
+        shapes (`tuple[int, int, int, int]`): Number and tokens of global views, number and tokens of crops.
+        device (`str`): Where index tensors are wanted.
+
+    Returns:
+        The plan; not to be changed, since later batches get the same one.
+
+    Raises:
+        ValueError: See `image_layout`.
+    """
+    plan = _cached_plan(images, options, grids, shapes, device)
+    if type(plan.index) is not torch.Tensor:  # made while tensors were faked
+        _cached_plan.cache_clear()
+        plan = _cached_plan(images, options, grids, shapes, device)
+    return plan
+
+
+@lru_cache(maxsize=64)
+def _cached_plan(images: tuple, options: tuple, grids: tuple, shapes: tuple, device: str) -> TokenPlan:
+    geometries = [ImageGeometry(0, kinds, grid, cells, spans, 0) for _, kinds, grid, cells, spans in images]
+    layouts = [image_layout(image, LayoutOptions(*options), *grids) for image in geometries]
+    lengths = [len(layout.view) for layout in layouts]
+    view, cell, kind = (_join([getattr(lay, name) for lay in layouts]) for name in ("view", "cell", "kind"))
+    view = np.where(view < 0, -1, view + np.repeat([key[0] for key in images], lengths))
+    kinds = index_tensor(kind, "cpu")
+    return TokenPlan(
+        index=index_tensor(_bank_index(layouts, geometries, shapes[:2], shapes[2:]), device),
+        lengths=tuple(lengths),
+        view=index_tensor(view, "cpu"),
+        cell=index_tensor(cell.reshape(-1, 2), "cpu"),
+        kind=kinds,
+        groups=find_groups(kinds, lengths, device),
+    )
 
 
 def _join(arrays: list) -> np.ndarray:

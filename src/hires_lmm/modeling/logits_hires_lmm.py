@@ -3,8 +3,10 @@
 from typing import Any
 
 import torch
+from torch import nn
 
 
+IGNORED_LABEL = -100
 MULTIPLIERS = ("logit_scale", "lm_head_multiplier")
 DIVIDERS = ("logits_scaling",)
 MULTIPLY_INSTEAD = ("hyperclovax",)
@@ -28,6 +30,26 @@ def select_positions(hidden: torch.Tensor, logits_to_keep: int | torch.Tensor) -
     if logits_to_keep.ndim == 2:
         return torch.take_along_dim(hidden, logits_to_keep[..., None], dim=1)
     return hidden[:, logits_to_keep]
+
+
+def select_learned(
+    hidden: torch.Tensor, labels: torch.Tensor, shift_labels: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pick the positions whose next token is learned: the only ones whose logits a loss needs.
+
+    Args:
+        hidden (`torch.Tensor` of shape `(B, S, D)`): Hidden states.
+        labels (`torch.Tensor` of shape `(B, S)`): Targets; -100 where nothing is learned.
+        shift_labels (`torch.Tensor` of shape `(B, S)`, *optional*): Targets that are shifted already, in place of
+            `labels`.
+
+    Returns:
+        `(1, k, D)` and their targets `(1, k)`; k may be 0, which keeps the head in the graph.
+    """
+    if shift_labels is None:
+        shift_labels = nn.functional.pad(labels, (0, 1), value=IGNORED_LABEL)[:, 1:]
+    learned = shift_labels != IGNORED_LABEL
+    return hidden[learned.to(hidden.device)][None], shift_labels[learned][None]
 
 
 def scale_logits(logits: torch.Tensor, text_config: Any) -> torch.Tensor:

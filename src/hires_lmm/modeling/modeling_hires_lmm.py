@@ -14,23 +14,28 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from .configuration_hires_lmm import HiResLmmConfig, HiResLmmConnectorConfig, check_fit
 from .connector_hires_lmm import HiResLmmConnector, drop
 from .generation_hires_lmm import HiResLmmGenerationMixin, check_encoder_outputs
-from .logits_hires_lmm import scale_logits, select_positions
+from .logits_hires_lmm import scale_logits, select_learned, select_positions
 from .outputs_hires_lmm import (
     HiResLmmCausalLMOutputWithPast,
     HiResLmmImageFeatures,
     HiResLmmModelOutputWithPast,
     build_token_map,
+    check_placeholders,
     compare_counts,
     placeholders_per_image,
 )
-from .packing_hires_lmm import Packing, expand, pack, plan_packing
-from .question_hires_lmm import build_question
+from .packing_hires_lmm import expand, pack, plan_batch
+from .question_hires_lmm import PromptText, build_question
+from .tower_hires_lmm import run_tower
 from .views_hires_lmm import (
-    KIND_GLOBAL,
-    NUM_POSITION_FIELDS,
     ImageGeometry,
     Question,
     ViewFeatures,
+    check_views,
+    copy_to_host,
+    group_rows,
+    idle_views,
+    padding_flags,
     read_geometry,
 )
 
@@ -73,19 +78,20 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
             config.vision_config.hidden_size,
             config.text_config.hidden_size,
             config.patch_grid,
+            config.text_config.vocab_size,
         )
         self.language_model = AutoModel.from_config(config.text_config)
         check_fit(config, self.language_model)
         self.post_init()
 
-    def encode_views(self, pixel_values: torch.Tensor, layer: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def encode_views(
+        self, pixel_values: torch.Tensor, layer: int | None = None, chunk_size: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Run the tower: `(V, 3, S, S)` -> patch features of one layer `(V, L, C)` and the last hidden state."""
-        output = self.vision_tower(
-            pixel_values.to(self.vision_tower.dtype), output_hidden_states=True, return_dict=True
-        )
-        features = output.hidden_states[self.config.vision_feature_layer if layer is None else layer]
+        layer = self.config.vision_feature_layer if layer is None else layer
+        chunk_size = self.config.vision_chunk_size if chunk_size is None else chunk_size
         rows, cols = self.config.patch_grid
-        return features[:, features.shape[1] - rows * cols :], output.last_hidden_state
+        return run_tower(self.vision_tower, pixel_values, layer, rows * cols, chunk_size)
 
     @merge_with_config_defaults
     @can_return_tuple
@@ -97,6 +103,7 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
         view_boxes: torch.Tensor | None = None,
         vision_feature_layer: int | None = None,
         vision_features: torch.Tensor | None = None,
+        vision_chunk_size: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | BaseModelOutputWithPooling:
         """Encode images up to the first operation that reads the question or whose count depends on content.
@@ -109,6 +116,8 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
             vision_feature_layer (`int`, *optional*): Layer of the tower; `config.vision_feature_layer` by default.
             vision_features (`torch.Tensor` of shape `(V, L, C)`, *optional*): What the tower gave for the views, in
                 place of `pixel_values`; the tower does not run.
+            vision_chunk_size (`int`, *optional*): Most views that pass the tower at once; `config.vision_chunk_size`
+                by default.
 
         Returns:
             `HiResLmmImageFeatures`; its `pooler_output` holds one `(n_i, D)` tensor an image.
@@ -117,14 +126,29 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
             ValueError: If the tensors do not belong together or do not fit the model.
         """
         source = pixel_values if vision_features is None else vision_features
-        images = self._read_geometry(source, vision_features is not None, view_positions, view_spans)
-        groups = self._group_rows(images)
+        self._check_views(source, vision_features is not None, view_positions, view_spans)
+        images = self.read_images(view_positions, view_spans)
+        return self._encode_images(
+            source, images, view_boxes, vision_feature_layer, vision_features is not None, vision_chunk_size
+        )
+
+    def _encode_images(
+        self,
+        source: torch.Tensor,
+        images: list[ImageGeometry],
+        view_boxes: torch.Tensor | None,
+        layer: int | None = None,
+        is_encoded: bool = False,
+        chunk_size: int | None = None,
+    ) -> HiResLmmImageFeatures:
+        """What `get_image_features` does once the geometry is on the host; it never waits for the device."""
+        groups = self._group_rows(images, source.device)
         if groups[0] is None:
-            source = source[groups[1].to(source.device)]
-        if vision_features is None:
-            features, last_hidden_state = self.encode_views(source, vision_feature_layer)
-        else:
+            source = source[groups[1]]
+        if is_encoded:
             features, last_hidden_state = source.to(self.vision_tower.dtype), None
+        else:
+            features, last_hidden_state = self.encode_views(source, layer, chunk_size)
         views = self._group_views(features, images, groups)
         tokens = self.connector.encode(views, self._embed_token)
         placed = drop(tokens)[0].split(tokens.num_tokens) if self.connector.is_done_early else None
@@ -139,41 +163,26 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
         """Look up token embeddings; a function, because accelerate moves modules that are passed as arguments."""
         return self.get_input_embeddings()(ids)
 
-    def _read_geometry(
+    def _check_views(
         self,
         source: torch.Tensor | None,
         is_encoded: bool,
         view_positions: torch.Tensor | None,
         view_spans: torch.Tensor | None,
-    ) -> list[ImageGeometry]:
-        """Check views or their features against the geometry, and copy that to the host, once."""
+    ) -> None:
+        """Check views or their features against the geometry that came with them."""
         side, (rows, cols) = self.config.view_size, self.config.patch_grid
-        name, shape = "pixel_values", f"3, {side}, {side}"
-        if is_encoded:
-            name, shape = "vision_features", f"{rows * cols}, {self.config.vision_config.hidden_size}"
-        given = None if source is None else tuple(source.shape)
-        if given is None or ", ".join(map(str, given[1:])) != shape:
-            raise ValueError(
-                f"{name} has the shape {given}, but this model reads views of shape (views, {shape}). Use the image "
-                "processor that belongs to this checkpoint."
-            )
-        if view_positions is None or view_spans is None:
-            raise ValueError(f"{name} came without view_positions and view_spans; pass all that the processor gives.")
-        if view_positions.shape != (given[0], NUM_POSITION_FIELDS):
-            raise ValueError(
-                f"view_positions has the shape {tuple(view_positions.shape)}, expected "
-                f"({given[0]}, {NUM_POSITION_FIELDS}): one row a view of {name}."
-            )
-        table = torch.cat([view_positions, view_spans], dim=1).tolist()
-        positions = [row[:NUM_POSITION_FIELDS] for row in table]
-        return read_geometry(positions, [row[NUM_POSITION_FIELDS:] for row in table])
+        encoded = ("vision_features", (rows * cols, self.config.vision_config.hidden_size))
+        name, shape = encoded if is_encoded else ("pixel_values", (3, side, side))
+        check_views(source, name, shape, view_positions, view_spans)
 
-    def _group_rows(self, images: list[ImageGeometry]) -> tuple[torch.Tensor | None, torch.Tensor]:
+    def _group_rows(
+        self, images: list[ImageGeometry], device: torch.device
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
         """Rows of global views and of crops; None for global views that a training stage leaves out."""
-        kinds = torch.tensor([kind for image in images for kind in image.kinds], dtype=torch.long)
-        crop_rows = torch.nonzero(kinds != KIND_GLOBAL)[:, 0]
+        global_rows, crop_rows = group_rows(tuple(kind for image in images for kind in image.kinds), str(device))
         if not (self.training and self.connector.training_views == "crops"):
-            return torch.nonzero(kinds == KIND_GLOBAL)[:, 0], crop_rows
+            return global_rows, crop_rows
         if any(image.spans[0][1] > image.spans[0][0] for image in images):
             raise ValueError(
                 "This training stage uses crops only, but global views enter the sequence; make the batch with "
@@ -205,7 +214,7 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
             `(B, S)` bool.
         """
         if input_ids is None:
-            token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
+            token = torch.full((), self.config.image_token_id, device=inputs_embeds.device)
             mask = (inputs_embeds == self.get_input_embeddings()(token)).all(dim=-1)
         else:
             mask = input_ids == self.config.image_token_id
@@ -232,6 +241,9 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
         output_token_map: bool = False,
         question_labels: torch.Tensor | None = None,
         vision_features: torch.Tensor | None = None,
+        vision_chunk_size: int | None = None,
+        image_geometry: list[ImageGeometry] | None = None,
+        question_ids: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | HiResLmmModelOutputWithPast:
         """Run the model.
@@ -253,6 +265,12 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
             question_labels (`torch.Tensor` of shape `(B, S)`, *optional*): Training labels, to keep answers unread.
             vision_features (`torch.Tensor` of shape `(V, L, C)`, *optional*): Cached output of the tower in place of
                 `pixel_values`, for training; with no rows it says that the tower runs on no process.
+            vision_chunk_size (`int`, *optional*): See `get_image_features`.
+            image_geometry (`list[ImageGeometry]`, *optional*): What `read_images` returned, in place of
+                `view_positions` and `view_spans`: nothing is then read back from the device, so the call can be
+                compiled whole (once a grid, `dynamic=False`) and captured. Numbers of placeholders are not compared.
+            question_ids (`torch.Tensor` of shape `(B, turns, L)`, *optional*): Ids of the questions in another
+                vocabulary, see `HiResLmmProcessor.question_ids`.
 
         Returns:
             `HiResLmmModelOutputWithPast`.
@@ -273,17 +291,23 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
             view_spans,
             view_boxes,
             mm_encoder_outputs,
+            attention_mask,
+            vision_chunk_size,
+            image_geometry,
         )
         extra: dict[str, Any] = {}
-        packing = None
+        packing, read = None, None
         if features is not None:
-            inputs_embeds, kept, extra = self._splice(
-                features, input_ids, inputs_embeds, attention_mask, prompt_mask, question_labels, output_token_map
-            )
+            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            text = PromptText(input_ids, inputs_embeds, attention_mask, prompt_mask, question_labels, question_ids)
+            inputs_embeds, kept, read, extra = self._splice(features, text, past_key_values, output_token_map)
             if not self.connector.is_count_static or getattr(features, "is_right_padded", False):
-                packing, attention_mask, position_ids = self._pack(kept, attention_mask, past_key_values, features)
+                in_generate = getattr(features, "prompt_length", None) is not None
+                packing, attention_mask, position_ids = plan_batch(kept, attention_mask, past, in_generate)
                 inputs_embeds = pack(inputs_embeds, packing)
                 extra["packed_attention_mask"] = attention_mask
+            elif getattr(features, "is_unpadded", False) and (position_ids is None or past_key_values is not None):
+                attention_mask = None  # all ones: the language model need not look
         elif self.training and past_key_values is None:
             idle = self._idle_connector(inputs_embeds.device, use_tower=vision_features is None)
             inputs_embeds = inputs_embeds + idle.to(inputs_embeds)
@@ -296,6 +320,8 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
             return_dict=True,
             **kwargs,
         )
+        for memory, conversation in read or []:
+            memory.remember(outputs.past_key_values, conversation)
         hidden = outputs.last_hidden_state
         return HiResLmmModelOutputWithPast(
             last_hidden_state=hidden if packing is None else expand(hidden, packing),
@@ -315,6 +341,9 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
         view_spans: torch.Tensor | None,
         view_boxes: torch.Tensor | None,
         mm_encoder_outputs: dict | None,
+        attention_mask: torch.Tensor | None,
+        vision_chunk_size: int | None,
+        images: list[ImageGeometry] | None,
     ) -> HiResLmmImageFeatures | None:
         """Take the caller's features or encode the images, after comparing placeholders with promised tokens."""
         features = check_encoder_outputs(mm_encoder_outputs).get("image")
@@ -329,50 +358,49 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
                 "that the processor returned."
             )
         if given and given[0].shape[0]:
-            self.check_placeholders(self.get_placeholder_mask(input_ids, inputs_embeds), view_positions)
-            return self.get_image_features(
-                pixel_values,
-                view_positions,
-                view_spans,
-                view_boxes,
-                vision_features=vision_features,
-                return_dict=True,
-            )
-        if features is not None and getattr(features, "prompt_length", None) is None:
+            is_encoded, is_unpadded = vision_features is not None, None
+            if images is None:
+                placeholder = self.get_placeholder_mask(input_ids, inputs_embeds)
+                positions, spans, *numbers = copy_to_host(
+                    view_positions, view_spans, placeholder.sum(), *padding_flags(attention_mask)
+                )
+                check_placeholders(numbers[0], positions, self.connector.makes_tokens)
+                self._check_views(given[0], is_encoded, positions, spans)
+                images = read_geometry(positions.tolist(), spans.tolist())
+                is_unpadded = bool(numbers[1]) if numbers[1:] else None
+            features = self._encode_images(given[0], images, view_boxes, None, is_encoded, vision_chunk_size)
+            features.is_unpadded = is_unpadded
+            features.keep_nothing()
+            return features
+        in_generate = getattr(features, "prompt_length", None) is not None
+        if features is not None and not in_generate and not self.connector.makes_tokens:
             mask = self.get_placeholder_mask(input_ids, inputs_embeds)
             compare_counts(int(mask.sum()), sum(placeholders_per_image(features)))
         return features
 
-    def check_placeholders(self, placeholder: torch.Tensor, view_positions: torch.Tensor | None) -> None:
-        """Compare the placeholders of a batch with the tokens that `view_positions` promises.
+    def read_images(self, view_positions: torch.Tensor, view_spans: torch.Tensor) -> list[ImageGeometry]:
+        """Read the geometry of a batch, as `image_geometry` of `forward` wants it.
 
         Args:
-            placeholder (`torch.Tensor` of shape `(B, S)`): True at placeholders.
-            view_positions (`torch.Tensor` of shape `(V, 6)`): Geometry of the batch.
+            view_positions (`torch.Tensor` of shape `(V, 6)`): As the processor gives it.
+            view_spans (`torch.Tensor` of shape `(V, 4)`): As the processor gives it.
 
-        Raises:
-            ValueError: If the two numbers differ.
+        Returns:
+            One record an image.
         """
-        if view_positions is None or view_positions.ndim != 2 or view_positions.shape[1] != NUM_POSITION_FIELDS:
-            shape = None if view_positions is None else tuple(view_positions.shape)
-            raise ValueError(f"view_positions has the shape {shape}, expected (views, {NUM_POSITION_FIELDS}).")
-        promised = (view_positions[:, -1] * (view_positions[:, 0] == KIND_GLOBAL)).sum()
-        counts = torch.stack([placeholder.sum().to(promised.device), promised]).tolist()
-        compare_counts(*counts)
+        return read_geometry(*(part.tolist() for part in copy_to_host(view_positions, view_spans)))
 
     def _splice(
         self,
         features: HiResLmmImageFeatures,
-        input_ids: torch.Tensor | None,
-        inputs_embeds: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        prompt_mask: torch.Tensor | None,
-        labels: torch.Tensor | None,
+        text: PromptText,
+        past_key_values: Cache | None,
         output_token_map: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor, dict]:
-        """Write the visual tokens over the placeholders: new embeddings, kept positions `(B, S)`, extra outputs."""
-        prompt_length = getattr(features, "prompt_length", None)
-        placeholder = self.get_placeholder_mask(input_ids, inputs_embeds, prompt_length)
+    ) -> tuple[torch.Tensor, torch.Tensor, list | None, dict]:
+        """Write the visual tokens over the placeholders: new embeddings, kept positions `(B, S)`, what was read of
+        conversations, extra outputs."""
+        prompt_length, inputs_embeds = getattr(features, "prompt_length", None), text.embeds
+        placeholder = self.get_placeholder_mask(text.ids, inputs_embeds, prompt_length)
         tokens, kept = getattr(features, "tokens", None), None
         if not self.connector.is_done_early:
             if tokens is None:
@@ -380,17 +408,10 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
                     "These image features hold only pooler_output; pass what get_image_features returned."
                 )
             question = None
-            if self.connector.reads_question:
-                question = self._question(
-                    input_ids,
-                    inputs_embeds,
-                    placeholder,
-                    tokens.num_tokens,
-                    attention_mask,
-                    prompt_mask,
-                    labels,
-                    prompt_length,
-                )
+            if self.connector.reads_question or self.connector.makes_tokens:
+                past = past_key_values.get_seq_length() if past_key_values is not None else 0
+                question = self.read_question(text, placeholder, tokens.num_tokens, prompt_length, past)
+                question.cache, question.earlier = past_key_values, features.earlier
             tokens = self.connector.finish(tokens, question)
             placed, kept = drop(tokens)
         else:
@@ -407,88 +428,45 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
             if tokens is None:
                 raise ValueError("output_token_map=True needs the features that get_image_features returned.")
             extra["token_map"] = build_token_map(tokens, features.view_boxes)
-        return spliced, kept_positions, extra
+        return spliced, kept_positions, None if tokens is None else tokens.read, extra
 
-    def _question(
-        self,
-        input_ids: torch.Tensor | None,
-        inputs_embeds: torch.Tensor,
-        placeholder: torch.Tensor,
-        lengths: list[int],
-        attention_mask: torch.Tensor | None,
-        prompt_mask: torch.Tensor | None,
-        labels: torch.Tensor | None,
-        prompt_length: int | None,
+    def read_question(
+        self, text: PromptText, placeholder: torch.Tensor, lengths: list[int], prompt_length: int | None, past: int = 0
     ) -> Question:
-        """Collect the readable text of each image."""
-        readable, length = torch.ones_like(placeholder), placeholder.shape[1]
-        if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
-            readable = attention_mask[:, -length:].bool()
-        if prompt_length is not None:
-            readable = readable & (torch.arange(length, device=placeholder.device) < prompt_length)
-            if prompt_mask is not None:  # `generate` does not lengthen it
-                prompt_mask = nn.functional.pad(prompt_mask.bool(), (0, max(length - prompt_mask.shape[1], 0)))
-        if prompt_mask is not None and prompt_mask.shape != placeholder.shape:
-            raise ValueError(
-                f"prompt_mask has the shape {tuple(prompt_mask.shape)}, expected that of input_ids: "
-                f"{tuple(placeholder.shape)}."
-            )
+        """Collect the readable text of each image.
+
+        Args:
+            text (`PromptText`): The text of the call.
+            placeholder (`torch.Tensor` of shape `(B, S)`): True at image placeholders.
+            lengths (`list[int]`): Placeholders of each image.
+            prompt_length (`int`, *optional*): Set by `generate`: positions beyond it are generated.
+            past (`int`): Positions in the cache.
+        """
         return build_question(
-            inputs_embeds,
-            input_ids,
+            text,
             placeholder,
             lengths,
-            readable,
-            prompt_mask,
-            labels,
+            prompt_length,
             scope=self.config.question_scope,
             answer_prefix=self.config.answer_prefix_ids or [],
             question_prefix=self.config.question_prefix_ids or [],
-            training=self.training and prompt_length is None,  # in `generate` no answer can be read
+            training=self.training and prompt_length is None and self.connector.reads_question,  # or no answer is read
+            continues=past > 0,
+            has_later=self.connector.makes_tokens,
         )
-
-    def _pack(
-        self,
-        kept: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        past_key_values: Cache | None,
-        features: HiResLmmImageFeatures,
-    ) -> tuple[Packing, torch.Tensor, torch.Tensor]:
-        """Plan the packing of a batch: the plan, the mask `(B, past + P)` and the positions `(B, P)`."""
-        if attention_mask is not None and (not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2):
-            raise ValueError(
-                "The threshold rule drops tokens inside the model and needs a two-dimensional attention_mask; "
-                "pass (batch, length), or use the budget rule."
-            )
-        length, past = kept.shape[1], past_key_values.get_seq_length() if past_key_values is not None else 0
-        prefix, side = kept.new_ones((kept.shape[0], past), dtype=torch.long), "left"
-        if attention_mask is not None:
-            mask = attention_mask.to(kept.device)
-            kept, prefix = kept & mask[:, -length:].bool(), mask[:, :-length].long()
-            in_generate = getattr(features, "prompt_length", None) is not None
-            side = "right" if not in_generate and bool((mask[:, -1] == 0).any()) else "left"
-        packing = plan_packing(kept, side)
-        attention_mask = torch.cat([prefix, packing.mask.long()], dim=1)
-        position_ids = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)[:, -packing.mask.shape[1] :]
-        return packing, attention_mask, position_ids
 
     def _idle_connector(self, device: torch.device, use_tower: bool) -> torch.Tensor:
         """Zero, computed from the visual modules of the stage, so that they train on every rank alike."""
         side, (rows, cols) = self.config.view_size, self.config.patch_grid
         if use_tower:
             pixels = torch.zeros(1, self.config.vision_config.num_channels, side, side, device=device)
-            features, _ = self.encode_views(pixels, self.config.vision_feature_layer)
+            features, _ = self.encode_views(pixels)
         else:
             shape = (1, rows * cols, self.config.vision_config.hidden_size)
             features = torch.zeros(shape, device=device, dtype=self.vision_tower.dtype)
-        span, used = (0, rows, 0, cols), self.connector.training_views
-        spans = ((0, 0, 0, 0) if used == "crops" else span, span)
-        image = ImageGeometry(0, (KIND_GLOBAL, 1), (1, 1), ((0, 0), (0, 0)), spans, 0)
-        if used == "global":
-            image = ImageGeometry(0, (KIND_GLOBAL,), (0, 0), ((0, 0),), (span,), 0)
-        glob, crops = features[: used != "crops"], features[: used != "global"]
-        views = ViewFeatures(glob, crops, self.config.patch_grid, self.config.patch_grid, [image])
-        return self.connector.run_idle(views, self._embed_token)
+        return self.connector.run_idle(
+            idle_views(features, (rows, cols), self.connector.training_views), self._embed_token
+        )
 
 
 class HiResLmmForConditionalGeneration(HiResLmmPreTrainedModel, HiResLmmGenerationMixin):
@@ -531,6 +509,9 @@ class HiResLmmForConditionalGeneration(HiResLmmPreTrainedModel, HiResLmmGenerati
         mm_encoder_outputs: dict | None = None,
         output_token_map: bool = False,
         vision_features: torch.Tensor | None = None,
+        question_ids: torch.Tensor | None = None,
+        return_logits: bool = False,
+        vision_chunk_size: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | HiResLmmCausalLMOutputWithPast:
         """Run the model and its head; see `HiResLmmModel.forward` for the inputs they share.
@@ -538,6 +519,8 @@ class HiResLmmForConditionalGeneration(HiResLmmPreTrainedModel, HiResLmmGenerati
         Args:
             labels (`torch.Tensor` of shape `(B, S)`, *optional*): Targets; -100 where nothing is learned.
             logits_to_keep (`int` or `torch.Tensor`): Positions whose logits are wanted, see `select_positions`.
+            return_logits (`bool`): In training mode, make and return the logits of all positions beside the loss;
+                otherwise the head sees the positions with a label only and `logits` is None.
 
         Returns:
             `HiResLmmCausalLMOutputWithPast`.
@@ -561,18 +544,27 @@ class HiResLmmForConditionalGeneration(HiResLmmPreTrainedModel, HiResLmmGenerati
             output_token_map=output_token_map,
             question_labels=labels,
             vision_features=vision_features,
+            question_ids=question_ids,
+            vision_chunk_size=vision_chunk_size,
             return_dict=True,
             **kwargs,
         )
-        logits = self.lm_head(select_positions(outputs.last_hidden_state, logits_to_keep))
-        logits = scale_logits(logits, self.config.text_config)
+        wants_all = isinstance(logits_to_keep, int) and logits_to_keep == 0
+        learned = labels if self.training and wants_all and not return_logits else None
+        if learned is not None:
+            hidden, kwargs["shift_labels"] = select_learned(
+                outputs.last_hidden_state, learned, kwargs.get("shift_labels")
+            )
+        else:
+            hidden = select_positions(outputs.last_hidden_state, logits_to_keep)
+        logits = scale_logits(self.lm_head(hidden), self.config.text_config)
         loss = None
         if labels is not None:
             vocabulary = self.config.text_config.vocab_size
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocabulary, **kwargs)
         return HiResLmmCausalLMOutputWithPast(
             loss=loss,
-            logits=logits,
+            logits=None if learned is not None else logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,

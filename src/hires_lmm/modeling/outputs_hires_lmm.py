@@ -8,7 +8,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
-from .views_hires_lmm import VisualTokens, cell_boxes
+from .views_hires_lmm import KIND_GLOBAL, NUM_POSITION_FIELDS, VisualTokens, cell_boxes
 
 
 @dataclass
@@ -24,12 +24,22 @@ class HiResLmmImageFeatures(BaseModelOutputWithPooling):
         prompt_length (`int`, *optional*): Set by `generate`: input positions that belong to the prompt.
         is_right_padded (`bool`, *optional*): Set by `generate`: rows end in padding, which leaves before new tokens
             follow.
+        is_unpadded (`bool`, *optional*): Known to come with an attention mask of ones.
+        earlier (`list[tuple]`, *optional*): Set by `generate`: what was asked about each image in the part of the
+            conversation that the cache holds.
     """
 
     tokens: VisualTokens | None = None
     view_boxes: torch.Tensor | None = None
     prompt_length: int | None = None
     is_right_padded: bool | None = None
+    is_unpadded: bool | None = None
+    earlier: list | None = None
+
+    def keep_nothing(self) -> None:
+        """Keep no conversations with these features: no later call can pass them again."""
+        for memory in (self.tokens.memory if self.tokens is not None else None) or []:
+            memory.keeps = False
 
     def select_images(self, indices: list[int]) -> "HiResLmmImageFeatures":
         """Features of some of the images, for a cache or for a batch that repeats images.
@@ -43,6 +53,7 @@ class HiResLmmImageFeatures(BaseModelOutputWithPooling):
         selected = copy.copy(self)
         selected.pooler_output = [self.pooler_output[index] for index in indices]
         selected.tokens = None if self.tokens is None else self.tokens.select_images(indices)
+        selected.earlier = None if self.earlier is None else [self.earlier[index] for index in indices]
         return selected
 
 
@@ -62,6 +73,27 @@ def compare_counts(num_placeholders: int, num_tokens: int) -> None:
             "input_ids and the view tensors of one processor call, without truncation; a changed max_image_tokens, "
             "max_crops or views needs a new call for the text as well."
         )
+
+
+def check_placeholders(
+    num_placeholders: torch.Tensor, view_positions: torch.Tensor | None, has_later: bool = False
+) -> None:
+    """Compare the placeholders of a batch with the tokens that `view_positions` promises.
+
+    Args:
+        num_placeholders (`torch.Tensor` of shape `()`): Placeholders of the batch, on the host.
+        view_positions (`torch.Tensor` of shape `(V, 6)`): Geometry of the batch, on the host.
+        has_later (`bool`): Whether later turns have placeholders of their own, which the part that fills them counts.
+
+    Raises:
+        ValueError: If the two numbers differ.
+    """
+    if view_positions is None or view_positions.ndim != 2 or view_positions.shape[1] != NUM_POSITION_FIELDS:
+        shape = None if view_positions is None else tuple(view_positions.shape)
+        raise ValueError(f"view_positions has the shape {shape}, expected (views, {NUM_POSITION_FIELDS}).")
+    promised = (view_positions[:, -1] * (view_positions[:, 0] == KIND_GLOBAL)).sum()
+    if not has_later or int(num_placeholders) < int(promised):
+        compare_counts(int(num_placeholders), int(promised))
 
 
 def placeholders_per_image(features: BaseModelOutputWithPooling) -> list[int]:
@@ -154,7 +186,8 @@ class HiResLmmCausalLMOutputWithPast(ModelOutput):
 
     Args:
         loss (`torch.Tensor` of shape `()`, *optional*): Next-token loss, with `labels`.
-        logits (`torch.Tensor` of shape `(B, S, vocabulary)`): Scores of the input length.
+        logits (`torch.Tensor` of shape `(B, S, vocabulary)`, *optional*): Scores of the input length; None in training
+            mode with `labels`, unless asked for.
         past_key_values (`Cache`, *optional*): See `HiResLmmModelOutputWithPast`, as all that follow.
         hidden_states (`tuple[torch.Tensor]`, *optional*): As above.
         attentions (`tuple[torch.Tensor]`, *optional*): As above.

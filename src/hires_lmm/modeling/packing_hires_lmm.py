@@ -1,6 +1,7 @@
 """Removing dropped positions from a batch and putting the hidden states back: pure functions."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -43,6 +44,40 @@ def plan_packing(real: torch.Tensor, padding_side: str) -> Packing:
     index = order.gather(1, (columns - shift).clamp(min=0, max=real.shape[1] - 1).expand(real.shape[0], -1))
     expand = ((real.long().cumsum(dim=1) - 1).clamp(min=0) + shift).clamp(max=max(length - 1, 0))
     return Packing(index=index, mask=mask, expand=expand)
+
+
+def plan_batch(
+    kept: torch.Tensor, attention_mask: Any, past: int, in_generate: bool
+) -> tuple[Packing, torch.Tensor, torch.Tensor]:
+    """Plan the packing of a batch with its padding and its cache.
+
+    Args:
+        kept (`torch.Tensor` of shape `(B, S)`): False where a visual token is dropped.
+        attention_mask (`torch.Tensor` of shape `(B, past + S)`, *optional*): 0 at padding.
+        past (`int`): Positions in the cache.
+        in_generate (`bool`): Whether new tokens follow, so that rows must end together.
+
+    Returns:
+        The plan, the mask `(B, past + P)` and the positions `(B, P)`.
+
+    Raises:
+        ValueError: If the mask is not two-dimensional.
+    """
+    if attention_mask is not None and (not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2):
+        raise ValueError(
+            "The threshold rule drops tokens inside the model and needs a two-dimensional attention_mask; "
+            "pass (batch, length), or use the budget rule."
+        )
+    length, side = kept.shape[1], "left"
+    prefix = kept.new_ones((kept.shape[0], past), dtype=torch.long)
+    if attention_mask is not None:
+        mask = attention_mask.to(kept.device)
+        kept, prefix = kept & mask[:, -length:].bool(), mask[:, :-length].long()
+        side = "right" if not in_generate and bool((mask[:, -1] == 0).any()) else "left"
+    packing = plan_packing(kept, side)
+    attention_mask = torch.cat([prefix, packing.mask.long()], dim=1)
+    position_ids = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)[:, -packing.mask.shape[1] :]
+    return packing, attention_mask, position_ids
 
 
 def pack(states: torch.Tensor, packing: Packing) -> torch.Tensor:

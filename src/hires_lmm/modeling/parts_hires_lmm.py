@@ -10,12 +10,18 @@ from .adapters_hires_lmm import (
     HiResLmmMlpAdapter,
     HiResLmmQueryFormerAdapter,
 )
-from .compressors_hires_lmm import HiResLmmQueryCompressor
+from .compressors_hires_lmm import HiResLmmConvMerge, HiResLmmQueryCompressor
+from .fusion_hires_lmm import HiResLmmFusion
 from .layout_hires_lmm import LayoutOptions
 from .routers_hires_lmm import HiResLmmRouter
+from .sa_perceiver_hires_lmm import HiResLmmSaPerceiver
 
 
-VIEW_OPS = {"query_compressor": HiResLmmQueryCompressor}
+VIEW_OPS = {
+    "query_compressor": HiResLmmQueryCompressor,
+    "conv_merge": HiResLmmConvMerge,
+    "sa_perceiver": HiResLmmSaPerceiver,
+}
 ADAPTERS = {
     "identity": HiResLmmIdentityAdapter,
     "linear": HiResLmmLinearAdapter,
@@ -23,7 +29,7 @@ ADAPTERS = {
     "query_former": HiResLmmQueryFormerAdapter,
     "mixture": HiResLmmMixtureAdapter,
 }
-TOKEN_OPS = {"router": HiResLmmRouter}
+TOKEN_OPS = {"router": HiResLmmRouter, "fusion": HiResLmmFusion}
 SLOTS: dict[str, dict[str, Any]] = {"view_ops": VIEW_OPS, "adapter": ADAPTERS, "token_ops": TOKEN_OPS}
 
 BUDGET_ROUTER = {"part": "router", "score": "saliency", "on": "all", "keep": {"rule": "budget"}}
@@ -58,7 +64,37 @@ class ResolvedChain:
         grids: list = [(tuple(patch_grid), tuple(patch_grid))]
         for op in self.view_ops:
             grids.append(op.part.output_grids(op.options, *grids[-1]))
-        return [*grids, tuple(self.adapter.part.output_grid(self.adapter.options, grid) for grid in grids[-1])]
+        return [*grids, tuple(self._adapted_grid(grid) for grid in grids[-1])]
+
+    def _adapted_grid(self, grid: tuple[int, int]) -> tuple[int, int]:
+        """Token grid of a view after the adapter; views without tokens stay without."""
+        return (0, 0) if 0 in grid else self.adapter.part.output_grid(self.adapter.options, grid)
+
+    def fixed_counts(self) -> tuple[int, int | None] | None:
+        """Tokens of an image's turn and of later turns where a token operation makes its own; else None."""
+        said = [op.part.fixed_counts(op.options) for op in self.token_ops]
+        return next((counts for counts in said if counts is not None), None)
+
+    def widths(self, width: int, text_width: int) -> list[int]:
+        """Width of the tokens behind the adapter and behind each token operation."""
+        widths = [self.adapter.part.output_width(self.adapter.options, width, text_width)]
+        for op in self.token_ops:
+            widths.append(op.part.output_width(op.options, widths[-1], text_width))
+        return widths
+
+    def count_rules(self, patch_grid: tuple[int, int]) -> dict:
+        """What the parts say about the number of tokens: `fixed_tokens`, `later_tokens`, `budget` of the layout."""
+        consumers = budget_consumers(self)
+        counts = self.fixed_counts()
+        if counts is not None:
+            return {"fixed_tokens": counts[0], "later_tokens": counts[1], "budget": {"on": "fixed"}}
+        budget: dict | None = (consumers or [{"on": BUDGET_ROUTER["on"]}])[0]
+        fixed_tokens = None
+        if any(op.part.is_count_fixed(op.options) for op in self.view_ops):
+            rows, cols = self.grids_before(patch_grid)[-1][0]
+            fixed_tokens = rows * cols + ("view_end" in self.layout.active_marks())
+            budget = {"on": "fixed"} if consumers and consumers[0]["on"] != "crops" else None
+        return {"fixed_tokens": fixed_tokens, "later_tokens": None, "budget": budget}
 
 
 def build_options(cls: type, values: dict, where: str) -> Any:

@@ -1,5 +1,7 @@
 """Which text an image may be routed by."""
 
+from typing import Any, NamedTuple
+
 import torch
 
 from .views_hires_lmm import Question
@@ -19,8 +21,9 @@ def find_sequence(ids: torch.Tensor, sequence: list[int]) -> torch.Tensor:
     length = len(sequence)
     if not length or ids.shape[1] < length:
         return found
-    windows = ids.unfold(1, length, 1)
-    found[:, : windows.shape[1]] = (windows == torch.tensor(sequence, device=ids.device)).all(dim=-1)
+    last = ids.shape[1] - length + 1
+    matches = [ids[:, start : start + last] == wanted for start, wanted in enumerate(sequence)]
+    found[:, :last] = torch.stack(matches).all(dim=0)
     return found
 
 
@@ -66,41 +69,92 @@ def number_turns(
     return torch.where(is_open & ~in_prefix, next_turn, 0), next_turn
 
 
+class PromptText(NamedTuple):
+    """The text of a call, and what says which of it may be read.
+
+    Args:
+        ids (`torch.Tensor` of shape `(B, S)`, *optional*): Token ids; without them the whole row is one turn.
+        embeds (`torch.Tensor` of shape `(B, S, D)`): Token embeddings.
+        attention_mask (`torch.Tensor` of shape `(B, past + S)`, *optional*): 0 at padding.
+        prompt_mask (`torch.Tensor` of shape `(B, S)`, *optional*): The caller's own mask; goes before all else.
+        labels (`torch.Tensor` of shape `(B, S)`, *optional*): Training labels; positions with a label are answers.
+        asked (`torch.Tensor` of shape `(B, turns, L)`, *optional*): The caller's own ids of the questions.
+    """
+
+    ids: torch.Tensor | None
+    embeds: torch.Tensor
+    attention_mask: Any = None
+    prompt_mask: torch.Tensor | None = None
+    labels: torch.Tensor | None = None
+    asked: torch.Tensor | None = None
+
+
+def find_readable(
+    text: PromptText, placeholder: torch.Tensor, prompt_length: int | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Positions that are neither padding, placeholders nor generated.
+
+    Args:
+        text (`PromptText`): The text of the call.
+        placeholder (`torch.Tensor` of shape `(B, S)`): True at image placeholders.
+        prompt_length (`int`, *optional*): Positions beyond it are generated.
+
+    Returns:
+        A mask `(B, S)`, and the caller's prompt mask at that length.
+
+    Raises:
+        ValueError: If the prompt mask has another shape than the text.
+    """
+    readable, length = ~placeholder, placeholder.shape[1]
+    mask, prompt_mask = text.attention_mask, text.prompt_mask
+    if isinstance(mask, torch.Tensor) and mask.ndim == 2:
+        readable = readable & mask[:, -length:].bool()
+    if prompt_length is not None:
+        readable = readable & (torch.arange(length, device=placeholder.device) < prompt_length)
+        if prompt_mask is not None:  # `generate` does not lengthen it
+            prompt_mask = torch.nn.functional.pad(prompt_mask.bool(), (0, max(length - prompt_mask.shape[1], 0)))
+    if prompt_mask is not None and prompt_mask.shape != placeholder.shape:
+        raise ValueError(
+            f"prompt_mask has the shape {tuple(prompt_mask.shape)}, expected that of input_ids: "
+            f"{tuple(placeholder.shape)}."
+        )
+    return readable, prompt_mask
+
+
 def build_question(
-    embeds: torch.Tensor,
-    ids: torch.Tensor | None,
+    text: PromptText,
     placeholder: torch.Tensor,
     lengths: list[int],
-    readable: torch.Tensor,
-    prompt_mask: torch.Tensor | None,
-    labels: torch.Tensor | None,
+    prompt_length: int | None,
     scope: str,
     answer_prefix: list[int],
     question_prefix: list[int],
     training: bool,
+    continues: bool = False,
+    has_later: bool = False,
 ) -> Question:
     """Collect the text that question-reading operations may see.
 
     Args:
-        embeds (`torch.Tensor` of shape `(B, S, D)`): Token embeddings.
-        ids (`torch.Tensor` of shape `(B, S)`, *optional*): Token ids; without them the whole row is one turn.
+        text (`PromptText`): The text of the call.
         placeholder (`torch.Tensor` of shape `(B, S)`): True at image placeholders.
         lengths (`list[int]`): Placeholders of each image, in reading order.
-        readable (`torch.Tensor` of shape `(B, S)`): False at padding and beyond the prompt.
-        prompt_mask (`torch.Tensor` of shape `(B, S)`, *optional*): The caller's own mask; goes before all else.
-        labels (`torch.Tensor` of shape `(B, S)`, *optional*): Training labels; positions with a label are answers.
+        prompt_length (`int`, *optional*): Set by `generate`: positions beyond it are generated.
         scope (`str`): `"turn"` or `"prompt"` (see `HiResLmmConfig`).
         answer_prefix (`list[int]`): Ids that open an answer.
         question_prefix (`list[int]`): Ids that open a user turn.
         training (`bool`): Whether a missing source of the question is an error.
+        continues (`bool`): Whether earlier positions are in a cache and not shown.
+        has_later (`bool`): Whether later turns have placeholders of their own; a row then holds one image.
 
     Returns:
         The question of each image.
 
     Raises:
-        ValueError: In training, if nothing tells question from answer.
+        ValueError: In training, if nothing tells question from answer; if a row should hold one image and does not.
     """
-    readable = readable & ~placeholder
+    readable, prompt_mask = find_readable(text, placeholder, prompt_length)
+    ids, labels = text.ids, text.labels
     if training and prompt_mask is None and labels is None and (ids is None or not answer_prefix):
         raise ValueError(
             "Routing by the question needs to know where the answer begins, or it would read the answer in training: "
@@ -125,8 +179,11 @@ def build_question(
         readable = readable & prompt_mask.bool()
     elif labels is not None:
         readable = readable & ((labels == -100) | found)
-    rows, first = _image_positions(placeholder, lengths)
-    return Question(embeds, ids, torch.where(readable, turn, 0), rows, next_turn[rows, first])
+    rows, first = (_first_runs if has_later else _image_positions)(placeholder, lengths)
+    turn = torch.where(readable, turn, 0)
+    return Question(
+        text.embeds, ids, turn, rows, next_turn[rows, first], placeholder, next_turn, continues, text.asked
+    )
 
 
 def _after_last(ids: torch.Tensor, answer_prefix: list[int]) -> torch.Tensor:
@@ -143,13 +200,23 @@ def _in_answer(ids: torch.Tensor, answer_prefix: list[int], question_prefix: lis
     return (opened > closed) & (positions >= opened + len(answer_prefix))
 
 
+def _first_runs(placeholder: torch.Tensor, lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Row and column of the first placeholder of each row that has some: one row an image."""
+    rows = placeholder.any(dim=1).nonzero()[:, 0]
+    if len(rows) != len(lengths):
+        raise ValueError(
+            f"{len(lengths)} images came with {len(rows)} conversations that have image tokens; this model reads one "
+            "image a conversation."
+        )
+    return rows, placeholder[rows].long().argmax(dim=1)
+
+
 def _image_positions(placeholder: torch.Tensor, lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """Row and column of the first placeholder of each image."""
     if not lengths:
         empty = torch.zeros(0, dtype=torch.long, device=placeholder.device)
         return empty, empty
     flat = placeholder.flatten().long()
-    starts = torch.tensor([sum(lengths[:i]) for i in range(len(lengths))], device=placeholder.device)
     order = torch.argsort(flat, descending=True, stable=True)
-    first = order[starts]
+    first = torch.stack([order[sum(lengths[:image])] for image in range(len(lengths))])
     return first // placeholder.shape[1], first % placeholder.shape[1]

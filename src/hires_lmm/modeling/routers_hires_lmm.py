@@ -3,16 +3,12 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import nn
 
 from .attention_hires_lmm import HiResLmmCrossAttention, default_num_heads
-from .views_hires_lmm import KIND_CROP, KIND_GLOBAL, PartContext, Question, VisualTokens
-
-
-ROUTED_KINDS = {"global": (KIND_GLOBAL,), "crops": (KIND_CROP,), "all": (KIND_GLOBAL, KIND_CROP)}
+from .views_hires_lmm import PartContext, Question, VisualTokens
 
 
 def saliency_scores(features: torch.Tensor) -> torch.Tensor:
@@ -200,6 +196,15 @@ class HiResLmmRouter(nn.Module):
         """How the part consumes `max_image_tokens`, for the token layout."""
         return {"on": options.on}
 
+    @classmethod
+    def fixed_counts(cls, options: Any) -> None:
+        """The number of tokens depends on the image."""
+
+    @classmethod
+    def output_width(cls, options: Any, width: int, text_width: int) -> int:
+        """Width of the tokens afterwards: unchanged."""
+        return width
+
     def _score(
         self, features: torch.Tensor, image: int, question: Question | None, mask: torch.Tensor | None
     ) -> torch.Tensor:
@@ -210,7 +215,7 @@ class HiResLmmRouter(nn.Module):
             return saliency_scores(features)
         if question is None or mask is None:
             raise ValueError(f"The score {self.options.score!r} reads the question, but none was passed.")
-        row = question.embeds[question.image_row[image]]
+        row = question.embeds.index_select(0, question.image_row[image : image + 1])[0]  # an index would wait
         if self.options.score == "attention":
             text = row[mask[image]]
             if not text.shape[0]:
@@ -235,18 +240,13 @@ class HiResLmmRouter(nn.Module):
         mask = question.image_mask() if question is not None and self.options.score != "saliency" else None
         scores = torch.full(tokens.features.shape[:1], float("nan"), device=tokens.features.device)
         kept = torch.ones_like(scores, dtype=torch.bool)
-        start = 0
-        for image, length in enumerate(tokens.lengths):
-            routed = np.flatnonzero(
-                np.isin(tokens.kind[start : start + length].numpy(), ROUTED_KINDS[self.options.on])
-            )
-            index = torch.from_numpy(routed + start).to(scores.device)
+        for image, index in enumerate(tokens.rows(self.options.on)):
             image_scores = self._score(tokens.features[index], image, question, mask)
             if self.training and self.options.noise:
                 image_scores = image_scores + torch.randn_like(image_scores) * self.options.noise
             scores = scores.index_copy(0, index, image_scores.detach())
-            kept = kept.index_copy(0, index, self._keep(image_scores, tokens.num_tokens[image] - length))
-            start += length
+            surplus = tokens.num_tokens[image] - tokens.lengths[image]
+            kept = kept.index_copy(0, index, self._keep(image_scores, surplus))
         tokens.kept, tokens.scores = kept, {**tokens.scores, "router": scores}
         return tokens, question
 

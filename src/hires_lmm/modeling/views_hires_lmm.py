@@ -1,6 +1,8 @@
 """The carriers of the pipeline: view geometry, features of views, visual tokens, and the question."""
 
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -8,6 +10,7 @@ from transformers import PreTrainedConfig
 
 
 KIND_GLOBAL, KIND_CROP, KIND_MARK = 0, 1, 2
+KINDS_ON = {"global": (KIND_GLOBAL,), "crops": (KIND_CROP,), "all": (KIND_GLOBAL, KIND_CROP)}
 NUM_POSITION_FIELDS = 6
 
 
@@ -80,6 +83,109 @@ def read_geometry(positions: list[list[int]], spans: list[list[int]]) -> list[Im
     return images
 
 
+def copy_to_host(*tensors: torch.Tensor | None) -> list[Any]:
+    """Copy integer tensors to the CPU in one transfer, however many there are.
+
+    Args:
+        tensors (`torch.Tensor`, *optional*): On one device or on the CPU.
+
+    Returns:
+        The same values as int64 on the CPU; None stays None.
+    """
+    given = [tensor for tensor in tensors if tensor is not None]
+    devices = [tensor.device for tensor in given if tensor.device.type != "cpu"]
+    if not devices:
+        return list(tensors)
+    flat = torch.cat([tensor.detach().to(devices[0], torch.long).flatten() for tensor in given]).cpu()
+    parts = iter(flat.split([tensor.numel() for tensor in given]))
+    return [None if tensor is None else next(parts).view(tensor.shape) for tensor in tensors]
+
+
+def padding_flags(attention_mask: Any) -> list[torch.Tensor]:
+    """Whether a mask is all ones, and whether a row ends in padding; nothing where there is no two-dimensional mask.
+
+    Args:
+        attention_mask (`torch.Tensor` of shape `(B, S)`, *optional*): 0 at padding.
+
+    Returns:
+        Two bool tensors `()`, or none.
+    """
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
+        return []
+    return [(attention_mask != 0).all(), (attention_mask[:, -1] == 0).any()]
+
+
+def check_views(
+    source: torch.Tensor | None,
+    name: str,
+    shape: tuple,
+    view_positions: torch.Tensor | None,
+    view_spans: torch.Tensor | None,
+) -> None:
+    """Compare the shapes of views, or of their features, with the geometry that came with them.
+
+    Args:
+        source (`torch.Tensor` of shape `(V, ...)`): Views or features.
+        name (`str`): Their name, for messages.
+        shape (`tuple`): The shape of one view that the model reads.
+        view_positions (`torch.Tensor` of shape `(V, 6)`): See `read_geometry`.
+        view_spans (`torch.Tensor` of shape `(V, 4)`): See `read_geometry`.
+
+    Raises:
+        ValueError: If they do not belong together.
+    """
+    given = None if source is None else tuple(source.shape)
+    if given is None or given[1:] != tuple(shape):
+        raise ValueError(
+            f"{name} has the shape {given}, but this model reads views of shape "
+            f"(views, {', '.join(map(str, shape))}). Use the image processor that belongs to this checkpoint."
+        )
+    if view_positions is None or view_spans is None:
+        raise ValueError(f"{name} came without view_positions and view_spans; pass all that the processor gives.")
+    if view_positions.shape != (given[0], NUM_POSITION_FIELDS):
+        raise ValueError(
+            f"view_positions has the shape {tuple(view_positions.shape)}, expected "
+            f"({given[0]}, {NUM_POSITION_FIELDS}): one row a view of {name}."
+        )
+
+
+@torch.compiler.assume_constant_result
+def group_rows(kinds: tuple[int, ...], device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of global views and rows of all other views; the same tensors for the same kinds.
+
+    Args:
+        kinds (`tuple[int]`): Kind of each view of a batch.
+        device (`str`): Where the index tensors are wanted.
+
+    Returns:
+        Two int64 tensors.
+    """
+    rows = _cached_rows(kinds, device)
+    if type(rows[0]) is not torch.Tensor:  # made while tensors were faked
+        _cached_rows.cache_clear()
+        rows = _cached_rows(kinds, device)
+    return rows
+
+
+@lru_cache(maxsize=256)
+def _cached_rows(kinds: tuple[int, ...], device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    rows: tuple[list, list] = ([], [])
+    for row, kind in enumerate(kinds):
+        rows[kind != KIND_GLOBAL].append(row)
+    return index_tensor(rows[0], device), index_tensor(rows[1], device)
+
+
+def index_tensor(index: Any, device: str) -> torch.Tensor:
+    """An int64 tensor that may be kept and used with and without gradients.
+
+    Args:
+        index (`list[int]` or `np.ndarray`): The numbers.
+        device (`str`): Where they are wanted.
+    """
+    with torch.inference_mode(False):
+        return torch.from_numpy(np.asarray(index, dtype=np.int64)).to(device)
+
+
 @dataclass(frozen=True)
 class PartContext:
     """What a part may know about its surroundings when it is built.
@@ -90,6 +196,8 @@ class PartContext:
         text_width (`int`): Width of the language model.
         global_grid (`tuple[int, int]`): Token rows and columns of a global view that enter.
         crop_grid (`tuple[int, int]`): Token rows and columns of a crop that enter.
+        patch_grid (`tuple[int, int]`): Patch rows and columns of a view, the unit of the spans.
+        vocab_size (`int`): Token ids of the language model.
     """
 
     config: PreTrainedConfig
@@ -97,6 +205,8 @@ class PartContext:
     text_width: int
     global_grid: tuple[int, int]
     crop_grid: tuple[int, int]
+    patch_grid: tuple[int, int]
+    vocab_size: int = 0
 
 
 @dataclass
@@ -120,6 +230,67 @@ class ViewFeatures:
     aux: dict = field(default_factory=dict)
 
 
+def idle_views(features: torch.Tensor, patch_grid: tuple[int, int], used: str) -> ViewFeatures:
+    """Dress up the features of one blank view as an image, for batches without any.
+
+    Args:
+        features (`torch.Tensor` of shape `(1, L, C)`): What the tower gives for a blank view.
+        patch_grid (`tuple[int, int]`): Patch rows and columns of a view.
+        used (`str`): Views that the training stage uses: `"all"`, `"global"` or `"crops"`.
+
+    Returns:
+        An image with a global view and a crop, or with the one that is used.
+    """
+    rows, cols = patch_grid
+    span = (0, rows, 0, cols)
+    spans = ((0, 0, 0, 0) if used == "crops" else span, span)
+    image = ImageGeometry(0, (KIND_GLOBAL, 1), (1, 1), ((0, 0), (0, 0)), spans, 0)
+    if used == "global":
+        image = ImageGeometry(0, (KIND_GLOBAL,), (0, 0), ((0, 0),), (span,), 0)
+    return ViewFeatures(features[: used != "crops"], features[: used != "global"], patch_grid, patch_grid, [image])
+
+
+@dataclass(frozen=True)
+class TokenPlan:
+    """Which token stands where, for a batch: known from its geometry alone, kept for batches of the same one.
+
+    Args:
+        index (`torch.Tensor` of shape `(N,)`): Row of each token in `[global tokens, crop tokens, marks]`.
+        lengths (`tuple[int]`): Tokens of each image, summing to N.
+        view, cell, kind (`torch.Tensor`): See `VisualTokens`.
+        groups (`dict[str, tuple[torch.Tensor]]`): `find_groups` of them.
+    """
+
+    index: torch.Tensor
+    lengths: tuple
+    view: torch.Tensor
+    cell: torch.Tensor
+    kind: torch.Tensor
+    groups: dict
+
+
+def find_groups(kind: torch.Tensor, lengths: Any, device: str) -> dict[str, tuple[torch.Tensor, ...]]:
+    """Find the tokens that come from global views, from crops and from either.
+
+    Args:
+        kind (`torch.Tensor` of shape `(N,)`): Kind of each token, on the CPU.
+        lengths (`list[int]`): Tokens of each image.
+        device (`str`): Where the index tensors are wanted.
+
+    Returns:
+        By the names in `KINDS_ON`: one index tensor an image, rising.
+    """
+    kinds, starts = kind.numpy(), np.cumsum([0, *lengths])
+    groups = {}
+    for on, wanted in KINDS_ON.items():
+        found = [
+            start + np.flatnonzero(np.isin(kinds[start : start + length], wanted))
+            for start, length in zip(starts, lengths, strict=False)
+        ]
+        groups[on] = tuple(index_tensor(index, device) for index in found)
+    return groups
+
+
 @dataclass
 class VisualTokens:
     """The visual tokens of a batch, image after image, in sequence order.
@@ -137,6 +308,10 @@ class VisualTokens:
         kept (`torch.Tensor` of shape `(N,)`, *optional*): True where the token reaches the language model; None = all.
         scores (`dict[str, torch.Tensor]`): Scores `(N,)` by name, NaN where a token was not scored.
         aux (`dict[str, torch.Tensor]`): Tensors for losses and logs, by name.
+        plan (`TokenPlan`, *optional*): The plan they came from; not read once `kind` is another tensor.
+        memory (`list[ImageMemory]`, *optional*): What an operation keeps of each image for later calls on the same
+            features; shared by all copies of these tokens.
+        read (`list[tuple]`, *optional*): Memory and conversation of each image, as this call read them.
     """
 
     features: torch.Tensor
@@ -149,11 +324,20 @@ class VisualTokens:
     kept: torch.Tensor | None = None
     scores: dict = field(default_factory=dict)
     aux: dict = field(default_factory=dict)
+    plan: TokenPlan | None = None
+    memory: list | None = None
+    read: list | None = None
 
     @property
     def num_images(self) -> int:
         """Number of images."""
         return len(self.lengths)
+
+    def rows(self, on: str) -> tuple[torch.Tensor, ...]:
+        """Index of the tokens of each image that come from the views named by `on`, on the device of the features."""
+        if self.plan is not None and self.plan.kind is self.kind:
+            return self.plan.groups[on]
+        return find_groups(self.kind, self.lengths, str(self.features.device))[on]
 
     def per_image(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         """Split a tensor whose first dimension runs over the tokens into one tensor an image."""
@@ -183,6 +367,7 @@ class VisualTokens:
             kind=gather(self.kind),
             kept=None if self.kept is None else gather(self.kept),
             scores={name: gather(score) for name, score in self.scores.items()},
+            memory=None if self.memory is None else [self.memory[index] for index in indices],
         )
 
 
@@ -196,6 +381,13 @@ class Question:
         turn (`torch.Tensor` of shape `(B, S)`): Number of the turn a token belongs to, from 1; 0 = must not be read.
         image_row (`torch.Tensor` of shape `(I,)`): Row of the batch that holds each image.
         image_turn (`torch.Tensor` of shape `(I,)`): Turn that holds each image.
+        placeholder (`torch.Tensor` of shape `(B, S)`, *optional*): True at placeholders.
+        next_turn (`torch.Tensor` of shape `(B, S)`, *optional*): Turn that is open or comes next.
+        continues (`bool`): Whether earlier positions of the conversation are in a cache and not shown.
+        cache (`Cache`, *optional*): That cache.
+        earlier (`list[tuple]`, *optional*): The blocks of each image before those shown, where they are known.
+        asked (`torch.Tensor` of shape `(B, turns, L)`, *optional*): Ids of the questions in another vocabulary; -1
+            behind a question, -2 behind the last turn.
     """
 
     embeds: torch.Tensor
@@ -203,6 +395,12 @@ class Question:
     turn: torch.Tensor
     image_row: torch.Tensor
     image_turn: torch.Tensor
+    placeholder: torch.Tensor | None = None
+    next_turn: torch.Tensor | None = None
+    continues: bool = False
+    asked: torch.Tensor | None = None
+    cache: Any = None
+    earlier: list | None = None
 
     def image_mask(self) -> torch.Tensor:
         """True where a token belongs to the question of an image: `(I, S)`."""

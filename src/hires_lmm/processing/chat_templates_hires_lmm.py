@@ -13,6 +13,9 @@ VICUNA_SYSTEM = (
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
 
+QUERY_TOKEN = "<query>"
+"""What a template writes where the tokens of a later turn will stand; never a token of the vocabulary."""
+
 _CONTENT = """
 {%- macro render(content) -%}
     {%- if content is string -%}
@@ -52,7 +55,7 @@ _LLAMA3 = (
     {%- if message['role'] == 'assistant' -%}
         {%- generation -%}{{- render(message['content']) | trim -}}{{- '<|eot_id|>' -}}{%- endgeneration -%}
     {%- else -%}
-        {{- render(message['content']) | trim -}}{{- '<|eot_id|>' -}}
+        {#- queries -#}{{- render(message['content']) | trim -}}{{- '<|eot_id|>' -}}
     {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}
@@ -72,7 +75,7 @@ _CHATML = (
     {%- if message['role'] == 'assistant' -%}
         {%- generation -%}{{- render(message['content']) -}}{{- '<|im_end|>' -}}{%- endgeneration -%}
     {%- else -%}
-        {{- render(message['content']) -}}{{- '<|im_end|>' -}}
+        {#- queries -#}{{- render(message['content']) -}}{{- '<|im_end|>' -}}
     {%- endif -%}
     {{- '\\n' -}}
 {%- endfor -%}
@@ -100,7 +103,7 @@ _VICUNA = (
         {%- if render(message['content']) -%}{{- render(message['content']) ~ ' ' -}}{%- endif -%}
     {%- else -%}
         {%- if loop.previtem is defined and loop.previtem['role'] == 'user' -%}{{- ' ' -}}{%- endif -%}
-        {{- 'USER: ' -}}{{- render(message['content']) | trim -}}
+        {{- 'USER: ' -}}{#- queries -#}{{- render(message['content']) | trim -}}
     {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}
@@ -120,7 +123,7 @@ _PLAIN = (
     {%- if message['role'] == 'assistant' -%}
         {%- generation -%}{{- render(message['content']) -}}{{- eos_token -}}{%- endgeneration -%}
     {%- else -%}
-        {{- render(message['content']) -}}
+        {#- queries -#}{{- render(message['content']) -}}
         {%- if not render(message['content']).endswith(image_token | default('<image>')) -%}{{- '\\n' -}}{%- endif -%}
     {%- endif -%}
 {%- endfor -%}
@@ -135,6 +138,51 @@ CHAT_TEMPLATES: dict[str, str] = {
 }
 """Name -> Jinja template: Llama-3's own format, Vicuna v1 as LLaVA and SliME use it, ChatML (Qwen and others), and
 plain text without roles (an answer follows the image, or a line break after text, and ends with the end token)."""
+
+_LATER_TURN = "{#- queries -#}"
+_QUERIES = """
+{%- set turns = namespace(has_image=false) -%}
+{%- macro query(message) -%}
+    {%- if message['role'] == 'user' -%}
+        {%- set own = namespace(has_image=false) -%}
+        {%- if message['content'] is string -%}
+            {%- set own.has_image = (image_token | default('<image>')) in message['content'] -%}
+        {%- else -%}
+            {%- for part in message['content'] -%}
+                {%- if part['type'] == 'image' -%}{%- set own.has_image = true -%}{%- endif -%}
+            {%- endfor -%}
+        {%- endif -%}
+        {%- if own.has_image -%}
+            {%- set turns.has_image = true -%}
+        {%- elif turns.has_image -%}
+            {{- 'QUERY_TOKEN' -}}
+        {%- endif -%}
+    {%- endif -%}
+{%- endmacro -%}
+""".replace("QUERY_TOKEN", QUERY_TOKEN)
+
+
+def add_queries(template: str) -> str:
+    """Let a template write `<query>` at the start of each user turn that follows an image and has none.
+
+    Args:
+        template (`str`): One of `CHAT_TEMPLATES`.
+
+    Returns:
+        The template for models with tokens of their own in later turns.
+
+    Raises:
+        ValueError: If the template has no place for it.
+    """
+    if QUERY_TOKEN in template:
+        return template
+    if _LATER_TURN not in template:
+        raise ValueError(
+            f"This chat template does not write {QUERY_TOKEN} at the start of user turns without an image, which this "
+            f"model needs; pass chat_template={' or '.join(map(repr, CHAT_TEMPLATES))}, or write it into your own."
+        )
+    return _QUERIES.strip() + template.replace(_LATER_TURN, "{{- query(message) -}}")
+
 
 _CONTINUATIONS = ("", "A", " a", "\n", "7")
 """Ways a text may go on; tokens that change with it are no part of an opening."""

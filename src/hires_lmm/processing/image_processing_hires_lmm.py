@@ -19,7 +19,7 @@ from transformers.image_utils import (
 from transformers.processing_utils import ImagesKwargs, Unpack
 
 from .image_input_hires_lmm import DEFAULT_PIXEL_LIMIT, flatten_images, open_image, to_rgb
-from .planners_hires_lmm import PLANNERS, Planner, PlannerLimits, ViewPlan
+from .planners_hires_lmm import PLANNERS, Planner, PlannerLimits, ViewPlan, square_paste
 from .token_layout_hires_lmm import TokenLayout, apply_budget, count_tokens
 
 
@@ -345,8 +345,7 @@ def _render(pictures: list[Image.Image], plans: list[ViewPlan], settings: _Setti
     first = 0
     for picture, plan in zip(pictures, plans, strict=True):
         filters = [_first_given(settings.resample, chosen, PILImageResampling.BICUBIC) for chosen in plan.resample]
-        square = _draw(picture, plan.global_size, (side, side), plan.global_paste, plan.global_fill, filters[0])
-        _normalise(square, pixels[first], settings)
+        _normalise(_draw_global(picture, plan, settings.resample, filters[0]), pixels[first], settings)
         if plan.grid[0]:
             canvas = _draw_canvas(picture, plan, filters[1])
             for offset, view in enumerate(plan.views[1:], start=1):
@@ -376,6 +375,43 @@ def _draw(
     drawn = np.full((*canvas, 3), fill[0] if len(set(fill)) == 1 else fill, dtype=np.uint8)
     drawn[paste[0] : paste[0] + resized[0], paste[1] : paste[1] + resized[1]] = np.asarray(picture)
     return drawn
+
+
+def _draw_global(picture: Image.Image, plan: ViewPlan, asked: int | None, resample: int) -> np.ndarray:
+    """The global view as uint8, or as float32 where it is interpolated; a filter that was asked for goes first."""
+    side, square = plan.view_size, plan.global_square
+    if square is None or asked is not None:
+        return _draw(picture, plan.global_size, (side, side), plan.global_paste, plan.global_fill, resample)
+    paste = square_paste(plan.size, square)
+    return interpolate_bicubic(_draw(picture, plan.size, (square, square), paste, plan.global_fill, resample), side)
+
+
+def interpolate_bicubic(square: np.ndarray, side: int) -> np.ndarray:
+    """Resize a square image by bicubic interpolation without antialiasing, with the numbers of torch.
+
+    Args:
+        square (`np.ndarray` of shape `(n, n, 3)`): Pixels.
+        side (`int`): Side of the result, pixels.
+
+    Returns:
+        `(side, side, 3)` float32; may overshoot the range of the pixels.
+    """
+    size = square.shape[0]
+    if size == side:
+        return square.astype(np.float32)
+    places = (np.arange(side) + 0.5) * (size / side) - 0.5
+    first = np.floor(places).astype(np.int64)
+    taps = [np.clip(first + tap, 0, size - 1) for tap in range(-1, 3)]
+    weights = [_cubic_weight(places - first - tap).astype(np.float32) for tap in range(-1, 3)]
+    rows = sum(weight[:, None, None] * square[tap] for weight, tap in zip(weights, taps, strict=True))
+    return sum(weight[:, None] * rows[:, tap] for weight, tap in zip(weights, taps, strict=True))
+
+
+def _cubic_weight(distance: np.ndarray, a: float = -0.75) -> np.ndarray:
+    """The cubic convolution kernel."""
+    x = np.abs(distance)
+    near = (a + 2) * x**3 - (a + 3) * x**2 + 1
+    return np.where(x <= 1, near, np.where(x < 2, a * (x**3 - 5 * x**2 + 8 * x - 4), 0.0))
 
 
 def _draw_canvas(picture: Image.Image, plan: ViewPlan, resample: int) -> np.ndarray:

@@ -100,6 +100,8 @@ class ViewPlan:
         resized, paste (`tuple[int, int]`): Size of the image on the canvas and its offset.
         fill (`tuple[int, int, int]`): Colour of the canvas around the image, RGB.
         global_size, global_paste, global_fill: The same for the square of the global view.
+        global_square (`int`, *optional*): Side of a square on which the image is centred at its own scale; the square
+            is then interpolated to the global view. `None`: the image is resized, then pasted.
         resample (`tuple[int | None, int | None]`): Pillow filters for global view and canvas the rule asks for; `None`
             where it takes the vision tower's own.
         transposed (`bool`): Whether the canvas is resized with rows and columns exchanged and turned back, which only
@@ -119,6 +121,7 @@ class ViewPlan:
     global_fill: Color
     resample: tuple[int | None, int | None]
     transposed: bool = False
+    global_square: int | None = None
 
     @property
     def grid(self) -> Size:
@@ -236,14 +239,14 @@ def plan_hd(height: int, width: int, limits: PlannerLimits) -> ViewPlan:
         limits (`PlannerLimits`): `max_crops` from 1 (default 9).
 
     Returns:
-        The plan; white canvas padded across the long side, the global view is padded with black.
+        The plan; white canvas padded across the long side, the global view is padded with black. A square image, or
+        one that is smaller than a view, becomes its global view by bicubic interpolation without antialiasing.
 
     Raises:
         ValueError: If a size or limit is out of range.
 
     Source: github.com/tenghuilee/ScalingCapFusedVisionLM at 42a2596 (huggingface.co/papers/2412.18387). Differs: a
-        short side that the released rule rounds to 0 is one pixel in one row of crops here, and a global view of a
-        square or small image is resized once with Pillow's bicubic filter instead of torch's without antialiasing.
+        short side that the released rule rounds to 0 is one pixel in one row of crops here.
     """
     size, side = _checked_size(height, width), limits.view_size
     _refuse_pinpoints(limits, "hd")
@@ -263,7 +266,10 @@ def plan_hd(height: int, width: int, limits: PlannerLimits) -> ViewPlan:
         canvas = _Canvas((across, steps), (short_side, long_side), (margin, 0), WHITE)
     shrinks = height != width and max(size) > side
     resample = (LANCZOS if shrinks else BICUBIC, BILINEAR)
-    return _assemble(size, limits, canvas, global_view="pad", resample=resample, truncate_global=True)
+    square = None if shrinks else max(size)
+    return _assemble(
+        size, limits, canvas, global_view="pad", resample=resample, truncate_global=True, global_square=square
+    )
 
 
 def plan_llava_next(height: int, width: int, limits: PlannerLimits) -> ViewPlan:
@@ -314,6 +320,7 @@ def _assemble(
     unpad: bool = False,
     resample: tuple[int | None, int | None] = (None, None),
     truncate_global: bool = False,
+    global_square: int | None = None,
 ) -> ViewPlan:
     """Cut a canvas into views, put the global view before them and apply the caller's switches."""
     side = limits.view_size
@@ -322,7 +329,8 @@ def _assemble(
     padded = (limits.global_view or global_view) == "pad"
     global_size = _fit_square(size, side, truncate_global) if padded else (side, side)
     global_paste = ((side - global_size[0]) // 2, (side - global_size[1]) // 2)
-    first = _global_view(size, limits, grid, global_size, global_paste, unpad)
+    global_square = global_square if padded else None
+    first = _global_view(size, limits, grid, global_size, global_paste, global_square, unpad)
     return ViewPlan(
         size=size,
         view_size=side,
@@ -337,20 +345,39 @@ def _assemble(
         global_fill=BLACK,
         resample=resample,
         transposed=canvas.transposed,
+        global_square=global_square,
     )
 
 
 def _global_view(
-    size: Size, limits: PlannerLimits, grid: Size, global_size: Size, global_paste: Size, unpad: bool
+    size: Size,
+    limits: PlannerLimits,
+    grid: Size,
+    global_size: Size,
+    global_paste: Size,
+    global_square: int | None,
+    unpad: bool,
 ) -> View:
-    side = limits.view_size
-    edges = [_source_edges(size[axis], global_size[axis], global_paste[axis], (0, side)) for axis in (0, 1)]
+    drawn, paste, side = global_size, global_paste, limits.view_size
+    if global_square is not None:
+        drawn, paste, side = size, square_paste(size, global_square), global_square
+    edges = [_source_edges(size[axis], drawn[axis], paste[axis], (0, side)) for axis in (0, 1)]
     spans = [(0, limits.patch_grid)] * 2
     if unpad:
         spans = [_pixel_span(global_paste[axis], global_size[axis], 0, limits) for axis in (0, 1)]
     span = (0, 0, 0, 0) if limits.views == "crops" else (*spans[0], *spans[1])
     box = (edges[0][0], edges[1][0], edges[0][1], edges[1][1])
     return View(GLOBAL_VIEW, *grid, 0, 0, box, span)
+
+
+def square_paste(size: Size, side: int) -> Size:
+    """Offset of an image that is centred on a square.
+
+    Args:
+        size (`tuple[int, int]`): The image, pixels.
+        side (`int`): The square, pixels.
+    """
+    return (side - size[0]) // 2, (side - size[1]) // 2
 
 
 def _crop_views(size: Size, limits: PlannerLimits, grid: Size, canvas: _Canvas, unpad: bool) -> list[View]:

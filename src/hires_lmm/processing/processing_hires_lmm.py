@@ -1,8 +1,11 @@
 """Images and texts to model inputs: every `<image>` becomes as many placeholders as its image has tokens."""
 
+import re
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from huggingface_hub.dataclasses import validate_typed_dict
 from huggingface_hub.errors import StrictDataclassError
 from transformers.image_utils import (
@@ -14,7 +17,7 @@ from transformers.image_utils import (
 )
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, TextKwargs
 
-from .chat_templates_hires_lmm import CHAT_TEMPLATES
+from .chat_templates_hires_lmm import CHAT_TEMPLATES, QUERY_TOKEN, add_queries
 from .image_input_hires_lmm import flatten_images
 from .image_processing_hires_lmm import HiResLmmImageProcessor, HiResLmmImageProcessorKwargs
 from .planners_hires_lmm import GLOBAL_VIEW
@@ -111,7 +114,10 @@ class HiResLmmProcessor(ProcessorMixin):
         options.update(_tower_stats(config.vision_config.model_type, planner, image_stats))
         image_token = _prepare_tokenizer(tokenizer, config.image_token_id)
         template = _choose_template(tokenizer) if chat_template is None else chat_template
-        tokenizer.chat_template = CHAT_TEMPLATES.get(template, template)
+        template = CHAT_TEMPLATES.get(template, template)
+        if options["token_layout"]["later_tokens"] is not None:
+            template = add_queries(template)
+        tokenizer.chat_template = template
         image_processor = HiResLmmImageProcessor(**{**options, **changes})
         return cls(image_processor, tokenizer, chat_template=tokenizer.chat_template, image_token=image_token)
 
@@ -158,6 +164,12 @@ class HiResLmmProcessor(ProcessorMixin):
         if not text or not all(isinstance(sample, str) for sample in text):
             raise ValueError(f"text must be a string or a non-empty list of strings, not {text!r}.")
         placeholders = [sample.count(self.image_token) for sample in text]
+        if self._later_tokens is not None and max(placeholders) > 1:
+            number = placeholders.index(max(placeholders))
+            raise ValueError(
+                f"Sample {number} has {max(placeholders)} images, but this model reads one image a conversation; put "
+                "each image into a conversation of its own."
+            )
         given = [] if images is None else images
         nested = isinstance(given, list) and all(isinstance(entry, (list, tuple)) for entry in given)
         if images is not None and nested and len(given) == len(text):
@@ -170,6 +182,86 @@ class HiResLmmProcessor(ProcessorMixin):
         positions = np.asarray(image_inputs["view_positions"])
         first_rows = np.flatnonzero(positions[:, 0] == GLOBAL_VIEW)
         return self.image_token * int(positions[first_rows[image_idx], 5])
+
+    def get_text_with_replacements(
+        self,
+        text: list[str],
+        images_replacements: Sequence[str] = (),
+        videos_replacements: Sequence[str] = (),
+        audio_replacements: Sequence[str] = (),
+    ) -> tuple[list[str], list[dict[str, Any]]]:
+        """As in transformers; where later turns have tokens of their own, `<query>` becomes theirs.
+
+        Args:
+            text (`list[str]`): Texts with one `<image>` an image.
+            images_replacements (`list[str]`): Placeholders of each image.
+            videos_replacements, audio_replacements (`list[str]`): None of this processor's.
+
+        Returns:
+            The texts, and where what was replaced; a `<query>` counts as an image token there.
+
+        Raises:
+            ValueError: If a `<query>` stands before the image of its text, or in a text without one.
+        """
+        later, replacements = self._later_tokens, list(images_replacements)
+        alone = [sample for sample in text if QUERY_TOKEN in sample and self.image_token not in sample]
+        if later is not None and alone:
+            raise ValueError(
+                f"{QUERY_TOKEN} stands in a text without an image: {alone[0]!r}. Pass the whole conversation with its "
+                f"image (generate takes what past_key_values holds from there), or leave {QUERY_TOKEN} out."
+            )
+        if later is not None and replacements:
+            text, replacements = self._with_queries(text, replacements, later)
+        return super().get_text_with_replacements(
+            text, replacements, list(videos_replacements), list(audio_replacements)
+        )
+
+    @property
+    def _later_tokens(self) -> int | None:
+        """Tokens of later turns, where the model has some."""
+        return (self.image_processor.token_layout or {}).get("later_tokens")
+
+    def _with_queries(self, text: list[str], images: list[str], later: int) -> tuple[list[str], list[str]]:
+        """Texts with an image token for each `<query>`, and the placeholders of all of them in order."""
+        replacements, remaining = [], iter(images)
+        pattern = re.compile(f"{re.escape(self.image_token)}|{re.escape(QUERY_TOKEN)}")
+        for sample in text:
+            own = ""
+            for found in pattern.findall(sample):
+                if found == self.image_token:
+                    own = next(remaining)
+                    replacements.append(own)
+                elif not own:
+                    raise ValueError(f"{QUERY_TOKEN} stands before the image in {sample!r}; write the image first.")
+                else:
+                    replacements.append(own[: later * len(self.image_token)])
+        return [sample.replace(QUERY_TOKEN, self.image_token) for sample in text], replacements
+
+    def question_ids(self, conversations: list, tokenizer: Any) -> torch.Tensor:
+        """Write the questions of conversations in the vocabulary of another tokenizer, as released fusion models do.
+
+        Args:
+            conversations (`list`): Messages of one conversation, or a list of them; one user turn an `<image>` or
+                `<query>`, from the turn that holds the image.
+            tokenizer: The other tokenizer, such as CLIP's.
+
+        Returns:
+            `torch.Tensor` (B, turns, L) for `question_ids` of the model; -1 behind a question, -2 behind the last
+            turn.
+        """
+        if conversations and isinstance(conversations[0], dict):
+            conversations = [conversations]
+        asked = [
+            [tokenizer(text, add_special_tokens=False)["input_ids"] for text in _questions(messages, self.image_token)]
+            for messages in conversations
+        ]
+        turns = max((len(own) for own in asked), default=0)
+        length = max((len(ids) for own in asked for ids in own), default=0)
+        table = torch.full((len(asked), turns, max(length, 1)), -2)
+        for row, own in enumerate(asked):
+            for turn, ids in enumerate(own):
+                table[row, turn] = torch.tensor([*ids, *[-1] * (table.shape[2] - len(ids))])
+        return table
 
     def _process_images(self, images: Any, **kwargs: Any) -> tuple[Any, list[str]]:
         inputs = self.image_processor(images, **kwargs)
@@ -235,6 +327,22 @@ class HiResLmmProcessor(ProcessorMixin):
                         f"max_image_tokens."
                     ) from error
             raise
+
+
+def _questions(messages: list[dict], image_token: str) -> list[str]:
+    """The text of each user turn from the one that holds the image, without the image token."""
+    texts, has_image = [], False
+    for message in messages:
+        if message["role"] != "user":
+            continue
+        parts = message["content"]
+        if isinstance(parts, str):
+            parts = [{"type": "text", "text": parts}]
+        text = "".join(part["text"] for part in parts if part["type"] == "text")
+        has_image = has_image or image_token in text or any(part["type"] == "image" for part in parts)
+        if has_image:
+            texts.append(text.replace(image_token, "").strip())
+    return texts
 
 
 def _refuse_unknown(given: set[str], known: set[str], what: str) -> None:

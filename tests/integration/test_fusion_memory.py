@@ -1,0 +1,294 @@
+"""What features keep of conversations: never another conversation's, whatever the order of calls."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+from builders import GEOMETRY, make_batch, random_image
+from builders_chat import OTHER, QUESTIONS, chat, features_of, fusion_setup, inputs_of, logits_of, text_only
+from hires_lmm.modeling.blocks_hires_lmm import ImageMemory
+
+
+CLOSE = {"atol": 2e-5, "rtol": 1e-4}
+OPTIONS = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+
+
+@pytest.fixture(scope="module")
+def setup():
+    """Model and processor over a tiny tower and language model."""
+    return fusion_setup()
+
+
+def watch(model) -> tuple[list, object]:
+    """Shapes of all batches that the fusion transformer reads, and the handle that ends it."""
+    shapes = []
+    handle = model.model.connector.token_ops[0].model.register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.append(tuple(kwargs["inputs_embeds"].shape[:2])), with_kwargs=True
+    )
+    return shapes, handle
+
+
+@torch.no_grad()
+def go_on(model, whole, begin, cache, features):
+    """The positions of a conversation from `begin` on, after a language model cache."""
+    return model(
+        input_ids=whole["input_ids"][:, begin:],
+        attention_mask=torch.ones_like(whole["input_ids"]),
+        past_key_values=cache,
+        mm_encoder_outputs={"image": features},
+        use_cache=True,
+    )
+
+
+def test_conversations_in_turns_on_the_same_features(setup):
+    """Each goes on from its own cache, though the features served the other one in between."""
+    model, processor = setup
+    image = random_image(100, 130)
+    features = features_of(model, inputs_of(processor, 1, image))
+    caches, begins = [None, None], [0, 0]
+    for turns in (1, 2, 3):
+        for number, questions in enumerate((QUESTIONS, OTHER)):
+            whole = inputs_of(processor, turns, image, questions)
+            output = go_on(model, whole, begins[number], caches[number], features)
+            expected = logits_of(model, whole)[:, begins[number] :]
+            torch.testing.assert_close(output.logits, expected, **CLOSE)
+            caches[number], begins[number] = output.past_key_values, whole["input_ids"].shape[1]
+
+
+def test_a_cache_that_the_features_do_not_know_is_an_error(setup):
+    model, processor = setup
+    image = random_image(100, 130)
+    first, whole = (inputs_of(processor, turns, image) for turns in (1, 2))
+    features = features_of(model, first)
+    cache = go_on(model, first, 0, None, features).past_key_values
+    begin = first["input_ids"].shape[1]
+    for strange, known in ((copy.deepcopy(cache), features), (cache, copy.deepcopy(features))):
+        with pytest.raises(ValueError, match="have not read its beginning for that cache"):
+            go_on(model, whole, begin, strange, known)
+    expected = logits_of(model, whole)[:, begin:]
+    torch.testing.assert_close(go_on(model, whole, begin, cache, features).logits, expected, **CLOSE)
+
+
+@pytest.mark.parametrize("between", [QUESTIONS, OTHER], ids=["same", "other"])
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
+def test_generate_reads_the_conversation_of_its_ids(setup, between, options):
+    """The whole conversation with the cache of the turn before, after another conversation on the same features."""
+    model, processor = setup
+    image = random_image(100, 130)
+    first, whole = (inputs_of(processor, turns, image) for turns in (1, 2))
+    features = {"image": features_of(model, first)}
+    begun = first["input_ids"].shape[1]
+    cache = model.generate(**text_only(first), mm_encoder_outputs=features, **OPTIONS).past_key_values
+    cache.crop(begun - 1 - cache.get_seq_length())
+    model.generate(**text_only(inputs_of(processor, 3, image, between)), mm_encoder_outputs=features, **OPTIONS)
+    cache.batch_repeat_interleave(options.get("num_beams", 1))
+    found = model.generate(
+        **text_only(whole), past_key_values=cache, mm_encoder_outputs=features, **OPTIONS, **options
+    )
+    anew = model.generate(**whole, **OPTIONS, **options)
+    assert torch.equal(found.sequences, anew.sequences)
+    torch.testing.assert_close(found.logits[0], anew.logits[0], **CLOSE)
+
+
+def test_a_prompt_mask_goes_on_with_the_conversation(setup):
+    """It hides the second question from the queries, with and without a cache."""
+    model, processor = setup
+    first, whole = (inputs_of(processor, turns, random_image(100, 130)) for turns in (1, 2))
+    mask = torch.ones_like(whole["input_ids"]).bool()
+    mask[:, first["input_ids"].shape[1] :] = False
+    cache = model.generate(**first, **OPTIONS).past_key_values
+    cache.crop(first["input_ids"].shape[1] - 1 - cache.get_seq_length())
+    found = model.generate(**whole, prompt_mask=mask, past_key_values=cache, **OPTIONS)
+    anew = model.generate(**whole, prompt_mask=mask, **OPTIONS)
+    torch.testing.assert_close(found.logits[0], anew.logits[0], **CLOSE)
+    shown = model.generate(**whole, **OPTIONS)
+    assert (shown.logits[0] - anew.logits[0]).abs().max() > 1e-3
+
+
+def test_a_cache_that_ends_within_a_block_is_an_error(setup):
+    model, processor = setup
+    whole = inputs_of(processor, 2, random_image(100, 130))
+    cache = model(**whole, use_cache=True).past_key_values
+    last = (whole["input_ids"][0] == processor.image_token_id).nonzero()[-1, 0]
+    cache.crop(int(last) - cache.get_seq_length())
+    with pytest.raises(ValueError, match="in the middle of the image tokens of conversation 0"):
+        model.generate(**whole, past_key_values=cache, **OPTIONS)
+
+
+def test_a_batch_whose_rows_go_on_differently(setup):
+    """A second turn, a first image, a turn without queries and a row of text, all after a cache."""
+    model, processor = setup
+    images = [random_image(60, 60), random_image(70, 300, 1), random_image(200, 90, 2)]
+
+    def text_of(messages):
+        return processor.apply_chat_template(messages, add_generation_prompt=True)
+
+    plain = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "yes"}]
+    histories = [chat(2)[:2], plain, chat(2)[:2], plain]
+    texts = [text_of(chat(2)), text_of(plain + chat(1, ["x"])), text_of(chat(2)).replace("<query>", "")]
+    texts.append(text_of(plain + plain[:1]))
+    samples = [(texts[0], images[:1]), (texts[1], images[1:2]), (texts[2], images[2:]), (texts[3], [])]
+    batch = make_batch(processor, samples, padding_side="left")
+    opened = [processor.apply_chat_template(history) for history in histories]
+    starts = []
+    for row, (text, _) in enumerate(samples):
+        shown = processor(text=[opened[row]], images=samples[row][1] if "<image>" in opened[row] else None)
+        assert text.startswith(opened[row])
+        padding = int((batch["attention_mask"][row] == 0).sum())
+        starts.append(padding + len(shown["input_ids"][0]))
+    cached = min(starts)
+    answers = (batch["input_ids"][0] == processor.tokenizer.convert_tokens_to_ids("<|im_start|>")).nonzero()
+    assert int(answers[1]) + len(model.config.answer_prefix_ids) <= cached  # its first question is shown whole
+    views = {name: batch[name] for name in GEOMETRY}
+    past = {name: batch[name][:, :cached] for name in ("input_ids", "attention_mask")}
+    placeholder = batch["input_ids"] == processor.image_token_id
+    inside = placeholder[:, cached - 1] & placeholder[:, cached]
+    assert not inside.any() and placeholder[1, :cached].sum() == 0 and placeholder[0, cached:].any()
+    with torch.no_grad():
+        features = model.get_image_features(**views, return_dict=True)
+        first = features.select_images([0, 2])
+        positions = (past["attention_mask"].cumsum(1) - 1).clamp(min=0)
+        output = model(**past, position_ids=positions, mm_encoder_outputs={"image": first}, use_cache=True)
+        cache = output.past_key_values
+    found = model.generate(
+        **text_only(batch), past_key_values=cache, mm_encoder_outputs={"image": features}, **OPTIONS
+    )
+    anew = model.generate(**batch, **OPTIONS)
+    torch.testing.assert_close(found.logits[0], anew.logits[0], **CLOSE)
+    assert torch.equal(found.sequences, anew.sequences)
+
+
+def test_known_beginnings_of_different_lengths_are_read_together(setup):
+    """Rows that share nothing, the visual tokens, one turn, everything with the conversation before."""
+    model, processor = setup
+    sizes = [(60, 60), (70, 300), (200, 90), (100, 100)]
+    images = [random_image(*size, seed=number) for number, size in enumerate(sizes)]
+    asked = [(1, QUESTIONS), (2, OTHER), (3, QUESTIONS), (2, QUESTIONS)]
+
+    def batch_of(conversations):
+        texts = [processor.apply_chat_template(chat(*own), add_generation_prompt=True) for own in conversations]
+        return make_batch(processor, [(text, [image]) for text, image in zip(texts, images, strict=True)])
+
+    batch, before = batch_of(asked), batch_of([(1, OTHER), (1, QUESTIONS), (1, QUESTIONS), (2, QUESTIONS)])
+    features = features_of(model, batch)
+    logits_of(model, text_only(before), mm_encoder_outputs={"image": features})
+    features.tokens.memory[0].clear()
+    shapes, handle = watch(model)
+    found = logits_of(model, text_only(batch), mm_encoder_outputs={"image": features})
+    handle.remove()
+    assert [rows for rows, _ in shapes] == [3]
+    torch.testing.assert_close(found, logits_of(model, batch), **CLOSE)
+    again = logits_of(model, text_only(batch), mm_encoder_outputs={"image": features})
+    assert len(shapes) == 1
+    torch.testing.assert_close(again, found, **CLOSE)
+
+
+def test_beams_of_a_conversation_are_read_once(setup):
+    model, processor = setup
+    samples = [
+        (processor.apply_chat_template(chat(2), add_generation_prompt=True), [random_image(100, 130, seed)])
+        for seed in (0, 1)
+    ]
+    shapes, handle = watch(model)
+    model.generate(**make_batch(processor, samples), num_beams=4, max_new_tokens=3)
+    handle.remove()
+    assert [rows for rows, _ in shapes] == [2]
+
+
+def test_features_that_no_caller_holds_keep_nothing(setup, monkeypatch):
+    model, processor = setup
+    made = []
+    start = ImageMemory.__init__
+    monkeypatch.setattr(
+        ImageMemory, "__init__", lambda self, *args, **kw: made.append(self) or start(self, *args, **kw)
+    )
+    batch = inputs_of(processor, 1, random_image(100, 130))
+    logits_of(model, batch)
+    model.generate(**batch, max_new_tokens=2)
+    features = features_of(model, batch)
+    with torch.enable_grad():
+        model(**text_only(batch), mm_encoder_outputs={"image": features})
+    assert [memory.last for memory in made] == [None, None, None]
+    logits_of(model, text_only(batch), mm_encoder_outputs={"image": features})
+    assert features.tokens.memory[0].last is not None
+    copies = [copy.deepcopy(features), pickle.loads(pickle.dumps(features))]
+    assert [own.tokens.memory[0].last for own in copies] == [None, None]
+    expected = logits_of(model, batch)
+    for own in copies:
+        torch.testing.assert_close(
+            logits_of(model, text_only(batch), mm_encoder_outputs={"image": own}), expected, **CLOSE
+        )
+
+
+def test_with_gradients_everything_is_read_again(setup):
+    model, processor = setup
+    image = random_image(100, 130)
+    batch = inputs_of(processor, 2, image)
+    features = features_of(model, batch)
+    logits_of(model, text_only(batch), mm_encoder_outputs={"image": features})
+    shapes, handle = watch(model)
+    output = model(**text_only(batch), mm_encoder_outputs={"image": features})
+    handle.remove()
+    assert len(shapes) == 1 and shapes[0][1] > features.tokens.lengths[0]
+    output.logits.sum().backward()
+    assert model.model.connector.token_ops[0].queries.grad.abs().sum() > 0
+    model.zero_grad()
+
+
+def test_the_rows_of_the_states_are_those_of_the_batch(setup):
+    model, processor = setup
+    texts = [processor.apply_chat_template([{"role": "user", "content": "only text"}])]
+    texts += [processor.apply_chat_template(chat(turns), add_generation_prompt=True) for turns in (2, 1)]
+    samples = [(texts[0], []), (texts[1], [random_image(60, 60)]), (texts[2], [random_image(90, 60)])]
+    batch, seen = make_batch(processor, samples, padding_side="right"), []
+    hook = model.model.connector.token_ops[0].register_forward_hook(lambda *call: seen.append(call[2][0].aux))
+    model.train()
+    try:
+        model(**batch, labels=batch["input_ids"])
+    finally:
+        model.eval()
+        hook.remove()
+    assert seen[0]["fusion_rows"].tolist() == [1] * 15 + [2] * 12
+    assert seen[0]["fusion_blocks"].tolist() == [0] * 12 + [1] * 3 + [2] * 12
+
+
+def test_questions_in_another_vocabulary_in_generate(setup):
+    """The same words by `question_ids`: the same text; other words: another one."""
+    model, processor = setup
+    batch = inputs_of(processor, 2, random_image(100, 130))
+    features = features_of(model, batch)
+    logits_of(model, text_only(batch), mm_encoder_outputs={"image": features})
+    own = [list(block.question) for block in features.tokens.memory[0].last.blocks]
+    asked = torch.full((1, 2, max(map(len, own))), -1)
+    for turn, ids in enumerate(own):
+        asked[0, turn, : len(ids)] = torch.tensor(ids)
+    found = model.generate(**batch, question_ids=asked, num_beams=2, **OPTIONS)
+    wanted = model.generate(**batch, num_beams=2, **OPTIONS)
+    torch.testing.assert_close(found.logits[0], wanted.logits[0], **CLOSE)
+    other = model.generate(**batch, question_ids=asked.flip(1), num_beams=2, **OPTIONS)
+    assert (other.logits[0] - wanted.logits[0]).abs().max() > 1e-2
+    with pytest.raises(ValueError, match="question_ids holds 1 questions of conversation 0, which has 2 turns"):
+        model(**batch, question_ids=asked[:, :1])
+
+
+def test_a_query_without_its_image_is_an_error(setup):
+    _, processor = setup
+    with pytest.raises(ValueError, match=r"<query>.*image"):
+        processor(text=["<|im_start|>user\n<query>" + QUESTIONS[1]])
+    with pytest.raises(ValueError, match=r"<query>.*image"):
+        processor(text=["<query>a<image>b", "<image>c"], images=[random_image(60, 60)] * 2)
+
+
+def test_the_fusion_transformer_follows_the_attention_setting(setup):
+    model, processor = setup
+    batch = inputs_of(processor, 2, random_image(100, 130))
+    fusion = model.model.connector.token_ops[0]
+    before, expected = fusion.model.config._attn_implementation, logits_of(model, batch)
+    model.set_attn_implementation("eager")
+    try:
+        assert before == "sdpa" and fusion.model.config._attn_implementation == "eager"
+        torch.testing.assert_close(logits_of(model, batch), expected, **CLOSE)
+    finally:
+        model.set_attn_implementation("sdpa")
