@@ -1,6 +1,7 @@
 """Small training runs: models with known parts, conversations, and a Trainer for one stage."""
 
 from builders import random_image, tiny_config, tiny_model, tiny_processor
+from hires_lmm.processing.chat_templates_hires_lmm import answer_prefix_ids, question_prefix_ids
 
 
 COMPRESS = {"part": "query_compressor", "on": "crops", "num_queries": 4}
@@ -23,6 +24,18 @@ def slime_parts(seed=0, **connector):
     """A tiny SliME model in training mode and its processor (ChatML)."""
     config = slime_config(**connector)
     return tiny_model(config, seed).train(), tiny_processor(config, "chatml")
+
+
+def fusion_parts(seed=0, **options):
+    """A tiny fusion model in training mode (12 queries, 3 in later turns, unless options say otherwise), and its
+    processor (ChatML)."""
+    fusion = {"part": "fusion", "num_queries": 12, "later_queries": 3, "num_layers": 2, "num_heads": 4, **options}
+    planner = {"name": "hd", "max_crops": 4}
+    config = tiny_config("fusion", connector_config={"token_ops": [fusion]}, planner=planner)
+    processor = tiny_processor(config, "chatml")
+    config.answer_prefix_ids = answer_prefix_ids(processor)
+    config.question_prefix_ids = question_prefix_ids(processor)
+    return tiny_model(config, seed).train(), processor
 
 
 def conversation(number: int, images: int = 1) -> dict:

@@ -43,7 +43,9 @@ def layout_kinds(positions: list[list[int]], spans: list[list[int]], layout: dic
         layout (`dict`): The token layout of the config.
     """
     if layout["fixed_tokens"] is not None:
-        raise NotImplementedError("the reference covers layouts whose count follows from the views")
+        if layout["crop_grid"] != [0, 0]:
+            raise NotImplementedError("the reference covers fixed counts that are those of the whole global view")
+        spans = [[0, layout["patch_grid"][0], 0, layout["patch_grid"][1]], *spans[1:]]
 
     def extent(span: list[int], grid: list[int]) -> list[int]:
         """Token rows and columns of a view; a side may be empty while the other is not."""

@@ -28,8 +28,9 @@ from builders import (
     tiny_vision_config,
 )
 from hires_lmm import PRESETS
+from hires_lmm.accounting import preset_processor
 from hires_lmm.conversion import ConversionError, compose, convert_slime, export
-from hires_lmm.conversion.cards import TEMPLATE
+from hires_lmm.conversion.cards import TEMPLATE, token_table
 
 
 CARDS = Path(__file__).parents[2] / "model_cards"
@@ -56,7 +57,7 @@ def halves(tmp_path_factory):
 @pytest.mark.parametrize("preset", sorted(PRESETS))
 @torch.no_grad()
 def test_each_preset_is_ready_to_train(halves, tmp_path, preset):
-    if preset not in ("slime", "slime_release", "llava_next", "llava_hd", "monkey"):
+    if preset not in ("slime", "slime_release", "llava_next", "llava_hd", "monkey", "vlsa"):
         pytest.skip("a later preset")
     queries = {"part": "query_compressor", "on": "all" if preset == "monkey" else "crops", "num_queries": 4}
     changes = {"connector_config": {"view_ops": [queries]}} if preset in ("slime", "slime_release", "monkey") else {}
@@ -177,3 +178,12 @@ def test_the_cards_of_the_published_models():
     for name in ("slime-7b.md", "slime-8b.md", "slime-13b.md", "slime-70b.md"):
         text = (CARDS / name).read_text()
         assert "hires-lmm convert slime" in text and "| 640 x 480 | 5 | 1153 | 578 |" in text
+
+
+@pytest.mark.parametrize("card, preset", [("vlsa", "vlsa"), ("fusion-llama2-7b", "fusion")])
+def test_the_numbers_of_a_card_are_those_of_its_preset(card, preset):
+    text = (CARDS / f"{card}.md").read_text()
+    for row in token_table(preset_processor(preset).image_processor):
+        assert f"| {row['width']} x {row['height']} | {row['views']} | {row['tokens']} | {row['smallest']} |" in text
+    for path in re.findall(r"examples/[\w/.]+", text):
+        assert (CARDS.parent / path).is_file()

@@ -28,6 +28,7 @@ CASES = [
     ("slime", "clip", "llama", routing.Rule("cosine")),
     ("slime", "siglip", "qwen2", routing.Rule("attention", gamma=0.6)),
     ("llava_next", "clip", "gemma2", routing.Rule("saliency", gamma=0.3)),
+    ("vlsa", "siglip", "llama", None),
 ]
 BUDGETS = [None, 30]
 

@@ -51,7 +51,7 @@ def test_help_is_fast_and_loads_nothing_heavy():
 
 @pytest.mark.parametrize(
     "command",
-    ["ask", "tokens", "show", "export", "compose", "serve-demo", "convert slime", "convert to-slime"],
+    ["ask", "tokens", "show", "sweep", "export", "compose", "serve-demo", "convert slime", "convert to-slime"],
 )
 def test_every_command_has_help(command: str):
     result = run(*command.split(), "--help")

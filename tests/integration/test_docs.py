@@ -15,7 +15,12 @@ from hires_lmm.processing.planners_hires_lmm import PLANNERS
 
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-NEEDS = {"needle.md": ("sklearn", "matplotlib"), "training.md": ("peft",)}  # page -> modules of the extra `train`
+NEEDS = {  # page -> modules of the extras `train` and `reconstruction`
+    "needle.md": ("sklearn", "matplotlib"),
+    "sweep.md": ("sklearn", "matplotlib"),
+    "training.md": ("peft",),
+    "vlsa.md": ("diffusers",),
+}
 SCRIPT = ROOT / "scripts" / "doc_tables.py"
 
 

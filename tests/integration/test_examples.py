@@ -14,7 +14,7 @@ from builders_docs import ROOT
 
 
 EXAMPLES = ROOT / "examples"
-LONGER = {"make_images": 200, "bilinear_alternation": 200}  # a drawing and a proof; the others fit on three screens
+LONGER = {"make_images": 200, "bilinear_alternation": 200, "train": 200}  # a drawing, a proof, every kind of plan
 NAMES = sorted(path.stem for path in EXAMPLES.glob("*.py"))
 
 
@@ -75,6 +75,38 @@ def test_demo_tells_the_whole_story(tmp_path, monkeypatch, capsys):
     assert "3888 visual tokens, budget 1200" in text
     assert "reached the language model: 1200" in text
     assert Image.open(tmp_path / "kept_tokens.png").width >= 1000
+
+
+def test_fusion_reads_only_what_a_turn_adds(monkeypatch, capsys):
+    text = run("fusion_turns", monkeypatch=monkeypatch, capsys=capsys)
+    assert "n = 1: 1 tokens for the image, 1 for the second question" in text
+    assert "n = 256: 256 tokens for the image, 8 for the second question" in text
+    read = [int(number) for number in re.findall(r"turn \d: the fusion transformer read (\d+) positions", text)]
+    # 5 views of 144 tokens and a mark, the question, 64 queries; later questions are bytes, with 8 queries
+    assert read[0] == 5 * 145 + len("\nWhich ferry is cancelled?") + 64 + 2
+    assert read[1:] == [len("When does the next one leave?") + 8 + 2, len("From which pier?") + 8 + 2]
+
+
+def test_vlsa_has_576_tokens_for_every_size(monkeypatch, capsys):
+    text = run("vlsa_tokens", monkeypatch=monkeypatch, capsys=capsys)
+    assert re.findall(r"pixels: (\d+) crops, (\d+) tokens", text) == [
+        ("1", "576"),
+        ("1", "576"),
+        ("24", "576"),
+        ("35", "576"),
+        ("36", "576"),
+    ]
+    moved = [float(found) for found in re.findall(r"576 tokens, cosine to those of one crop ([\d.]+)", text)]
+    assert moved[0] == 1 and len(moved) == 3 and max(moved[1:]) < 1
+    assert "answer: " in text
+
+
+def test_vlsa_cognition_asks_trains_and_scores(monkeypatch, capsys):
+    text = run("vlsa_cognition", monkeypatch=monkeypatch, capsys=capsys)
+    assert text.count("assistant: ") in (2, 3) and re.search(r"assistant: \d+,\d+,\d+ \d+,\d+,\d+\n", text)
+    assert re.search(r"loss of 4 steps: \d", text)
+    assert "right answers score {'parsed': 1.0, 'error': 0.0}" in text
+    assert float(re.search(r"grey answers score \{'parsed': 1.0, 'error': ([\d.]+)", text)[1]) > 10
 
 
 def test_the_image_is_what_its_script_draws():

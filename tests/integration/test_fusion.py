@@ -36,6 +36,17 @@ def test_every_turn_has_its_placeholders(setup, size, budget, wanted):
     assert processor.image_tokens(*size, **options) == wanted[0]
 
 
+@pytest.mark.parametrize("name", ["llama3", "vicuna", "chatml", "plain"])
+def test_every_template_writes_queries(setup, name):
+    """Also where the processor is built from its parts; a saved one reads the text it wrote."""
+    processor = type(setup[1])(setup[1].image_processor, setup[1].tokenizer, chat_template=name)
+    text = processor.apply_chat_template(chat(3))
+    assert text.count("<image>") == 1 and text.count("<query>") == 2
+    assert text.index("<query>" + QUESTIONS[1]) < text.index("<query>" + QUESTIONS[2])
+    again = type(processor)(processor.image_processor, processor.tokenizer, chat_template=processor.chat_template)
+    assert again.apply_chat_template(chat(3)) == text
+
+
 def test_a_conversation_without_an_image_has_no_queries(setup):
     _, processor = setup
     messages = [

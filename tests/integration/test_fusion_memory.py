@@ -83,6 +83,7 @@ def test_generate_reads_the_conversation_of_its_ids(setup, between, options):
     cache = model.generate(**text_only(first), mm_encoder_outputs=features, **OPTIONS).past_key_values
     cache.crop(begun - 1 - cache.get_seq_length())
     model.generate(**text_only(inputs_of(processor, 3, image, between)), mm_encoder_outputs=features, **OPTIONS)
+    cache = copy.deepcopy(cache)  # a cache that the features do not know: only the ids say what it holds
     cache.batch_repeat_interleave(options.get("num_beams", 1))
     found = model.generate(
         **text_only(whole), past_key_values=cache, mm_encoder_outputs=features, **OPTIONS, **options

@@ -79,7 +79,7 @@ ROUTED = [
     routed("llava_next", "siglip", "llama", 40, True, "attention", gamma=0.6),  # a budget goes before the threshold
 ]
 STATIC_EXTRA = [CASES[0], CASES[1], CASES[6]]  # counts that follow from sizes alone, nothing reads the question
-CASES = [*CASES, Case("monkey", "siglip", "mistral"), *ROUTED]
+CASES = [*CASES, Case("monkey", "siglip", "mistral"), Case("vlsa", "clip", "qwen2", None), *ROUTED]
 MAIN = CASES[0]
 EXTRA = [*STATIC_EXTRA, ROUTED[0], ROUTED[1]]  # the rarer modes run on these
 ROWS = [

@@ -197,7 +197,7 @@ def test_training_without_any_source_is_an_error():
         with pytest.raises(ValueError, match="answer_prefix_ids"):  # as TRL calls the base model
             model.model(**batch)
         for source in ("labels", "prompt_mask"):
-            assert torch.isfinite(model(**batch, **{source: batch["attention_mask"]}).logits).all()
+            assert torch.isfinite(model(**batch, **{source: batch["attention_mask"]}, return_logits=True).logits).all()
     finally:
         model.eval()
 

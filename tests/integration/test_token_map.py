@@ -43,7 +43,7 @@ def of_image(found, image: int) -> dict[str, torch.Tensor]:
 
 
 # --- records -------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", [*PRESETS, "vlsa"])
 def test_records_are_the_tokens_before_selection(preset):
     model, batch, output = run(preset, [random_image(*size, seed=i) for i, size in enumerate(SIZES)])
     found, layout = output.token_map, model.config.token_layout()
@@ -116,6 +116,7 @@ def test_as_many_are_kept_as_enter_the_language_model(preset, rule, budget):
 
     def look(module, args, kwargs):
         mask, embeds = kwargs["attention_mask"], kwargs["inputs_embeds"]
+        mask = torch.ones(embeds.shape[:2], dtype=torch.long) if mask is None else mask  # a batch without padding
         seen.append((mask[:, -embeds.shape[1] :].sum(1), embeds))
 
     handle = model.model.language_model.register_forward_pre_hook(look, with_kwargs=True)

@@ -13,7 +13,7 @@ from hires_lmm.modeling.views_hires_lmm import KIND_CROP, KIND_GLOBAL, PartConte
 
 
 def context(crop_grid=(3, 3)) -> PartContext:
-    return PartContext(SimpleNamespace(_attn_implementation="eager"), 16, 24, (3, 3), crop_grid)
+    return PartContext(SimpleNamespace(_attn_implementation="eager"), 16, 24, (3, 3), crop_grid, (3, 3))
 
 
 def build(spec: dict, **kwargs) -> nn.Module:

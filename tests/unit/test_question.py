@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hires_lmm.modeling.question_hires_lmm import build_question, find_sequence, number_turns
+from hires_lmm.modeling.question_hires_lmm import PromptText, build_question, find_sequence, number_turns
 
 
 IMAGE = 9
@@ -21,14 +21,17 @@ def read(
     """Readable positions of each image."""
     ids = torch.tensor([ids])
     placeholder = ids == IMAGE
-    result = build_question(
-        torch.zeros(1, ids.shape[1], 2),
+    text = PromptText(
         ids,
+        torch.zeros(1, ids.shape[1], 2),
+        prompt_mask=None if mask is None else torch.tensor([mask]),
+        labels=None if labels is None else torch.tensor([labels]),
+    )
+    result = build_question(
+        text,
         placeholder,
         [int(placeholder.sum()) // images] * images,
-        torch.ones_like(placeholder),
-        None if mask is None else torch.tensor([mask]),
-        None if labels is None else torch.tensor([labels]),
+        None,
         scope,
         list(answer),
         list(question),

@@ -4,6 +4,7 @@ from .compose import compose
 from .convert_slime import convert_slime
 from .errors import ConversionError
 from .exporting import export
+from .fusion import convert_fusion
 from .llava_next import convert_llava_next
 from .to_slime import convert_to_slime
 
@@ -11,6 +12,7 @@ from .to_slime import convert_to_slime
 __all__ = [
     "ConversionError",
     "compose",
+    "convert_fusion",
     "convert_llava_next",
     "convert_slime",
     "convert_to_slime",

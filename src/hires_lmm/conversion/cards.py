@@ -52,8 +52,8 @@ def unsupported(config: Any) -> list[str]:
         Sentences.
     """
     lines = []
-    ops = config.connector_config.token_ops
-    if any(op.get("score", "cosine") in ("cosine", "attention") for op in ops if op["part"] == "router"):
+    ops = config.connector_config.resolve().token_ops
+    if any(op.part.reads_question(op.options) for op in ops):
         lines.append("Selection by the question in servers that never show the question to the image branch.")
     lines.append("Chunked prefill and continuous batching while tokens are dropped by their content.")
     lines.append("Videos and audio.")

@@ -190,6 +190,7 @@ def add_connector(mapped: Mapped, config: Any) -> None:
             config.vision_config.hidden_size,
             config.text_config.hidden_size,
             config.patch_grid,
+            config.text_config.vocab_size,
         )
     for name, tensor in connector.state_dict().items():
         key = f"model.connector.{name}"

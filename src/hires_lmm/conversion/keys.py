@@ -69,6 +69,75 @@ class SplitRows:
 
 
 @dataclass(frozen=True)
+class Squeeze:
+    """One tensor without its leading axes of length one.
+
+    Args:
+        source (`str`): Name in the foreign checkpoint.
+        target (`str`): Name in ours.
+        axes (`int`): How many axes go.
+    """
+
+    source: str
+    target: str
+    axes: int
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Names in our checkpoint."""
+        return (self.target,)
+
+    kind = "leading axes removed"
+
+    def forward(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """Foreign tensor -> our tensors.
+
+        Raises:
+            ValueError: If the axes are longer than one.
+        """
+        if any(size != 1 for size in tensor.shape[: self.axes]):
+            raise ValueError(f"{self.source} has the shape {tuple(tensor.shape)}; its first {self.axes} must be 1.")
+        return [tensor.reshape(tensor.shape[self.axes :])]
+
+    def backward(self, tensors: list[torch.Tensor]) -> torch.Tensor:
+        """Our tensors -> foreign tensor."""
+        return tensors[0][(None,) * self.axes]
+
+
+@dataclass(frozen=True)
+class TakeRows:
+    """One table that becomes a table, and a second one of some of its rows.
+
+    Args:
+        source (`str`): Name in the foreign checkpoint.
+        targets (`tuple[str, str]`): Names in ours: the whole table, and the chosen rows.
+        rows (`tuple[int]`): The chosen rows, in order.
+    """
+
+    source: str
+    targets: tuple[str, str]
+    rows: tuple[int, ...]
+
+    kind = "table and chosen rows"
+
+    def forward(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """Foreign tensor -> our tensors.
+
+        Raises:
+            ValueError: If the table has too few rows.
+        """
+        if max(self.rows) >= tensor.shape[0]:
+            raise ValueError(f"{self.source} has {tensor.shape[0]} rows, so no row {max(self.rows)}.")
+        return [tensor, tensor[list(self.rows)]]
+
+    def backward(self, tensors: list[torch.Tensor]) -> torch.Tensor:
+        """Our tensors -> foreign tensor; the chosen rows are written into the table."""
+        table = tensors[0].clone()
+        table[list(self.rows)] = tensors[1]
+        return table
+
+
+@dataclass(frozen=True)
 class Constant:
     """A tensor that every foreign checkpoint holds with the same value and that ours does not need.
 
@@ -126,7 +195,7 @@ class Aside:
         raise ValueError(f"{self.source} can only come from the side file of a conversion.")
 
 
-Rule = Rename | SplitRows | Constant | Aside
+Rule = Rename | SplitRows | Squeeze | TakeRows | Constant | Aside
 
 
 @dataclass(frozen=True)

@@ -72,8 +72,11 @@ class HiResLmmProcessor(ProcessorMixin):
         if "padding_side" not in tokenizer.init_kwargs:
             _pad_left(tokenizer)
         template = tokenizer.chat_template if chat_template is None else chat_template
-        if isinstance(template, str):
-            template = CHAT_TEMPLATES.get(template, template)
+        has_later = (
+            image_processor is not None and (image_processor.token_layout or {}).get("later_tokens") is not None
+        )
+        if isinstance(template, str) and template in CHAT_TEMPLATES:
+            template = add_queries(CHAT_TEMPLATES[template]) if has_later else CHAT_TEMPLATES[template]
         super().__init__(image_processor, tokenizer, chat_template=template)
 
     @classmethod
@@ -115,7 +118,7 @@ class HiResLmmProcessor(ProcessorMixin):
         image_token = _prepare_tokenizer(tokenizer, config.image_token_id)
         template = _choose_template(tokenizer) if chat_template is None else chat_template
         template = CHAT_TEMPLATES.get(template, template)
-        if options["token_layout"]["later_tokens"] is not None:
+        if options["token_layout"].get("later_tokens") is not None:
             template = add_queries(template)
         tokenizer.chat_template = template
         image_processor = HiResLmmImageProcessor(**{**options, **changes})

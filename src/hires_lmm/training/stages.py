@@ -208,8 +208,13 @@ class Stage:
             self._check_saved_expert(base, model)
             set_expert(base, self.expert)
         if self.question is not None:
-            from .fusion_states import set_question
+            from .fusion_states import find_fusion, set_question
 
+            if hasattr(model, "peft_config") and find_fusion(base).question != self.question:
+                raise ValueError(
+                    f"Stage {self.name!r} uses question={self.question}, which an adapter folder cannot hold. Call "
+                    f"set_question(model, {self.question}) and save the base model before get_peft_model."
+                )
             set_question(base, self.question)
 
     def _check_saved_expert(self, base: Any, model: nn.Module) -> None:

@@ -1,0 +1,273 @@
+"""What the claims of SliME are worth at our scale: trained runs on the needle task, sweeps, and docs/evidence.md.
+
+    python benchmarks/needle.py list                         runs, seeds, what is finished
+    python benchmarks/needle.py run alternating --seed 0     one run: training, then scores on validation scenes
+    python benchmarks/needle.py all                          every run and seed that is not finished
+    python benchmarks/needle.py score --split test           scores of finished runs on test scenes, at the very end
+    python benchmarks/needle.py sweep                        inference sweeps of the shipped checkpoint
+    python benchmarks/needle.py report                       tables and plots of docs/evidence.md
+
+All runs see the same training scenes and the same number of scene visits (a visit is one picture with up to eight
+questions), split over the stages of their plan. `--share 0.25` runs everything with a quarter of the visits; results
+of different shares are never compared. Interrupted runs go on. Trained models and tower features stay in `--work`
+(not committed), results in benchmarks/results/needle (committed).
+"""
+
+import argparse
+import json
+import logging
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from needle_report import write_evidence
+from record import RESULTS, surroundings
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.utils import logging as library_logging
+
+from hires_lmm import PRESETS
+from hires_lmm.sweep import SweepSetting
+from hires_lmm.sweep.command import DataOptions, run_sweep
+from hires_lmm.training import get_plan
+from hires_lmm.training.needle_runs import RunOptions, SceneSet, evaluate_packed, join_halves, small_rates, train
+from hires_lmm.training.needle_runs.run import DONE, LOG, MODEL
+
+
+ROOT = Path(__file__).parents[1]
+FOLDER = RESULTS / "needle"
+VISITS, SCENES, BATCH_SIZE = 40_000, 3_000, 8
+MIX = {"all": 0.75, "crops": 0.1, "global": 0.15}
+NUM_QUERIES = 16
+SEEDS = (0, 1, 2)
+GAMMAS = (0.25, 0.5, 0.75, 0.9, 0.95, 1.0)
+BUDGETS = (96, 128, 192, 256, 320, 448, None)
+IMAGE_SIZES = (128, 192, 256, 320, None)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A model and how it is trained.
+
+    Args:
+        text (`str`): For the tables.
+        shares (`tuple` of `float`): Share of the visits of each stage.
+        plan, preset (`str`): Of the library.
+        num_queries (`int`): Queries a crop.
+        views (`str`, *optional*): Views of all stages, and of scoring.
+        seeds (`tuple` of `int`): Seeds to run.
+        connector (`dict`): Changes of the connector.
+        router (`bool`): Whether the router runs in training, one question a row.
+        start (`str`, *optional*): Run whose finished stages, all but the last, are taken over.
+        questions (`int`): Most questions of a visit.
+    """
+
+    text: str
+    shares: tuple[float, ...] = (0.15, 0.1, 0.4, 0.35)
+    plan: str = "slime"
+    preset: str = "slime"
+    num_queries: int = NUM_QUERIES
+    views: str | None = None
+    seeds: tuple[int, ...] = (0,)
+    connector: dict = field(default_factory=dict)
+    router: bool = False
+    start: str | None = None
+    questions: int = 8
+
+
+def router(noise: float) -> list[dict]:
+    """The token operations of the preset with another noise."""
+    return [{**op, "noise": noise} for op in PRESETS["slime"]["connector_config"]["token_ops"]]
+
+
+QUERY_FORMER = {"view_ops": [], "adapter": {"part": "query_former", "num_queries": NUM_QUERIES}}
+ROUTED = {"start": "alternating", "questions": 2}
+RUNS: dict[str, Run] = {
+    "alternating": Run("alternating: I-a, I-b, II, III", seeds=SEEDS),
+    "end_to_end": Run("end-to-end: connector, then everything", (0.65, 0.35), "end_to_end", seeds=SEEDS),
+    "global": Run("global view only", (0.4, 0.25, 0.0, 0.35), views="global", seeds=SEEDS),
+    "crops": Run("crops only", (0.25, 0.0, 0.4, 0.35), views="crops", seeds=SEEDS),
+    "queries_9": Run("9 queries a crop (64 of 576)", num_queries=9),
+    "queries_25": Run("25 queries a crop (196 of 576)", num_queries=25),
+    "query_former": Run("query former alone", (0.4, 0.25, 0.35), "query_former", connector=QUERY_FORMER),
+    "router_off": Run("stage III without router", **ROUTED),
+    "router_noise": Run("stage III with router, noise", connector={"token_ops": router(0.1)}, router=True, **ROUTED),
+    "router_quiet": Run(
+        "stage III with router, no noise", connector={"token_ops": router(0.0)}, router=True, **ROUTED
+    ),
+}
+
+
+def visits_of(run: Run, share: float) -> tuple[int, ...]:
+    """Scene visits of each stage, whole batches."""
+    return tuple(round(part * share * VISITS / BATCH_SIZE) * BATCH_SIZE for part in run.shares)
+
+
+def result_file(name: str, seed: int, split: str) -> Path:
+    """Where the scores of a run are kept."""
+    return FOLDER / f"{name}-{seed}-{split}.json"
+
+
+def run_one(name: str, seed: int, options: argparse.Namespace) -> None:
+    """Train and score a run, unless that is done.
+
+    Args:
+        name (`str`): Key of `RUNS`.
+        seed (`int`): Seed of adapters, order and questions.
+        options (`argparse.Namespace`): Of the command line.
+    """
+    run, out = RUNS[name], options.work / f"{options.share:g}" / f"{name}-{seed}"
+    if result_file(name, seed, "validation").is_file():
+        return
+    if run.start is not None:
+        run_one(run.start, seed, options)
+        take_over(options.work / f"{options.share:g}" / f"{run.start}-{seed}", out)
+    settings = RunOptions(
+        cache=str(options.work / "cache" if options.cache is None else options.cache),
+        visits=visits_of(run, options.share),
+        scenes=SCENES,
+        batch_size=BATCH_SIZE,
+        questions=run.questions,
+        seed=seed,
+        views=run.views,
+        mix=None if run.views else MIX,
+        note=options.note,
+        command=f"python benchmarks/needle.py run {name} --seed {seed} --share {options.share:g}",
+    )
+    model, processor = join_halves(
+        options.halves, run.preset, run.num_queries, run.router, seed, connector_config=run.connector
+    )
+    train(model, processor, small_rates(get_plan(run.plan)), out, settings)
+    score(name, seed, "validation", options)
+
+
+def take_over(source: Path, target: Path) -> None:
+    """Copy the finished stages of another run, all but the last."""
+    for stage in sorted(file.parent for file in source.glob(f"*/{DONE}"))[:-1]:
+        if not (target / stage.name / DONE).is_file():
+            shutil.copytree(stage, target / stage.name, dirs_exist_ok=True)
+
+
+def score(name: str, seed: int, split: str, options: argparse.Namespace) -> None:
+    """Score a trained run and write its result.
+
+    Args:
+        name (`str`): Key of `RUNS`.
+        seed (`int`): Seed of the run.
+        split (`str`): `validation`, or `test` at the very end.
+        options (`argparse.Namespace`): Of the command line.
+    """
+    run, out = RUNS[name], options.work / f"{options.share:g}" / f"{name}-{seed}"
+    file = result_file(name, seed, split)
+    if file.is_file():
+        return
+    log = json.loads((out / LOG).read_text(encoding="utf-8"))
+    model = AutoModelForImageTextToText.from_pretrained(out / MODEL)
+    processor = AutoProcessor.from_pretrained(out / MODEL)
+    scenes = SceneSet(split, options.score_scenes)
+    cache = options.work / "cache" if options.cache is None else options.cache
+    views = ["all", "global", "crops", "none"] if run.views is None else [run.views, "none"]
+    scores = {view: evaluate_packed(model, processor, scenes, cache, view) for view in views}
+    stages = [
+        {"name": stage["stage"]["name"], "visits": stage["visits"], **stage["seconds"]} for stage in log["stages"]
+    ]
+    result = {
+        "name": name,
+        "seed": seed,
+        "run": asdict(run),
+        "share": options.share,
+        "split": split,
+        "scenes": options.score_scenes,
+        "scores": scores,
+        "stages": stages,
+        "training": {key: log[key] for key in ("command", "machine", "device", "threads", "versions")},
+        "parameters": log["parameters"],
+        **surroundings(),
+    }
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    logging.getLogger(__name__).info("%s: %s", file.name, {v: s["all"]["accuracy"] for v, s in scores.items()})
+
+
+def sweep(options: argparse.Namespace) -> None:
+    """Sweep the shipped checkpoint over views, gamma, budgets and image size."""
+    grids = {
+        "views": [SweepSetting(views=views) for views in ("all", "global", "crops", "none")],
+        "gamma": [SweepSetting(gamma=gamma) for gamma in GAMMAS],
+        "tokens": [SweepSetting(tokens=tokens) for tokens in BUDGETS],
+        "image_size": [SweepSetting(image_size=size) for size in IMAGE_SIZES],
+    }
+    for split, placement in ((options.split, "free"), (options.split, "aligned")):
+        for name, settings in grids.items():
+            target = FOLDER / "sweeps" / f"{name}-{placement}-{split}.json"
+            if target.is_file() or (placement == "aligned" and name != "views"):
+                continue
+            data = DataOptions(scenes=options.score_scenes, questions=20, placement=placement)
+            work = options.work / "sweeps" / f"{name}-{placement}-{split}"
+            command = f"python benchmarks/needle.py sweep --split {split} --score-scenes {options.score_scenes}"
+            checkpoint = str(options.checkpoint)
+            _, record, _ = run_sweep(checkpoint, f"needle:{split}", work, settings, data, command=command, plot=False)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            record = {**record, "checkpoint_name": options.checkpoint.name, "record": surroundings()}
+            target.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def show(options: argparse.Namespace) -> None:
+    """The runs and what is finished."""
+    table = Table("run", "what", "seeds", "visits of the stages", "finished")
+    for name, run in RUNS.items():
+        done = [str(seed) for seed in run.seeds if result_file(name, seed, "validation").is_file()]
+        visits = ", ".join(map(str, visits_of(run, options.share)))
+        table.add_row(name, run.text, ", ".join(map(str, run.seeds)), visits, ", ".join(done))
+    Console().print(table)
+
+
+def read_options() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=("list", "run", "all", "score", "sweep", "report"))
+    parser.add_argument("name", nargs="?", choices=sorted(RUNS), help="for run")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--halves", type=Path, default=ROOT / "checkpoints" / "halves")
+    parser.add_argument("--checkpoint", type=Path, default=ROOT / "checkpoints" / "needle-slime", help="for sweep")
+    parser.add_argument("--work", type=Path, default=ROOT / "outputs" / "needle")
+    parser.add_argument("--cache", type=Path, help="folder of tower features; default WORK/cache")
+    parser.add_argument("--share", type=float, default=1.0, help="of the visits")
+    parser.add_argument("--split", default="validation", choices=("validation", "test"))
+    parser.add_argument("--score-scenes", type=int, default=300)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--note", default="", help="about the machine, for the log")
+    options = parser.parse_args()
+    if options.action == "run" and options.name is None:
+        parser.error(f"name a run: {', '.join(RUNS)}")
+    return options
+
+
+def main() -> None:
+    """Do what the command line asks."""
+    options = read_options()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    library_logging.disable_progress_bar()
+    torch.set_num_threads(options.threads)
+    wanted = [(name, seed) for name, run in RUNS.items() for seed in run.seeds]
+    if options.action == "list":
+        show(options)
+    elif options.action == "run":
+        run_one(options.name, options.seed, options)
+    elif options.action == "all":
+        for name, seed in wanted:
+            run_one(name, seed, options)
+    elif options.action == "score":
+        for name, seed in wanted:
+            if result_file(name, seed, "validation").is_file():
+                score(name, seed, options.split, options)
+    elif options.action == "sweep":
+        sweep(options)
+    else:
+        write_evidence(FOLDER, ROOT / "docs", options.split)
+
+
+if __name__ == "__main__":
+    main()

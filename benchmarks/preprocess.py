@@ -1,0 +1,153 @@
+"""Images to views: our processor against transformers' processors and bare Pillow resizes.
+
+    python benchmarks/preprocess.py             about 3 minutes on two idle cores; there is no CUDA variant
+
+`llava_next` of transformers makes the very same views. The other peers are set to views of 336 pixels and at most four
+crops; "ours is faster by" is given where they make as many pixels as we do (`qwen3_vl` makes no views: it resizes once
+to as many pixels as a 2 x 2 grid). "Two resizes" is what Pillow alone takes for the two resizes that the views need:
+the floor of the work on decoded images. transformers' processors run on their Pillow backend.
+"""
+
+import argparse
+import io
+from typing import Any
+
+import numpy as np
+import torch
+from cases import llava_next_processor
+from measure import interleave, median, peak_memory, plot_bars, print_table, report_path
+from PIL import Image
+from record import write_result
+from rich.progress import track
+from shapes import VIEW
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from hires_lmm.accounting import preset_processor
+
+
+SIZES = {"1.0 MP": (1024, 1024), "2.1 MP": (1024, 2048), "4.2 MP": (2048, 2048), "8.3 MP": (2160, 3840)}
+SOURCES = ("decoded", "array", "png", "jpeg")
+OURS, SAME_VIEWS, FLOOR = "ours", "transformers llava_next", "two resizes"
+COLUMNS = {
+    "size": "image",
+    "source": "source",
+    "processor": "processor",
+    "images_per_second": "images/s",
+    "speedup": "ours is faster by",
+    "of_resizes": "time / two resizes",
+    "megapixels": "MP of output",
+    "peak_mib": "peak MiB",
+}
+
+
+def make_picture(height: int, width: int) -> Image.Image:
+    """Waves and noise: files of it are neither tiny nor incompressible."""
+    rng = np.random.default_rng([height, width])
+    rows, columns = np.mgrid[0:height, 0:width] / 97.0
+    waves = 128 + 90 * np.sin(rows)[..., None] * np.cos(
+        columns * np.array([1.0, 1.3, 0.7]).reshape(3, 1, 1)
+    ).transpose(1, 2, 0)
+    return Image.fromarray((waves + rng.normal(0, 6, waves.shape)).clip(0, 255).astype(np.uint8))
+
+
+def make_source(picture: Image.Image, source: str) -> Any:
+    """The picture as one of `SOURCES`; files are bytes in memory."""
+    if source == "decoded":
+        return picture
+    if source == "array":
+        return np.asarray(picture)
+    file = io.BytesIO()
+    picture.save(file, source, **({"quality": 90} if source == "jpeg" else {}))
+    return file.getvalue()
+
+
+def decode(given: Any) -> Any:
+    """What a user of transformers' processors does with a file first."""
+    return Image.open(io.BytesIO(given)).convert("RGB") if isinstance(given, bytes) else given
+
+
+def processors() -> dict[str, Any]:
+    """All processors, by name: given a source they return a batch."""
+    ours = preset_processor("llava_next").image_processor
+    side = {"height": VIEW, "width": VIEW}
+    pinpoints = llava_next_processor().image_grid_pinpoints
+    peers = {
+        SAME_VIEWS: llava_next_processor(),
+        "transformers llava_onevision": LlavaOnevisionImageProcessorPil(size=side, image_grid_pinpoints=pinpoints),
+        "transformers idefics3": Idefics3ImageProcessorPil(
+            size={"longest_edge": 2 * VIEW}, max_image_size={"longest_edge": VIEW}
+        ),
+        "transformers internvl": GotOcr2ImageProcessorPil(crop_to_patches=True, size=side, max_patches=4),
+        "transformers qwen3_vl": Qwen2VLImageProcessorPil(
+            patch_size=16, size={"shortest_edge": VIEW * VIEW, "longest_edge": 4 * VIEW * VIEW}
+        ),
+    }
+    calls: dict[str, Any] = {OURS: lambda given: ours(given, return_tensors="pt")}
+    for name, peer in peers.items():
+        calls[name] = lambda given, peer=peer: peer([decode(given)], return_tensors="pt")
+    return calls
+
+
+def two_resizes(picture: Image.Image) -> Any:
+    """The resizes of the planned views, by Pillow alone."""
+    plan = preset_processor("llava_next").image_processor.plan(picture.height, picture.width)
+    sizes = (plan.global_size[::-1], plan.resized[::-1])
+    return lambda: [picture.resize(size, Image.Resampling.BICUBIC) for size in sizes]
+
+
+def measure_size(name: str, source: str, repeats: int) -> list[dict[str, Any]]:
+    """Time all processors on one picture.
+
+    Args:
+        name (`str`): Key of `SIZES`.
+        source (`str`): One of `SOURCES`.
+        repeats (`int`): Rounds.
+
+    Returns:
+        One row a processor, and one for the bare resizes.
+    """
+    picture = make_picture(*SIZES[name])
+    given = make_source(picture, source)
+    known = processors()
+    calls = {key: (lambda call=call: call(given)) for key, call in known.items()}
+    seconds = {
+        key: median(values) for key, values in interleave({**calls, FLOOR: two_resizes(picture)}, repeats, 1).items()
+    }
+    rows = []
+    for key, value in seconds.items():
+        row: dict[str, Any] = {"size": name, "source": source, "processor": key, "images_per_second": 1 / value}
+        row["of_resizes"] = value / seconds[FLOOR]
+        if key in calls:
+            pixels = calls[key]()["pixel_values"]
+            row["peak_mib"] = peak_memory(calls[key]) / 2**20
+            row["megapixels"] = pixels.numel() / 3e6
+            if key != OURS and row["megapixels"] == rows[0]["megapixels"]:
+                row["speedup"] = value / seconds[OURS]
+        rows.append(row)
+    return rows
+
+
+def main() -> None:
+    """Measure, print, write JSON and plot."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--sizes", nargs="*", choices=tuple(SIZES), default=list(SIZES))
+    parser.add_argument("--sources", nargs="*", choices=SOURCES, default=list(SOURCES))
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    rows: list[dict] = []
+    for size in track(arguments.sizes, description="sizes"):
+        for source in arguments.sources:
+            rows += measure_size(size, source, arguments.repeats)
+    print_table(rows, COLUMNS, "images to views (llava_next's views for ours and transformers llava_next)")
+    path = write_result("preprocess_cpu", rows, [0])
+    decoded = [{**row, "label": f"{row['size']}: {row['processor']}"} for row in rows if row["source"] == "decoded"]
+    plot_bars("preprocess_cpu", decoded, "label", "images_per_second", "images per second", "from decoded images")
+    report_path(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""Counted operations and bytes of every part at true sizes, against a committed budget: no clock is read."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from hires_lmm.modeling.parts_hires_lmm import SLOTS
+
+
+ROOT = Path(__file__).parents[2]
+BUDGET = ROOT / "tests" / "fixtures" / "part_costs.json"
+SLACK = 1.02  # another version may write a small operation in another way
+RENEW = "if that is wanted, renew the budget: python benchmarks/parts.py --write-budget"
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def parts():
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        yield importlib.import_module("parts")
+    finally:
+        sys.path.remove(str(ROOT / "benchmarks"))
+
+
+@pytest.fixture(scope="module")
+def budget() -> dict:
+    return json.loads(BUDGET.read_text())
+
+
+def test_every_part_has_a_budget(parts, budget):
+    assert {parts.label(*part) for part in parts.part_names()} == set(budget), RENEW
+    assert {name for known in SLOTS.values() for name in known} == {name for _, name, _ in parts.part_names()}
+
+
+def test_costs_stay_within_the_budget(parts, budget):
+    dearer, cheaper = {}, {}
+    for part in parts.part_names():
+        name, costs = parts.label(*part), parts.count_part(*part)
+        for kind, value in costs.items():
+            if value > budget[name][kind] * SLACK:
+                dearer[f"{name} {kind}"] = (value, budget[name][kind])
+            if value * SLACK < budget[name][kind]:
+                cheaper[f"{name} {kind}"] = (value, budget[name][kind])
+    assert not dearer, f"more work than before (found, budget): {dearer}; {RENEW}"
+    assert not cheaper, f"less work than before, so the budget guards nothing (found, budget): {cheaper}; {RENEW}"
+
+
+def test_operations_are_those_of_the_formulas(parts):
+    """Counted by hand for one image of 1 + 4 views: the counter and the sizes are what they are said to be."""
+    patches, width, text_width, views = 576, 1024, 4096, 5
+    mlp = 2 * views * patches * (width * text_width + text_width * text_width)
+    assert parts.count_part("adapter", "mlp", {})["operations"] == mlp
+    queries, crops = 144, 4
+    projections = 2 * width * width * (queries + 2 * crops * patches + crops * queries)
+    attention = 2 * 2 * crops * queries * patches * width
+    found = parts.count_part("view_ops", "query_compressor", {"num_queries": queries})["operations"]
+    assert found == projections + attention
