@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from record import RESULTS, surroundings, write_result
+from record import RESULTS, surroundings
 from rich.console import Console
 from rich.table import Table
 
@@ -40,6 +40,9 @@ TOKENS = [1, 2, 4, 8, 16, 32, 64]
 SCENES = NeedleOptions(scene_size=128, grid=2, object_height=(6.0, 6.75), num_objects=(2, 4), placement="aligned")
 GROUPS = ("all", "fine", "scene")
 LABELS = {"with": "with the question", "without": "trained without it", "off": "trained with it, switched off"}
+REFERENCE = "align"
+"""All visual tokens before the language model, without a fusion transformer."""
+
 ALIGN_RATE, FUSION_RATE = 2e-3, 6e-4
 
 
@@ -89,14 +92,13 @@ def run_options(options: argparse.Namespace, visits: int, batch_size: int, quest
 
 
 def train_all(halves: Halves, options: argparse.Namespace, console: Console) -> dict[str, tuple[Any, Any]]:
-    """The two fusion models with their processors; finished runs are loaded."""
+    """The aligned model and the two fusion models with their processors; finished runs are loaded."""
     folder = options.out / f"seed-{options.seed}"
     console.print("align")
     stage = Stage("scaling/align", {"connector": ALIGN_RATE})
-    aligned = train(
-        *join(halves, options.seed), [stage], folder / "align", run_options(options, options.align_visits, 8, 8)
-    )
-    models = {}
+    aligned, processor = join(halves, options.seed)
+    aligned = train(aligned, processor, [stage], folder / "align", run_options(options, options.align_visits, 8, 8))
+    models = {REFERENCE: (aligned, processor)}
     for name, question in (("with", True), ("without", False)):
         console.print(name)
         model, processor = join(halves, options.seed, question)
@@ -110,12 +112,13 @@ def train_all(halves: Halves, options: argparse.Namespace, console: Console) -> 
 def measure(models: dict[str, tuple[Any, Any]], options: argparse.Namespace, console: Console) -> list[dict]:
     """One row a model, n and group of questions."""
     questions = needle_rows("validation", options.evaluate, 0, 8, SCENES)
-    settings = [SweepSetting(tokens=tokens) for tokens in TOKENS]
     rows = []
-    for name in LABELS:
-        console.print(f"asking: {LABELS[name]}")
+    for name in (REFERENCE, *LABELS):
+        console.print(f"asking: {LABELS.get(name, name)}")
         model, processor = models["with" if name == "off" else name]
-        set_question(model, name == "with")
+        settings = [SweepSetting()] if name == REFERENCE else [SweepSetting(tokens=tokens) for tokens in TOKENS]
+        if name != REFERENCE:
+            set_question(model, name == "with")
         store = AnswerStore(
             options.out / f"seed-{options.seed}" / f"{name}.jsonl", {"model": name, "run": runs_of(options)}
         )
@@ -156,6 +159,8 @@ def draw(rows: list[dict], fits: list[dict], path: Path) -> None:
                 label = f"{label}: alpha {law['alpha']:.3f}"
                 place.plot(TOKENS, line, color=dots[0].get_color(), label=label)
         place.axhline(100 * points[0]["chance"], color="grey", linestyle=":", label="chance")
+        own = [100 * row["accuracy"] for row in rows if row["model"] == REFERENCE and row["group"] == group]
+        place.axhline(sum(own) / len(own), color="black", linestyle="--", label="all visual tokens, no fusion")
         place.set(xscale="log", xlabel="tokens n", title=group, xticks=TOKENS, xticklabels=TOKENS)
         place.set_ylim(0, 90)
         place.legend(fontsize=8, loc="upper left")
@@ -180,6 +185,10 @@ def show(rows: list[dict], fits: list[dict], console: Console) -> None:
             ("-", "-") if law is None else (f"{law['alpha']:.3f}", "{:.3f} to {:.3f}".format(*law["alpha_interval"]))
         )
         table.add_row(LABELS[entry["model"]], entry["group"], *cells, *ends)
+    for group in GROUPS:
+        found = [row for row in rows if row["model"] == REFERENCE and row["group"] == group]
+        mean = 100 * sum(row["accuracy"] for row in found) / len(found)
+        table.add_row("no fusion", group, f"{found[0]['tokens']:.0f} tokens", f"{mean:.1f}")
     console.print(table)
 
 
@@ -214,8 +223,6 @@ def merge(rows: list[dict], options: argparse.Namespace, console: Console) -> No
     fits = fit(rows)
     show(rows, fits, console)
     seeds = sorted({row["seed"] for row in rows})
-    if options.results == RESULTS:
-        write_result(NAME, rows, seeds)
     values = {**surroundings(), "seeds": seeds, "runs": runs_of(options), "fits": fits, "rows": rows}
     options.results.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(values, indent=1) + "\n")

@@ -300,6 +300,7 @@ def _arguments(folder: Path, visits: int, options: RunOptions) -> TrainingArgume
         save_total_limit=1,
         remove_unused_columns=False,
         report_to="none",
+        dataloader_pin_memory=torch.cuda.is_available(),
         seed=options.seed,
         data_seed=options.seed,
     )

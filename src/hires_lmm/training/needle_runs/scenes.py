@@ -85,7 +85,9 @@ def _text(options: NeedleOptions) -> str:
 
 @lru_cache(maxsize=16)
 def _read_options(text: str) -> NeedleOptions:
-    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in json.loads(text).items()}
+    values: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in json.loads(text).items()
+    }
     return NeedleOptions(**{**values, "kinds": tuple(tuple(pair) for pair in values["kinds"])})
 
 

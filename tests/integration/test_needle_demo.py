@@ -1,0 +1,61 @@
+"""The demonstration on five pictures, with a model that is not trained; the pictures are what their script draws."""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from builders_needle import joined
+from hires_lmm import PRESETS
+from hires_lmm.training.needle_runs import with_token_ops
+
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def load(name: str):
+    """An example as a module."""
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_five_questions_are_answered_through_remote_code(tmp_path):
+    model, processor = joined()
+    model = with_token_ops(model, PRESETS["slime"]["connector_config"]["token_ops"])
+    model.save_pretrained(tmp_path / "checkpoint")
+    processor.save_pretrained(tmp_path / "checkpoint")
+    command = [sys.executable, str(EXAMPLES / "needle_demo.py"), str(tmp_path / "out")]
+    command += ["--checkpoint", str(tmp_path / "checkpoint")]
+    environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent / "src")}
+    text = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
+    assert "code came from transformers_modules" in text
+    assert text.count("question: ") == text.count("answer: ") == 5 and re.search(r"\n   \d of 5 right\n", text)
+    assert all(int(kept) < 208 for kept in re.findall(r"language model: (\d+) of 208", text))
+    assert Image.open(tmp_path / "out" / "kept_tokens.png").width >= 1000
+
+
+def test_without_a_checkpoint_the_demonstration_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["needle_demo", "--checkpoint", str(tmp_path)])
+    with pytest.raises(SystemExit, match="holds no checkpoint"):
+        load("needle_demo").main()
+
+
+def test_the_pictures_are_what_their_script_draws():
+    script = load("make_needle_scenes")
+    entries = script.pick_scenes()
+    assert entries == json.loads((script.FOLDER / script.LIST).read_text())
+    assert len({entry["kind"] for entry in entries}) == len(entries) == 5
+    for entry in entries:
+        stored = Image.open(script.FOLDER / entry["image"])
+        assert min(stored.size) >= 1500 and (script.FOLDER / entry["image"]).stat().st_size < 600_000
+    drawn = np.asarray(script.draw(entries[0]), dtype=int)
+    assert np.abs(np.asarray(Image.open(script.FOLDER / entries[0]["image"]), dtype=int) - drawn).mean() < 6
