@@ -116,7 +116,7 @@ def test_the_code_of_the_page_runs(monkeypatch):
     monkeypatch.chdir(root)
     page = (root / "docs" / "needle.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     for block in blocks:
         exec(compile(block, "docs/needle.md", "exec"), {})
 
