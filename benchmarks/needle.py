@@ -7,17 +7,18 @@
     python benchmarks/needle.py sweep                        inference sweeps of the shipped checkpoint
     python benchmarks/needle.py report                       tables and plots of docs/evidence.md
 
-All runs see the same training scenes and the same number of scene visits (a visit is one picture with up to eight
-questions), split over the stages of their plan. `--share 0.25` runs everything with a quarter of the visits; results
-of different shares are never compared. Interrupted runs go on. Trained models and tower features stay in `--work`
-(not committed), results in benchmarks/results/needle (committed).
+All runs see the same training scenes. Stages that train the connector alone learn captions of single tokens, the last
+stage answers questions (see docs/needle.md); all runs see as many global views and crops with captions, and as many
+scenes with questions. `--share 0.25` runs everything with a quarter of that; results of different shares are never
+compared. Interrupted runs go on, and runs that begin alike share their first stages. Trained models and tower features
+stay in `--work` (not committed), results in benchmarks/results/needle (committed).
 """
 
 import argparse
 import json
 import logging
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -32,15 +33,18 @@ from hires_lmm import PRESETS
 from hires_lmm.sweep import SweepSetting
 from hires_lmm.sweep.command import DataOptions, run_sweep
 from hires_lmm.training import get_plan
+from hires_lmm.training.from_halves import CAPTION_NEAR, MIX
 from hires_lmm.training.needle_runs import RunOptions, SceneSet, evaluate_packed, join_halves, small_rates, train
 from hires_lmm.training.needle_runs.run import DONE, LOG, MODEL
 
 
 ROOT = Path(__file__).parents[1]
 FOLDER = RESULTS / "needle"
-VISITS, SCENES, BATCH_SIZE = 40_000, 3_000, 8
-MIX = {"all": 0.75, "crops": 0.1, "global": 0.15}
-NUM_QUERIES = 16
+CAPTIONED, ASKED = 36_000, 1_600
+"""Scenes whose global views, and scenes whose crops, are seen with captions; scenes with questions."""
+
+SCENES, BATCH_SIZE, CAPTION_BATCH_SIZE = 6_000, 8, 32
+NUM_QUERIES = 4
 SEEDS = (0, 1, 2)
 GAMMAS = (0.25, 0.5, 0.75, 0.9, 0.95, 1.0)
 BUDGETS = (96, 128, 192, 256, 320, 448, None)
@@ -53,19 +57,20 @@ class Run:
 
     Args:
         text (`str`): For the tables.
-        shares (`tuple` of `float`): Share of the visits of each stage.
+        visits (`tuple` of `int`): Scenes of each stage.
         plan, preset (`str`): Of the library.
         num_queries (`int`): Queries a crop.
-        views (`str`, *optional*): Views of all stages, and of scoring.
+        views (`str`, *optional*): Views of the last stage, and of scoring.
         seeds (`tuple` of `int`): Seeds to run.
         connector (`dict`): Changes of the connector.
         router (`bool`): Whether the router runs in training, one question a row.
-        start (`str`, *optional*): Run whose finished stages, all but the last, are taken over.
+        start (`str`, *optional*): Run whose first stages are taken over.
+        shared (`int`): How many.
         questions (`int`): Most questions of a visit.
     """
 
     text: str
-    shares: tuple[float, ...] = (0.15, 0.1, 0.4, 0.35)
+    visits: tuple[int, ...] = (2 * CAPTIONED // 3, CAPTIONED // 3, CAPTIONED, ASKED)
     plan: str = "slime"
     preset: str = "slime"
     num_queries: int = NUM_QUERIES
@@ -74,6 +79,7 @@ class Run:
     connector: dict = field(default_factory=dict)
     router: bool = False
     start: str | None = None
+    shared: int = 3
     questions: int = 8
 
 
@@ -82,16 +88,22 @@ def router(noise: float) -> list[dict]:
     return [{**op, "noise": noise} for op in PRESETS["slime"]["connector_config"]["token_ops"]]
 
 
-QUERY_FORMER = {"view_ops": [], "adapter": {"part": "query_former", "num_queries": NUM_QUERIES}}
+QUERY_FORMER = {"view_ops": [], "adapter": {"part": "query_former", "num_queries": 16}}
 ROUTED = {"start": "alternating", "questions": 2}
 RUNS: dict[str, Run] = {
     "alternating": Run("alternating: I-a, I-b, II, III", seeds=SEEDS),
-    "end_to_end": Run("end-to-end: connector, then everything", (0.65, 0.35), "end_to_end", seeds=SEEDS),
-    "global": Run("global view only", (0.4, 0.25, 0.0, 0.35), views="global", seeds=SEEDS),
-    "crops": Run("crops only", (0.25, 0.0, 0.4, 0.35), views="crops", seeds=SEEDS),
-    "queries_9": Run("9 queries a crop (64 of 576)", num_queries=9),
-    "queries_25": Run("25 queries a crop (196 of 576)", num_queries=25),
-    "query_former": Run("query former alone", (0.4, 0.25, 0.35), "query_former", connector=QUERY_FORMER),
+    "end_to_end": Run("end-to-end: connector, then everything", (CAPTIONED, ASKED), "end_to_end", seeds=SEEDS),
+    "global": Run("global view only", views="global", seeds=SEEDS, start="alternating"),
+    "crops": Run("crops only", views="crops", seeds=SEEDS, start="alternating"),
+    "queries_9": Run("9 queries a crop (64 of 576)", num_queries=9, start="alternating", shared=2),
+    "queries_16": Run("16 queries a crop (144 of 576)", num_queries=16, start="alternating", shared=2),
+    "queries_25": Run("25 queries a crop (196 of 576)", num_queries=25, start="alternating", shared=2),
+    "query_former": Run(
+        "query former alone, 16 queries a view",
+        (CAPTIONED // 2, CAPTIONED // 2, ASKED),
+        "query_former",
+        connector=QUERY_FORMER,
+    ),
     "router_off": Run("stage III without router", **ROUTED),
     "router_noise": Run("stage III with router, noise", connector={"token_ops": router(0.1)}, router=True, **ROUTED),
     "router_quiet": Run(
@@ -102,7 +114,8 @@ RUNS: dict[str, Run] = {
 
 def visits_of(run: Run, share: float) -> tuple[int, ...]:
     """Scene visits of each stage, whole batches."""
-    return tuple(round(part * share * VISITS / BATCH_SIZE) * BATCH_SIZE for part in run.shares)
+    sizes = [*[CAPTION_BATCH_SIZE] * (len(run.visits) - 1), BATCH_SIZE]
+    return tuple(round(share * visits / size) * size for visits, size in zip(run.visits, sizes, strict=True))
 
 
 def result_file(name: str, seed: int, split: str) -> Path:
@@ -123,7 +136,7 @@ def run_one(name: str, seed: int, options: argparse.Namespace) -> None:
         return
     if run.start is not None:
         run_one(run.start, seed, options)
-        take_over(options.work / f"{options.share:g}" / f"{run.start}-{seed}", out)
+        take_over(options.work / f"{options.share:g}" / f"{run.start}-{seed}", out, run.shared)
     settings = RunOptions(
         cache=str(options.work / "cache" if options.cache is None else options.cache),
         visits=visits_of(run, options.share),
@@ -131,21 +144,24 @@ def run_one(name: str, seed: int, options: argparse.Namespace) -> None:
         batch_size=BATCH_SIZE,
         questions=run.questions,
         seed=seed,
-        views=run.views,
         mix=None if run.views else MIX,
+        near=CAPTION_NEAR,
+        captions=True,
+        caption_batch_size=CAPTION_BATCH_SIZE,
         note=options.note,
         command=f"python benchmarks/needle.py run {name} --seed {seed} --share {options.share:g}",
     )
     model, processor = join_halves(
         options.halves, run.preset, run.num_queries, run.router, seed, connector_config=run.connector
     )
-    train(model, processor, small_rates(get_plan(run.plan)), out, settings)
+    *early, last = small_rates(get_plan(run.plan))
+    train(model, processor, [*early, replace(last, views=run.views or last.views)], out, settings)
     score(name, seed, "validation", options)
 
 
-def take_over(source: Path, target: Path) -> None:
-    """Copy the finished stages of another run, all but the last."""
-    for stage in sorted(file.parent for file in source.glob(f"*/{DONE}"))[:-1]:
+def take_over(source: Path, target: Path, count: int) -> None:
+    """Copy the first finished stages of another run."""
+    for stage in sorted(file.parent for file in source.glob(f"*/{DONE}"))[:count]:
         if not (target / stage.name / DONE).is_file():
             shutil.copytree(stage, target / stage.name, dirs_exist_ok=True)
 
@@ -236,7 +252,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--cache", type=Path, help="folder of tower features; default WORK/cache")
     parser.add_argument("--share", type=float, default=1.0, help="of the visits")
     parser.add_argument("--split", default="validation", choices=("validation", "test"))
-    parser.add_argument("--score-scenes", type=int, default=300)
+    parser.add_argument("--score-scenes", type=int, default=200)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--note", default="", help="about the machine, for the log")
     options = parser.parse_args()

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from transformers.utils import logging as library_logging
 
+from ..files import write_text
 from ..modeling.configuration_hires_lmm import PRESETS
 from .data.needle import NeedleOptions
 from .data.scenes import PLACEMENTS
@@ -34,6 +35,9 @@ MIX = {"all": 0.75, "crops": 0.1, "global": 0.15}
 
 NEAR = {"global": 0.6, "all": 0.25}
 """Share of the batches with pictures that need no crops, by the views of stages that train the connector alone."""
+
+CAPTION_NEAR = {"global": 0.6, "crops": 0.5, "all": 0.6}
+"""The same where those stages learn captions: one view stands for a crop as well."""
 
 TOWER_RATE_OFF = 0.0
 
@@ -82,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--questions", type=int, default=8, help="most questions of a visit")
     add("--placement", default="free", choices=PLACEMENTS)
     add("--no-mix", action="store_true", help="all views in every batch of stages on all views")
+    add("--captions", action="store_true", help="stages without language model learn captions of single tokens")
     add("--no-near", action="store_true", help="no pictures that need no crops in the first stages")
     for name, rate in vars(Rates()).items():
         default = TOWER_RATE_OFF if name == "tower" else rate
@@ -113,7 +118,8 @@ def run(options: argparse.Namespace, command: str) -> None:
         options=NeedleOptions(placement=options.placement),
         views=options.views,
         mix=None if options.no_mix or options.views else MIX,
-        near=None if options.no_near else NEAR,
+        near=None if options.no_near else (CAPTION_NEAR if options.captions else NEAR),
+        captions=options.captions,
         note=options.note,
         command=command,
     )
@@ -189,7 +195,7 @@ def _add_scores(out: Path, scores: dict) -> None:
     file = out / LOG
     log = json.loads(file.read_text(encoding="utf-8"))
     log["validation"] = scores
-    file.write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")
+    write_text(file, json.dumps(log, indent=1) + "\n")
     for views, names in scores.items():
         text = ", ".join(f"{name} {entry['accuracy']:.3f}" for name, entry in names.items())
         logging.getLogger(__name__).info("validation, views %s: %s", views, text)

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import platform
 import random
 import time
@@ -17,11 +16,14 @@ from safetensors.torch import load_file
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from ...files import write_text
 from ..callbacks import StageCallback
+from ..checkpoints import last_checkpoint
 from ..data.needle import NeedleOptions
 from ..objectives.files import FOLDER as OBJECTIVES_FOLDER
 from ..objectives.files import WEIGHTS as OBJECTIVE_WEIGHTS
 from ..stages import Stage, matches
+from .captions import CaptionCollator, CaptionTrainer, SceneCaptions, can_learn_captions
 from .collator import Near, SceneCollator
 from .scenes import SceneFeatures, SceneSet, cache_scenes, near_options
 
@@ -30,6 +32,9 @@ logger = logging.getLogger(__name__)
 
 LOG, DONE, MODEL = "training_log.json", "done.json", "model"
 VERSIONS = ("torch", "transformers", "accelerate", "numpy", "scikit-learn", "pillow")
+CAPTION_KINDS = (("digit", 0.3), ("number", 0.35), ("word", 0.15), ("shape", 0.1), ("chart", 0.1))
+"""Kinds of objects in the near pictures that captions are learnt from: the 90 numbers need most examples."""
+
 TOWER, LANGUAGE = "vision_tower", ("language_model", "lm_head")
 
 
@@ -95,9 +100,13 @@ class RunOptions:
         options (`NeedleOptions`): How scenes are drawn.
         views (`str`, *optional*): Views of every stage, instead of the stage's own: `"global"` or `"crops"`.
         mix (`dict`, *optional*): Views -> share of the batches, in stages on all views.
-        near (`dict`, *optional*): Views of a stage -> share of the batches with pictures that need no crops, in stages
-            that leave the language model alone; see `near_options`.
+        near (`dict`, *optional*): Views of a stage -> share of the batches (with captions: of the rows) with pictures
+            that need no crops, in stages that leave the language model alone; see `near_options`.
         kinds (`dict`, *optional*): Views -> question kinds, instead of what those views can answer.
+        captions (`bool`): Whether stages that train the connector alone learn captions of single tokens instead of
+            answers, see `captions`.
+        caption_batch_size (`int`): Scenes of an optimizer step of such a stage.
+        caption_views (`int`): Different near pictures of such stages.
         decay_share (`float`): Share of a stage, at its end, over which the rates fall.
         weight_decay (`float`): Of matrices.
         log_every, save_every (`int`): Optimizer steps.
@@ -116,6 +125,9 @@ class RunOptions:
     mix: dict[str, float] | None = None
     near: dict[str, float] | None = None
     kinds: dict[str, Sequence[str]] | None = None
+    captions: bool = False
+    caption_batch_size: int = 32
+    caption_views: int = 16_000
     decay_share: float = 0.4
     weight_decay: float = 0.05
     log_every: int = 20
@@ -167,7 +179,7 @@ class Clock(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the sums that belong to the checkpoint."""
-        self.file.write_text(json.dumps(self.total()))
+        write_text(self.file, json.dumps(self.total()))
 
     def total(self) -> dict[str, float]:
         """Seconds up to now."""
@@ -254,40 +266,42 @@ def _run_stage(
 ) -> None:
     """One run of the Trainer."""
     checkpoints = folder / "checkpoints"
-    args = _arguments(checkpoints, len(visits), options)
+    learns_captions = options.captions and not _tunes(stage)
+    batch_size = options.caption_batch_size if learns_captions else options.batch_size
+    args = _arguments(checkpoints, len(visits), batch_size, options)
     clock = Clock(folder / "clock.json")
-    trainer = Trainer(
+    make_collator, trainer_class = (_caption_collator, CaptionTrainer) if learns_captions else (_collator, Trainer)
+    trainer = trainer_class(
         model,
         args,
         train_dataset=visits,
-        data_collator=_collator(model, processor, stage, options, columns),
+        data_collator=make_collator(model, processor, stage, options, columns),
         processing_class=processor,
         callbacks=[StageCallback(stage, objectives=objectives or None), clock],
         optimizer_cls_and_kwargs=stage.optimizer_cls_and_kwargs(args),
     )
-    trainer.train(resume_from_checkpoint=True if any(checkpoints.glob("checkpoint-*")) else None)
+    trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))
     model.save_pretrained(folder / "weights")
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     record = {
         "stage": stage.to_dict(),
         "steps": trainer.state.global_step,
         "visits": len(visits),
-        "batch_size": options.batch_size,
+        "batch_size": batch_size,
+        "loss_of": "captions" if learns_captions else "answers",
         "seconds": clock.total(),
         "loss": [[entry["step"], round(entry["loss"], 4)] for entry in history],
     }
-    partial = folder / f"{DONE}.partial"
-    partial.write_text(json.dumps(record), encoding="utf-8")
-    os.replace(partial, folder / DONE)
+    write_text(folder / DONE, json.dumps(record))
 
 
-def _arguments(folder: Path, visits: int, options: RunOptions) -> TrainingArguments:
+def _arguments(folder: Path, visits: int, batch_size: int, options: RunOptions) -> TrainingArguments:
     """Arguments of the Trainer for one stage."""
-    steps = visits // options.batch_size
+    steps = visits // batch_size
     warmup = max(1, min(100, steps // 20))
     return TrainingArguments(
         str(folder),
-        per_device_train_batch_size=options.batch_size,
+        per_device_train_batch_size=batch_size,
         max_steps=steps,
         learning_rate=1e-3,
         lr_scheduler_type="warmup_stable_decay",
@@ -328,12 +342,37 @@ def _collator(model: Any, processor: Any, stage: Stage, options: RunOptions, col
     )
 
 
-def _near(model: Any, processor: Any, stage: Stage, options: RunOptions, cached: bool) -> Near | None:
+def _caption_collator(
+    model: Any, processor: Any, stage: Stage, options: RunOptions, columns: Sequence[Any]
+) -> CaptionCollator:
+    """The collator of a stage that learns captions."""
+    connector = model.model.connector
+    if not can_learn_captions(connector):
+        raise ValueError(
+            f"Stage {stage.name!r} cannot learn captions: a part of {connector.config.to_dict()} joins views or makes "
+            "its own tokens. Train it on answers: captions=False."
+        )
+    scenes = SceneSet("train", options.scenes, options=options.options)
+    views = SceneSet(
+        "train", options.caption_views, options=replace(near_options(options.options), kinds=CAPTION_KINDS)
+    )
+    return CaptionCollator(
+        SceneCaptions(processor.tokenizer, *connector.adapted_grids),
+        scenes,
+        cache_scenes(model, processor, scenes, options.cache),
+        stage.views,
+        _near(model, processor, stage, options, True, views),
+    )
+
+
+def _near(
+    model: Any, processor: Any, stage: Stage, options: RunOptions, cached: bool, scenes: SceneSet | None = None
+) -> Near | None:
     """Pictures that need no crops, where the stage has some."""
     share = (options.near or {}).get(stage.views, 0.0)
     if not share or _tunes(stage):
         return None
-    scenes = SceneSet("train", options.scenes, options=near_options(options.options))
+    scenes = scenes or SceneSet("train", options.scenes, options=near_options(options.options))
     return Near(scenes, cache_scenes(model, processor, scenes, options.cache) if cached else None, share)
 
 
@@ -356,4 +395,4 @@ def _write_log(file: Path, model: Any, options: RunOptions, records: list[dict[s
         "seconds": {key: round(sum(r["seconds"][key] for r in records), 1) for key in ("wall", "processor")},
         "stages": records,
     }
-    file.write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")
+    write_text(file, json.dumps(log, indent=1) + "\n")

@@ -15,9 +15,11 @@ from filelock import FileLock
 from PIL import Image
 from tqdm.auto import tqdm
 
+from ...files import write_text
 from ..data.needle import NeedleOptions, Question, ask_questions, needle_scene, render_scene
+from ..data.scenes import Scene
 from ..data.text_scenes import pick_questions
-from ..features import planner_key, tower_key
+from ..features import evaluating, planner_key, tower_key
 from ..stages import find_base
 
 
@@ -46,7 +48,15 @@ class SceneSet:
         Args:
             index (`int`): Number of the scene.
         """
-        return Image.fromarray(render_scene(needle_scene(index, self.split, self.seed, self.options)))
+        return Image.fromarray(render_scene(self.scene(index)))
+
+    def scene(self, index: int) -> Scene:
+        """A scene without its pixels.
+
+        Args:
+            index (`int`): Number of the scene.
+        """
+        return needle_scene(index, self.split, self.seed, self.options)
 
     def questions(self, index: int, kinds: Sequence[str], most: int, visit: int = 0) -> list[Question]:
         """Questions about a scene, of all kinds alike.
@@ -128,14 +138,32 @@ class SceneFeatures:
         Raises:
             ValueError: If a scene is not in the file.
         """
-        if self._map is None:
-            self._map = np.memmap(self.folder / FEATURES, np.float16, "r", shape=(len(self), *self.shape))
-        if max(scenes) >= len(self._map):
-            raise ValueError(
-                f"{self.folder} holds {len(self._map)} scenes, not scene {max(scenes)}; run cache_scenes."
-            )
+        self._open(max(scenes))
         rows = np.stack([self._map[scene, :num_views] for scene in scenes])
         return torch.from_numpy(rows).flatten(0, 1).float()
+
+    def pick(self, scene: int, views: Sequence[int]) -> torch.Tensor:
+        """Features of some views of a scene.
+
+        Args:
+            scene (`int`): Number of the scene.
+            views (sequence of `int`): Numbers of the views; 0 is the global one.
+
+        Returns:
+            `(len(views), L, C)` float32.
+
+        Raises:
+            ValueError: If the scene is not in the file.
+        """
+        self._open(scene)
+        return torch.from_numpy(self._map[scene, list(views)]).float()
+
+    def _open(self, scene: int) -> None:
+        """Map the file, and refuse scenes that it does not hold."""
+        if self._map is None:
+            self._map = np.memmap(self.folder / FEATURES, np.float16, "r", shape=(len(self), *self.shape))
+        if scene >= len(self._map):
+            raise ValueError(f"{self.folder} holds {len(self._map)} scenes, not scene {scene}; run cache_scenes.")
 
 
 def _bytes(shape: tuple[int, ...]) -> int:
@@ -174,9 +202,7 @@ def cache_scenes(model: Any, processor: Any, scenes: SceneSet, folder: str | Pat
     target.mkdir(parents=True, exist_ok=True)
     if _cached(target) >= scenes.count:
         return SceneFeatures(target)
-    was_training = base.vision_tower.training
-    base.vision_tower.eval()
-    with FileLock(target / "lock"):
+    with FileLock(target / "lock"), evaluating(base.vision_tower):
         done = _cached(target)
         device = base.vision_tower.device
         with (target / FEATURES).open("ab") as stream:
@@ -186,9 +212,8 @@ def cache_scenes(model: Any, processor: Any, scenes: SceneSet, folder: str | Pat
                 features = features.to("cpu", torch.float16).contiguous().numpy()
                 if not (target / INDEX).is_file():
                     index_text = json.dumps({**made_from, "shape": list(features.shape)})
-                    (target / INDEX).write_text(index_text, encoding="utf-8")
+                    write_text(target / INDEX, index_text)
                 if index == done:
                     stream.truncate(done * _bytes(features.shape))
                 stream.write(features.tobytes())
-    base.vision_tower.train(was_training)
     return SceneFeatures(target)
