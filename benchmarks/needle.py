@@ -30,6 +30,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging as library_logging
 
 from hires_lmm import PRESETS
+from hires_lmm.files import replacing, write_text
 from hires_lmm.sweep import SweepSetting
 from hires_lmm.sweep.command import DataOptions, run_sweep
 from hires_lmm.training import get_plan
@@ -40,7 +41,7 @@ from hires_lmm.training.needle_runs.run import DONE, LOG, MODEL
 
 ROOT = Path(__file__).parents[1]
 FOLDER = RESULTS / "needle"
-CAPTIONED, ASKED = 36_000, 1_600
+CAPTIONED, ASKED = 15_936, 800
 """Scenes whose global views, and scenes whose crops, are seen with captions; scenes with questions."""
 
 SCENES, BATCH_SIZE, CAPTION_BATCH_SIZE = 6_000, 8, 32
@@ -95,6 +96,7 @@ RUNS: dict[str, Run] = {
     "end_to_end": Run("end-to-end: connector, then everything", (CAPTIONED, ASKED), "end_to_end", seeds=SEEDS),
     "global": Run("global view only", views="global", seeds=SEEDS, start="alternating"),
     "crops": Run("crops only", views="crops", seeds=SEEDS, start="alternating"),
+    "twin": Run("global view only, to convergence", (96_000, 32_000, 0, 24_000), views="global"),
     "queries_9": Run("9 queries a crop (64 of 576)", num_queries=9, start="alternating", shared=2),
     "queries_16": Run("16 queries a crop (144 of 576)", num_queries=16, start="alternating", shared=2),
     "queries_25": Run("25 queries a crop (196 of 576)", num_queries=25, start="alternating", shared=2),
@@ -163,7 +165,9 @@ def take_over(source: Path, target: Path, count: int) -> None:
     """Copy the first finished stages of another run."""
     for stage in sorted(file.parent for file in source.glob(f"*/{DONE}"))[:count]:
         if not (target / stage.name / DONE).is_file():
-            shutil.copytree(stage, target / stage.name, dirs_exist_ok=True)
+            shutil.copytree(stage, target / stage.name, ignore=shutil.ignore_patterns(DONE), dirs_exist_ok=True)
+            with replacing(target / stage.name / DONE) as partial:  # the mark of a whole stage comes last
+                shutil.copyfile(stage / DONE, partial)
 
 
 def score(name: str, seed: int, split: str, options: argparse.Namespace) -> None:
@@ -184,10 +188,11 @@ def score(name: str, seed: int, split: str, options: argparse.Namespace) -> None
     processor = AutoProcessor.from_pretrained(out / MODEL)
     scenes = SceneSet(split, options.score_scenes)
     cache = options.work / "cache" if options.cache is None else options.cache
-    views = ["all", "global", "crops", "none"] if run.views is None else [run.views, "none"]
+    views = ["all", "global", "crops", "none"] if name == "alternating" else [run.views or "all"]
     scores = {view: evaluate_packed(model, processor, scenes, cache, view) for view in views}
     stages = [
-        {"name": stage["stage"]["name"], "visits": stage["visits"], **stage["seconds"]} for stage in log["stages"]
+        {"name": stage["stage"]["name"], "visits": stage["visits"], "loss": stage["loss"], **stage["seconds"]}
+        for stage in log["stages"]
     ]
     result = {
         "name": name,
@@ -203,7 +208,7 @@ def score(name: str, seed: int, split: str, options: argparse.Namespace) -> None
         **surroundings(),
     }
     FOLDER.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_text(file, json.dumps(result, indent=1) + "\n")
     logging.getLogger(__name__).info("%s: %s", file.name, {v: s["all"]["accuracy"] for v, s in scores.items()})
 
 
@@ -220,14 +225,14 @@ def sweep(options: argparse.Namespace) -> None:
             target = FOLDER / "sweeps" / f"{name}-{placement}-{split}.json"
             if target.is_file() or (placement == "aligned" and name != "views"):
                 continue
-            data = DataOptions(scenes=options.score_scenes, questions=20, placement=placement)
+            data = DataOptions(scenes=options.score_scenes, questions=8, placement=placement)
             work = options.work / "sweeps" / f"{name}-{placement}-{split}"
             command = f"python benchmarks/needle.py sweep --split {split} --score-scenes {options.score_scenes}"
             checkpoint = str(options.checkpoint)
             _, record, _ = run_sweep(checkpoint, f"needle:{split}", work, settings, data, command=command, plot=False)
             target.parent.mkdir(parents=True, exist_ok=True)
             record = {**record, "checkpoint_name": options.checkpoint.name, "record": surroundings()}
-            target.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            write_text(target, json.dumps(record, indent=1) + "\n")
 
 
 def show(options: argparse.Namespace) -> None:
@@ -252,7 +257,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--cache", type=Path, help="folder of tower features; default WORK/cache")
     parser.add_argument("--share", type=float, default=1.0, help="of the visits")
     parser.add_argument("--split", default="validation", choices=("validation", "test"))
-    parser.add_argument("--score-scenes", type=int, default=200)
+    parser.add_argument("--score-scenes", type=int, default=150)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--note", default="", help="about the machine, for the log")
     options = parser.parse_args()

@@ -93,7 +93,9 @@ def run_table(results: dict[str, list[dict[str, Any]]], runs: Sequence[str]) -> 
     lines = [[NAMES.get(name, f"`{name}`"), *(cell(results[r], views[r], name) for r in found)] for name in GROUPS]
     lines += [[f"`{name}`", *(cell(results[r], views[r], name) for r in found)] for name in kinds]
     lines.append(["seeds", *(str(len(results[name])) for name in found)])
-    lines.append(["scene visits", *(str(sum(stage["visits"] for stage in results[n][0]["stages"])) for n in found)])
+    stages = {name: [stage["visits"] for stage in results[name][0]["stages"]] for name in found}
+    lines.append(["scenes with captions", *(str(sum(stages[name][:-1])) for name in found)])
+    lines.append(["scenes with questions", *(str(stages[name][-1]) for name in found)])
     seconds = {name: [sum(s["processor"] for s in r["stages"]) for r in results[name]] for name in found}
     lines.append(["processor minutes a run", *(f"{sum(seconds[n]) / len(seconds[n]) / 60:.0f}" for n in found)])
     return markdown(["%", *(results[name][0]["run"]["text"] for name in found)], lines)
@@ -270,6 +272,7 @@ def write_evidence(folder: Path, docs: Path, split: str) -> None:
     routers = ("router_off", "router_noise", "router_quiet")
     tables = {
         "shipped": kinds_table(sweeps),
+        "twin": run_table(results, ("twin",)),
         "plans": run_table(results, plans),
         "views": run_table(results, views),
         "views off": views_table(results, "alternating"),

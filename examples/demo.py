@@ -2,12 +2,18 @@
 # requires-python = ">=3.10"
 # dependencies = ["hires-lmm"]
 # ///
-"""First run: `make demo`. Builds a small checkpoint, loads it as a stranger would, asks, and draws what was kept.
+"""First run: `make demo`. A small trained checkpoint answers five questions about large pictures.
 
-Prints the answer and the account of tokens; writes outputs/demo/kept_tokens.png.
-Tested on 2 CPU cores, no GPU.
+Exports checkpoints/needle-slime with its code, loads it as a stranger would, with the code that lies beside the weights,
+and prints five questions about five committed scenes of 1536 x 1536 pixels, the answers, and the right ones. Writes the
+visual tokens that reached the language model as outputs/demo/kept_tokens.png.
+
+    python examples/demo.py [OUTPUT] [--checkpoint FOLDER]
 """
 
+import argparse
+import json
+import shutil
 import subprocess
 import sys
 import time
@@ -20,10 +26,7 @@ from transformers.utils import logging
 
 
 ROOT = Path(__file__).parents[1]
-OUTPUT = (Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "outputs" / "demo").resolve()
-IMAGE = ROOT / "examples" / "images" / "harbour_board.png"
-QUESTION = "Which ferry is cancelled?"
-BUDGET, MAX_CROPS = 1200, 6
+IMAGES = ROOT / "examples" / "images"
 
 
 def say(text: str = "") -> None:
@@ -32,54 +35,73 @@ def say(text: str = "") -> None:
     sys.stdout.flush()
 
 
-def main() -> None:
-    """Run the demonstration."""
-    start = time.perf_counter()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    checkpoint = OUTPUT / "checkpoint"
-    say(f"1. Building a small checkpoint with random weights (preset llava_hd) in {OUTPUT.name}/checkpoint")
-    subprocess.run(
-        [sys.executable, "-m", "hires_lmm.demo", str(checkpoint), "--preset", "llava_hd"],
-        check=True,
-        stderr=subprocess.DEVNULL,
-    )
+def read_options() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Five questions about five large pictures.")
+    parser.add_argument("output", nargs="?", type=Path, default=ROOT / "outputs" / "demo")
+    parser.add_argument("--checkpoint", type=Path, default=ROOT / "checkpoints" / "needle-slime")
+    return parser.parse_args()
 
-    say("2. Loading it through the Auto classes with trust_remote_code=True, before hires_lmm is imported here")
-    processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=True)
-    model = AutoModelForImageTextToText.from_pretrained(checkpoint, trust_remote_code=True).eval()
-    say(f"   the model's code came from {type(model).__module__.split('.')[0]}")
 
-    image = Image.open(IMAGE).convert("RGB")
-    say(f"3. Asking about {IMAGE.name}: {image.width} x {image.height} pixels, max_crops={MAX_CROPS}")
-    messages = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": QUESTION}]}]
-    options = {"max_crops": MAX_CROPS, "max_image_tokens": BUDGET}
-    inputs = processor.apply_chat_template(
-        messages,
+def prompt(processor, image: Image.Image, question: str) -> dict:
+    """What the model takes for one question about one picture."""
+    content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
+    return processor.apply_chat_template(
+        [{"role": "user", "content": content}],
         add_generation_prompt=True,
         tokenize=True,
         return_dict=True,
         return_tensors="pt",
-        processor_kwargs=options,
     )
-    with torch.inference_mode():
-        output = model.generate(**inputs, max_new_tokens=24)
-        token_map = model(**inputs, output_token_map=True, logits_to_keep=1).token_map
-    answer = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    say(f"   question: {QUESTION}")
-    say(f"   answer:   {answer}")
-    say("   The weights are random, so this text is meaningless until a trained checkpoint ships.")
 
-    full = processor.image_tokens(image.height, image.width, max_crops=MAX_CROPS)
-    say(f"4. Tokens: {len(inputs['pixel_values'])} views, {full} visual tokens, budget {BUDGET}")
-    say(f"   reached the language model: {int(token_map.kept.sum())}")
+
+def main() -> None:
+    """Run the demonstration."""
+    start = time.perf_counter()
+    options = read_options()
+    if not (options.checkpoint / "config.json").is_file():
+        sys.exit(f"{options.checkpoint} holds no checkpoint; clone the repository with its checkpoints, or train one.")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    say(f"1. Exporting {options.checkpoint.name} with its code")
+    exported = options.output / "checkpoint"
+    shutil.rmtree(exported, ignore_errors=True)
+    command = [sys.executable, "-m", "hires_lmm.cli", "export", str(options.checkpoint), str(exported)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    say("   Loading that with trust_remote_code=True, before hires_lmm is imported here")
+    processor = AutoProcessor.from_pretrained(exported, trust_remote_code=True)
+    model = AutoModelForImageTextToText.from_pretrained(exported, trust_remote_code=True).eval()
+    say(f"   {sum(p.numel() for p in model.parameters()):,} parameters")
+    say(f"   the model's code came from {type(model).__module__.split('.')[0]}")
+
+    say("2. Five questions about five pictures")
+    entries = json.loads((IMAGES / "needle_scenes.json").read_text(encoding="utf-8"))
+    maps, right = [], 0
+    for entry in entries:
+        image = Image.open(IMAGES / entry["image"]).convert("RGB")
+        inputs = prompt(processor, image, entry["question"])
+        with torch.inference_mode():
+            output = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+            token_map = model(**inputs, output_token_map=True, logits_to_keep=1).token_map
+        answer = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+        is_right = answer == entry["answer"]
+        right += is_right
+        maps.append((image, token_map, entry["question"]))
+        say(f"   {entry['image']} ({image.width} x {image.height})")
+        say(f"     question: {entry['question']}")
+        say(f"     answer:   {answer}   {'right' if is_right else 'wrong: ' + entry['answer']}")
+        say(
+            f"     visual tokens that reached the language model: {int(token_map.kept.sum())} of {len(token_map.kept)}"
+        )
+    say(f"   {right} of {len(entries)} right")
 
     from hires_lmm.visualize import draw_token_map
 
-    picture = OUTPUT / "kept_tokens.png"
-    draw_token_map(image, token_map, title=QUESTION).save(picture)
-    say(f"5. Wrote {picture.relative_to(ROOT) if picture.is_relative_to(ROOT) else picture}")
-    say("   Tokens were chosen by saliency, which reads no question and needs no training.")
+    options.output.mkdir(parents=True, exist_ok=True)
+    picture = (options.output / "kept_tokens.png").resolve()
+    draw_token_map(maps[0][0], maps[0][1], title=maps[0][2]).save(picture)
+    shown = picture.relative_to(ROOT) if picture.is_relative_to(ROOT) else picture
+    say(f"3. Wrote {shown}: the tokens of the first answer")
     say(f"   {time.perf_counter() - start:.0f} seconds in all")
 
 

@@ -68,15 +68,6 @@ def test_show_kept_tokens_draws_two_different_pictures(checkpoint, tmp_path, mon
     assert "kept for both" in text
 
 
-def test_demo_tells_the_whole_story(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))
-    text = run("demo", str(tmp_path), monkeypatch=monkeypatch, capsys=capsys)
-    assert "meaningless until a trained checkpoint ships" in text
-    assert "3888 visual tokens, budget 1200" in text
-    assert "reached the language model: 1200" in text
-    assert Image.open(tmp_path / "kept_tokens.png").width >= 1000
-
-
 def test_fusion_reads_only_what_a_turn_adds(monkeypatch, capsys):
     text = run("fusion_turns", monkeypatch=monkeypatch, capsys=capsys)
     assert "n = 1: 1 tokens for the image, 1 for the second question" in text

@@ -33,7 +33,7 @@ def test_five_questions_are_answered_through_remote_code(tmp_path):
     model = with_token_ops(model, PRESETS["slime"]["connector_config"]["token_ops"])
     model.save_pretrained(tmp_path / "checkpoint")
     processor.save_pretrained(tmp_path / "checkpoint")
-    command = [sys.executable, str(EXAMPLES / "needle_demo.py"), str(tmp_path / "out")]
+    command = [sys.executable, str(EXAMPLES / "demo.py"), str(tmp_path / "out")]
     command += ["--checkpoint", str(tmp_path / "checkpoint")]
     environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent / "src")}
     text = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
@@ -43,10 +43,18 @@ def test_five_questions_are_answered_through_remote_code(tmp_path):
     assert Image.open(tmp_path / "out" / "kept_tokens.png").width >= 1000
 
 
+def test_the_shipped_checkpoint_answers_four_of_five(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent / "src")}
+    command = [sys.executable, str(EXAMPLES / "demo.py"), str(tmp_path)]
+    text = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
+    assert int(re.search(r"\n   (\d) of 5 right\n", text)[1]) >= 4
+    assert "code came from transformers_modules" in text
+
+
 def test_without_a_checkpoint_the_demonstration_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["needle_demo", "--checkpoint", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["demo", "--checkpoint", str(tmp_path)])
     with pytest.raises(SystemExit, match="holds no checkpoint"):
-        load("needle_demo").main()
+        load("demo").main()
 
 
 def test_the_pictures_are_what_their_script_draws():

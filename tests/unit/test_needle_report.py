@@ -39,7 +39,8 @@ def test_intervals_are_t_over_seeds_and_wilson_for_one(tmp_path):
     table = needle_report.run_table(results, ("alternating", "end_to_end", "absent"))
     assert "| fine questions | 85.0 ± 63.5 | 50.0 (40.4–59.6) |" in table  # 12.706 · 0.0707 / √2
     assert "| `shape` | 85.0 ± 63.5 |" in table
-    assert "| scene visits | 40 | 40 |" in table and "| processor minutes a run | 3 | 3 |" in table
+    assert "| scenes with captions | 10 | 10 |" in table and "| scenes with questions | 30 | 30 |" in table
+    assert "| processor minutes a run | 3 | 3 |" in table
     assert needle_report.run_table(results, ("absent",)) == needle_report.NOT_RUN
 
 
