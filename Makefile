@@ -1,5 +1,5 @@
 # make setup test          everything a change must pass
-# make demo                a first run: a small checkpoint, a question, a picture of the kept tokens
+# make demo                a first run: five questions about large pictures, and a picture of the tokens used
 # Settings, all optional:  make setup PYTHON=python3.12
 #                          make setup TRANSFORMERS='==5.20.*'
 #                          make setup TORCH_INDEX=https://download.pytorch.org/whl/cpu
@@ -10,6 +10,7 @@ TORCH_INDEX ?=
 CONSTRAINTS ?= constraints.txt
 WORKERS ?= 2
 PYTEST_ARGS ?=
+MUTATION_ARGS ?=
 
 BIN := $(VENV)/bin
 PY := $(BIN)/python
@@ -21,11 +22,11 @@ key = $(shell { printf '%s\n' $(1); cat $(2); } | cksum | cut -d ' ' -f 1)
 TORCH_STAMP := $(VENV)/.torch-$(call key,'$(TORCH_INDEX)',$(CONSTRAINTS))
 SETUP_STAMP := $(VENV)/.setup-$(call key,'$(TORCH_INDEX)' '$(TRANSFORMERS)',$(CONSTRAINTS) pyproject.toml)
 
-.PHONY: help setup demo docs test test-slow quality format clean distclean
+.PHONY: help setup demo docs test test-slow test-upstream coverage mutation quality format clean distclean
 .NOTPARALLEL:
 
 help:
-	@echo "make setup | demo | docs | test | test-slow | quality | format | clean | distclean"
+	@echo "make setup | demo | docs | test | test-slow | test-upstream | coverage | mutation | quality | format | clean | distclean"
 
 setup: $(SETUP_STAMP)
 
@@ -65,6 +66,21 @@ test: quality | $(BIN)/pytest
 test-slow: | $(BIN)/pytest
 	$(PYTEST) tests -m "slow and not gpu" $(PYTEST_ARGS) || [ $$? -eq 5 ]  # 5: there is no slow test
 
+coverage: | $(BIN)/pytest
+	$(PY) -m coverage erase
+	$(PYTEST) tests -m "not slow and not gpu" -n $(WORKERS) --cov --cov-report= $(PYTEST_ARGS)
+	$(PY) -m coverage report
+
+# Stopped and called again it goes on where it was; MUTATION_ARGS='--only planners --retry' after tests were added.
+mutation: $(SETUP_STAMP)
+	$(PIP) install --constraint $(CONSTRAINTS) --editable '.[mutation]'
+	OMP_NUM_THREADS=1 $(PY) scripts/mutation.py $(MUTATION_ARGS)
+
+# transformers' own common tests on our classes; its source distribution is downloaded once into .cache/upstream
+test-upstream: | $(BIN)/pytest
+	$(PY) tests/upstream/upstream_suite/fetch.py
+	CUDA_VISIBLE_DEVICES= $(PYTEST) tests/upstream/suite_*.py -n $(WORKERS) $(PYTEST_ARGS)
+
 quality: | $(BIN)/ruff
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -76,7 +92,7 @@ format: | $(BIN)/ruff
 	$(PY) -m ruff format .
 
 clean:
-	rm -rf build dist .coverage htmlcov .pytest_cache .ruff_cache .mypy_cache
+	rm -rf build dist .coverage .coverage.* htmlcov .pytest_cache .ruff_cache .mypy_cache
 	find src tests scripts -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean

@@ -1,15 +1,18 @@
 """The order of tokens and marks, written out by hand for small grids."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from hires_lmm.modeling.layout_hires_lmm import HiResLmmLayout, LayoutOptions, image_layout
+from hires_lmm.modeling.layout_hires_lmm import HiResLmmLayout, LayoutOptions, image_key, image_layout, token_plan
 from hires_lmm.modeling.views_hires_lmm import (
     ImageGeometry,
     ViewFeatures,
     cell_boxes,
+    index_tensor,
     read_geometry,
     span_to_cells,
 )
@@ -76,6 +79,12 @@ def test_rows_without_columns_keep_their_marks():
     assert sequence(image(2, 1, narrow), row_end="learned") == [*GLOBAL, ROW_END, ROW_END, ROW_END]
     assert sequence(image(2, 1, narrow), between_views=1) == GLOBAL
     assert sequence(image(2, 1, narrow), crop_order="views", view_end=1, row_end=1) == [*GLOBAL, VIEW_END]
+
+
+def test_an_axis_without_cells_makes_no_block():
+    assert sequence(image(1, 1, [(0, 0, 0, 2), FULL]), between_views=1, view_end=2)[0] == "1.0.0"
+    crop = ["1.0.0", "1.0.1", "1.1.0", "1.1.1"]
+    assert sequence(image(1, 2, [FULL, FULL, (0, 2, 0, 0)])) == GLOBAL + crop
 
 
 def test_absorbed_crops_give_no_tokens():
@@ -158,3 +167,117 @@ def test_geometry_is_grouped_by_image():
 def test_marks_are_learned_or_ids(name):
     with pytest.raises(ValueError, match=f"layout.{name} is 'newline'"):
         LayoutOptions(**{name: "newline"})
+
+
+def test_source_and_kind_of_every_token():
+    """Global views of 2 x 3 tokens come first, then crops of 1 x 2; marks count backwards from -1."""
+    options = LayoutOptions(between_views=1, row_end=2, view_end=3)
+    layout = image_layout(image(2, 1), options, (2, 2), (2, 3), (1, 2))
+    assert layout.source.tolist() == [0, 1, 2, 3, 4, 5, -3, -1, 6, 7, -2, 8, 9, -2, -3]
+    assert layout.kind.tolist() == [0] * 6 + [2, 2, 1, 1, 2, 1, 1, 2, 2]
+    assert layout.view.tolist() == [0] * 6 + [-1, -1, 1, 1, -1, 2, 2, -1, -1]
+    assert layout.cell.tolist() == [
+        *([0, 0], [0, 1], [0, 2], [1, 0], [1, 1], [1, 2], [0, 0], [0, 0]),
+        *([0, 0], [0, 1], [0, 0], [0, 0], [0, 1], [0, 0], [0, 0]),
+    ]
+    nothing = image_layout(image(0, 0, [(0, 0, 0, 0)]), options, (2, 2), (2, 3), (1, 2))
+    assert [part.shape for part in (nothing.source, nothing.view, nothing.cell, nothing.kind)] == [
+        *((0,), (0,), (0, 2), (0,)),
+    ]
+
+
+def test_crops_are_stitched_by_their_place():
+    """Views 1 to 4 stand in the grid as 4 3 / 2 1; columns may be cut differently, rows of a grid row may not."""
+    cells = ((0, 0), (1, 1), (1, 0), (0, 1), (0, 0))
+    spans = (FULL, (0, 2, 0, 2), (0, 2, 1, 2), (0, 1, 0, 2), (0, 1, 1, 2))
+    shuffled = ImageGeometry(0, (0, 1, 1, 1, 1), (2, 2), cells, spans, 0)
+    found = sequence(shuffled, row_end=5)
+    assert found == [
+        *GLOBAL,
+        *("4.0.1", "3.0.0", "3.0.1", ROW_END),
+        *("2.0.1", "1.0.0", "1.0.1", ROW_END, "2.1.1", "1.1.0", "1.1.1", ROW_END),
+    ]
+    assert sequence(shuffled) == [name for name in found if name != ROW_END]
+
+
+def test_the_global_view_may_come_last():
+    found = sequence(image(1, 1), global_position="last", between_views=1, view_end=2)
+    assert found == ["1.0.0", "1.0.1", "1.1.0", "1.1.1", VIEW_END, BETWEEN, *GLOBAL, VIEW_END]
+
+
+def test_options_and_their_defaults():
+    options = LayoutOptions()
+    assert (options.global_position, options.crop_order, options.active_marks()) == ("first", "raster", {})
+    chosen = LayoutOptions(between_views=0, view_end="learned")
+    assert chosen.active_marks() == {"between_views": 0, "view_end": "learned"}
+    assert hash(LayoutOptions(row_end=3)) == hash(LayoutOptions(row_end=3)) != hash(LayoutOptions(row_end=4))
+
+
+def test_vectors_of_marks():
+    layout = HiResLmmLayout(LayoutOptions(between_views=2, view_end="learned"), (2, 2), 3)
+    assert [name for name, _ in layout.named_parameters()] == ["view_end"]
+    embeddings = nn.Embedding(4, 3)
+    with torch.no_grad():
+        layout.view_end.copy_(torch.tensor([1.0, 2.0, 3.0]))
+    vectors = layout.mark_vectors(torch.zeros(1, 3, dtype=torch.float64), embeddings)
+    assert vectors.dtype == torch.float64
+    wanted = torch.stack([embeddings.weight[2], torch.zeros(3), torch.tensor([1.0, 2.0, 3.0])])
+    torch.testing.assert_close(vectors, wanted.double(), rtol=0, atol=0)
+
+
+def test_learned_marks_start_with_norm_one():
+    layout = HiResLmmLayout(LayoutOptions(row_end="learned"), (2, 2), 4096)
+    layout.init_weights()
+    vector = layout.row_end.detach()
+    assert 0.95 < float(vector.norm()) < 1.05 and abs(float(vector.mean())) < 1e-3
+
+
+def test_global_views_and_crops_of_different_sizes():
+    """2 x 3 tokens a global view, 1 x 2 a crop; each feature is its own address (image or crop, token)."""
+    images = [image(2, 1, first_view=0, num_tokens=9), image(1, 1, first_view=3, num_tokens=8)]
+    glob = torch.tensor([[[float(i), float(t)] for t in range(6)] for i in (10, 20)])
+    crops = torch.tensor([[[float(k), float(t)] for t in range(2)] for k in (11, 12, 21)])
+    layout = HiResLmmLayout(LayoutOptions(row_end=0, between_views=1), (2, 2), 2)
+    marks = nn.Embedding.from_pretrained(torch.tensor([[-1.0, -1.0], [-2.0, -2.0]]))
+    tokens = layout(ViewFeatures(glob, crops, (2, 3), (1, 2), images, {"loss": 1}), marks)
+    row, between = [-1, -1], [-2, -2]
+    assert tokens.features.tolist() == [
+        *([10, t] for t in range(6)),
+        *(between, [11, 0], [11, 1], row, [12, 0], [12, 1], row),
+        *([20, t] for t in range(6)),
+        *(between, [21, 0], [21, 1], row),
+    ]
+    assert tokens.view.tolist() == [*[0] * 6, -1, 1, 1, -1, 2, 2, -1, *[3] * 6, -1, 4, 4, -1]
+    assert (tokens.lengths, tokens.num_tokens, tokens.aux) == ([13, 10], [9, 8], {"loss": 1})
+    assert tokens.grids == {0: (2, 3), 1: (1, 2)}
+    assert [index.tolist() for index in tokens.rows("crops")] == [[7, 8, 10, 11], [20, 21]]
+    assert [index.tolist() for index in tokens.rows("global")] == [[0, 1, 2, 3, 4, 5], [13, 14, 15, 16, 17, 18]]
+
+
+def plan_of(images: list[ImageGeometry], device: str = "cpu"):
+    options = ("first", "raster", None, 1, None)
+    grids, shapes = ((2, 2), (2, 2), (2, 2)), (len(images), 4, sum(i.num_crops for i in images), 4)
+    return token_plan(tuple((i.first_view, *image_key(i)) for i in images), options, grids, shapes, device)
+
+
+def test_a_plan_is_kept_for_batches_of_the_same_geometry():
+    images = [image(1, 2, num_tokens=13), image(1, 1, first_view=3)]
+    plan = plan_of(images)
+    other_counts = [image(1, 2, num_tokens=7), image(1, 1, first_view=3, num_tokens=2)]
+    assert plan_of(other_counts) is plan and plan_of(images[:1]) is not plan
+    assert {plan.view.dtype, plan.cell.dtype, plan.kind.dtype, plan.index.dtype} == {torch.int64}
+    assert plan_of([]).index.shape == (0,) and plan_of([]).cell.shape == (0, 2) and plan_of([]).lengths == ()
+
+
+class Faked(torch.Tensor):
+    """Stands for the tensors of a compiler that traces."""
+
+
+def test_a_plan_made_of_faked_tensors_is_made_again(monkeypatch):
+    images = [image(2, 3)]
+    module = sys.modules[HiResLmmLayout.__module__]
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "index_tensor", lambda index, to: index_tensor(index, to).as_subclass(Faked))
+        assert type(plan_of(images).index) is Faked
+    assert type(plan_of(images).index) is torch.Tensor
+    assert plan_of(images).index[:5].tolist() == [0, 1, 2, 3, 4]

@@ -18,6 +18,12 @@ def test_saliency_is_one_minus_the_cosine_to_the_mean():
     torch.testing.assert_close(saliency_scores(features), torch.tensor(wanted), atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("size", [1e-4, 1e4])
+def test_saliency_does_not_depend_on_lengths(size):
+    features = torch.randn(9, 5)
+    torch.testing.assert_close(saliency_scores(size * features), saliency_scores(features), atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("weights", [torch.ones(7), torch.tensor([1.0, 0, 1, 1, 0, 0, 1])])
 def test_cosine_sums_over_the_readable_text(weights):
     features, text = torch.randn(9, 5), torch.randn(7, 5)
@@ -26,6 +32,14 @@ def test_cosine_sums_over_the_readable_text(weights):
         for j in range(7):
             wanted[i] += weights[j] * torch.cosine_similarity(features[i], text[j], dim=0)
     torch.testing.assert_close(cosine_scores(features, text, weights), wanted, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("image, words", [(1e-4, 1), (1, 1e-4), (1e4, 1e-4)])
+def test_cosine_does_not_depend_on_lengths(image, words):
+    features, text = torch.randn(9, 5), torch.randn(7, 5)
+    wanted = cosine_scores(features, text, torch.ones(7))
+    found = cosine_scores(image * features, words * text, torch.ones(7))
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
 
 
 def test_cosine_of_zero_vectors_is_zero_not_nan():

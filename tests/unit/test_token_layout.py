@@ -1,7 +1,10 @@
 """Token counts against a counter that lays the tokens out one by one, and the budget's limits."""
 
 import itertools
+import re
+from dataclasses import replace
 from fractions import Fraction
+from functools import lru_cache
 
 import pytest
 
@@ -19,11 +22,14 @@ LAYOUTS = [
     TokenLayout((4, 4), (4, 4), (3, 3), crop_order="views", between_views=True, view_end=True),
     TokenLayout((4, 4), (4, 4), (0, 0), between_views=True, view_end=True, row_end=True),
     TokenLayout((4, 4), (0, 0), (2, 2), between_views=True, row_end=True),
+    TokenLayout((4, 4), (1, 1), (1, 1), between_views=True, view_end=True),
+    TokenLayout((4, 4), (2, 3), (3, 1), row_end=True, view_end=True),
 ]
 LIMITS = [{}, {"unpad": True}, {"unpad": False}, {"views": "global"}, {"views": "crops"}, {"global_view": "pad"}]
 
 
-def touched(start: int, end: int, patches: int, tokens: int) -> set[int]:
+@lru_cache
+def touched(start: int, end: int, patches: int, tokens: int) -> frozenset[int]:
     """Token indices whose share of the view meets any patch of a span, by comparing exact fractions."""
     found = set()
     for patch in range(start, end):
@@ -31,10 +37,10 @@ def touched(start: int, end: int, patches: int, tokens: int) -> set[int]:
             first, last = Fraction(token, tokens), Fraction(token + 1, tokens)
             if first < Fraction(patch + 1, patches) and last > Fraction(patch, patches):
                 found.add(token)
-    return found
+    return frozenset(found)
 
 
-def cells(view, grid, patches) -> tuple[list[tuple[int, int]], set[int]]:
+def cells(view, grid, patches) -> tuple[list[tuple[int, int]], frozenset[int]]:
     rows = touched(view.span[0], view.span[1], patches, grid[0])
     cols = touched(view.span[2], view.span[3], patches, grid[1])
     return list(itertools.product(rows, cols)), rows
@@ -177,3 +183,80 @@ def test_plan_and_layout_must_agree():
     plan = PLANNERS["slime"](10, 10, PlannerLimits())
     with pytest.raises(ValueError, match="24x24 patches, token_layout has 4x4"):
         count_tokens(plan, LAYOUTS[0])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *[{"fixed_tokens": value} for value in (True, 1.0, "1", -1)],
+        *[{"later_tokens": value} for value in (True, 0, 2.5)],
+        *[{"budget": value} for value in ("all", {}, {"off": "all"}, {"on": "marks"}, {"on": None}, ["on"])],
+        *[{"patch_grid": value} for value in ([True, 4], [4, 0], 4, "44", [4, 4, 4])],
+        *[{"global_grid": value} for value in ([-1, 2], [2, -1], [False, 2], {4, 5})],
+        *[{name: value} for name in ("between_views", "row_end", "view_end") for value in (0, None, "yes")],
+        *[{"global_position": "middle"}, {"crop_order": 1}],
+    ],
+)
+def test_more_wrong_layouts(changes):
+    with pytest.raises(ValueError, match=f"token_layout: {next(iter(changes))}="):
+        TokenLayout.from_dict({"patch_grid": [4, 4], "global_grid": [4, 4], "crop_grid": [4, 4], **changes})
+
+
+def test_errors_name_what_is_allowed():
+    grids = {"patch_grid": [4, 4], "global_grid": [4, 4], "crop_grid": [4, 4]}
+    keys = (
+        "patch_grid, global_grid, crop_grid, global_position, crop_order, between_views, row_end, view_end, "
+        "fixed_tokens, later_tokens, budget"
+    )
+    choices = "{'on': 'all'} or {'on': 'crops'} or {'on': 'global'} where fixed_tokens=None"
+    for values, text in (
+        ({**grids, "b": 1, "a": 2}, f"token_layout has unknown keys ['a', 'b']; its keys are {keys}."),
+        ({"crop_grid": [1, 1]}, f"token_layout has no patch_grid, global_grid; its keys are {keys}."),
+        ({**grids, "budget": 1}, f"token_layout: budget=1 must be null or {choices}."),
+        ({**grids, "crop_order": "x"}, "token_layout: crop_order='x' is unknown; choose 'raster' or 'views'."),
+    ):
+        with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
+            TokenLayout.from_dict(values)
+
+
+def test_the_smallest_values_are_accepted():
+    tiny = TokenLayout([1, 1], (0, 0), [0, 0], fixed_tokens=1, later_tokens=1, budget={"on": "fixed"})
+    assert (tiny.patch_grid, tiny.global_grid, tiny.fixed_tokens, tiny.later_tokens) == ((1, 1), (0, 0), 1, 1)
+    plain = TokenLayout((4, 5), (2, 3), (1, 2))
+    assert plain == TokenLayout((4, 5), (2, 3), (1, 2), "first", "raster", False, False, False, None, None, None)
+    assert plain.to_dict()["patch_grid"] == [4, 5]
+    assert TokenCount(7) == TokenCount(7, 0, 0, 0)
+
+
+def test_a_grid_that_is_not_square_belongs_to_no_plan():
+    plan = PLANNERS["slime"](10, 10, PlannerLimits(**SMALL))
+    for grid in ((4, 5), (5, 4)):
+        with pytest.raises(ValueError, match=f"4x4 patches, token_layout has {grid[0]}x{grid[1]}"):
+            count_tokens(plan, TokenLayout(grid, (4, 4), (4, 4)))
+
+
+def test_one_token_that_may_be_dropped_is_kept():
+    """At least one of the tokens that a part chooses from stays, so one alone cannot be dropped."""
+    layout = TokenLayout((4, 4), (1, 1), (1, 1), budget={"on": "global"})
+    assert apply_budget(TokenCount(5, 1, 4, 0), layout, 5, 0) == 5
+    with pytest.raises(ValueError, match="smallest value for this image is 5, its full count is 5"):
+        apply_budget(TokenCount(5, 1, 4, 0), layout, 4, 0)
+    assert apply_budget(TokenCount(5, 2, 3, 0), layout, 4, 0) == 4
+
+
+def test_too_small_a_budget_says_why():
+    count, marked = TokenCount(88, 16, 64, 8), layout_with("crops")
+    with pytest.raises(ValueError, match=r"is too small \(marks and protected views stay\)"):
+        apply_budget(count, marked, 3, 0)
+    with pytest.raises(ValueError, match=r"is too small \(this model has no part that drops tokens\)"):
+        apply_budget(count, layout_with(None), 3, 0)
+    elastic = TokenLayout((4, 4), (4, 4), (4, 4), fixed_tokens=10, budget={"on": "fixed"})
+    with pytest.raises(ValueError, match="marks and protected views stay"):
+        apply_budget(TokenCount(10), elastic, 0, 0)
+
+
+def test_an_empty_span_counts_nothing_wherever_it_lies():
+    plan = PLANNERS["llava_next"](56, 112, PlannerLimits(**SMALL))
+    views = tuple(replace(view, span=(1, 1, 0, 4)) for view in plan.views)
+    layout = TokenLayout((4, 4), (3, 3), (3, 3), row_end=True)
+    assert count_tokens(replace(plan, views=views), layout) == TokenCount(0, 0, 0, 0)
