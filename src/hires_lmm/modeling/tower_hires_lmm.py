@@ -1,7 +1,11 @@
 """Running the vision tower: bounded chunks of views, one layer of hidden states."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import logging
 
 
@@ -46,8 +50,14 @@ def split_views(pixels: torch.Tensor, chunk_size: int | None, tower: torch.nn.Mo
 
 
 def run_tower(
-    tower: PreTrainedModel, pixels: torch.Tensor, layer: int, num_patches: int, chunk_size: int | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+    tower: PreTrainedModel,
+    pixels: torch.Tensor,
+    layer: int,
+    num_patches: int,
+    chunk_size: int | None = None,
+    output_hidden_states: bool | None = None,
+    output_attentions: bool | None = None,
+) -> tuple[torch.Tensor, BaseModelOutput]:
     """Encode views.
 
     Args:
@@ -57,14 +67,34 @@ def run_tower(
         num_patches (`int`): Patches of a view; tokens before them (a class token) are left out.
         chunk_size (`int`, *optional*): Most views that pass the tower at once; None = all. Bounds the memory of a
             forward pass; with gradients every chunk keeps its activations.
+        output_hidden_states, output_attentions (`bool`, *optional*): Keep those of all layers; the tower's
+            configuration decides by default.
 
     Returns:
-        Patch features of the layer `(V, num_patches, C)`, and the last hidden state `(V, T, C)`.
+        Patch features of the layer `(V, num_patches, C)`, and the tower's last hidden state `(V, T, C)` with what is
+        to be kept.
     """
-    features, last = [], []
+    keeps = tower.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+    attentions = {} if output_attentions is None else {"output_attentions": output_attentions}
+    features, parts = [], []
     for piece in split_views(pixels, chunk_size, tower):
-        output = tower(piece.to(tower.dtype), output_hidden_states=True, return_dict=True)
+        output = tower(piece.to(tower.dtype), output_hidden_states=True, return_dict=True, **attentions)
         states = output.hidden_states[layer]
         features.append(states[:, states.shape[1] - num_patches :])
-        last.append(output.last_hidden_state)
-    return (features[0], last[0]) if len(features) == 1 else (torch.cat(features), torch.cat(last))
+        hidden = output.hidden_states if keeps else None
+        parts.append(BaseModelOutput(output.last_hidden_state, hidden, output.attentions))
+    return _join(features), parts[0] if len(parts) == 1 else _join_outputs(parts)
+
+
+def _join(pieces: Sequence[torch.Tensor]) -> torch.Tensor:
+    return pieces[0] if len(pieces) == 1 else torch.cat(tuple(pieces))
+
+
+def _join_outputs(parts: list[BaseModelOutput]) -> BaseModelOutput:
+    """One output of the outputs of chunks."""
+    joined: dict[str, Any] = {"last_hidden_state": _join([part.last_hidden_state for part in parts])}
+    for name in ("hidden_states", "attentions"):
+        if getattr(parts[0], name) is not None:
+            layers = zip(*(getattr(part, name) for part in parts), strict=True)
+            joined[name] = tuple(_join(layer) for layer in layers)
+    return BaseModelOutput(**joined)

@@ -1,0 +1,71 @@
+"""Outputs: hidden states and attentions of the tower where they are asked for; tuples hold what dicts hold."""
+
+import pytest
+import torch
+
+from builders import geometry_of, make_batch, random_image, tiny_config, tiny_model, tiny_processor
+from reference_routing import SMALL_CONNECTORS
+
+
+@pytest.fixture(scope="module")
+def parts():
+    config = tiny_config("llava_next")
+    model, processor = tiny_model(config), tiny_processor(config)
+    model.set_attn_implementation("eager")
+    return model, geometry_of(make_batch(processor, [("<image>", [random_image(90, 130)])]))
+
+
+@pytest.fixture(scope="module")
+def tower(parts):
+    """What the tower itself gives."""
+    model, batch = parts
+    with torch.no_grad():
+        output = model.model.vision_tower(batch["pixel_values"], output_hidden_states=True, output_attentions=True)
+    assert len(output.hidden_states) == 4 and len(output.attentions) == 3 and len(batch["pixel_values"]) > 2
+    return output
+
+
+@pytest.mark.parametrize("chunk", [None, 2])
+@torch.no_grad()
+def test_the_states_are_those_of_the_tower(parts, tower, chunk):
+    model, batch = parts
+    found = model.get_image_features(
+        **batch, vision_chunk_size=chunk, output_hidden_states=True, output_attentions=True
+    )
+    torch.testing.assert_close(found.hidden_states, tower.hidden_states)
+    torch.testing.assert_close(found.attentions, tower.attentions)
+
+
+@torch.no_grad()
+def test_nothing_is_kept_unasked(parts):
+    model, batch = parts
+    found = model.get_image_features(**batch)
+    assert found.hidden_states is None and found.attentions is None
+
+
+@torch.no_grad()
+def test_the_configuration_of_the_tower_decides(parts, tower):
+    model, batch = parts
+    config = model.model.vision_tower.config
+    config.output_hidden_states = config.output_attentions = True
+    try:
+        found = model.get_image_features(**batch)
+        none = model.get_image_features(**batch, output_hidden_states=False, output_attentions=False)
+    finally:
+        config.output_hidden_states = config.output_attentions = False
+    torch.testing.assert_close(found.hidden_states, tower.hidden_states)
+    torch.testing.assert_close(found.attentions, tower.attentions)
+    assert none.hidden_states is None and none.attentions is None
+
+
+@pytest.mark.parametrize("preset", ["slime", "llava_next"])
+@torch.no_grad()
+def test_tuples_hold_what_dicts_hold(preset):
+    config = tiny_config(preset, connector_config=SMALL_CONNECTORS.get(preset, {}))
+    model, processor = tiny_model(config), tiny_processor(config)
+    batch = make_batch(processor, [("<image> What is it?", [random_image(90, 130)])])
+    for network in (model, model.model):
+        named = network(**batch, use_cache=False, output_hidden_states=True)
+        assert {"image_hidden_states", "kept_mask", "hidden_states"} <= named.keys()
+        plain = network(**batch, use_cache=False, output_hidden_states=True, return_dict=False)
+        torch.testing.assert_close(plain, named.to_tuple(), rtol=0, atol=0)
