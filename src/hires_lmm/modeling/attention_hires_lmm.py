@@ -23,7 +23,7 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Softmax attention in plain PyTorch, with the signature of transformers' attention interface.
+    """Softmax attention in plain PyTorch, with the signature of transformers' attention interface; scores are float32.
 
     Args:
         module (`nn.Module`): The calling module; not used.
@@ -38,10 +38,11 @@ def eager_attention_forward(
     Returns:
         `(B, Q, H, E)` and the weights `(B, H, Q, K)`.
     """
-    weights = torch.matmul(query, key.transpose(2, 3)) * scaling
+    wide = torch.promote_types(query.dtype, torch.float32)
+    weights = torch.matmul(query.to(wide), key.to(wide).transpose(2, 3)) * scaling
     if attention_mask is not None:
         weights = weights + attention_mask
-    weights = nn.functional.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = weights.softmax(dim=-1).to(query.dtype)
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
 
@@ -188,7 +189,7 @@ class HiResLmmQueryFormer(nn.Module):
         self.grid = grid
         self.side = square_side(num_queries, "num_queries")
         self.queries = nn.Parameter(torch.empty(num_queries, width))
-        self.register_buffer("positions", torch.empty(num_queries, width))
+        self.register_buffer("positions", sincos_positions(width, self.side).to(self.queries.dtype))
         self.query_norm, self.key_norm = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
         self.attention = HiResLmmCrossAttention(config, width, num_heads or default_num_heads(width))
         self.output_norm = nn.LayerNorm(width, eps=1e-6)

@@ -3,6 +3,7 @@
 from copy import deepcopy
 from typing import Any, Literal
 
+import torch
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
@@ -19,6 +20,12 @@ AUTO_MAP = {
     "AutoProcessor": "processing_hires_lmm.HiResLmmProcessor",
     "AutoImageProcessor": "image_processing_hires_lmm.HiResLmmImageProcessor",
 }
+
+LAYERS_LIMIT = 1000
+"""Most layers of a tower or language model; the deepest published ones have a few hundred."""
+
+GRID_LIMIT = 1024
+"""Most patches along a side of a view."""
 
 LLAVA_NEXT_GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
 
@@ -76,6 +83,22 @@ PRESETS: dict[str, dict] = {
         "connector_config": {"view_ops": [{"part": "sa_perceiver"}], "adapter": _MLP},
     },
 }
+
+
+def check_dtype(dtype: Any, where: str) -> None:
+    """Refuse the name of a number format that torch does not have, or that holds no fractions.
+
+    Args:
+        dtype (`str` or `torch.dtype`, *optional*): The name; anything else is left to transformers.
+        where (`str`): Where it stands, for the message.
+
+    Raises:
+        ValueError: If the name is unknown or no floating-point format.
+    """
+    if isinstance(dtype, str):
+        found = getattr(torch, dtype, None)
+        if not isinstance(found, torch.dtype) or not found.is_floating_point:
+            raise ValueError(f"{where}={dtype!r} is no floating-point format; use float32, bfloat16 or float16.")
 
 
 @strict
@@ -181,7 +204,15 @@ class HiResLmmConfig(PreTrainedConfig):
     auto_map: dict | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        dtypes = {"dtype": self.dtype, "torch_dtype": kwargs.get("torch_dtype")}
+        parts = {name: getattr(self, name) for name in type(self).sub_configs_defaults}
+        for name, part in parts.items():
+            if isinstance(part, dict):
+                dtypes.update({f"{name}.{key}": part.get(key) for key in ("dtype", "torch_dtype")})
+        for where, dtype in dtypes.items():
+            check_dtype(dtype, where)
         super().__post_init__(**kwargs)
+        self._check_halves()
         self.planner = self.planner if self.planner is not None else {"name": "slime"}
         self.auto_map = {**AUTO_MAP, **(self.auto_map or {})}
         if self.text_config.tie_word_embeddings:
@@ -189,6 +220,26 @@ class HiResLmmConfig(PreTrainedConfig):
         if self.vision_chunk_size is not None and self.vision_chunk_size < 1:
             raise ValueError(f"vision_chunk_size={self.vision_chunk_size} must be at least 1, or null for all views.")
         self.token_layout()
+
+    def _check_halves(self) -> None:
+        """Refuse towers and language models that cannot be, before anyone builds them layer by layer."""
+        halves = {
+            "vision_config": (self.vision_config, ("image_size", "patch_size", "hidden_size", "num_hidden_layers")),
+            "text_config": (self.text_config, ("vocab_size", "hidden_size", "num_hidden_layers")),
+        }
+        for where, (half, names) in halves.items():
+            for name in names:
+                value = getattr(half, name, None)
+                first = value[0] if isinstance(value, (list, tuple)) and value else value
+                if isinstance(first, bool) or not isinstance(first, int) or first < 1:
+                    raise ValueError(f"{where}.{name}={value!r} of a {half.model_type!r} must be an integer above 0.")
+            if half.num_hidden_layers > LAYERS_LIMIT:
+                raise ValueError(f"{where}.num_hidden_layers={half.num_hidden_layers} is more than {LAYERS_LIMIT}.")
+        if not 1 <= self.patch_grid[0] <= GRID_LIMIT:
+            raise ValueError(
+                f"vision_config has image_size={self.vision_config.image_size} and "
+                f"patch_size={self.vision_config.patch_size}; a view must have 1 to {GRID_LIMIT} patches a side."
+            )
 
     @classmethod
     def from_preset(

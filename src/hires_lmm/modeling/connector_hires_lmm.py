@@ -85,6 +85,17 @@ class HiResLmmConnector(PreTrainedModel):
         if initialise is not None:
             initialise()
 
+    def resize_vocabulary(self, rows: int, mean_resizing: bool = True) -> None:
+        """Let parts with word embeddings of the language model's vocabulary follow its size.
+
+        Args:
+            rows (`int`): Tokens from now on.
+            mean_resizing (`bool`): See `PreTrainedModel.resize_token_embeddings`.
+        """
+        for op in self.token_ops:
+            if hasattr(op, "resize_vocabulary"):
+                op.resize_vocabulary(rows, mean_resizing)
+
     def encode(self, views: ViewFeatures, embed: Callable[[torch.Tensor], torch.Tensor]) -> VisualTokens:
         """Run everything that needs neither the question nor a count that depends on content.
 
@@ -124,7 +135,7 @@ class HiResLmmConnector(PreTrainedModel):
         else:
             glob = crops.new_zeros(num_images, global_grid[0] * global_grid[1], crops.shape[-1])
         if idle:
-            glob, crops = glob + 0.0 * crops.sum(), crops[:0]
+            glob, crops = glob + (0.0 * crops).sum(), crops[:0]  # a sum of half precision may overflow
         return replace(views, global_features=glob, crop_features=crops, global_grid=global_grid, crop_grid=crop_grid)
 
     def run_idle(self, views: ViewFeatures, embed: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
@@ -143,8 +154,8 @@ class HiResLmmConnector(PreTrainedModel):
         question = Question(tokens.features.detach()[None, :1], None, one, one[0] * 0, one[0])
         for op in self.token_ops:
             tokens, question = op(tokens, question)
-        total = sum((score.float().nan_to_num().sum() for score in tokens.scores.values()), tokens.features.sum())
-        return 0.0 * total
+        scores = (score.float().nan_to_num() for score in tokens.scores.values())
+        return sum(((0.0 * score).sum() for score in scores), (0.0 * tokens.features).sum())
 
     def finish(self, tokens: VisualTokens, question: Question | None) -> VisualTokens:
         """Run the operations that `encode` held back.

@@ -16,6 +16,9 @@ from .views_hires_lmm import KIND_MARK, PartContext, Question, VisualTokens
 PROJECTION_STD = 0.001
 """Standard deviation of a new projection to the language model, as released."""
 
+LAYERS_LIMIT = 1000
+"""Most layers of the transformer."""
+
 
 class HiResLmmFusion(nn.Module):
     """Replaces all visual tokens of a conversation by blocks of queries that have read image and question.
@@ -77,6 +80,8 @@ class HiResLmmFusion(nn.Module):
             for name in ("num_queries", "later_queries", "num_layers", "num_heads"):
                 if getattr(self, name) < 1:
                     raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+            if self.num_layers > LAYERS_LIMIT:
+                raise ValueError(f"num_layers={self.num_layers} is more than {LAYERS_LIMIT}.")
 
     def __init__(self, context: PartContext, options: Options):
         super().__init__()
@@ -132,6 +137,11 @@ class HiResLmmFusion(nn.Module):
         init.normal_(self.queries, mean=0.0, std=self.model.config.initializer_range)
         init.normal_(self.output.weight, mean=0.0, std=PROJECTION_STD)
 
+    def resize_vocabulary(self, rows: int, mean_resizing: bool = True) -> None:
+        """Follow the language model to another number of tokens, unless the options give a vocabulary of its own."""
+        if self.options.vocab_size is None:
+            self.model.resize_token_embeddings(rows, mean_resizing=mean_resizing)
+
     def slots(self, num_slots: int) -> torch.Tensor:
         """Rows of a block: the first queries and the end slot, `(num_slots, C)`."""
         return torch.cat([self.queries[: num_slots - 1], self.queries[-1:]])
@@ -164,7 +174,7 @@ class HiResLmmFusion(nn.Module):
         counts = [sum(block.num_slots for block in own) for own in shown]
         features = self.output(slots)
         if self.training:  # the word embeddings take part in every loss, also where no question is read
-            features = features + 0.0 * self.model.embed_tokens.weight[:1].sum()
+            features = features + (0.0 * self.model.embed_tokens.weight[:1]).sum()
         total = len(slots)
         result = replace(
             tokens,

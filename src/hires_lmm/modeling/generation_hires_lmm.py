@@ -12,7 +12,7 @@ from transformers.utils import ModelOutput
 
 from .outputs_hires_lmm import HiResLmmImageFeatures, check_placeholders, compare_counts, placeholders_per_image
 from .question_hires_lmm import PromptText
-from .views_hires_lmm import VisualTokens, copy_to_host, padding_flags
+from .views_hires_lmm import VisualTokens, all_finite, check_finite, copy_to_host, padding_flags
 
 
 def check_encoder_outputs(outputs: Any) -> dict[str, Any]:
@@ -85,7 +85,11 @@ class HiResLmmGenerationMixin(GenerationMixin):
             raise ValueError("prefill_chunk_size is not supported with images; leave it unset.")
         geometry = (model_kwargs.get("view_positions"), model_kwargs.get("view_spans")) if has_pixels else (None, None)
         flags = padding_flags(model_kwargs.get("attention_mask")) if has_images else []
-        positions, spans, count, *flags = copy_to_host(*geometry, placeholder.sum(), *flags)
+        pixels = model_kwargs["pixel_values"] if has_pixels else None
+        is_finite = all_finite(pixels) if pixels is not None else None
+        positions, spans, count, is_finite, *flags = copy_to_host(*geometry, placeholder.sum(), is_finite, *flags)
+        if pixels is not None and is_finite is not None:
+            check_finite(is_finite, pixels, "pixel_values")
         if has_pixels:
             check_placeholders(count, positions, self.model.connector.makes_tokens)
             model_kwargs["view_positions"], model_kwargs["view_spans"] = positions, spans

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import AutoModel, PreTrainedModel
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
@@ -14,6 +14,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from .configuration_hires_lmm import HiResLmmConfig, HiResLmmConnectorConfig, check_fit
 from .connector_hires_lmm import HiResLmmConnector, drop
 from .generation_hires_lmm import HiResLmmGenerationMixin, check_encoder_outputs
+from .loading_hires_lmm import HiResLmmLoadingMixin
 from .logits_hires_lmm import scale_logits, select_learned, select_positions
 from .outputs_hires_lmm import (
     HiResLmmCausalLMOutputWithPast,
@@ -31,6 +32,8 @@ from .views_hires_lmm import (
     ImageGeometry,
     Question,
     ViewFeatures,
+    all_finite,
+    check_finite,
     check_views,
     copy_to_host,
     group_rows,
@@ -40,7 +43,7 @@ from .views_hires_lmm import (
 )
 
 
-class HiResLmmPreTrainedModel(PreTrainedModel):
+class HiResLmmPreTrainedModel(HiResLmmLoadingMixin, PreTrainedModel):
     """Base of the two models: loading, saving and what the library may do with them."""
 
     config: HiResLmmConfig
@@ -59,6 +62,13 @@ class HiResLmmPreTrainedModel(PreTrainedModel):
         super().post_init()
         present = {type(module).__name__ for module in self.modules()}
         self._no_split_modules = {name for name in self._no_split_modules if name in present}
+
+    def _resize_token_embeddings(
+        self, new_num_tokens: int | None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
+        embeddings = super()._resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        self.base_model.connector.resize_vocabulary(embeddings.num_embeddings, mean_resizing)
+        return embeddings
 
 
 class HiResLmmModel(HiResLmmPreTrainedModel):
@@ -85,13 +95,13 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
         self.post_init()
 
     def encode_views(
-        self, pixel_values: torch.Tensor, layer: int | None = None, chunk_size: int | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run the tower: `(V, 3, S, S)` -> patch features of one layer `(V, L, C)` and the last hidden state."""
+        self, pixel_values: torch.Tensor, layer: int | None = None, chunk_size: int | None = None, **wanted: Any
+    ) -> tuple[torch.Tensor, BaseModelOutput]:
+        """Run the tower: `(V, 3, S, S)` -> patch features of one layer `(V, L, C)` and its output, see `run_tower`."""
         layer = self.config.vision_feature_layer if layer is None else layer
         chunk_size = self.config.vision_chunk_size if chunk_size is None else chunk_size
         rows, cols = self.config.patch_grid
-        return run_tower(self.vision_tower, pixel_values, layer, rows * cols, chunk_size)
+        return run_tower(self.vision_tower, pixel_values, layer, rows * cols, chunk_size, **wanted)
 
     @merge_with_config_defaults
     @can_return_tuple
@@ -118,6 +128,7 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
                 place of `pixel_values`; the tower does not run.
             vision_chunk_size (`int`, *optional*): Most views that pass the tower at once; `config.vision_chunk_size`
                 by default.
+            kwargs: `output_hidden_states`, `output_attentions`: keep those of the tower; others are not read.
 
         Returns:
             `HiResLmmImageFeatures`; its `pooler_output` holds one `(n_i, D)` tensor an image.
@@ -127,9 +138,14 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
         """
         source = pixel_values if vision_features is None else vision_features
         self._check_views(source, vision_features is not None, view_positions, view_spans)
-        images = self.read_images(view_positions, view_spans)
+        is_here = view_positions.device == source.device  # else looking would wait for the device once more
+        flags = [all_finite(source)] if is_here else []
+        positions, spans, *flags = copy_to_host(view_positions, view_spans, *flags)
+        for flag in flags:
+            check_finite(flag, source, "pixel_values" if vision_features is None else "vision_features")
+        images = read_geometry(positions.tolist(), spans.tolist())
         return self._encode_images(
-            source, images, view_boxes, vision_feature_layer, vision_features is not None, vision_chunk_size
+            source, images, view_boxes, vision_feature_layer, vision_features is not None, vision_chunk_size, **kwargs
         )
 
     def _encode_images(
@@ -140,20 +156,22 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
         layer: int | None = None,
         is_encoded: bool = False,
         chunk_size: int | None = None,
+        **kwargs: Any,
     ) -> HiResLmmImageFeatures:
         """What `get_image_features` does once the geometry is on the host; it never waits for the device."""
         groups = self._group_rows(images, source.device)
         if groups[0] is None:
             source = source[groups[1]]
         if is_encoded:
-            features, last_hidden_state = source.to(self.vision_tower.dtype), None
+            features, output = source.to(self.vision_tower.dtype), BaseModelOutput()
         else:
-            features, last_hidden_state = self.encode_views(source, layer, chunk_size)
+            wanted = {name: kwargs.get(name) for name in ("output_hidden_states", "output_attentions")}
+            features, output = self.encode_views(source, layer, chunk_size, **wanted)
         views = self._group_views(features, images, groups)
         tokens = self.connector.encode(views, self._embed_token)
         placed = drop(tokens)[0].split(tokens.num_tokens) if self.connector.is_done_early else None
         return HiResLmmImageFeatures(
-            last_hidden_state=last_hidden_state,
+            **output,
             pooler_output=list(placed) if placed is not None else tokens.per_image(tokens.features),
             tokens=tokens,
             view_boxes=view_boxes,
@@ -361,13 +379,15 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
             is_encoded, is_unpadded = vision_features is not None, None
             if images is None:
                 placeholder = self.get_placeholder_mask(input_ids, inputs_embeds)
-                positions, spans, *numbers = copy_to_host(
-                    view_positions, view_spans, placeholder.sum(), *padding_flags(attention_mask)
+                is_finite = all_finite(given[0])
+                positions, spans, count, is_finite, *flags = copy_to_host(
+                    view_positions, view_spans, placeholder.sum(), is_finite, *padding_flags(attention_mask)
                 )
-                check_placeholders(numbers[0], positions, self.connector.makes_tokens)
+                check_placeholders(count, positions, self.connector.makes_tokens)
                 self._check_views(given[0], is_encoded, positions, spans)
+                check_finite(is_finite, given[0], "vision_features" if is_encoded else "pixel_values")
                 images = read_geometry(positions.tolist(), spans.tolist())
-                is_unpadded = bool(numbers[1]) if numbers[1:] else None
+                is_unpadded = bool(flags[0]) if flags else None
             features = self._encode_images(given[0], images, view_boxes, None, is_encoded, vision_chunk_size)
             features.is_unpadded = is_unpadded
             features.keep_nothing()

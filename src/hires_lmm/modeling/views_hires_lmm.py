@@ -115,6 +115,40 @@ def padding_flags(attention_mask: Any) -> list[torch.Tensor]:
     return [(attention_mask != 0).all(), (attention_mask[:, -1] == 0).any()]
 
 
+def all_finite(source: torch.Tensor) -> torch.Tensor:
+    """Whether no value is NaN or infinite: `torch.isfinite(source).all()` in one pass that writes nothing.
+
+    Args:
+        source (`torch.Tensor`): Any values.
+
+    Returns:
+        A bool tensor of shape `()` on the same device; nothing waits for it.
+    """
+    if not source.numel():
+        return torch.ones((), dtype=torch.bool, device=source.device)
+    lowest, highest = torch.aminmax(source.detach())  # NaN shows in both
+    return torch.isfinite(lowest) & torch.isfinite(highest)
+
+
+def check_finite(is_finite: torch.Tensor, source: torch.Tensor, name: str) -> None:
+    """Refuse views that hold NaN or infinite values: one of them would spoil every answer about the image in silence.
+
+    Args:
+        is_finite (`torch.Tensor` of shape `()`): `all_finite(source)`, on the host.
+        source (`torch.Tensor` of shape `(V, ...)`): Views or features.
+        name (`str`): Their name, for the message.
+
+    Raises:
+        ValueError: If they do.
+    """
+    if not is_finite:
+        views = torch.nonzero(~torch.isfinite(source).flatten(1).all(dim=1))[:, 0].tolist()
+        raise ValueError(
+            f"{name} holds values that are NaN or infinite, in the views {views} of {len(source)}; look at the images "
+            "that they were made from, and make them anew."
+        )
+
+
 def check_views(
     source: torch.Tensor | None,
     name: str,

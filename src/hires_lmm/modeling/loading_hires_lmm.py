@@ -1,0 +1,159 @@
+"""Loading that refuses what does not fit: no model starts with random weights unnoticed."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.integrations import is_fsdp_enabled
+
+from .configuration_hires_lmm import check_dtype
+
+
+SHOWN_NAMES = 5
+PEFT_MARKS = ("lora_", "base_layer", "modules_to_save", "original_module")
+ON_PURPOSE = (
+    "To keep what fits and start the rest anew on purpose, ask for the list with output_loading_info=True, for shapes "
+    "with ignore_mismatched_sizes=True."
+)
+
+
+class HiResLmmCheckpointError(ValueError, RuntimeError):
+    """Tensors of a checkpoint are missing, superfluous or of another shape.
+
+    A `RuntimeError` too, because that is what torch and transformers raise where they refuse a checkpoint.
+    """
+
+
+class HiResLmmLoadingMixin:
+    """`from_pretrained` that fails where transformers warns and fills the gap with random weights."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: Any,
+        *model_args: Any,
+        ignore_mismatched_sizes: bool = False,
+        output_loading_info: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Load a checkpoint; see `PreTrainedModel.from_pretrained`.
+
+        Args:
+            pretrained_model_name_or_path (`str`): Folder or Hub id, of a model or of an adapter for one; None with an
+                empty `state_dict` makes a new model.
+            model_args: For the constructor.
+            ignore_mismatched_sizes (`bool`): Start tensors anew whose shape in the checkpoint differs.
+            output_loading_info (`bool`): Return the lists of what is missing, superfluous and of another shape; the
+                caller looks at them, and tensors that are missing or superfluous are no error.
+            kwargs: Everything else that transformers takes.
+
+        Returns:
+            The model, or the model and the lists.
+
+        Raises:
+            HiResLmmCheckpointError: If tensors are missing, superfluous or of another shape.
+            ValueError: If `dtype` names no floating-point format.
+        """
+        for name in ("dtype", "torch_dtype"):
+            if kwargs.get(name) != "auto":
+                check_dtype(kwargs.get(name), name)
+        loader: Any = super()
+        model, info = loader.from_pretrained(
+            pretrained_model_name_or_path,
+            *model_args,
+            ignore_mismatched_sizes=True,  # the error below names the tensors, that of transformers does not
+            output_loading_info=True,
+            **kwargs,
+        )
+        weights = model.__dict__.pop("_weights_info", info)
+        is_new = pretrained_model_name_or_path is None and not kwargs.get("state_dict")
+        for found in [weights] if weights is info else [weights, info]:
+            allowed = {"mismatched_keys"} if ignore_mismatched_sizes else set()
+            if output_loading_info or is_new:
+                allowed |= {"missing_keys", "unexpected_keys"}
+            _check_report({name: keys for name, keys in found.items() if name not in allowed}, model)
+        _check_devices(model)
+        return (model, info) if output_loading_info else model
+
+    def initialize_weights(self) -> None:
+        """Let each half start its own weights by its own rules, then start the rest.
+
+        In custom code transformers passes over modules without parameters of their own, also in its own towers, whose
+        rules stand on such modules.
+        """
+        model: Any = self
+        for child in model.children():
+            if isinstance(child, PreTrainedModel):
+                child.initialize_weights()
+        loader: Any = super()
+        loader.initialize_weights()
+
+    @staticmethod
+    def _finalize_model_loading(model: Any, load_config: Any, loading_info: Any) -> Any:
+        """Keep the lists of the model's own weights: where an adapter follows, transformers returns those of that."""
+        loading_info = PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
+        model._weights_info = loading_info.to_dict()
+        return loading_info
+
+
+def _check_report(report: dict, model: PreTrainedModel) -> None:
+    """Raise if anything is listed under `missing_keys`, `unexpected_keys` or `mismatched_keys`."""
+    missing, extra = sorted(report.get("missing_keys", ())), sorted(report.get("unexpected_keys", ()))
+    shapes = [
+        f"{name} ({tuple(found)} in the checkpoint, {tuple(wanted)} in the model)"
+        for name, found, wanted in sorted(report.get("mismatched_keys", ()), key=lambda entry: entry[0])
+    ]
+    lists = (("missing", missing), ("not part of the model", extra), ("of another shape", shapes))
+    faults = "; ".join(f"{title}: {_shorten(names)}" for title, names in lists if names)
+    if faults:
+        source = model.name_or_path
+        where = "The given state_dict" if source in ("", "None") else repr(source)
+        raise HiResLmmCheckpointError(
+            f"{where} does not fit {type(model).__name__}. Tensors {faults}. {_remedy(missing, extra)} {ON_PURPOSE}"
+        )
+
+
+def _shorten(names: list[str]) -> str:
+    more = len(names) - SHOWN_NAMES
+    return ", ".join(names[:SHOWN_NAMES]) + (f" and {more} more" if more > 0 else "")
+
+
+def _remedy(missing: list[str], extra: list[str]) -> str:
+    """What the names say about how the checkpoint came about."""
+    if any(mark in name for name in extra for mark in PEFT_MARKS):
+        return (
+            "These are the names of a model that PEFT wraps: save its adapter alone and load that, or save "
+            "merge_and_unload()."
+        )
+    for prefix in {name[: -len(missing[0])] for name in extra if missing and name.endswith("." + missing[0])}:
+        return (
+            f"Every name in the file begins with {prefix!r}: save the model without its wrapper, or load with "
+            f"key_mapping={{{'^' + prefix.replace('.', '[.]')!r}: ''}}."
+        )
+    if missing == ["lm_head.weight"] and not extra:
+        return "It was saved without its head: load it with AutoModel, or save HiResLmmForConditionalGeneration."
+    return "Save it again whole, or load it with the configuration that it was trained with."
+
+
+def _check_devices(model: PreTrainedModel) -> None:
+    """Raise if a tensor has no storage and nothing will give it any: no offload hook and no other process."""
+    if is_fsdp_enabled():
+        return
+    bare = sorted(
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules()
+        if not hasattr(module, "_hf_hook")
+        for name, tensor in _own_tensors(module)
+        if tensor.is_meta
+    )
+    if bare:
+        raise HiResLmmCheckpointError(
+            f"After loading, tensors of {type(model).__name__} have no values: {_shorten(bare)}. Load outside of "
+            "torch.device('meta') and init_empty_weights()."
+        )
+
+
+def _own_tensors(module: torch.nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
+    yield from module.named_parameters(recurse=False)
+    yield from module.named_buffers(recurse=False)
