@@ -70,10 +70,12 @@ Destination = Annotated[Path, typer.Argument(help="A new folder.", show_default=
 def one_line_errors() -> Iterator[None]:
     """Turn what a user can mend into one line on standard error and exit status 1; a bug keeps its traceback."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, StrictDataclassError
+    from jinja2 import TemplateError
 
+    library = (HfHubHTTPError, HFValidationError, StrictDataclassError, TemplateError)
     try:
         yield
-    except (ValueError, OSError, ImportError, HfHubHTTPError, HFValidationError, StrictDataclassError) as error:
+    except (ValueError, OSError, ImportError, *library) as error:
         _fail(error)
     except RuntimeError as error:
         if "out of memory" not in str(error):

@@ -1,7 +1,9 @@
 """From a checkpoint to an answer: load it, pose a question about images, stream the answer, see what was kept."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from threading import Thread
 from typing import Any
 
@@ -16,6 +18,8 @@ from transformers import (
     TextIteratorStreamer,
 )
 
+from .conversion.errors import is_panic
+from .conversion.tensors import JSON_LIMIT
 from .modeling.outputs_hires_lmm import HiResLmmImageFeatures, TokenMap
 from .processing.image_input_hires_lmm import open_image, to_rgb
 
@@ -55,8 +59,9 @@ def load_processor(checkpoint: str, trust_remote_code: bool = False) -> Any:
         ValueError: If the checkpoint is of another kind of model.
         OSError: If it does not exist.
     """
-    _check_kind(checkpoint, trust_remote_code)
-    return AutoProcessor.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
+    with _clear_errors(checkpoint):
+        _check_kind(checkpoint, trust_remote_code)
+        return AutoProcessor.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
 
 
 def load_image_processor(checkpoint: str, trust_remote_code: bool = False) -> Any:
@@ -66,8 +71,29 @@ def load_image_processor(checkpoint: str, trust_remote_code: bool = False) -> An
         checkpoint (`str`): Folder or Hub id.
         trust_remote_code (`bool`): Whether code that comes with the checkpoint may run.
     """
-    _check_kind(checkpoint, trust_remote_code)
-    return AutoImageProcessor.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
+    with _clear_errors(checkpoint):
+        _check_kind(checkpoint, trust_remote_code)
+        return AutoImageProcessor.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
+
+
+@contextmanager
+def _clear_errors(checkpoint: str) -> Iterator[None]:
+    """Readers of files raise errors of many types over a damaged checkpoint; say which one it is."""
+    large = [path for path in Path(checkpoint).glob("*.json") if path.is_file() and path.stat().st_size > JSON_LIMIT]
+    if large:
+        raise ValueError(f"{large[0]} has {large[0].stat().st_size} bytes, more than {JSON_LIMIT}; replace it.")
+    try:
+        yield
+    except (ValueError, OSError, ImportError):
+        raise
+    except BaseException as error:
+        known = isinstance(error, Exception) or is_panic(error)
+        if not known or "out of memory" in str(error):
+            raise
+        text = " ".join(str(error).split())[:1000]
+        raise ValueError(
+            f"{checkpoint} cannot be loaded ({type(error).__name__}: {text}); it is damaged or of another make."
+        ) from error
 
 
 def _check_kind(checkpoint: str, trust_remote_code: bool) -> None:
@@ -93,14 +119,17 @@ def load_model(
         The model.
 
     Raises:
-        ValueError: If dtype or device is unknown or not there.
+        ValueError: If dtype or device is unknown or not there, or the checkpoint is damaged.
+        OSError: If it does not exist or lacks a file.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} is unknown; choose one of {', '.join(DTYPES)}.")
     target = _checked_device(device)
-    model = AutoModelForImageTextToText.from_pretrained(
-        checkpoint, dtype=dtype if dtype == "auto" else getattr(torch, dtype), trust_remote_code=trust_remote_code
-    )
+    kind = dtype if dtype == "auto" else getattr(torch, dtype)
+    with _clear_errors(checkpoint):
+        model = AutoModelForImageTextToText.from_pretrained(
+            checkpoint, dtype=kind, trust_remote_code=trust_remote_code
+        )
     return model.to(target).eval()
 
 

@@ -1,13 +1,17 @@
 """Static rules for the files that travel with a checkpoint: `modeling/` and `processing/`.
 
 The Hub loader scans text for relative imports, copies the siblings it finds into one flat folder and demands every
-other imported package on the user's machine, wherever the import stands. Each rule below is a function
-`(path, source) -> faults`, so it is tried on bad snippets as well as on the real files.
+other imported package on the user's machine, wherever the import stands. What it then runs is inert: no file but the
+image that a user names, no socket but the URL that a user names, no code made from text, and nothing but definitions
+while it is imported. Each rule below is a function `(path, source) -> faults`, so it is tried on bad snippets as well
+as on the real files.
 """
 
 import ast
+import importlib
 import re
 import sys
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,7 +21,26 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "src" / "hires_lmm"
 FOLDERS = [PACKAGE / "modeling", PACKAGE / "processing"]
 SHIPPED = sorted(file for folder in FOLDERS for file in folder.glob("*.py") if file.name != "__init__.py")
-ALLOWED = sys.stdlib_module_names | {"torch", "numpy", "PIL", "transformers", "huggingface_hub"}
+STANDARD = {  # module -> names that may be taken from it; None: the module itself, with all it has
+    "base64": None,
+    "binascii": None,
+    "collections.abc": {"Callable", "Iterable", "Iterator", "Sequence"},
+    "contextlib": {"contextmanager"},
+    "copy": {"deepcopy", None},
+    "dataclasses": {"asdict", "dataclass", "field", "fields", "replace"},
+    "functools": {"lru_cache"},
+    "importlib.util": {"find_spec"},  # whether triton is there; it imports nothing
+    "io": {"BytesIO"},
+    "itertools": {"accumulate", "pairwise"},
+    "math": None,
+    "os": {"PathLike", "getpid", "path"},
+    "re": None,
+    "threading": {"Lock", "local"},
+    "time": None,
+    "typing": {"Any", "Literal", "NamedTuple", "cast"},
+    "weakref": {"WeakKeyDictionary"},
+}
+ALLOWED = {name.split(".")[0] for name in STANDARD} | {"torch", "numpy", "PIL", "transformers", "huggingface_hub"}
 KERNEL = "silu_kernel_hires_lmm"
 KERNEL_PACKAGES = {"triton"}  # the kernel file alone may import it: that file is imported by a function, never at load
 LOADER_PATTERNS = (r"^\s*import\s+(\.\S+)\s*$", r"^\s*from\s+(\.\S+)\s+import")
@@ -123,6 +146,174 @@ def rule_file_name(path: Path, source: str) -> list[str]:
     )
 
 
+# ---- rules that keep the code inert
+
+INPUT = "image_input_hires_lmm"
+CODE_NAMES = {"eval", "exec", "compile", "__import__", "globals", "locals", "breakpoint", "input", "delattr"}
+CODE_NAMES |= {
+    "pickle",
+    "cPickle",
+    "marshal",
+    "shelve",
+    "dill",
+    "joblib",
+    "cloudpickle",
+    "ctypes",
+    "subprocess",
+    "socket",
+}
+CODE_NAMES |= {"importlib", "runpy", "code", "codeop", "pty", "multiprocessing", "urllib", "http", "requests", "httpx"}
+INSIDES = {
+    "__class__",
+    "__base__",
+    "__bases__",
+    "__mro__",
+    "__subclasses__",
+    "__globals__",
+    "__builtins__",
+    "__code__",
+}
+INSIDES |= {"__closure__", "__reduce__", "__reduce_ex__", "__loader__", "__spec__"}
+FILE_NAMES = {
+    "open",
+    "fdopen",
+    "system",
+    "popen",
+    "get_session",
+    "snapshot_download",
+    "hf_hub_download",
+    "cached_file",
+}
+FILE_ATTRIBUTES = {
+    "open", "load", "save", "read_text", "read_bytes", "write_text", "write_bytes", "unlink", "mkdir",
+    "makedirs", "rmdir", "remove", "rename", "touch", "symlink_to", "chmod", "tofile", "fromfile", "memmap",
+    "loadtxt", "genfromtxt", "savez", "savetxt", "from_file", "load_library", "load_inline", "hub", "jit",
+    "cpp_extension", "load_state_dict_from_url", "stream", "connect", "urlopen", "system", "popen", "spawn",
+    "fork", "load_url", "savefig", "load_module", "_load",
+}  # fmt: skip
+EXCEPTIONS = {  # (file, text): images that a user names, memory of a GPU, the name of a number format
+    (INPUT, "Image.open"),
+    (INPUT, "image.load"),
+    (INPUT, "get_session"),
+    (INPUT, "get_session().stream"),
+    (KERNEL, "tl.load"),
+    (KERNEL, "triton.jit"),
+    ("configuration_hires_lmm", "getattr(torch, dtype, None)"),
+}
+AT_IMPORT_CALLS = {"logging.get_logger", "field", "local", "SubConfigSpec"}
+AT_IMPORT_METHODS = {"strip", "replace"}  # of texts
+DECORATORS = {
+    "can_return_tuple", "classmethod", "contextmanager", "dataclass", "lru_cache", "merge_with_config_defaults",
+    "property", "size.setter", "staticmethod", "strict", "torch.autograd.function.once_differentiable",
+    "torch.compiler.assume_constant_result", "torch.no_grad", "triton.jit",
+}  # fmt: skip
+DEFINITIONS = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
+
+
+def rule_only_named_parts_of_the_standard_library(path: Path, source: str) -> list[str]:
+    """From the standard library only what `STANDARD` names: no os, no socket, no subprocess."""
+    faults = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            wanted = [(alias.name, None) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            wanted = [(node.module or "", alias.name) for alias in node.names]
+        else:
+            continue
+        for module, name in wanted:
+            if module.split(".")[0] in sys.stdlib_module_names:
+                known = STANDARD.get(module, set())
+                allowed = name is None if known is None else name in known
+                if module not in STANDARD or not allowed:
+                    faults.append(f"line {node.lineno}: takes {name or 'all'} of {module}")
+    return faults
+
+
+def rule_no_code_from_text(path: Path, source: str) -> list[str]:
+    """No `eval`, `exec`, `compile`, no pickle, no process, no import by name; not even the word as a name."""
+    faults = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Name) and node.id in CODE_NAMES:
+            faults.append(f"line {node.lineno}: {node.id}")
+        elif isinstance(node, ast.Attribute) and node.attr in CODE_NAMES - {"compile"} | INSIDES:
+            faults.append(f"line {node.lineno}: .{node.attr}")
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names = {alias.name for alias in node.names} | {getattr(node, "module", None) or ""}
+            faults += [f"line {node.lineno}: imports {name}" for name in sorted(names & CODE_NAMES)]
+    return faults
+
+
+def rule_no_files_and_sockets(path: Path, source: str) -> list[str]:
+    """Nothing opens, reads, writes or removes a file, and nothing connects, but the reader of images."""
+    faults = []
+    for node in ast.walk(ast.parse(source)):
+        text = ast.unparse(node) if isinstance(node, ast.Name | ast.Attribute) else ""
+        found = (isinstance(node, ast.Name) and node.id in FILE_NAMES) or (
+            isinstance(node, ast.Attribute) and node.attr in FILE_ATTRIBUTES | FILE_NAMES
+        )
+        if found and (path.stem, text) not in EXCEPTIONS:
+            faults.append(f"line {node.lineno}: {text}")
+        if isinstance(node, ast.ImportFrom):
+            taken = {alias.name for alias in node.names} & (FILE_NAMES | FILE_ATTRIBUTES)
+            faults += [f"line {node.lineno}: {name}" for name in sorted(taken) if (path.stem, name) not in EXCEPTIONS]
+    return faults
+
+
+def rule_no_attribute_of_a_module_by_name(path: Path, source: str) -> list[str]:
+    """`getattr(module, name)` and `vars(module)` could reach what the other rules forbid."""
+    tree = ast.parse(source)
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+    modules = {(alias.asname or alias.name).split(".")[0] for node in imports for alias in node.names}
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and node.args]
+    faults = []
+    for call in calls:
+        first = ast.unparse(call.args[0]).split(".")[0]
+        named = isinstance(call.func, ast.Name) and call.func.id in ("getattr", "setattr", "vars")
+        if named and first in modules and (path.stem, ast.unparse(call)) not in EXCEPTIONS:
+            faults.append(f"line {call.lineno}: {ast.unparse(call)}")
+    tables = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr == "__dict__"]
+    owners = [(node.lineno, ast.unparse(node.value).split(".")[0]) for node in tables]
+    return faults + [f"line {line}: {owner}.__dict__" for line, owner in owners if owner in modules]
+
+
+def rule_definitions_only(path: Path, source: str) -> list[str]:
+    """Importing a file defines and does nothing else: no statement beside definitions, no call beside a few."""
+    return _at_import(ast.parse(source).body)
+
+
+def _at_import(body: list[ast.stmt]) -> list[str]:
+    faults = []
+    for node in body:
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            continue
+        if not isinstance(node, DEFINITIONS):
+            faults.append(f"line {node.lineno}: {type(node).__name__} while importing")
+            continue
+        parts: list[ast.AST] = []
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names = [ast.unparse(each.func if isinstance(each, ast.Call) else each) for each in node.decorator_list]
+            faults += [f"line {node.lineno}: @{name}" for name in names if name not in DECORATORS]
+            parts = [value for each in node.decorator_list if isinstance(each, ast.Call) for value in each.args]
+        if isinstance(node, ast.FunctionDef):
+            arguments = node.args
+            parts += [*arguments.defaults, *(value for value in arguments.kw_defaults if value)]
+            parts += [each.annotation for each in ast.walk(arguments) if isinstance(each, ast.arg) and each.annotation]
+        elif isinstance(node, ast.ClassDef):
+            parts += [*node.bases, *(keyword.value for keyword in node.keywords)]
+            faults += _at_import(node.body)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            parts.append(node)
+        calls = [call for part in parts for call in ast.walk(part) if isinstance(call, ast.Call)]
+        faults += [f"line {call.lineno}: calls {ast.unparse(call)[:60]}" for call in calls if not _is_harmless(call)]
+    return faults
+
+
+def _is_harmless(call: ast.Call) -> bool:
+    if isinstance(call.func, ast.Attribute) and call.func.attr in AT_IMPORT_METHODS:
+        return isinstance(call.func.value, ast.Constant | ast.Name | ast.BinOp | ast.Call)
+    return ast.unparse(call.func) in AT_IMPORT_CALLS
+
+
 RULES: list[Callable[[Path, str], list[str]]] = [
     rule_only_allowed_packages,
     rule_nothing_of_the_package,
@@ -132,6 +323,11 @@ RULES: list[Callable[[Path, str], list[str]]] = [
     rule_no_future_annotations,
     rule_no_files_beside_the_code,
     rule_file_name,
+    rule_only_named_parts_of_the_standard_library,
+    rule_no_code_from_text,
+    rule_no_files_and_sockets,
+    rule_no_attribute_of_a_module_by_name,
+    rule_definitions_only,
 ]
 
 
@@ -184,9 +380,111 @@ def test_the_loader_of_transformers_agrees(path: Path):
         assert set(get_imports(file)) <= allowed
 
 
+def test_every_permission_is_needed():
+    """What is allowed is used somewhere; a permission that nobody needs any more is taken back."""
+    sources = {path.stem: path.read_text(encoding="utf-8") for path in SHIPPED}
+    taken = set()
+    for source in sources.values():
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Import):
+                taken |= {(alias.name, None) for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                taken |= {(node.module, alias.name) for alias in node.names}
+    permitted = {(module, name) for module, names in STANDARD.items() for name in names or {None}}
+    assert permitted <= taken, permitted - taken
+    assert {(stem, text) for stem, text in EXCEPTIONS if text not in sources[stem]} == set()
+    decorators = {name for name in DECORATORS if not any(f"@{name}" in source for source in sources.values())}
+    calls = {name for name in AT_IMPORT_CALLS if not any(f"{name}(" in source for source in sources.values())}
+    assert decorators | calls == set()
+
+
+def test_importing_touches_nothing(tmp_path, monkeypatch):
+    """All shipped files are imported once more, from the flat folder a loader makes: no file is written, no process
+    started, no address looked up."""
+    import hires_lmm.modeling.modeling_hires_lmm  # noqa: F401  (libraries are loaded before the watch begins)
+    from fuzz.harness import watch
+
+    package = types.ModuleType("inert_copy")
+    package.__path__ = [str(tmp_path)]
+    monkeypatch.setitem(sys.modules, "inert_copy", package)
+    for path in SHIPPED:
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    with watch().over([], tmp_path / "nothing"):
+        for path in SHIPPED:
+            if path.stem != KERNEL:
+                importlib.import_module(f"inert_copy.{path.stem}")
+    loaded = [name for name in sys.modules if name.startswith("inert_copy.")]
+    assert len(loaded) == len(SHIPPED) - 1
+    for name in loaded:
+        monkeypatch.delitem(sys.modules, name)
+
+
 # ---- the rules can fail
 
 BAD = [
+    (rule_only_named_parts_of_the_standard_library, "import os"),
+    (rule_only_named_parts_of_the_standard_library, "from os import system"),
+    (rule_only_named_parts_of_the_standard_library, "from os import path, environ"),
+    (rule_only_named_parts_of_the_standard_library, "import os.path as p"),
+    (rule_only_named_parts_of_the_standard_library, "import socket"),
+    (rule_only_named_parts_of_the_standard_library, "def f():\n    import subprocess"),
+    (rule_only_named_parts_of_the_standard_library, "from pathlib import Path"),
+    (rule_only_named_parts_of_the_standard_library, "import pickle"),
+    (rule_only_named_parts_of_the_standard_library, "import io"),
+    (rule_only_named_parts_of_the_standard_library, "from importlib import import_module"),
+    (rule_only_named_parts_of_the_standard_library, "import sys, math"),
+    (rule_no_code_from_text, "x = eval('1')"),
+    (rule_no_code_from_text, "def f(text):\n    exec(text)"),
+    (rule_no_code_from_text, "code = compile('1', '', 'eval')"),
+    (rule_no_code_from_text, "run = eval"),
+    (rule_no_code_from_text, "f = __import__('os').system"),
+    (rule_no_code_from_text, "import torch\ntorch.serialization.pickle.loads(b'')"),
+    (rule_no_code_from_text, "from torch.serialization import pickle"),
+    (rule_no_code_from_text, "from transformers.utils import importlib"),
+    (rule_no_code_from_text, "x = ().__class__.__base__.__subclasses__()"),
+    (rule_no_code_from_text, "f = (lambda: 0).__globals__['os']"),
+    (rule_no_code_from_text, "import torch\ntorch.os.ctypes"),
+    (rule_no_code_from_text, "def f():\n    return globals()['x']"),
+    (rule_no_files_and_sockets, "open('x')"),
+    (rule_no_files_and_sockets, "def f(path):\n    with open(path, 'w') as file:\n        file.write('x')"),
+    (rule_no_files_and_sockets, "def f(path):\n    return path.read_text()"),
+    (rule_no_files_and_sockets, "def f(path):\n    path.write_bytes(b'')"),
+    (rule_no_files_and_sockets, "def f(path):\n    return path.open()"),
+    (rule_no_files_and_sockets, "import torch\nx = torch.load('x')"),
+    (rule_no_files_and_sockets, "from torch import load"),
+    (rule_no_files_and_sockets, "from torch import load as f"),
+    (rule_no_files_and_sockets, "import torch\ntorch.hub.list('x')"),
+    (rule_no_files_and_sockets, "import torch\ntorch.ops.load_library('x.so')"),
+    (rule_no_files_and_sockets, "import numpy as np\nnp.fromfile('x')"),
+    (rule_no_files_and_sockets, "from PIL import Image\nImage.open('x')"),
+    (rule_no_files_and_sockets, "from huggingface_hub import snapshot_download"),
+    (rule_no_files_and_sockets, "from huggingface_hub import get_session\nget_session()"),
+    (rule_no_files_and_sockets, "from os import path\npath.os.remove('x')"),
+    (rule_no_attribute_of_a_module_by_name, "import torch\nload = getattr(torch, 'lo' + 'ad')"),
+    (rule_no_attribute_of_a_module_by_name, "import torch\ndef f(n):\n    return getattr(torch.nn, n)"),
+    (rule_no_attribute_of_a_module_by_name, "import torch\nload = vars(torch)['load']"),
+    (rule_no_attribute_of_a_module_by_name, "import torch\nload = torch.__dict__['load']"),
+    (rule_no_attribute_of_a_module_by_name, "import numpy as np\nsetattr(np, 'load', None)"),
+    (rule_definitions_only, "print('x')"),
+    (rule_definitions_only, "import torch\ntorch.manual_seed(0)"),
+    (rule_definitions_only, "x = f()"),
+    (rule_definitions_only, "x: int = int('1')"),
+    (rule_definitions_only, "if True:\n    x = 1"),
+    (rule_definitions_only, "try:\n    import x\nexcept ImportError:\n    pass"),
+    (rule_definitions_only, "for x in range(3):\n    pass"),
+    (rule_definitions_only, "with a:\n    pass"),
+    (rule_definitions_only, "del x"),
+    (rule_definitions_only, "class A:\n    x = f()"),
+    (rule_definitions_only, "class A:\n    f()"),
+    (rule_definitions_only, "class A(f()):\n    pass"),
+    (rule_definitions_only, "class A(metaclass=f()):\n    pass"),
+    (rule_definitions_only, "@f\ndef g():\n    pass"),
+    (rule_definitions_only, "@dataclass(f())\nclass A:\n    pass"),
+    (rule_definitions_only, "def g(x=f()):\n    pass"),
+    (rule_definitions_only, "def g(*, x=f()):\n    pass"),
+    (rule_definitions_only, "def g(x: f()):\n    pass"),
+    (rule_definitions_only, "x = [f(y) for y in z]"),
+    (rule_definitions_only, "x = 'a'.format(f())"),
     (rule_only_allowed_packages, "import torchvision"),
     (rule_only_allowed_packages, "import numpy, einops"),
     (rule_only_allowed_packages, "from flash_attn import flash_attn_func"),

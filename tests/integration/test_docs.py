@@ -14,7 +14,7 @@ from hires_lmm.modeling.parts_hires_lmm import ADAPTERS, TOKEN_OPS, VIEW_OPS
 from hires_lmm.processing.planners_hires_lmm import PLANNERS
 
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
 NEEDS = {  # page -> modules of the extras `train` and `reconstruction`
     "needle.md": ("sklearn", "matplotlib"),
     "sweep.md": ("sklearn", "matplotlib"),

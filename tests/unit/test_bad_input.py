@@ -131,7 +131,7 @@ def test_pillows_warning_as_an_error_is_wrapped(monkeypatch):
 
 def test_url_errors(monkeypatch):
     class Session:
-        def get(self, url, **kwargs):
+        def stream(self, method, url, **kwargs):
             raise OSError("no route")
 
     monkeypatch.setattr("hires_lmm.processing.image_input_hires_lmm.get_session", Session)

@@ -1,5 +1,6 @@
 """Pixels against transformers' LLaVA-NeXT, SliME and the fusion paper's code; every kind of image; save and reload."""
 
+import contextlib
 import io
 import json
 
@@ -398,10 +399,19 @@ def test_url(monkeypatch):
     Image.fromarray(RGB).save(buffer, format="png")
     fetched = []
 
+    class Response(contextlib.nullcontext):
+        def raise_for_status(self):
+            pass
+
+        def iter_bytes(self):
+            yield from (buffer.getvalue()[:20], buffer.getvalue()[20:])
+
     class Session:
-        def get(self, url, **kwargs):
+        def stream(self, method, url, **kwargs):
             fetched.append(url)
-            return type("R", (), {"content": buffer.getvalue(), "raise_for_status": lambda self: None})()
+            response = Response()
+            response.enter_result = response
+            return response
 
     monkeypatch.setattr("hires_lmm.processing.image_input_hires_lmm.get_session", Session)
     assert np.array_equal(one_view("https://example.org/a.png"), RGB)

@@ -19,7 +19,7 @@ from ..modeling.modeling_hires_lmm import HiResLmmForConditionalGeneration
 from ..processing.image_processing_hires_lmm import HiResLmmImageProcessor
 from ..processing.processing_hires_lmm import TOWER_STATS, HiResLmmProcessor
 from .cards import write_card
-from .errors import ConversionError
+from .errors import ConversionError, is_panic
 from .mapping import Mapped
 from .tensors import Entries
 from .writing import Progress, write_file, write_tensors
@@ -70,8 +70,10 @@ def build_config(config_class: Any, what: str, **fields: Any) -> Any:
     """
     try:
         return config_class(**fields)
-    except Exception as error:  # strict dataclasses raise types of their own
-        raise ConversionError(f"{what} does not fit: {' '.join(str(error).split())}") from error
+    except BaseException as error:  # strict dataclasses raise types of their own
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
+        raise ConversionError(f"{what} does not fit: {' '.join(str(error).split())[:1000]}") from error
 
 
 def model_config(dtype: torch.dtype, **fields: Any) -> Any:
@@ -107,7 +109,8 @@ def text_config_of(values: dict, model_type: str) -> Any:
         values (`dict`): The foreign configuration; keys that the class does not know are left out.
         model_type (`str`): Name of the family in transformers.
     """
-    known = {*AutoConfig.for_model(model_type).to_dict(), "rope_theta", "rope_scaling"}
+    plain = build_config(AutoConfig.for_model, "The language model's configuration", model_type=model_type)
+    known = {*plain.to_dict(), "rope_theta", "rope_scaling"}
     fields = {key: value for key, value in values.items() if key in known - BOOKKEEPING}
     return build_config(AutoConfig.for_model, "The language model's configuration", model_type=model_type, **fields)
 
@@ -124,8 +127,8 @@ def model_shapes(config: Any) -> dict[str, tuple[int, ...]]:
     try:
         with torch.device("meta"):
             model = HiResLmmForConditionalGeneration(config)
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise ConversionError(f"No model can be built from the configuration: {error}") from error
+    except Exception as error:  # classes of many families, each with errors of its own
+        raise ConversionError(f"No model can be built from the configuration: {str(error)[:1000]}") from error
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if config.tie_word_embeddings:
         shapes.pop("lm_head.weight", None)
@@ -293,7 +296,8 @@ def write_checkpoint(
         list(write_file(folder / ASIDE_NAME, mapped.aside))
     image_processor = save_processor(folder, config, speech)
     if speech.generation is not None:
-        GenerationConfig(**speech.generation).save_pretrained(folder)
+        values = speech.generation
+        build_config(lambda: GenerationConfig(**values).save_pretrained(folder), "The generation configuration")
     save_code(folder, config)
     report = finish_report(report, mapped, entries)
     write_card(folder, config, image_processor, {**card, "chat": speech.tokenizer is not None, "versions": versions()})

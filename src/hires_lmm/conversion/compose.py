@@ -98,7 +98,10 @@ class _Halves:
         self.text = resolve_folder(text, "The language model")
         self.vision_config = tower_config(read_json(self.vision / "config.json"), self.vision.name)
         self.text_config = build_config(
-            AutoConfig.from_pretrained, "The language model", pretrained_model_name_or_path=self.text
+            AutoConfig.from_pretrained,
+            "The language model",
+            pretrained_model_name_or_path=self.text,
+            trust_remote_code=False,
         )
         if self.text_config.get_text_config() is not self.text_config:
             raise ConversionError(f"{self.text.name} is no plain language model, but a {self.text_config.model_type}.")

@@ -189,7 +189,7 @@ def grown(mapped: Mapped, added: int) -> Mapped:
         added (`int`): Rows to add.
     """
     for name in EMBEDDINGS:
-        if name in mapped.entries:
+        if name in mapped.entries and mapped.entries[name].shape:
             mapped.entries[name] = grow_rows(mapped.entries[name], mapped.entries[name].shape[0] + added)
     return mapped
 

@@ -10,6 +10,15 @@ class ConversionError(ValueError):
     """A checkpoint that cannot be converted; the message says why and what to do."""
 
 
+def is_panic(error: BaseException) -> bool:
+    """Whether a library written in Rust gave up, which Python reports as no ordinary exception.
+
+    Args:
+        error (`BaseException`): What was raised.
+    """
+    return type(error).__module__ == "pyo3_runtime"
+
+
 def problem_table(title: str, rows: Iterable[tuple[str, str, str]]) -> str:
     """Lay out problems with tensors.
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import GenerationConfig
 
-from ..modeling.configuration_hires_lmm import HiResLmmConfig
+from ..modeling.configuration_hires_lmm import AUTO_MAP, HiResLmmConfig
 from ..processing.processing_hires_lmm import HiResLmmProcessor
 from .cards import write_card
 from .checkpoint import (
@@ -23,7 +23,7 @@ from .errors import ConversionError
 from .hub import is_repository, resolve_folder
 from .mapping import Mapped, check_complete
 from .prompts import TOKENIZER_FILES, image_stats_of, load_tokenizer
-from .tensors import folder_entries, read_json, release
+from .tensors import folder_entries, read_json, release, safe_path
 from .writing import MAX_SHARD_BYTES, Progress, new_folder, write_tensors
 
 
@@ -63,16 +63,20 @@ def _export(folder: Path, name: str, work: Path, progress: Progress | None, max_
     if read_json(folder / "config.json").get("model_type") != "hires_lmm":
         raise ConversionError(f"{folder.name} is no hires_lmm checkpoint; convert it first.")
     config = build_config(HiResLmmConfig.from_pretrained, "The configuration", pretrained_model_name_or_path=folder)
+    config.auto_map = dict(AUTO_MAP)  # a foreign entry would name code of somebody else
     mapped = Mapped(entries=folder_entries(folder))
     check_complete(mapped, model_shapes(config), [], f"the checkpoint {folder.name}")
     write_tensors(work, mapped.entries, max_shard_bytes, progress)
     image_processor = _copy_processor(folder, work, config)
     if (folder / "generation_config.json").is_file():
-        GenerationConfig.from_pretrained(folder).save_pretrained(work)
+        safe_path(folder, "generation_config.json")
+        build_config(
+            lambda: GenerationConfig.from_pretrained(folder).save_pretrained(work), "The generation configuration"
+        )
     save_code(work, config)
     for kept in (REPORT_NAME, ASIDE_NAME, "README.md"):
         if (folder / kept).is_file():
-            shutil.copyfile(folder / kept, work / kept)
+            shutil.copyfile(safe_path(folder, kept), work / kept)
     if not (work / "README.md").is_file():
         facts = {
             "chat": any((folder / file).is_file() for file in TOKENIZER_FILES),
@@ -87,8 +91,12 @@ def _copy_processor(folder: Path, work: Path, config: Any) -> Any:
     """Save the checkpoint's own processor; where it has none, the one its configuration describes."""
     if (folder / "processor_config.json").is_file():
         processor = build_config(
-            HiResLmmProcessor.from_pretrained, "The processor", pretrained_model_name_or_path=folder
+            HiResLmmProcessor.from_pretrained,
+            "The processor",
+            pretrained_model_name_or_path=folder,
+            trust_remote_code=False,
         )
+        processor.tokenizer.init_kwargs.pop("auto_map", None)
         processor.save_pretrained(work)
         return processor.image_processor
     return save_processor(work, config, Speech(load_tokenizer(folder), image_stats_of(folder)))

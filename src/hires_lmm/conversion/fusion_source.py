@@ -10,7 +10,7 @@ from typing import Any
 from .checkpoint import text_config_of
 from .errors import ConversionError
 from .prompts import load_tokenizer
-from .tensors import read_json
+from .tensors import read_integer, read_json, read_object, shown
 from .towers import tower_config
 
 
@@ -20,6 +20,9 @@ FUSION_NAME = "img_multi_que_clip_fusion_linear"
 QUESTION_FOLDER = "clip"
 PLACEHOLDER = "<|placeholder_qed_{}|>"
 HEAD_WIDTH = 64
+SLOTS_LIMIT = 65_536
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+"""Integers of the fusion transformer."""
 
 
 @dataclass(frozen=True)
@@ -55,26 +58,35 @@ def read_released(folder: Path) -> Released:
         ConversionError: If it is of another class, or uses an option without a counterpart here.
     """
     values = read_json(folder / "config.json")
-    inner = values.get("imgque_config") or {}
+    inner = read_object(values, "imgque_config", "config.json")
     found = (values.get("model_type"), inner.get("model_type"), values.get("fusion_name"))
     if found != (RELEASED_TYPE, INNER_TYPE, FUSION_NAME):
         raise ConversionError(
             f"config.json describes {' with '.join(map(repr, found))}; released fusion checkpoints are "
             f"{RELEASED_TYPE!r} with {INNER_TYPE!r} with {FUSION_NAME!r}."
         )
-    vision = inner["vision_config"]
+    vision, language = _present(inner, "vision_config"), _present(values, "llm_config")
     _check_vision(vision)
-    num_queries = values["length_que_end"]
-    later = values.get("length_que_end_short")
+    num_queries = read_integer(values, "length_que_end", "config.json", most=SLOTS_LIMIT)
+    later = read_integer(values, "length_que_end_short", "config.json", most=SLOTS_LIMIT)
+    if num_queries is None:
+        raise ConversionError("config.json has no length_que_end, the number of slots; use the published file.")
     return Released(
         vision_config=tower_config({**vision, "model_type": "clip_vision_model"}, "vision_config"),
-        text_config=text_config_of(values["llm_config"], _llm_type(values["llm_config"])),
+        text_config=text_config_of(language, _llm_type(language)),
         fusion=_fusion_sizes(inner),
         num_queries=num_queries,
         later_queries=num_queries if later is None else min(later, num_queries),
         has_placeholders=bool(values.get("append_special_padding", False)),
         max_crops=_max_crops(folder),
     )
+
+
+def _present(values: dict, name: str) -> dict:
+    found = read_object(values, name, "config.json")
+    if not found:
+        raise ConversionError(f"config.json has no {name}; use the published file.")
+    return found
 
 
 def _llm_type(values: dict) -> str:
@@ -97,42 +109,54 @@ def _check_vision(vision: dict) -> None:
         if vision.get(name, value) != value:
             raise ConversionError(f"{name}={vision[name]!r} has no counterpart here; only {value!r} can be converted.")
     if width not in (None, vision.get("hidden_size", 768)):
-        raise ConversionError(f"vembed_hidden_size={width} changes the width of the tower, which no part here does.")
+        raise ConversionError(
+            f"vembed_hidden_size={shown(width)} changes the width of the tower, which no part here does."
+        )
 
 
 def _fusion_sizes(inner: dict) -> dict:
     """Sizes of the fusion transformer: as saved, else as the released class derives them."""
-    vision, text = inner["vision_config"], inner.get("text_config") or {}
-    width = vision["hidden_size"]
-    layers = inner.get("num_hidden_layers") or text.get("num_hidden_layers")
+    vision, text = _present(inner, "vision_config"), read_object(inner, "text_config", "config.json")
+    width, inside = (read_integer(vision, name, "vision_config") for name in ("hidden_size", "intermediate_size"))
+    if width is None or inside is None:
+        raise ConversionError("vision_config of config.json lacks hidden_size or intermediate_size; add them.")
     derived = {
         "vocab_size": inner.get("vocab_size") or text.get("vocab_size"),
         "hidden_size": width,
-        "intermediate_size": vision["intermediate_size"],
-        "num_hidden_layers": layers,
+        "intermediate_size": inside,
+        "num_hidden_layers": inner.get("num_hidden_layers") or text.get("num_hidden_layers"),
         "num_attention_heads": width // HEAD_WIDTH,
         "max_position_embeddings": 2048,
         "rms_norm_eps": 1e-6,
         "rope_theta": 10000.0,
         "hidden_act": "silu",
     }
-    saved = inner.get("imgque_config") or {}
+    saved = read_object(inner, "imgque_config", "config.json")
     sizes = {name: saved.get(name, value) for name, value in derived.items()}
+    for name in SIZES:
+        read_integer(sizes, name, "imgque_config")
+    for name in ("rms_norm_eps", "rope_theta"):
+        if isinstance(sizes[name], bool) or not isinstance(sizes[name], (int, float)) or not 0 < sizes[name] < 1e30:
+            raise ConversionError(f"{name}={shown(sizes[name])} of imgque_config must be a number above 0.")
     keys = saved.get("num_key_value_heads") or sizes["num_attention_heads"]
     if keys != sizes["num_attention_heads"] or saved.get("rope_scaling") is not None or saved.get("attention_bias"):
         raise ConversionError(
-            f"The fusion transformer has num_key_value_heads={keys}, rope_scaling={saved.get('rope_scaling')!r} and "
-            f"attention_bias={saved.get('attention_bias')!r}; released ones have equal heads, none and no bias."
+            f"The fusion transformer has num_key_value_heads={shown(keys)}, rope_scaling="
+            f"{shown(saved.get('rope_scaling'))}, attention_bias={shown(saved.get('attention_bias'))}; released ones "
+            "have equal heads, none and no bias."
         )
-    if sizes["num_hidden_layers"] is None:
-        raise ConversionError("imgque_config of config.json does not say how many layers the fusion transformer has.")
+    absent = [name for name in SIZES if sizes[name] is None]
+    if absent:
+        raise ConversionError(
+            f"imgque_config of config.json does not say {', '.join(absent)}; use the published file."
+        )
     return sizes
 
 
 def _max_crops(folder: Path) -> int:
     """Most crops that the saved image processor cuts; 9 where there is none, as published."""
     path = folder / "preprocessor_config.json"
-    return read_json(path).get("num_crops", 9) if path.is_file() else 9
+    return (read_integer(read_json(path), "num_crops", path.name) if path.is_file() else None) or 9
 
 
 def question_tokens(folder: Path, released: Released) -> tuple[Any, list[int]]:
@@ -154,14 +178,16 @@ def question_tokens(folder: Path, released: Released) -> tuple[Any, list[int]]:
             f"{folder.name} has no tokenizer in its folder {QUESTION_FOLDER!r}, with which its questions are read; "
             "download the whole checkpoint."
         )
-    others = released.num_queries - 1
+    others, ids = released.num_queries - 1, (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    if not all(isinstance(number, int) for number in ids):
+        raise ConversionError(f"The tokenizer in {QUESTION_FOLDER!r} has no padding or end token, which slots need.")
     if not released.has_placeholders:
         return tokenizer, [tokenizer.pad_token_id] * others + [tokenizer.eos_token_id]
     vocabulary, first = tokenizer.get_vocab(), len(tokenizer)
     names = [PLACEHOLDER.format(number) for number in range(others)]
     new = [name for name in names if name not in vocabulary]
-    ids = {**vocabulary, **{name: first + number for number, name in enumerate(new)}}
-    found = [ids[name] for name in names]
+    rows = {**vocabulary, **{name: first + number for number, name in enumerate(new)}}
+    found = [rows[name] for name in names]
     if found and max(found) >= released.fusion["vocab_size"]:
         raise ConversionError(
             f"The slots need tokens up to id {max(found)}, but the fusion transformer has "

@@ -7,6 +7,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from .errors import ConversionError
+from .tensors import check_texts
 
 
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -22,6 +23,18 @@ def is_repository(name: str | Path) -> bool:
     return isinstance(name, str) and REPOSITORY.fullmatch(name) is not None
 
 
+def expanded(name: str | Path) -> Path:
+    """A path with `~` replaced; one that names an unknown user stays as it is.
+
+    Args:
+        name (`str` or `Path`): A path.
+    """
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        return Path(name)
+
+
 def resolve_folder(name: str | Path, what: str, weights: bool = True) -> Path:
     """Find a checkpoint.
 
@@ -34,10 +47,12 @@ def resolve_folder(name: str | Path, what: str, weights: bool = True) -> Path:
         The folder.
 
     Raises:
-        ConversionError: If it is neither, or cannot be downloaded.
+        ConversionError: If it is neither, cannot be downloaded, or holds text files that are far too large or links
+            that leave it.
     """
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.is_dir():
+        check_texts(path)
         return path
     if not is_repository(name):
         raise ConversionError(f"{what} {str(name)!r} is neither a folder nor a Hub repository (owner/name).")
@@ -52,4 +67,5 @@ def resolve_folder(name: str | Path, what: str, weights: bool = True) -> Path:
             f"{what} {str(name)!r} is no local folder and cannot be had from the Hub ({text}); download it and pass "
             "the folder."
         ) from error
+    check_texts(folder)
     return folder

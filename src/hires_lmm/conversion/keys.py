@@ -59,8 +59,9 @@ class SplitRows:
         Raises:
             ValueError: If the rows cannot be divided evenly.
         """
-        if tensor.shape[0] % len(self.targets):
-            raise ValueError(f"{self.source} has {tensor.shape[0]} rows, which {len(self.targets)} does not divide.")
+        rows = tensor.shape[0] if tensor.ndim else 0
+        if not rows or rows % len(self.targets):
+            raise ValueError(f"{self.source} has {rows} rows, which {len(self.targets)} does not divide.")
         return [part.contiguous() for part in tensor.chunk(len(self.targets))]
 
     def backward(self, tensors: list[torch.Tensor]) -> torch.Tensor:
@@ -95,7 +96,7 @@ class Squeeze:
         Raises:
             ValueError: If the axes are longer than one.
         """
-        if any(size != 1 for size in tensor.shape[: self.axes]):
+        if tensor.ndim < self.axes or any(size != 1 for size in tensor.shape[: self.axes]):
             raise ValueError(f"{self.source} has the shape {tuple(tensor.shape)}; its first {self.axes} must be 1.")
         return [tensor.reshape(tensor.shape[self.axes :])]
 
@@ -126,8 +127,9 @@ class TakeRows:
         Raises:
             ValueError: If the table has too few rows.
         """
-        if max(self.rows) >= tensor.shape[0]:
-            raise ValueError(f"{self.source} has {tensor.shape[0]} rows, so no row {max(self.rows)}.")
+        rows = tensor.shape[0] if tensor.ndim else 0
+        if max(self.rows) >= rows:
+            raise ValueError(f"{self.source} has {rows} rows, so no row {max(self.rows)}.")
         return [tensor, tensor[list(self.rows)]]
 
     def backward(self, tensors: list[torch.Tensor]) -> torch.Tensor:

@@ -34,7 +34,7 @@ from .prompts import (
     prompt_settings,
     source_template,
 )
-from .tensors import Entries, folder_entries, read_json, release
+from .tensors import Entries, folder_entries, read_json, read_object, release, shown
 from .writing import MAX_SHARD_BYTES, Progress, new_folder
 
 
@@ -112,7 +112,12 @@ def _convert(
             f"config.json describes a model of type {values.get('model_type')!r}, not llava_next. Checkpoints of the "
             "original LLaVA code are not read; use the ones in Hugging Face format."
         )
-    theirs = build_config(AutoConfig.from_pretrained, "The configuration", pretrained_model_name_or_path=folder)
+    theirs = build_config(
+        AutoConfig.from_pretrained,
+        "The configuration",
+        pretrained_model_name_or_path=folder,
+        trust_remote_code=False,
+    )
     settings = settings_of(theirs, folder)
     entries = folder_entries(folder)
     rules = tie_rules(theirs, entries)
@@ -189,7 +194,7 @@ def settings_of(theirs: Any, folder: Path) -> dict:
         )
     if isinstance(layer, (list, tuple)):
         raise ConversionError(f"vision_feature_layer={layer!r} joins several layers, which no part here does.")
-    pinpoints = [list(point) for point in theirs.image_grid_pinpoints]
+    pinpoints = _plain_pinpoints(theirs.image_grid_pinpoints, "config.json")
     _compare_processor(folder, pinpoints, theirs.vision_config.image_size)
     adapter = {"part": "mlp", "hidden_act": theirs.projector_hidden_act, "bias": theirs.multimodal_projector_bias}
     return {
@@ -199,19 +204,27 @@ def settings_of(theirs: Any, folder: Path) -> dict:
     }
 
 
+def _plain_pinpoints(value: Any, where: str) -> list[list[int]]:
+    """Canvas sizes as lists of two integers."""
+    points = value if isinstance(value, (list, tuple)) else [value]
+    if not points or not all(isinstance(point, (list, tuple)) and len(point) == 2 for point in points):
+        raise ConversionError(f"image_grid_pinpoints={shown(value)} of {where} must be pairs of height and width.")
+    return [list(point) for point in points]
+
+
 def _compare_processor(folder: Path, pinpoints: list, image_size: int) -> None:
     """The saved image processor must cut images as the configuration says."""
     for name in ("preprocessor_config.json", "processor_config.json"):
         values = read_json(folder / name) if (folder / name).is_file() else {}
-        values = values.get("image_processor", values)
+        values = read_object(values, "image_processor", name) or values
         other = values.get("image_grid_pinpoints")
-        if other is not None and [list(point) for point in other] != pinpoints:
+        if other is not None and _plain_pinpoints(other, name) != pinpoints:
             raise ConversionError(
                 f"image_grid_pinpoints of config.json ({pinpoints}) and of {name} ({other}) differ; make them agree."
             )
         size = values.get("crop_size") or values.get("size") or {}
-        sides = {side for side in size.values() if side is not None} if isinstance(size, dict) else {size}
-        if sides and sides != {image_size}:
+        sides = [side for side in size.values() if side is not None] if isinstance(size, dict) else [size]
+        if any(side != image_size for side in sides):
             raise ConversionError(f"{name} makes views of {size}, but the vision tower reads {image_size} pixels.")
 
 

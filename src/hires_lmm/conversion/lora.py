@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 
 from .errors import ConversionError, problem_table
-from .tensors import Entries, Entry, file_entries, read_json
+from .tensors import Entries, Entry, file_entries, read_json, shown
 
 
 ADAPTER_CONFIG = "adapter_config.json"
+ALPHA_LIMIT = 1e6
 _PREFIX = "base_model.model."
 _KEY = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
 _NEUTRAL: dict[str, tuple] = {
@@ -64,11 +65,12 @@ def read_adapter_config(folder: Path) -> dict:
     for name, allowed in _NEUTRAL.items():
         if config.get(name, allowed[-1]) not in allowed:
             raise ConversionError(
-                f"{ADAPTER_CONFIG} has {name}={config[name]!r}; only plain LoRA (and rslora) is merged here. "
+                f"{ADAPTER_CONFIG} has {name}={shown(config[name])}; only plain LoRA (and rslora) is merged here. "
                 "Merge it with peft (merge_and_unload), save the full model and convert that."
             )
-    if not isinstance(config.get("lora_alpha"), (int, float)):
-        raise ConversionError(f"{ADAPTER_CONFIG} has no lora_alpha.")
+    alpha = config.get("lora_alpha")
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not abs(alpha) < ALPHA_LIMIT:
+        raise ConversionError(f"{ADAPTER_CONFIG} has lora_alpha={shown(alpha)}; a number is expected.")
     return config
 
 
@@ -135,6 +137,9 @@ def merge_adapter(entries: Entries, adapter: Entries, config: dict) -> Entries:
             problems.append(("missing", key, "the adapter changes it, but the base does not have it"))
         else:
             down, up = sides["A"], sides["B"]
+            if len(down.shape) != 2 or len(up.shape) != 2 or not down.shape[0]:
+                problems.append(("mis-shaped", key, f"A is {down.shape} and B is {up.shape}; two tables are expected"))
+                continue
             shape = (up.shape[0], down.shape[-1])
             if (shape[::-1] if transposed else shape) != weight.shape or up.shape[-1] != down.shape[0]:
                 problems.append(("mis-shaped", key, f"{weight.shape}, but B A gives {shape}"))

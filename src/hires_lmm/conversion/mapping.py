@@ -187,7 +187,7 @@ def grow_rows(entry: Entry, rows: int) -> Entry:
     Returns:
         `(rows, D)`.
     """
-    extra = rows - entry.shape[0]
+    extra = rows - entry.shape[0] if entry.shape else 0
     if extra <= 0:
         return entry
 

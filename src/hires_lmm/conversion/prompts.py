@@ -4,7 +4,9 @@ import json
 import logging
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,10 @@ from transformers import CONFIG_MAPPING, AutoTokenizer
 
 from ..processing.chat_templates_hires_lmm import CHAT_TEMPLATES, answer_prefix_ids, question_prefix_ids
 from ..processing.processing_hires_lmm import TEMPLATE_BY_TOKEN
-from .errors import ConversionError
-from .tensors import read_json
+from .errors import ConversionError, is_panic
+from .fusion_template import LLAMA2_VISION
+from .rendering import foreign_template
+from .tensors import check_texts, read_json, read_object, read_text, safe_path, shown
 
 
 logger = logging.getLogger(__name__)
@@ -22,6 +26,7 @@ IMAGE_TOKEN = "<image>"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 SAMPLING_OPTIONS = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 LLAMA3_HEADER, LLAMA3_END = "<|start_header_id|>", "<|eot_id|>"
+OWN_TEMPLATES = (*CHAT_TEMPLATES.values(), LLAMA2_VISION)
 FALLBACK_PAD_TOKENS = ("<|end_of_text|>", "<|endoftext|>")
 
 
@@ -39,15 +44,19 @@ def load_tokenizer(folder: Path) -> Any | None:
     """
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return None
+    check_texts(folder)
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     try:
-        if config.get("model_type") in CONFIG_MAPPING:
+        if str(config.get("model_type")) in CONFIG_MAPPING:
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         else:
             tokenizer = _load_alone(folder)
-    except Exception as error:  # tokenizers and their dependencies raise many types
+    except BaseException as error:  # tokenizers and their dependencies raise many types
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
         text = str(error).strip().partition("\n")[0]
         raise ConversionError(f"The tokenizer in {folder.name} cannot be loaded: {text}") from error
+    tokenizer.init_kwargs.pop("auto_map", None)  # what is saved later names nobody's code
     if tokenizer.pad_token is None:
         vocabulary = tokenizer.get_vocab()
         spare = next((token for token in FALLBACK_PAD_TOKENS if token in vocabulary), tokenizer.eos_token)
@@ -61,7 +70,7 @@ def _load_alone(folder: Path) -> Any:
         for pattern in ("*token*", "vocab*", "merges.txt", "chat_template*"):
             for path in folder.glob(pattern):
                 if path.is_file():
-                    shutil.copyfile(path, Path(alone) / path.name)
+                    shutil.copyfile(safe_path(folder, path.name), Path(alone) / path.name)
         return AutoTokenizer.from_pretrained(alone, trust_remote_code=False)
 
 
@@ -96,26 +105,40 @@ def released_template(tokenizer: Any) -> str:
     return "llama3" if LLAMA3_HEADER in tokenizer.get_vocab() else "vicuna"
 
 
-class _ListContents:
-    """A tokenizer whose chats hold lists of parts, for templates that read nothing else."""
+class _Speaker:
+    """A tokenizer with the chat template of a checkpoint, which may run elsewhere and may read lists of parts only."""
 
-    def __init__(self, tokenizer: Any):
+    def __init__(self, tokenizer: Any, render: Callable[..., str], as_parts: bool):
         self.tokenizer = self
-        self._tokenizer = tokenizer
         self.chat_template = tokenizer.chat_template
+        self._tokenizer, self._render, self._as_parts = tokenizer, render, as_parts
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._tokenizer(*args, **kwargs)
 
-    def apply_chat_template(self, messages: list[dict], **kwargs: Any) -> Any:
-        parts = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
-        return self._tokenizer.apply_chat_template(parts, **kwargs)
+    def apply_chat_template(self, messages: list[dict], add_generation_prompt: bool = False, **_: Any) -> str:
+        if self._as_parts:
+            messages = [{**each, "content": [{"type": "text", "text": each["content"]}]} for each in messages]
+        return self._render(messages, add_generation_prompt=add_generation_prompt)
 
 
-def _ids(find: Callable[[Any], list[int]], tokenizer: Any) -> list[int] | None:
-    for speaker in (_ListContents(tokenizer), tokenizer):
+@contextmanager
+def _renderer(tokenizer: Any) -> Iterator[Callable[..., str]]:
+    """A function that renders chats: templates of unknown origin run in a process of their own."""
+    template = tokenizer.chat_template
+    if template in OWN_TEMPLATES:
+        yield partial(tokenizer.apply_chat_template, chat_template=template, tokenize=False)
+        return
+    with foreign_template(template, tokenizer.special_tokens_map) as foreign:
+        yield foreign.render
+
+
+def _ids(find: Callable[[Any], list[int]], tokenizer: Any, render: Callable[..., str]) -> list[int] | None:
+    for as_parts in (True, False):
         try:
-            return find(speaker) or None
+            return find(_Speaker(tokenizer, render, as_parts)) or None
+        except ConversionError:
+            raise
         except Exception as error:  # a template may raise anything
             logger.debug("%s: %s", find.__name__, error)
     return None
@@ -130,6 +153,9 @@ def prompt_settings(tokenizer: Any | None, chat_template: str | None) -> dict[st
 
     Returns:
         The fields `answer_prefix_ids` and `question_prefix_ids` of the configuration, as far as they can be told.
+
+    Raises:
+        ConversionError: If a template of unknown origin wants more time or memory than a chat template may have.
     """
     if tokenizer is None:
         return {}
@@ -137,10 +163,11 @@ def prompt_settings(tokenizer: Any | None, chat_template: str | None) -> dict[st
         tokenizer.chat_template = CHAT_TEMPLATES.get(chat_template, chat_template)
     if not isinstance(tokenizer.chat_template, str):
         return {}
-    found = {
-        "answer_prefix_ids": _ids(answer_prefix_ids, tokenizer),
-        "question_prefix_ids": _ids(question_prefix_ids, tokenizer),
-    }
+    with _renderer(tokenizer) as render:
+        found = {
+            "answer_prefix_ids": _ids(answer_prefix_ids, tokenizer, render),
+            "question_prefix_ids": _ids(question_prefix_ids, tokenizer, render),
+        }
     return {name: value for name, value in found.items() if value is not None}
 
 
@@ -154,7 +181,7 @@ def source_template(folder: Path) -> str | None:
         Jinja text, or None.
     """
     if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        return read_text(folder / "chat_template.jinja")
     for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
         template = read_json(folder / name).get("chat_template") if (folder / name).is_file() else None
         if isinstance(template, str):
@@ -184,20 +211,42 @@ def generation_defaults(folder: Path | None, config: Any, tokenizer: Any | None,
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if values.get(name) is None:
             values[name] = getattr(text, name)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id", "suppress_tokens"):
+        check_ids(name, values.get(name))
     if tokenizer is not None:
-        ends = _as_list(values["eos_token_id"]) or _as_list(tokenizer.eos_token_id)
+        ends = as_list(values["eos_token_id"]) or as_list(tokenizer.eos_token_id)
         if chat_template == "llama3" and LLAMA3_END in tokenizer.get_vocab():
             ends += [tokenizer.convert_tokens_to_ids(LLAMA3_END)]
         ends = sorted(set(ends))
         values["eos_token_id"] = ends[0] if len(ends) == 1 else ends
         if values["pad_token_id"] is None:
             values["pad_token_id"] = tokenizer.pad_token_id
-    suppressed = [*(values.get("suppress_tokens") or []), config.image_token_id]
+    suppressed = [*as_list(values.get("suppress_tokens")), config.image_token_id]
     values["suppress_tokens"] = sorted(set(suppressed))
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _as_list(value: int | list[int] | None) -> list[int]:
+def check_ids(name: str, value: Any) -> None:
+    """Refuse what are no token ids.
+
+    Args:
+        name (`str`): Name of the option.
+        value: An id, a list of ids, or None.
+
+    Raises:
+        ConversionError: If it is anything else.
+    """
+    ids = value if isinstance(value, list) else [value]
+    if value is not None and not all(isinstance(number, int) and not isinstance(number, bool) for number in ids):
+        raise ConversionError(f"{name}={shown(value)} of generation_config.json or config.json must be token ids.")
+
+
+def as_list(value: int | list[int] | None) -> list[int]:
+    """One id or several as a list.
+
+    Args:
+        value: An id, a list of ids, or None.
+    """
     if value is None:
         return []
     return list(value) if isinstance(value, list) else [value]
@@ -216,7 +265,7 @@ def image_stats_of(folder: Path | None) -> dict[str, Any] | None:
         return None
     for name in ("preprocessor_config.json", "processor_config.json"):
         values = read_json(folder / name) if (folder / name).is_file() else {}
-        values = values.get("image_processor", values)
+        values = read_object(values, "image_processor", name) or values
         if all(values.get(key) is not None for key in ("image_mean", "image_std", "resample")):
             return {key: values[key] for key in ("image_mean", "image_std", "resample")}
     return None

@@ -4,6 +4,7 @@ from typing import Any
 
 from ..modeling.routers_hires_lmm import KeepOptions
 from .errors import ConversionError
+from .tensors import shown
 
 
 DEFAULTS: dict[str, Any] = {
@@ -43,6 +44,15 @@ IRRELEVANT = {
 }
 """Options without influence on what a converted model computes, with the reason."""
 
+KINDS: dict[str, tuple[type, ...]] = {
+    **{key: (type(value),) for key, value in DEFAULTS.items()},
+    "mm_resampler_type": (str, type(None)),
+    "mm_resampler_topp": (float, int),
+    "mm_resampler_temp": (float, int),
+    "mm_learnable_gated": (int, bool),
+}
+"""Types of the options; the integers are checked apart."""
+
 ROUTERS = {"cosine": "cosine", "qformer": "attention"}
 NO_ROUTER = (None, "identity")
 REFUSED_ADAPTERS = {
@@ -59,7 +69,7 @@ def refuse(option: str, value: Any, reason: str) -> ConversionError:
         value: Its value.
         reason (`str`): Why, as the end of a sentence.
     """
-    return ConversionError(f"{option}={value!r} of the released configuration cannot be converted: {reason}.")
+    return ConversionError(f"{option}={shown(value)} of the released configuration cannot be converted: {reason}.")
 
 
 def check_known(config: dict) -> None:
@@ -109,6 +119,7 @@ def connector_settings(config: dict) -> dict:
     """
     check_known(config)
     options = {key: config.get(key, default) for key, default in DEFAULTS.items()}
+    _check_types(options)
     _check_fixed(options)
     router = _router(options)
     compressor = {"part": "query_compressor", "on": "crops", "num_queries": options["mm_resampler_dim"]}
@@ -123,6 +134,14 @@ def connector_settings(config: dict) -> dict:
             "token_ops": [router] if router else [],
         },
     }
+
+
+def _check_types(options: dict) -> None:
+    """Options of another type than the released code writes."""
+    for name, value in options.items():
+        if not isinstance(value, KINDS[name]) or (isinstance(value, bool) and bool not in KINDS[name]):
+            kinds = " or ".join(kind.__name__ for kind in KINDS[name])
+            raise refuse(name, value, f"a value of type {kinds} is expected")
 
 
 def _check_fixed(options: dict) -> None:
@@ -144,8 +163,8 @@ def _check_fixed(options: dict) -> None:
     if not options["use_mm_proj"]:
         raise refuse("use_mm_proj", options["use_mm_proj"], "a model without an adapter sees no images")
     for name in ("mm_vision_select_layer", "seperator", "mm_resampler_dim"):
-        if isinstance(options[name], bool) or not isinstance(options[name], int):
-            raise refuse(name, options[name], "an integer is expected")
+        if not abs(options[name]) < 1 << 31:
+            raise refuse(name, options[name], "it is out of range")
 
 
 def _planner(options: dict) -> dict:

@@ -119,6 +119,8 @@ def with_positions(entries: Entries) -> Entries:
     for key, entry in entries.items():
         if key.endswith(("mm_projector.attn.query", "sampler.post_qformer.query")):
             name = key.removesuffix("query") + "pos_embed"
+            if len(entry.shape) != 2 or entry.shape[1] % 4:
+                raise ConversionError(f"{key} has the shape {entry.shape}; (queries, width) is expected, width by 4.")
             side = math.isqrt(entry.shape[0])
             if name not in entries and side * side == entry.shape[0]:
                 table = sincos_positions(entry.shape[1], side).to(torch.float16)

@@ -3,6 +3,7 @@
 import json
 import pickle
 import re
+import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -32,6 +33,12 @@ DTYPES = {
 """Names of dtypes in safetensors headers."""
 
 READ_ERRORS = (SafetensorError, RuntimeError, pickle.UnpicklingError, EOFError, OSError, KeyError, ValueError)
+
+JSON_LIMIT = 100_000_000
+"""Most bytes of a JSON or text file; a hundred times what configurations and indexes have."""
+
+TEXTS = (".json", ".jinja", ".txt", ".model")
+"""Endings of the files that libraries read as a whole."""
 
 SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.")
 
@@ -88,47 +95,147 @@ def entry_of(tensor: torch.Tensor, origin: str, note: str = "") -> Entry:
 
 
 def safe_path(folder: Path, name: str) -> Path:
-    """The path of a file that an index names.
+    """The path of a file in a folder that somebody else filled.
 
     Args:
-        folder (`Path`): Folder of the index.
-        name (`str`): File name in the index.
+        folder (`Path`): The folder.
+        name (`str`): File name, as an index or this package names it.
 
     Returns:
         The path.
 
     Raises:
-        ConversionError: If the name or a link behind it leaves the folder, or the file does not exist.
+        ConversionError: If the name or a link behind it leaves the folder, or there is no such file.
     """
-    path = folder / name
-    roots = [folder.resolve()]
-    if folder.parent.name == "snapshots":  # the Hub's cache keeps files as links into a folder of its own
-        roots.append((folder.parent.parent / "blobs").resolve())
     if Path(name).is_absolute() or ".." in Path(name).parts or "\\" in name:
         raise ConversionError(f"The index names {name!r}, which leaves the folder of the checkpoint; this is refused.")
-    if not any(path.resolve().is_relative_to(root) for root in roots):
+    path = folder / name
+    try:
+        inside = any(path.resolve().is_relative_to(root) for root in _roots(folder))
+        present = path.is_file()
+    except (OSError, ValueError, RuntimeError) as error:  # zero bytes, names too long, links that form a circle
+        raise ConversionError(f"{name[:200]!r} names no file that can be opened ({error}); correct it.") from error
+    if not inside:
         raise ConversionError(f"{name!r} is a link that leaves the folder of the checkpoint; this is refused.")
-    if not path.is_file():
-        raise ConversionError(f"The index names {name!r}, but the folder has no such file; download it again.")
+    if not present:
+        raise ConversionError(f"{folder.name} has no such file as {name!r}; download it again.")
     return path
+
+
+def _roots(folder: Path) -> list[Path]:
+    """Where the files of a folder may really lie: in it, or among the blobs of the Hub's cache."""
+    roots = [folder.resolve()]
+    for above in list(folder.parents)[:3]:
+        if above.name == "snapshots":  # the cache keeps files as links into a folder of its own
+            roots.append((above.parent / "blobs").resolve())
+    return roots
+
+
+def check_texts(folder: Path) -> None:
+    """Look at the text files of a folder before libraries read them: size, and links that leave it.
+
+    Args:
+        folder (`Path`): The folder.
+
+    Raises:
+        ConversionError: If one is far too large or lies elsewhere.
+    """
+    for path in sorted(folder.iterdir()):
+        if path.suffix in TEXTS and path.is_file():
+            _check_text(path)
+
+
+def _check_text(path: Path) -> None:
+    size = safe_path(path.parent, path.name).stat().st_size
+    if size > JSON_LIMIT:
+        raise ConversionError(f"{path.name} has {size} bytes, more than {JSON_LIMIT}; it is not what it should be.")
+
+
+def read_text(path: Path) -> str:
+    """Read a small text file of a checkpoint.
+
+    Args:
+        path (`Path`): The file; a link may not leave its folder.
+
+    Raises:
+        ConversionError: If there is no such file, it is far too large, or it holds no text.
+    """
+    try:
+        _check_text(path)
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConversionError(f"{path.name} cannot be read as text: {error}") from error
 
 
 def read_json(path: Path) -> dict:
     """Read a JSON object.
 
     Args:
-        path (`Path`): The file.
+        path (`Path`): The file; a link may not leave its folder.
 
     Raises:
         ConversionError: If there is no such file or it holds no JSON object.
     """
+    text = read_text(path)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConversionError(f"{path.name} cannot be read as JSON: {error}") from error
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConversionError(f"{path.name} cannot be read as JSON: {_first_line(error)}") from error
     if not isinstance(value, dict):
         raise ConversionError(f"{path.name} holds no JSON object.")
     return value
+
+
+def read_object(values: dict, name: str, where: str) -> dict:
+    """An object inside a JSON object; an absent one is empty.
+
+    Args:
+        values (`dict`): The outer object.
+        name (`str`): Its key.
+        where (`str`): Name of the file, for messages.
+
+    Raises:
+        ConversionError: If it is no object.
+    """
+    value = values.get(name)
+    if value is not None and not isinstance(value, dict):
+        raise ConversionError(f"{name}={shown(value)} of {where} must be an object; correct the file.")
+    return value or {}
+
+
+def read_integer(values: dict, name: str, where: str, least: int = 1, most: int = 1 << 31) -> int | None:
+    """An integer of a JSON object; None where it is absent.
+
+    Args:
+        values (`dict`): The object.
+        name (`str`): Its key.
+        where (`str`): Name of the file, for messages.
+        least, most (`int`): Smallest and largest value.
+
+    Raises:
+        ConversionError: If it is no integer in that range.
+    """
+    value = values.get(name)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise ConversionError(
+            f"{name}={shown(value)} of {where} must be an integer from {least} to {most}; correct the file."
+        )
+    return value
+
+
+def shown(value: Any) -> str:
+    """A value of a foreign file for a message, cut where it is long.
+
+    Args:
+        value: The value.
+    """
+    try:
+        text = repr(value)
+    except RecursionError:
+        text = f"<{type(value).__name__}, deeply nested>"
+    return text if len(text) <= 200 else text[:197] + "..."
 
 
 def release() -> None:
@@ -166,6 +273,40 @@ def _load_pickle(path: Path, mmap: bool) -> dict[str, torch.Tensor]:
     return loaded
 
 
+def _refuse_compressed(path: Path) -> None:
+    """The files of torch are not compressed; a small file that unpacks to a large one is a trap."""
+    if not _is_zip(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            packed = [info.filename for info in archive.infolist() if info.compress_type != zipfile.ZIP_STORED]
+            size = sum(info.file_size for info in archive.infolist())
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise ConversionError(f"{path.name} is damaged or cut off: {_first_line(error)}") from error
+    if packed or size > path.stat().st_size:
+        raise ConversionError(
+            f"{path.name} is compressed inside ({len(packed)} parts, {size} bytes unpacked), which no file of torch "
+            "is; it is not opened any further."
+        )
+
+
+def _check_tensor(path: Path, key: Any, tensor: torch.Tensor) -> None:
+    """A tensor of a pickle must be plain numbers that the file really holds."""
+    if not isinstance(key, str):
+        raise ConversionError(f"{path.name} names a tensor {shown(key)}; names must be text.")
+    plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
+    if not plain or tensor.dtype not in DTYPES.values():
+        raise ConversionError(
+            f"{key} in {path.name} is a tensor of {tensor.dtype}, {tensor.layout} on {tensor.device}, which is not "
+            "supported."
+        )
+    if tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
+        raise ConversionError(
+            f"{key} in {path.name} claims {tensor.numel() * tensor.itemsize} bytes of {tuple(tensor.shape)}, but the "
+            f"file holds {tensor.untyped_storage().nbytes()} for it; it is damaged or a trap."
+        )
+
+
 def _is_zip(path: Path) -> bool:
     with path.open("rb") as file:
         return file.read(4) == b"PK\x03\x04"
@@ -179,7 +320,11 @@ def _pickle_entries(path: Path) -> Entries:
     def entry(key: str, tensor: torch.Tensor) -> Entry:
         return Entry(tuple(tensor.shape), tensor.dtype, lambda: _read_pickle(path)[key], path.name)
 
-    return {key: entry(key, tensor) for key, tensor in _read_pickle(path).items()}
+    _refuse_compressed(path)
+    tensors = _read_pickle(path)
+    for key, tensor in tensors.items():
+        _check_tensor(path, key, tensor)
+    return {key: entry(key, tensor) for key, tensor in tensors.items()}
 
 
 def _safetensors_entries(path: Path) -> Entries:

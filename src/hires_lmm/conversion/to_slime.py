@@ -7,14 +7,24 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from .checkpoint import ASIDE_NAME, EMBEDDINGS, REPORT_NAME, build_config, common_dtype, finish_report
+from .checkpoint import ASIDE_NAME, EMBEDDINGS, REPORT_NAME, build_config, common_dtype, finish_report, model_shapes
 from .errors import ConversionError, problem_table
 from .hub import resolve_folder
-from .mapping import Mapped, cut_rows, map_backward
-from .prompts import load_tokenizer, without_image_token
+from .mapping import Mapped, check_complete, cut_rows, map_backward
+from .prompts import as_list, check_ids, load_tokenizer, without_image_token
 from .slime import key_table
 from .slime_options import released_options
-from .tensors import Entries, entry_of, file_entries, folder_entries, read_json, release
+from .tensors import (
+    Entries,
+    entry_of,
+    file_entries,
+    folder_entries,
+    read_integer,
+    read_json,
+    read_object,
+    release,
+    safe_path,
+)
 from .writing import MAX_SHARD_BYTES, Progress, new_folder, write_tensors
 
 
@@ -52,16 +62,22 @@ def _convert(folder: Path, work: Path, progress: Progress | None, max_shard_byte
     values = read_json(folder / "config.json")
     if values.get("model_type") != "hires_lmm":
         raise ConversionError(f"{folder.name} is of type {values.get('model_type')!r}, not a hires_lmm checkpoint.")
-    config = build_config(AutoConfig.from_pretrained, "The configuration", pretrained_model_name_or_path=folder)
+    config = build_config(
+        AutoConfig.from_pretrained,
+        "The configuration",
+        pretrained_model_name_or_path=folder,
+        trust_remote_code=False,
+    )
     if config.text_config.model_type != "llama" or config.vision_config.model_type != "clip_vision_model":
         raise ConversionError("The released SliME code runs Llama language models with CLIP towers only.")
     report_file = folder / REPORT_NAME
     earlier = read_json(report_file) if report_file.is_file() else {}
     options = released_options(config)
-    original = earlier.get("source_config", {})
+    original = read_object(earlier, "source_config", REPORT_NAME)
     if original.get("mm_projector_type") == "mlp1x_gelu" and options["mm_projector_type"] == "linear":
         options["mm_projector_type"] = "mlp1x_gelu"
     entries = folder_entries(folder)
+    check_complete(Mapped(entries=dict(entries)), model_shapes(config), [], f"the checkpoint {folder.name}")
     rows = config.text_config.vocab_size - _added_rows(config, earlier)
     for name in EMBEDDINGS:
         if name in entries and rows < entries[name].shape[0]:
@@ -82,14 +98,14 @@ def _convert(folder: Path, work: Path, progress: Progress | None, max_shard_byte
 def _added_rows(config: Any, earlier: dict) -> int:
     """Rows that conversion added: from its report, else one if the image token is the last."""
     if "added_rows" in earlier and earlier.get("image_token_id") == config.image_token_id:
-        return earlier["added_rows"]
+        return read_integer(earlier, "added_rows", REPORT_NAME, least=0, most=config.text_config.vocab_size) or 0
     return int(config.image_token_id == config.text_config.vocab_size - 1)
 
 
 def _aside(folder: Path, config: Any, options: dict) -> Entries:
     """Tensors of the released format that ours does not use."""
     path = folder / ASIDE_NAME
-    found = file_entries(path) if path.is_file() else {}
+    found = file_entries(safe_path(folder, path.name)) if path.is_file() else {}
     if options["mm_resampler_type"] == "qformer" and f"{UNUSED_ROUTER}query" not in found:
         raise ConversionError(
             f"The released attention router has tensors that it never uses; they were put into {ASIDE_NAME} at the "
@@ -130,9 +146,10 @@ def _copy_speech(folder: Path, work: Path, config: Any, earlier: dict) -> None:
             without_image_token(work)
     path = folder / "generation_config.json"
     if path.is_file():
-        shutil.copyfile(path, work / path.name)
+        shutil.copyfile(safe_path(folder, path.name), work / path.name)
         values = read_json(work / path.name)
-        kept = [token for token in values.pop("suppress_tokens", None) or [] if token != config.image_token_id]
+        check_ids("suppress_tokens", values.get("suppress_tokens"))
+        kept = [token for token in as_list(values.pop("suppress_tokens", None)) if token != config.image_token_id]
         values = {**values, **({"suppress_tokens": kept} if kept else {})}
         (work / path.name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 

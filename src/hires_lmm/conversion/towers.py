@@ -7,8 +7,8 @@ from transformers import AutoConfig
 
 from .checkpoint import BOOKKEEPING, build_config
 from .errors import ConversionError
-from .hub import resolve_folder
-from .tensors import Entries, folder_entries, read_json
+from .hub import expanded, resolve_folder
+from .tensors import Entries, folder_entries, read_json, read_object, shown
 
 
 KNOWN_TOWERS = {
@@ -43,9 +43,11 @@ def tower_config(values: dict, name: str) -> Any:
         ConversionError: If it belongs to no family with a tower for views of one size.
     """
     model_type = values.get("model_type")
+    if not isinstance(model_type, str):
+        raise ConversionError(f"{name} has model_type={shown(model_type)}, which names no family of models.")
     if model_type in COMPOSITES:
         projection = {key: values[key] for key in ("projection_dim",) if key in values and model_type == "clip"}
-        values = {**projection, **(values.get("vision_config") or {}), "model_type": COMPOSITES[model_type]}
+        values = {**projection, **read_object(values, "vision_config", name), "model_type": COMPOSITES[model_type]}
         model_type = values["model_type"]
     if model_type not in COMPOSITES.values():
         known = ", ".join([*COMPOSITES.values(), *COMPOSITES])
@@ -88,8 +90,10 @@ def find_tower(choice: str | Path | None, name: str | None, folder: Path) -> tup
     Raises:
         ConversionError: If nothing tells which tower it is.
     """
-    if choice is not None and Path(choice).expanduser().is_file():
-        return tower_config(read_json(Path(choice).expanduser()), str(choice)), None
+    if choice is not None and expanded(choice).is_file():
+        return tower_config(read_json(expanded(choice).resolve()), str(choice)), None
+    if name is not None and not isinstance(name, str):
+        raise ConversionError(f"mm_vision_tower={shown(name)} of the released configuration names no vision tower.")
     if choice is None and (folder / "vision_config.json").is_file():
         return tower_config(read_json(folder / "vision_config.json"), "vision_config.json"), None
     if choice is None and name in KNOWN_TOWERS:

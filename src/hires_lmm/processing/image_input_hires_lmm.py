@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+import time
 from io import BytesIO
 from os import PathLike, path
 from typing import Any
@@ -9,29 +10,61 @@ from typing import Any
 import numpy as np
 import torch
 from huggingface_hub import get_session
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms
 from transformers.image_utils import ChannelDimension
 
 
 DEFAULT_PIXEL_LIMIT = 178_956_970
 """The size from which Pillow itself refuses a file."""
 
+SIDE_LIMIT = 1_000_000
+"""Longest side of an image, pixels: a filter of Pillow holds up to 48 bytes for each pixel of a side."""
+
+DOWNLOAD_LIMIT = 268_435_456
+"""Most bytes that are fetched from a URL."""
+
+DOWNLOAD_SECONDS = 300
+"""Longest time that fetching a URL may take."""
+
+NESTING_LIMIT = 16
+"""Most lists around an image."""
+
+PROGRAM_FORMATS = ("EPS",)
+"""Formats that Pillow decodes by starting another program (Ghostscript) on the file."""
+
 EXIF_ORIENTATION = 0x0112
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF orientation -> what makes the image upright; every other value means upright."""
+
 ARRAY_CHANNELS = (1, 3, 4)
 BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 
-def flatten_images(images: Any) -> list:
+def flatten_images(images: Any, depth: int = 0) -> list:
     """Flatten nested lists and 4-d arrays into a list of single images, in order.
 
     Args:
         images: An image, a 4-d array of images, or a (nested) list of these.
+        depth (`int`): Lists around `images` already.
 
     Returns:
         The images, untouched.
+
+    Raises:
+        ValueError: If the lists are nested too deeply, as one that holds itself.
     """
     if isinstance(images, (list, tuple)):
-        return [image for entry in images for image in flatten_images(entry)]
+        if depth >= NESTING_LIMIT:
+            raise ValueError(f"images is nested more than {NESTING_LIMIT} lists deep; pass one list, or one a sample.")
+        return [image for entry in images for image in flatten_images(entry, depth + 1)]
     if isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4:
         return list(images)
     return [images]
@@ -53,7 +86,8 @@ def open_image(source: Any, index: int) -> Any:
     Source: the sources of transformers' `load_image`. Differs: alpha and bit depth are kept for `to_rgb`.
     """
     if isinstance(source, (bytes, bytearray, memoryview)):
-        return _open_bytes(bytes(source), f"{len(source)} bytes", index)
+        given = bytes(source)
+        return _open_bytes(given, f"{len(given)} bytes", index)
     if not isinstance(source, (str, PathLike)):
         return source
     text = str(source)
@@ -96,20 +130,25 @@ def to_rgb(
 
     Returns:
         The image. Floats up to 1 are taken as [0, 1], others as [0, 255]; 16-bit integers, and wider ones that exceed
-        255, are scaled from 65535; EXIF orientation is applied; the first frame of an animation is taken.
+        255, are scaled from 65535; EXIF orientation is applied; the first frame of an animation is taken, and of a
+        file of layers what it was opened with, all layers together.
 
     Raises:
         ValueError: If the image is empty, damaged, too large, of ambiguous channel order or out of range.
     """
     if isinstance(image, Image.Image):
         _check_size(image.height, image.width, index, pixel_limit)
-        return _pillow_to_rgb(_upright_first_frame(image, index), index, background, unit_floats)
+        upright = _upright_first_frame(image, index)
+        _check_size(upright.height, upright.width, index, pixel_limit)  # some formats know their size when decoded
+        return _pillow_to_rgb(upright, index, background, unit_floats)
     if isinstance(image, torch.Tensor):
         image = _tensor_to_numpy(image, index)
     if not isinstance(image, np.ndarray):
         raise ValueError(
             f"Image {index} is a {type(image).__name__}; pass a PIL image, an array, a tensor, a path, a URL or bytes."
         )
+    if isinstance(image, np.ma.MaskedArray):
+        raise ValueError(f"Image {index} is a masked array of shape {image.shape}; pass image.filled(value).")
     if image.dtype.kind not in "biuf":
         raise ValueError(f"Image {index} is an array of {image.dtype}; pass integers or floats.")
     array = _channels_last(image, index, input_data_format)
@@ -121,12 +160,18 @@ def to_rgb(
 
 
 def _download(url: str, index: int) -> bytes:
+    stop, parts, size = time.monotonic() + DOWNLOAD_SECONDS, [], 0
     try:
-        response = get_session().get(url, follow_redirects=True, timeout=60)
-        response.raise_for_status()
+        with get_session().stream("GET", url, follow_redirects=True, timeout=60) as response:
+            response.raise_for_status()
+            for part in response.iter_bytes():
+                parts.append(part)
+                size += len(part)
+                if size > DOWNLOAD_LIMIT or time.monotonic() > stop:
+                    raise OSError(f"{size} bytes so far, at most {DOWNLOAD_LIMIT} in {DOWNLOAD_SECONDS} s are taken")
     except Exception as error:
         raise ValueError(f"Image {index}: {url!r} cannot be fetched ({error}); check the address.") from error
-    return response.content
+    return b"".join(parts)
 
 
 def _open_bytes(data: bytes, shown: str, index: int) -> Image.Image:
@@ -155,26 +200,35 @@ def _check_size(height: int, width: int, index: int, pixel_limit: int) -> None:
             f"Image {index} has {height}x{width} = {height * width} pixels, more than pixel_limit={pixel_limit}; "
             f"shrink it or raise pixel_limit."
         )
+    if max(height, width) > SIDE_LIMIT:
+        raise ValueError(
+            f"Image {index} has {height}x{width} pixels, a side of more than {SIDE_LIMIT}; cut it into several images."
+        )
 
 
 def _upright_first_frame(image: Image.Image, index: int) -> Image.Image:
+    if image.format in PROGRAM_FORMATS and getattr(image, "tile", None):
+        raise ValueError(
+            f"Image {index} is an {image.format} file, which Pillow decodes by starting another program; this is "
+            "refused. Convert it to PNG."
+        )
     try:
-        if getattr(image, "is_animated", False) and image.tell() != 0:
+        if image.format != "PSD" and getattr(image, "is_animated", False) and image.tell() != 0:
             frame = image.tell()
             image.seek(0)
             first = image.copy()
             image.seek(frame)
             image = first
         image.load()
-        if image.getexif().get(EXIF_ORIENTATION, 1) in range(2, 9):
-            return ImageOps.exif_transpose(image, in_place=False)
+        orientation = image.getexif().get(EXIF_ORIENTATION)
+        turn = TURNS.get(orientation) if isinstance(orientation, int) else None
+        return image if turn is None else image.transpose(turn)
     except BOMBS as error:
         raise ValueError(f"Image {index} is refused by Pillow ({error}); shrink it.") from error
     except Exception as error:
         raise ValueError(
             f"Image {index} cannot be decoded ({error}); it is truncated or damaged, replace it."
         ) from error
-    return image
 
 
 def _pillow_to_rgb(image: Image.Image, index: int, background: tuple[int, int, int], unit_floats: bool) -> Image.Image:
@@ -203,10 +257,14 @@ def _lab_to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _tensor_to_numpy(tensor: torch.Tensor, index: int) -> np.ndarray:
-    tensor = tensor.detach().cpu()
-    if tensor.is_complex() or tensor.is_sparse or tensor.is_quantized:
-        raise ValueError(f"Image {index} is a tensor of {tensor.dtype}, {tensor.layout}; pass integers or floats.")
-    return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+    kind = f"Image {index} is a tensor of {tensor.dtype}, {tensor.layout} on {tensor.device}"
+    if tensor.is_complex() or tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+        raise ValueError(f"{kind}; pass integers or floats with values in memory.")
+    try:
+        tensor = tensor.detach().cpu()
+        return (tensor.float() if tensor.is_floating_point() else tensor).numpy(force=True)
+    except (TypeError, RuntimeError, NotImplementedError) as error:
+        raise ValueError(f"{kind}, which has no values to read ({error}); pass integers or floats.") from error
 
 
 def _channels_last(array: np.ndarray, index: int, data_format: str | None) -> np.ndarray:

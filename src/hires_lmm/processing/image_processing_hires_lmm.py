@@ -68,6 +68,12 @@ FIXED_OPTIONS = {
 NUMBER_OPTIONS = ("image_mean", "image_std", "rescale_factor")
 """Options that may be given as integers."""
 
+OPTION_DEPTH = 8
+"""Most lists and dicts around a value of an option."""
+
+TOKENS_LIMIT = 1_000_000
+"""Most placeholders of one image."""
+
 SERVICE_NAMES = {
     "auto_map",
     "feature_extractor_type",
@@ -165,8 +171,10 @@ class HiResLmmImageProcessor(PilBackend):
             The same structure with Pillow images in place of sources.
 
         Raises:
-            ValueError: If a source cannot be opened; the message names its index in the flat list.
+            ValueError: If a source cannot be opened, or lists are nested too deeply; the message names the index of
+                the source in the flat list.
         """
+        flatten_images(images)  # refuses what is nested too deeply
         return self._fetch(images, [0])
 
     def preprocess(self, images: ImageInput, **kwargs: Unpack[HiResLmmImageProcessorKwargs]) -> BatchFeature:
@@ -202,6 +210,7 @@ class HiResLmmImageProcessor(PilBackend):
         ]
         plans = [settings.planner(picture.height, picture.width, settings.limits) for picture in pictures]
         counts = [_num_tokens(plan, settings, index) for index, plan in enumerate(plans)]
+        _check_views(plans)
         data = {"pixel_values": _render(pictures, plans, settings), **_geometry(plans, counts)}
         batch = BatchFeature(data=data, tensor_type=kwargs.get("return_tensors"))
         return batch if kwargs.get("device") is None else batch.to(kwargs["device"])
@@ -267,11 +276,14 @@ class HiResLmmImageProcessor(PilBackend):
         for name, allowed in FIXED_OPTIONS.items():
             if options.get(name) not in allowed:
                 raise ValueError(f"{name}={options[name]!r} has no meaning for {type(self).__name__}; leave it out.")
+        deep = [name for name, value in options.items() if _is_deep(value)]
+        if deep:
+            raise ValueError(f"Image option {deep[0]!r} is nested too deeply; take it from a saved processor.")
         options = {name: _as_floats(value) if name in NUMBER_OPTIONS else value for name, value in options.items()}
         try:
             validate_typed_dict(self.valid_kwargs, options)
         except StrictDataclassError as error:
-            raise ValueError(f"Wrong image option. {error}") from error
+            raise ValueError(f"Wrong image option. {str(error)[:1000]}") from error
         return options
 
     def _with_view_size(self, options: dict[str, Any]) -> dict[str, Any]:
@@ -325,7 +337,23 @@ def _num_tokens(plan: ViewPlan, settings: _Settings, index: int) -> int:
             f"Image {index} of {plan.size[0]}x{plan.size[1]} pixels has no tokens with "
             f"views={settings.limits.views!r}; take other views, or unpad=False."
         )
+    if number > TOKENS_LIMIT:
+        raise ValueError(
+            f"Image {index} of {plan.size[0]}x{plan.size[1]} pixels would have {number} tokens, more than "
+            f"{TOKENS_LIMIT}; correct view_size, patch_size, max_crops or token_layout."
+        )
     return number
+
+
+def _check_views(plans: list[ViewPlan]) -> None:
+    """Refuse an image whose views hold more pixels than any source may have."""
+    for index, plan in enumerate(plans):
+        pixels = len(plan.views) * plan.view_size**2
+        if pixels > DEFAULT_PIXEL_LIMIT:
+            raise ValueError(
+                f"Image {index} would become {len(plan.views)} views of {plan.view_size}x{plan.view_size} = {pixels} "
+                f"pixels, more than {DEFAULT_PIXEL_LIMIT}; lower max_crops or view_size."
+            )
 
 
 def _geometry(plans: list[ViewPlan], counts: list[int]) -> dict[str, np.ndarray]:
@@ -369,6 +397,8 @@ def _draw(
 ) -> np.ndarray:
     """Resize a picture and paste it on a filled canvas; `(height, width, 3)` uint8."""
     if resized != (picture.height, picture.width):
+        if resized[1] * picture.height > DEFAULT_PIXEL_LIMIT:  # Pillow widens all rows first; here that is too much
+            picture = picture.resize((picture.width, resized[0]), resample)
         picture = picture.resize((resized[1], resized[0]), resample)
     if resized == canvas:
         return np.asarray(picture)
@@ -440,8 +470,15 @@ def _scale_and_shift(factor: float, mean: Any, std: Any) -> tuple[np.ndarray, np
         raise ValueError(f"image_std={std!r} must not be 0.")
     if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not np.isfinite(factor):
         raise ValueError(f"rescale_factor={factor!r} must be a finite number.")
-    scale, shift = factor / numbers[1], -numbers[0] / numbers[1]
-    return scale.reshape(3, 1, 1).astype(np.float32), shift.reshape(3, 1, 1).astype(np.float32)
+    with np.errstate(over="ignore"):
+        scale = (factor / numbers[1]).astype(np.float32).reshape(3, 1, 1)
+        shift = (-numbers[0] / numbers[1]).astype(np.float32).reshape(3, 1, 1)
+    if not np.isfinite(scale * 255).all() or not np.isfinite(shift).all():
+        raise ValueError(
+            f"rescale_factor={factor!r}, image_mean={mean!r} and image_std={std!r} give pixels that float32 cannot "
+            "hold; correct them."
+        )
+    return scale, shift
 
 
 def _plain_layout(limits: PlannerLimits) -> TokenLayout:
@@ -496,9 +533,27 @@ def _checked_data_format(value: Any) -> str | None:
 
 
 def _as_floats(value: Any) -> Any:
-    if isinstance(value, (list, tuple)):
-        return tuple(_as_floats(entry) for entry in value)
-    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    return tuple(map(_as_float, value)) if isinstance(value, (list, tuple)) else _as_float(value)
+
+
+def _as_float(value: Any) -> Any:
+    try:
+        return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    except OverflowError:  # an integer of hundreds of digits; the check of types names it
+        return value
+
+
+def _is_deep(value: Any) -> bool:
+    """Whether lists and dicts are nested further than any option needs."""
+    level = [value]
+    for _ in range(OPTION_DEPTH):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, (list, tuple, dict))
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+    return bool(level)
 
 
 def _is_service_name(name: str) -> bool:

@@ -21,6 +21,9 @@ LANCZOS, BILINEAR, BICUBIC = 1, 2, 3
 
 WHITE, BLACK = (255, 255, 255), (0, 0, 0)
 PAPER_GRID_SIDE = 6
+CROPS_LIMIT = 4096
+"""Most crops of one image that any setting may ask for."""
+
 
 Size = tuple[int, int]
 Color = tuple[int, int, int]
@@ -60,6 +63,8 @@ class PlannerLimits:
             raise ValueError(f"patch_size={self.patch_size} is larger than view_size={self.view_size}; lower it.")
         if self.max_crops is not None:
             _check_count("max_crops", self.max_crops, hint=" To go without crops pass views='global'.")
+            if self.max_crops > CROPS_LIMIT:
+                raise ValueError(f"max_crops={self.max_crops} is more than {CROPS_LIMIT}; lower it.")
         if not (self.unpad is None or isinstance(self.unpad, bool)):
             raise ValueError(f"unpad={self.unpad!r} must be True, False or None.")
         _check_choice("global_view", self.global_view, (None, "squeeze", "pad"))
@@ -514,6 +519,8 @@ def _checked_pinpoints(pinpoints: Sequence[Size], side: int) -> tuple[Size, ...]
                 raise ValueError(
                     f"pinpoints holds {tuple(pinpoint)}; its sides must be multiples of view_size={side}."
                 )
+        if pinpoint[0] * pinpoint[1] > CROPS_LIMIT * side**2:
+            raise ValueError(f"pinpoints holds {tuple(pinpoint)}, which is more than {CROPS_LIMIT} crops of {side}.")
     return tuple((pinpoint[0], pinpoint[1]) for pinpoint in pinpoints)
 
 

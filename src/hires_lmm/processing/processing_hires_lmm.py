@@ -1,7 +1,10 @@
 """Images and texts to model inputs: every `<image>` becomes as many placeholders as its image has tokens."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from os import getpid
+from threading import Lock, local
 from typing import Any
 
 import numpy as np
@@ -33,6 +36,12 @@ TOWER_STATS = {
 PLANNERS_WITH_FILTERS = ("hd",)
 PLANNER_KEYS = {"name", "max_crops", "pinpoints", "unpad", "global_view", "views"}
 STAT_NAMES = ("image_mean", "image_std", "resample")
+LOCKS: dict[int, Lock] = {}
+"""One lock a process: a forked one would inherit a lock that another thread holds for ever."""
+
+HELD = local()
+"""`lock`: what this thread holds."""
+
 TEMPLATE_BY_TOKEN = {"<|start_header_id|>": "llama3", "<|im_start|>": "chatml"}
 
 
@@ -124,6 +133,17 @@ class HiResLmmProcessor(ProcessorMixin):
         image_processor = HiResLmmImageProcessor(**{**options, **changes})
         return cls(image_processor, tokenizer, chat_template=tokenizer.chat_template, image_token=image_token)
 
+    def __call__(
+        self, images: Any = None, text: Any = None, videos: Any = None, audio: Any = None, **kwargs: Any
+    ) -> Any:
+        """As in transformers; several threads may share the processor.
+
+        Tokenizers keep padding and truncation of a call as a state of their own. So one thread tokenises at a time,
+        while others may cut images, and the state is put back.
+        """
+        with tokenizer_alone(self.tokenizer):
+            return super().__call__(images=images, text=text, videos=videos, audio=audio, **kwargs)
+
     def image_tokens(self, height: int, width: int, **images_kwargs: Any) -> int:
         """Count the placeholders of an image without its pixels.
 
@@ -148,6 +168,8 @@ class HiResLmmProcessor(ProcessorMixin):
                 raise ValueError(
                     f"{name}={type(value).__name__} was passed, but this processor reads images and text."
                 )
+        if text is not None and not isinstance(text, (str, list, tuple)):
+            raise ValueError(f"text must be a string or a non-empty list of strings, not {text!r}.")
         if images is not None and not flatten_images(images):
             images = None
         return super().prepare_inputs_layout(images=images, text=text, **kwargs)
@@ -267,7 +289,8 @@ class HiResLmmProcessor(ProcessorMixin):
         return table
 
     def _process_images(self, images: Any, **kwargs: Any) -> tuple[Any, list[str]]:
-        inputs = self.image_processor(images, **kwargs)
+        with others_may_tokenise():
+            inputs = self.image_processor(images, **kwargs)
         number = len(flatten_images(images))
         return inputs, [self.replace_image_token(inputs, index, **kwargs) for index in range(number)]
 
@@ -285,6 +308,7 @@ class HiResLmmProcessor(ProcessorMixin):
     def _compare_counts(self, placeholders: int, images: int, where: str) -> None:
         if placeholders != images:
             raise ValueError(
+                f"The number of {self.image_token} tokens in the prompts should be the same as the number of images. "
                 f"{where} has {placeholders} {self.image_token} placeholders, but {images} images were passed; write "
                 f"one {self.image_token} for each image (apply_chat_template does it for image parts), or change the "
                 f"images."
@@ -314,7 +338,7 @@ class HiResLmmProcessor(ProcessorMixin):
             validate_typed_dict(TextKwargs, merged["text_kwargs"])
             return merged
         except StrictDataclassError as error:
-            raise ValueError(f"Wrong option. {error}") from error
+            raise ValueError(f"Wrong option. {str(error)[:1000]}") from error
 
     def _check_special_mm_tokens(self, text: list[str], text_inputs: Any, modalities: list[str]) -> None:
         try:
@@ -330,6 +354,42 @@ class HiResLmmProcessor(ProcessorMixin):
                         f"max_image_tokens."
                     ) from error
             raise
+
+
+@contextmanager
+def tokenizer_alone(tokenizer: Any) -> Iterator[None]:
+    """Keep other threads of this process from tokenising, and give the tokenizer its padding and truncation back.
+
+    Args:
+        tokenizer: Any tokenizer; a fast one has a state.
+    """
+    lock = LOCKS.setdefault(getpid(), Lock())
+    backend = tokenizer.backend_tokenizer if hasattr(tokenizer, "backend_tokenizer") else None
+    with lock:
+        HELD.lock = lock
+        padding, truncation = (None, None) if backend is None else (backend.padding, backend.truncation)
+        try:
+            yield
+        finally:
+            HELD.lock = None
+            if backend is not None and backend.padding != padding:
+                backend.no_padding() if padding is None else backend.enable_padding(**padding)
+            if backend is not None and backend.truncation != truncation:
+                backend.no_truncation() if truncation is None else backend.enable_truncation(**truncation)
+
+
+@contextmanager
+def others_may_tokenise() -> Iterator[None]:
+    """Within `tokenizer_alone`, before anything is tokenised: let other threads do so for a while."""
+    lock = getattr(HELD, "lock", None)
+    if lock is None:
+        yield
+        return
+    lock.release()
+    try:
+        yield
+    finally:
+        lock.acquire()
 
 
 def _questions(messages: list[dict], image_token: str) -> list[str]:
