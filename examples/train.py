@@ -17,6 +17,7 @@ DeepSpeed start one launch a stage with `--stage`.
 
 import argparse
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from hires_lmm.training import (
     VisionFeatureStore,
     cache_vision_features,
     get_plan,
+    last_checkpoint,
     put_first,
     set_expert,
 )
@@ -148,10 +150,22 @@ def train_stage(stage: Stage, start: str, recipe: dict, options: argparse.Namesp
         optimizer_cls_and_kwargs=stage.optimizer_cls_and_kwargs(args),
     )
     put_first(trainer)
-    trainer.train(resume_from_checkpoint=True if options.resume and any(folder.glob("checkpoint-*")) else None)
-    trainer.save_model(str(final))
-    trainer.accelerator.wait_for_everyone()
+    trainer.train(resume_from_checkpoint=last_checkpoint(folder) if options.resume else None)
+    save_whole(trainer, final)
     return str(final)
+
+
+def save_whole(trainer: Trainer, folder: Path) -> None:
+    """Save beside the folder, then move: what a killed run leaves there never looks like a finished stage."""
+    partial = folder.with_name(f"{folder.name}.partial")
+    if trainer.is_world_process_zero():
+        shutil.rmtree(partial, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
+    trainer.save_model(str(partial))
+    trainer.accelerator.wait_for_everyone()
+    if trainer.is_world_process_zero():
+        partial.replace(folder)
+    trainer.accelerator.wait_for_everyone()
 
 
 def main() -> None:

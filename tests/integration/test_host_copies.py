@@ -72,10 +72,11 @@ class Copies:
 
 
 def known(batch, config) -> list[torch.Tensor]:
-    """Geometry, number of placeholders, whether there is no padding, whether it is on the right."""
+    """Geometry, number of placeholders, whether all pixels are finite, whether padding is missing or on the right."""
     count = (batch["input_ids"] == config.image_token_id).sum()
     mask = batch["attention_mask"]
-    return [batch["view_positions"], batch["view_spans"], count, mask.all(), (mask[:, -1] == 0).any()]
+    finite = batch["pixel_values"].isfinite().all()
+    return [batch["view_positions"], batch["view_spans"], count, finite, mask.all(), (mask[:, -1] == 0).any()]
 
 
 @pytest.mark.parametrize("budget", [None, 18])

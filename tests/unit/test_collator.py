@@ -127,7 +127,7 @@ def test_the_budget_is_lowered_to_the_largest_that_fits(images):
     assert full - 5 - images < batch["input_ids"].shape[1] <= full - 5
     counts = batch["view_positions"][batch["view_positions"][:, 0] == 0, 5]
     assert len(set(counts.tolist())) == 1
-    assert collator.counts() == {"dropped_samples": 0, "lowered_budgets": 1}
+    assert collator.counts() == {"dropped_samples": 0, "lowered_budgets": 1, "broken_samples": 0}
 
 
 def test_long_samples_are_dropped_and_counted(processor):

@@ -256,3 +256,10 @@ def test_other_image_tokens_survive_reloading(tmp_path):
     first = HiResLmmProcessor(processor().image_processor, tokenizer, "chatml", image_token="<|eot_id|>")
     first.save_pretrained(tmp_path)
     assert HiResLmmProcessor.from_pretrained(tmp_path, trust_remote_code=True).image_token == "<|eot_id|>"
+
+
+def test_other_numbers_of_images_raise_in_the_words_of_transformers():
+    """Callers look for these words."""
+    words = "<image> tokens in the prompts should be the same as the number of images"
+    with pytest.raises(ValueError, match=words):
+        processor()(text="<image> a", images=[picture(30, 40)] * 2)

@@ -11,6 +11,11 @@ from .attention_hires_lmm import HiResLmmCrossAttention, default_num_heads
 from .views_hires_lmm import PartContext, Question, VisualTokens
 
 
+def _cosines(features: torch.Tensor, direction: torch.Tensor) -> torch.Tensor:
+    """Products with a direction, over the lengths of `(n, D)` features: no normalised copy of them is written."""
+    return features @ direction / torch.linalg.vector_norm(features, dim=-1).clamp(min=1e-8)
+
+
 def saliency_scores(features: torch.Tensor) -> torch.Tensor:
     """How much each token differs from the mean of its image.
 
@@ -23,7 +28,7 @@ def saliency_scores(features: torch.Tensor) -> torch.Tensor:
     Source: ours; needs no question, no parameters and no particular tower.
     """
     features = features.float()
-    return 1 - torch.cosine_similarity(features, features.mean(dim=0, keepdim=True), dim=-1)
+    return 1 - _cosines(features, nn.functional.normalize(features.mean(dim=0), dim=0, eps=1e-8))
 
 
 def cosine_scores(features: torch.Tensor, text: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -42,7 +47,7 @@ def cosine_scores(features: torch.Tensor, text: torch.Tensor, weights: torch.Ten
     Source: SliME, huggingface.co/papers/2406.08487, section 3.3; the released code sums (weights of 1).
     """
     direction = weights.float() @ nn.functional.normalize(text.float(), dim=-1, eps=1e-8)
-    return nn.functional.normalize(features.float(), dim=-1, eps=1e-8) @ direction
+    return _cosines(features.float(), direction)
 
 
 def keep_budget(scores: torch.Tensor, budget: int) -> torch.Tensor:
@@ -53,7 +58,7 @@ def keep_budget(scores: torch.Tensor, budget: int) -> torch.Tensor:
         budget (`int`): Tokens to keep, from 0 to n.
 
     Returns:
-        `(n,)` bool with exactly `budget` True; among equal scores the earlier token wins.
+        `(n,)` bool with exactly `budget` True; among equal scores the earlier token wins, NaN counts as the highest.
 
     Raises:
         ValueError: If `budget` is outside [0, n].
@@ -74,7 +79,8 @@ def keep_threshold(scores: torch.Tensor, gamma: float, temperature: float) -> to
         temperature (`float`): Divides the scores.
 
     Returns:
-        `(n,)` bool; among equal scores the earlier token wins. At least one token is kept.
+        `(n,)` bool; among equal scores the earlier token wins. At least one token is kept, and every token whose score
+        is NaN, so that a broken image cannot pass for a whole one.
 
     Source: SliME, huggingface.co/papers/2406.08487, section 3.3.
     """
@@ -83,7 +89,7 @@ def keep_threshold(scores: torch.Tensor, gamma: float, temperature: float) -> to
     mass, order = torch.sort((scores / temperature).softmax(dim=0), descending=True, stable=True)
     within = mass.cumsum(dim=0) <= gamma
     chosen = torch.cat([torch.ones_like(within[:1]), within[:-1]])
-    return torch.zeros_like(chosen).scatter(0, order, chosen)
+    return torch.zeros_like(chosen).scatter(0, order, chosen) | scores.isnan()
 
 
 @strict

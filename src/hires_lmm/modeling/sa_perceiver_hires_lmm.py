@@ -47,6 +47,24 @@ def check_backend(implementation: str | None, head_width: int, num_heads: int) -
         )
 
 
+class HiResLmmWideRMSNorm(nn.RMSNorm):
+    """RMS norm of states that may be wider than its weights; the result has the dtype of the weights."""
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """Normalise `(..., C)`."""
+        weight = self.weight.to(states.dtype)
+        return nn.functional.rms_norm(states, self.normalized_shape, weight, self.eps).to(self.weight.dtype)
+
+
+class HiResLmmWideLayerNorm(nn.LayerNorm):
+    """Layer norm, without bias, of states that may be wider than its weights, whose dtype the result has."""
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """Normalise `(..., C)`."""
+        weight = self.weight.to(states.dtype)
+        return nn.functional.layer_norm(states, self.normalized_shape, weight, None, self.eps).to(self.weight.dtype)
+
+
 class HiResLmmSaPerceiver(HiResLmmViewOp):
     """Replaces each low-resolution view by what it reads in the crops of its image; the crops leave.
 
@@ -149,8 +167,10 @@ class HiResLmmSaPerceiver(HiResLmmViewOp):
         keys = self._heads(key)
         heads = (self._heads(query), keys, keys if value is key else self._heads(value))
         if activation == "silu":
-            mean = self.options.score_scale == "1/num_keys" or self.options.norm != "none"
-            return silu_attention(*heads, offsets, self.scaling, mean).flatten(2)
+            is_normed = self.options.norm != "none"
+            mean = self.options.score_scale == "1/num_keys" or is_normed
+            dtype = torch.promote_types(query.dtype, torch.float32) if is_normed else None  # the norm takes any size
+            return silu_attention(*heads, offsets, self.scaling, mean, dtype=dtype).flatten(2)
         self._check_backend()
         return _softmax_attention(self, *heads, offsets, self.scaling).flatten(2)
 
@@ -222,7 +242,9 @@ def _make_norm(name: str, width: int) -> nn.Module:
     """A norm without bias, so that zero stays zero."""
     if name == "none":
         return nn.Identity()
-    return nn.RMSNorm(width, eps=NORM_FLOOR) if name == "rms" else nn.LayerNorm(width, eps=NORM_FLOOR, bias=False)
+    if name == "rms":
+        return HiResLmmWideRMSNorm(width, eps=NORM_FLOOR)
+    return HiResLmmWideLayerNorm(width, eps=NORM_FLOOR, bias=False)
 
 
 def _softmax_attention(
@@ -252,7 +274,7 @@ def _softmax_attention(
             module, queries.transpose(1, 2), keys, values, None, dropout=0.0, scaling=scaling, is_causal=False
         )
         outputs.append(output)
-    unused = 0.0 * (key[offsets[-1] :].sum() + value[offsets[-1] :].sum())  # keeps the projections in the graph
+    unused = (0.0 * key[offsets[-1] :]).sum() + (0.0 * value[offsets[-1] :]).sum()  # keeps projections in the graph
     if not outputs:
         return query + unused
     places = sorted(range(len(order)), key=order.__getitem__)

@@ -26,6 +26,7 @@ def silu_attention(
     scale: float = 1.0,
     mean: bool = False,
     implementation: Implementation = "auto",
+    dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """Sum of the values of each image, weighted by SiLU(scale · query · key); the weights do not sum to one.
 
@@ -43,9 +44,11 @@ def silu_attention(
         mean (`bool`): Divide the sum by the number of keys of the image.
         implementation (`str`): `"torch"`, `"triton"`, or `"auto"`: Triton where it is installed and the tensors are on
             a GPU in half precision.
+        dtype (`torch.dtype`, *optional*): Dtype of the result, that of the query by default. float16 ends at 65504,
+            which sums over many keys of a tower with outlying channels exceed; float32 holds them for a norm.
 
     Returns:
-        `(I, Q, H, E)` in the dtype of the query; zero for images without keys.
+        `(I, Q, H, E)`; zero for images without keys.
 
     Raises:
         ValueError: If shapes or offsets do not fit together.
@@ -63,7 +66,7 @@ def silu_attention(
     function = {"torch": BlockedSiluAttention, "triton": KernelSiluAttention}.get(implementation)
     if function is None:
         raise ValueError(f"implementation={implementation!r} is unknown; choose auto, torch or triton.")
-    return function.apply(query, key, values, offsets, float(scale), bool(mean))
+    return function.apply(query, key, values, offsets, float(scale), bool(mean), dtype or query.dtype)
 
 
 def choose_implementation(is_cuda: bool, dtype: torch.dtype) -> Implementation:
@@ -133,6 +136,7 @@ class BlockedSiluAttention(torch.autograd.Function):
         offsets: tuple,
         scale: float,
         mean: bool,
+        result: torch.dtype,
     ) -> torch.Tensor:
         """See `silu_attention`; a value of None stands for the key."""
         ctx.save_for_backward(query, key, value)
@@ -146,7 +150,7 @@ class BlockedSiluAttention(torch.autograd.Function):
                 weights = nn.functional.silu(torch.matmul(wide[image], keys.mT).mul_(scale), inplace=True)
                 output[image] += weights @ values
             output *= output.new_tensor(_shares(offsets, mean))[:, None, None, None]
-        return output.transpose(1, 2).to(query.dtype)
+        return output.transpose(1, 2).to(result)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -175,7 +179,7 @@ class BlockedSiluAttention(torch.autograd.Function):
                 else:
                     grad_value[block] = grad_values.transpose(0, 1).to(key.dtype)
                 grad_key[block] = grad_keys.transpose(0, 1).to(key.dtype)
-        return grad_query.transpose(1, 2).to(query.dtype), grad_key, grad_value, None, None, None
+        return grad_query.transpose(1, 2).to(query.dtype), grad_key, grad_value, None, None, None, None
 
 
 class KernelSiluAttention(torch.autograd.Function):
@@ -190,6 +194,7 @@ class KernelSiluAttention(torch.autograd.Function):
         offsets: tuple,
         scale: float,
         mean: bool,
+        result: torch.dtype,
     ) -> torch.Tensor:
         """See `silu_attention`; a value of None stands for the key."""
         from .silu_kernel_hires_lmm import launch_forward
@@ -198,7 +203,7 @@ class KernelSiluAttention(torch.autograd.Function):
         value = None if value is None else value.contiguous()
         ctx.save_for_backward(query, key, value)
         ctx.settings = offsets, scale, mean
-        return launch_forward(query, key, value, offsets, scale, mean)
+        return launch_forward(query, key, value, offsets, scale, mean, result)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -207,5 +212,5 @@ class KernelSiluAttention(torch.autograd.Function):
         from .silu_kernel_hires_lmm import launch_backward
 
         query, key, value = ctx.saved_tensors
-        gradients = launch_backward(grad_output.contiguous(), query, key, value, *ctx.settings)
-        return *gradients, None, None, None
+        gradients = launch_backward(grad_output.to(query.dtype).contiguous(), query, key, value, *ctx.settings)
+        return *gradients, None, None, None, None

@@ -34,6 +34,18 @@ def _dot(left, right, total, OPERAND: tl.constexpr):
 
 
 @triton.jit
+def _weigh(weights, right, total, OPERAND: tl.constexpr):
+    """Add the product of float32 weights with a tile; float16 ends at 65504, so there their rows are shrunk to fit."""
+    if OPERAND == tl.float16:  # noqa: SIM300
+        shrink = tl.maximum(tl.max(tl.abs(weights), axis=1) / 32768.0, 1.0)[:, None]
+        part = tl.dot((weights / shrink).to(OPERAND), right.to(OPERAND), input_precision="ieee")
+        total += part * shrink
+    else:
+        total = _dot(weights.to(right.dtype), right, total, OPERAND)
+    return total
+
+
+@triton.jit
 def _products(
     left,
     left_rows,
@@ -99,8 +111,7 @@ def _forward_kernel(
             query, rows, row_stop, key, keys, stop, heads, head, CHANNELS, OPERAND, BLOCK_Q, BLOCK_K, BLOCK_D
         )
         values = _load_tile(value, keys, stop, columns, heads, head, CHANNELS)
-        weights = (scores * tl.sigmoid(scores)).to(values.dtype)
-        total = _dot(weights, values, total, OPERAND)
+        total = _weigh(scores * tl.sigmoid(scores), values, total, OPERAND)
     total = total * _share(stop - first, MEAN)
     _store_tile(output, total, rows, row_stop, columns, heads, head, CHANNELS)
 
@@ -147,7 +158,7 @@ def _grad_query_kernel(
             grad, rows, row_stop, value, keys, stop, heads, head, CHANNELS, OPERAND, BLOCK_Q, BLOCK_K, BLOCK_D
         )
         piece = _load_tile(key, keys, stop, columns, heads, head, CHANNELS)
-        total = _dot((grad_weights * _slope(scores)).to(piece.dtype), piece, total, OPERAND)
+        total = _weigh(grad_weights * _slope(scores), piece, total, OPERAND)
     total = total * (scale * _share(stop - first, MEAN))
     _store_tile(grad_query, total, rows, row_stop, columns, heads, head, CHANNELS)
 
@@ -191,11 +202,9 @@ def _grad_key_value_kernel(
                 value, keys, stop, grad, rows, row_stop, heads, head, CHANNELS, OPERAND, BLOCK_K, BLOCK_Q, BLOCK_D
             )
             grads = _load_tile(grad, rows, row_stop, columns, heads, head, CHANNELS)
-            weights = (scores * tl.sigmoid(scores)).to(grads.dtype)
-            total_value = _dot(weights, grads, total_value, OPERAND)
+            total_value = _weigh(scores * tl.sigmoid(scores), grads, total_value, OPERAND)
             queries = _load_tile(query, rows, row_stop, columns, heads, head, CHANNELS)
-            grad_scores = (grad_weights * _slope(scores)).to(queries.dtype)
-            total_key = _dot(grad_scores, queries, total_key, OPERAND)
+            total_key = _weigh(grad_weights * _slope(scores), queries, total_key, OPERAND)
         share = _share(stop - first, MEAN)
         total_key = total_key * (scale * share)
         total_value = total_value * share
@@ -243,7 +252,13 @@ def block_sizes(channels: int, is_backward: bool) -> dict:
 
 
 def launch_forward(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor | None, offsets: tuple, scale: float, mean: bool
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor | None,
+    offsets: tuple,
+    scale: float,
+    mean: bool,
+    dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """SiLU attention, see `silu_attention`.
 
@@ -254,12 +269,13 @@ def launch_forward(
         offsets (`tuple[int]`): First key of each image and the end of the last.
         scale (`float`): Multiplies the scores.
         mean (`bool`): Divide by the number of keys.
+        dtype (`torch.dtype`, *optional*): Dtype of the result; that of the query by default.
 
     Returns:
         `(I, Q, H, E)`.
     """
     images, queries, heads, channels = query.shape
-    output = torch.empty_like(query)
+    output = torch.empty_like(query, dtype=dtype)
     if not output.numel():
         return output
     blocks = block_sizes(channels, is_backward=False)

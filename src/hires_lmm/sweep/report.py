@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
+from ..files import write_text
 from .evaluator import SweepResult
 from .settings import SweepSetting
 from .statistics import Score
@@ -68,7 +69,7 @@ def write_report(folder: str | Path, result: SweepResult, record: dict[str, Any]
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / RESULT_FILE]
-    files[0].write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(files[0], json.dumps(record, indent=2, ensure_ascii=False) + "\n")
     if plot:
         from .plots import plot_sweep
 

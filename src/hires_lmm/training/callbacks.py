@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-from transformers import TrainerCallback
+from transformers import DefaultFlowCallback, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from .collator import HiResLmmCollator
@@ -56,6 +56,7 @@ class StageCallback(TrainerCallback, ExportableState):
         self._sums = Sums(COUNTS)
         self._has_images = True
         self._rates: dict[str, float] = {}
+        self._written: int | None = None
 
     def state(self) -> dict:
         """What a checkpoint remembers of the callback: the stage and the run."""
@@ -115,9 +116,21 @@ class StageCallback(TrainerCallback, ExportableState):
         if state.log_history:
             state.log_history[-1].update(numbers)
 
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write the objectives into a checkpoint that is about to be written, which holds the model without them.
+
+        Before the Trainer does: once it has written its own part it may delete the checkpoint before.
+        """
+        if control.should_save:
+            self._write(Path(args.output_dir) / f"checkpoint-{state.global_step}", state)
+            self._written = state.global_step
+
+    on_epoch_end = on_step_end
+
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Write the objectives into the checkpoint, which holds the model without them."""
-        self._write(Path(args.output_dir) / f"checkpoint-{state.global_step}", state)
+        """Write the objectives into a checkpoint that nothing had announced."""
+        if self._written != state.global_step:
+            self._write(Path(args.output_dir) / f"checkpoint-{state.global_step}", state)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop listening; leave the objectives in the output folder."""
@@ -355,4 +368,5 @@ def put_first(trainer: Any) -> None:
     Args:
         trainer (`Trainer`): A trainer with a `StageCallback`.
     """
-    trainer.callback_handler.callbacks.sort(key=lambda callback: not isinstance(callback, StageCallback))
+    first = (DefaultFlowCallback, StageCallback)  # the former decides when to log and to save
+    trainer.callback_handler.callbacks.sort(key=lambda callback: [not isinstance(callback, kind) for kind in first])

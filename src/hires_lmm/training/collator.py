@@ -1,6 +1,8 @@
 """From conversations with images to batches for training."""
 
+import logging
 import random
+from os import PathLike
 from typing import Any
 
 import torch
@@ -12,10 +14,13 @@ from .features import VisionFeatureStore
 from .stages import VIEWS
 
 
+logger = logging.getLogger(__name__)
+
 IGNORED = -100
 TOO_LONG = ("error", "lower_budget", "drop")
 GEOMETRY = ("view_positions", "view_boxes", "view_spans")
-COUNTERS = ("dropped_samples", "lowered_budgets")
+BROKEN = ("error", "drop")
+COUNTERS = ("dropped_samples", "lowered_budgets", "broken_samples")
 WORKER_SLOTS = 128
 
 
@@ -36,6 +41,9 @@ class HiResLmmCollator:
         images_kwargs (`dict`, *optional*): More options for the images, such as `max_crops`.
         seed (`int`): Of the draws from a list of budgets.
         columns (`list[BatchColumn]`, *optional*): More columns of the batch, which the objectives of a stage read.
+        broken (`str`): What happens to samples that cannot be read: a damaged, missing or oversized image, a wrong
+            type, no answer. `"error"`: stop; the message names the sample. `"drop"`: leave it out as `too_long` does,
+            log its name as a warning and count it.
 
     Raises:
         ValueError: If an option is unknown, a list of budgets is empty, or the chat template has no generation marks.
@@ -53,11 +61,14 @@ class HiResLmmCollator:
         images_kwargs: dict | None = None,
         seed: int = 0,
         columns: list[BatchColumn] | None = None,
+        broken: str = "error",
     ):
         if views not in VIEWS:
             raise ValueError(f"views={views!r} is unknown; use one of {', '.join(VIEWS)}.")
         if too_long not in TOO_LONG:
             raise ValueError(f"too_long={too_long!r} is unknown; use one of {', '.join(TOO_LONG)}.")
+        if broken not in BROKEN:
+            raise ValueError(f"broken={broken!r} is unknown; use one of {', '.join(BROKEN)}.")
         if processor.chat_template is None or "generation" not in processor.chat_template:
             raise ValueError(
                 "The chat template of the processor does not mark answers with {% generation %}, so labels cannot be "
@@ -77,6 +88,7 @@ class HiResLmmCollator:
         self.images_kwargs = {**(images_kwargs or {}), "views": views}
         self.columns = columns or []
         self.seed = seed
+        self.broken = broken
         self._counts = torch.zeros(len(COUNTERS), WORKER_SLOTS, dtype=torch.long).share_memory_()
         self._batches = torch.zeros(WORKER_SLOTS, dtype=torch.long).share_memory_()
         self._origin = torch.tensor([0, 1]).share_memory_()
@@ -103,23 +115,37 @@ class HiResLmmCollator:
         return draw_budget(self.max_image_tokens, (first + done * workers + number) // per_step, self.seed)
 
     def counts(self) -> dict[str, int]:
-        """Samples that were dropped and samples whose budget was lowered, over all workers of this process."""
+        """Samples that were dropped as too long, got a smaller budget, or were dropped as broken, over all workers."""
         return dict(zip(COUNTERS, self._counts.sum(dim=1).tolist(), strict=True))
 
-    def encode(self, example: dict, max_image_tokens: int | None = None) -> dict[str, torch.Tensor] | None:
+    def encode(
+        self, example: dict, max_image_tokens: int | None = None, position: int | None = None
+    ) -> dict[str, torch.Tensor] | None:
         """Encode one conversation.
 
         Args:
             example (`dict`): `messages`, and `images` or `image` where the messages hold none themselves.
             max_image_tokens (`int`, *optional*): Budget of every image of it; by default that of the collator, the
                 largest of a list.
+            position (`int`, *optional*): Its place in the batch, for errors about samples without an id.
 
         Returns:
             Tensors of one sample without batch dimension, or None where it is too long and `too_long="drop"`.
 
         Raises:
-            ValueError: If the sample is too long and may not be changed, or has no answer.
+            ValueError: If the sample cannot be read, is too long and may not be changed, or has no answer; the message
+                names it.
         """
+        try:
+            return self._encode_example(example, max_image_tokens)
+        except MemoryError:
+            raise
+        except Exception as error:  # what broken data raises is anybody's guess
+            reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            raise ValueError(f"{name_sample(example, position)}: {reason}") from error
+
+    def _encode_example(self, example: dict, max_image_tokens: int | None) -> dict[str, torch.Tensor] | None:
+        """What `encode` does, without the name of the sample in errors."""
         messages = read_messages(example)
         if max_image_tokens is None:
             own = self.max_image_tokens
@@ -137,9 +163,9 @@ class HiResLmmCollator:
                 self._count("lowered_budgets")
                 return sample
         raise ValueError(
-            f"Sample {example.get('id', '')!r} has {length} tokens, {int(sample['is_image'].sum())} of them for "
-            f"images, more than max_length={self.max_length}; raise max_length, lower max_image_tokens, or pass "
-            "too_long='lower_budget' (needs room for the text) or 'drop'."
+            f"It has {length} tokens, {int(sample['is_image'].sum())} of them for images, more than "
+            f"max_length={self.max_length}; raise max_length, lower max_image_tokens, or pass too_long='lower_budget' "
+            "(needs room for the text) or 'drop'."
         )
 
     def __call__(self, examples: list[dict]) -> dict[str, torch.Tensor]:
@@ -154,8 +180,15 @@ class HiResLmmCollator:
             `columns` for which a sample gave a value.
         """
         samples, budget = [], self._next_budget()
-        for example in examples:
-            sample = self.encode(example, budget)
+        for position, example in enumerate(examples):
+            try:
+                sample = self.encode(example, budget, position)
+            except ValueError as error:
+                if self.broken == "error":
+                    raise
+                logger.warning("A broken sample is left out. %s", error)
+                self._count("broken_samples")
+                continue
             if sample is None:
                 self._count("dropped_samples")
             else:
@@ -178,9 +211,7 @@ class HiResLmmCollator:
         is_image = ids == self.processor.image_token_id
         answer = answer & ~is_image
         if not answer.any():
-            raise ValueError(
-                f"A sample has no answer to learn: {str(messages)[:160]!r}; end it with an assistant turn."
-            )
+            raise ValueError(f"There is no answer to learn in {str(messages)[:160]!r}; end it with an assistant turn.")
         sample = {
             "input_ids": ids,
             "labels": torch.where(answer, ids, IGNORED),
@@ -271,6 +302,38 @@ def draw_budget(budgets: list[int], step: int, seed: int = 0) -> int:
     return random.Random(f"{seed} {step}").choice(budgets)
 
 
+def name_sample(example: Any, position: int | None = None) -> str:
+    """Words by which a sample is found again: its id or its place, and the files that it names.
+
+    Args:
+        example: What the dataset gave.
+        position (`int`, *optional*): Its place in the batch, from 0.
+    """
+    values = example if isinstance(example, dict) else {}
+    name = "A sample" if position is None else f"Sample {position} of its batch"
+    if values.get("id") not in (None, ""):
+        name = f"Sample {values['id']!r}"
+    files = [str(source) for source in _sources(values) if isinstance(source, (str, PathLike))]
+    if files:
+        shown = ", ".join(file if len(file) <= 200 else file[:197] + "..." for file in files[:3])
+        return f"{name} ({shown})"
+    return name if "id" in values else f"{name}, {str(example)[:100]!r}"
+
+
+def _sources(values: dict) -> list:
+    """The images that a sample names, as far as it has the usual form."""
+    found: list = []
+    for name in ("images", "image"):
+        found += values[name] if isinstance(values.get(name), (list, tuple)) else [values.get(name)]
+    messages = values.get("messages")
+    for message in messages if isinstance(messages, (list, tuple)) else []:
+        parts = message.get("content") if isinstance(message, dict) else None
+        for part in parts if isinstance(parts, list) else []:
+            if isinstance(part, dict) and part.get("type") == "image":
+                found.append(find_image(part))
+    return found
+
+
 def read_messages(example: dict) -> list[dict]:
     """The messages of an example with its images in their places.
 
@@ -280,6 +343,8 @@ def read_messages(example: dict) -> list[dict]:
     Raises:
         ValueError: If there are no messages.
     """
+    if not isinstance(example, dict):
+        raise ValueError(f"An example is a {type(example).__name__}; it must be a dict with messages.")
     if not example.get("messages"):
         raise ValueError(f"An example has the keys {', '.join(example)}, but no messages; see load_conversations.")
     images = example.get("images")

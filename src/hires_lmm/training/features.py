@@ -1,22 +1,25 @@
 """Tower features on disk, so that stages with a frozen tower run none."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from filelock import FileLock
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from ..files import replacing, write_text
 from ..processing.image_input_hires_lmm import flatten_images, open_image, to_rgb
 from .stages import find_base
 
 
-INDEX = "index.json"
+INDEX, LOCK = "index.json", "lock"
 VIEW_OPTIONS = (
     "planner",
     "view_size",
@@ -33,15 +36,16 @@ VIEW_OPTIONS = (
 )
 
 
-def image_key(processor: Any, image: Any) -> str:
+def image_key(processor: Any, image: Any, number: int = 0) -> str:
     """Name of an image in a cache: a hash of its upright RGB pixels.
 
     Args:
         processor (`HiResLmmProcessor`): Its background colour and size limit are used.
         image: An image or a source, as the processor takes it.
+        number (`int`): Named in errors.
     """
     options = processor.image_processor
-    rgb = to_rgb(open_image(image, 0), 0, tuple(options.background), options.pixel_limit)
+    rgb = to_rgb(open_image(image, number), number, tuple(options.background), options.pixel_limit)
     digest = blake2b(digest_size=16)
     digest.update(np.array(rgb.size, dtype=np.int64).tobytes())
     digest.update(rgb.tobytes())
@@ -127,7 +131,7 @@ class VisionFeatureStore:
         """Features `(V, L, C)` of all views of an image.
 
         Raises:
-            ValueError: If the image is not in the cache.
+            ValueError: If the image is not in the cache, or its file is damaged.
         """
         if key not in self.index["images"]:
             raise ValueError(
@@ -135,9 +139,15 @@ class VisionFeatureStore:
                 "images of the dataset (it goes on where it stopped)."
             )
         shard = self.index["images"][key]
-        if shard not in self._files:
-            self._files[shard] = safe_open(self.folder / shard, framework="pt")
-        return self._files[shard].get_tensor(key)
+        try:
+            if shard not in self._files:
+                self._files[shard] = safe_open(self.folder / shard, framework="pt")
+            return self._files[shard].get_tensor(key)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(
+                f"The cache file {str(self.folder / shard)!r} is missing or damaged ({error}); delete "
+                f"{str(self.folder)!r} and run cache_vision_features again."
+            ) from error
 
     def rows(self, processor: Any, images: list, view_positions: torch.Tensor) -> torch.Tensor:
         """Features of the views that a processor call made.
@@ -182,7 +192,8 @@ def cache_vision_features(
 ) -> VisionFeatureStore:
     """Write the tower features of images, all views each, to safetensors shards.
 
-    Images that the folder already holds are skipped, so an interrupted run goes on where its last shard ended.
+    Images that the folder already holds are skipped, so an interrupted run goes on where its last shard ended. One
+    process writes at a time; others wait, and then find the images there.
 
     Args:
         model (`nn.Module`): The model whose tower is run, in evaluation mode.
@@ -197,12 +208,59 @@ def cache_vision_features(
         The store.
 
     Raises:
-        ValueError: If the folder holds features of another tower or processor.
+        ValueError: If the folder holds features of another tower or processor; if an image cannot be read: the message
+            names its number, counted from 0, and what came before it is kept.
     """
     base: Any = find_base(model)
     folder = Path(folder)
     dtype = dtype or base.vision_tower.dtype
-    layer = base.config.vision_feature_layer
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / LOCK), evaluating(base.vision_tower):
+        index = _open_index(folder, model, processor)
+        waiting: dict[str, torch.Tensor] = {}
+        try:
+            for key, image in _new_images(processor, images, index["images"], waiting):
+                pixels = processor.image_processor(image, views="all", return_tensors="pt")["pixel_values"]
+                pixels = pixels.to(base.vision_tower.device)
+                parts = [base.encode_views(part)[0].to("cpu", dtype) for part in pixels.split(views_per_pass)]
+                waiting[key] = torch.cat(parts).contiguous()
+                if sum(features.nbytes for features in waiting.values()) >= shard_bytes:
+                    _write_shard(folder, index, waiting)
+        except ValueError:
+            if waiting:
+                _write_shard(folder, index, waiting)
+            raise
+        _write_shard(folder, index, waiting)
+    return VisionFeatureStore(folder)
+
+
+@contextmanager
+def evaluating(tower: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while, whatever happens in it.
+
+    Args:
+        tower (`nn.Module`): Gets its own mode back.
+    """
+    was_training = tower.training
+    tower.eval()
+    try:
+        yield
+    finally:
+        tower.train(was_training)
+
+
+def _new_images(processor: Any, images: Iterable, known: dict, waiting: dict) -> Iterator[tuple[str, Any]]:
+    """Key and source of each image that is neither known nor waiting."""
+    flat = (single for image in images for single in flatten_images(image))
+    for number, single in enumerate(flat):
+        key = image_key(processor, single, number)
+        if key not in known and key not in waiting:
+            yield key, single
+
+
+def _open_index(folder: Path, model: nn.Module, processor: Any) -> dict[str, Any]:
+    """The index of a folder, or a new one."""
+    base: Any = find_base(model)
     rows, cols = base.config.patch_grid
     index = {
         "tower": tower_key(model),
@@ -215,33 +273,15 @@ def cache_vision_features(
         store.check_model(model)
         store.check_processor(processor)
         index["images"] = store.index["images"]
-    folder.mkdir(parents=True, exist_ok=True)
-    was_training = base.vision_tower.training
-    base.vision_tower.eval()
-    waiting: dict[str, torch.Tensor] = {}
-    for image in images:
-        for single in flatten_images(image):
-            key = image_key(processor, single)
-            if key in index["images"] or key in waiting:
-                continue
-            pixels = processor.image_processor(single, views="all", return_tensors="pt")["pixel_values"]
-            pixels = pixels.to(base.vision_tower.device)
-            parts = [base.encode_views(part, layer)[0].to("cpu", dtype) for part in pixels.split(views_per_pass)]
-            waiting[key] = torch.cat(parts).contiguous()
-            if sum(features.nbytes for features in waiting.values()) >= shard_bytes:
-                _write_shard(folder, index, waiting)
-    _write_shard(folder, index, waiting)
-    base.vision_tower.train(was_training)
-    return VisionFeatureStore(folder)
+    return index
 
 
 def _write_shard(folder: Path, index: dict, waiting: dict[str, torch.Tensor]) -> None:
     """Write a shard, then the index, so that a killed run leaves a whole cache."""
     if waiting:
         name = f"features-{len(set(index['images'].values())):05d}.safetensors"
-        save_file(waiting, folder / name)
+        with replacing(folder / name) as partial:
+            save_file(waiting, partial)
         index["images"].update(dict.fromkeys(waiting, name))
         waiting.clear()
-    partial = folder / f"{INDEX}.partial"
-    partial.write_text(json.dumps(index), encoding="utf-8")
-    partial.replace(folder / INDEX)
+    write_text(folder / INDEX, json.dumps(index))

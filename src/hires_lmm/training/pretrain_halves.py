@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from ..files import write_text
 from .data.text_scenes import TextStyle
 from .halves.evaluate import text_scores, vision_scores
 from .halves.files import RECORD_FILE, Halves, load_halves, save_weights
@@ -150,16 +151,17 @@ def finish(options: argparse.Namespace) -> dict[str, Any]:
     """
     vision, vision_clock = train_half("vision", options)
     language, language_clock = train_half("language", options)
+    file = options.out / RECORD_FILE
+    file.unlink(missing_ok=True)  # the mark of a whole folder
     save_weights(options.out, vision, language, build_tokenizer())
     record = build_record(options, {"vision": vision_clock, "language": language_clock})
     record["parameters"] = {
         "vision": sum(parameter.numel() for parameter in vision.tower.parameters()),
         "language": sum(parameter.numel() for parameter in language.parameters()),
     }
-    file = options.out / RECORD_FILE
-    file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_text(file, json.dumps(record, indent=2) + "\n")
     record["held_out"] = measure(load_halves(options.out), options.scenes)
-    file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_text(file, json.dumps(record, indent=2) + "\n")
     return record
 
 

@@ -4,18 +4,19 @@ import json
 from collections.abc import Iterable, Iterator, Sized
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from filelock import FileLock
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
+from ...files import replacing, write_text
 from ...processing.image_input_hires_lmm import DEFAULT_PIXEL_LIMIT, flatten_images, open_image, to_rgb
 from .cognition_codes import Quantiser, check_codes
 
 
-INDEX = "index.json"
+INDEX, LOCK = "index.json", "lock"
 SHARD_IMAGES = 4096
 
 
@@ -93,7 +94,8 @@ def cache_codes(
 ) -> CachedCodes:
     """Write the codes of images to a folder, so that training runs no VQ model.
 
-    Images that the folder already holds are skipped, so an interrupted run goes on where its last shard ended.
+    Images that the folder already holds are skipped, so an interrupted run goes on where its last shard ended. One
+    process writes at a time; others wait, and then find the images there.
 
     Args:
         quantiser (`Quantiser`): Makes the codes.
@@ -108,32 +110,39 @@ def cache_codes(
         The cache.
 
     Raises:
-        ValueError: If the folder holds codes of another quantiser, or the quantiser gives senseless ones.
+        ValueError: If the folder holds codes of another quantiser, or the quantiser gives senseless ones; if an image
+            cannot be read: the message names its number, counted from 0, and what was coded before it is kept.
     """
     folder = Path(folder)
-    index = _open_index(folder, quantiser)
     folder.mkdir(parents=True, exist_ok=True)
-    waiting: dict[str, np.ndarray] = {}
-    pending: dict[str, Image.Image] = {}
     known = len(images) if isinstance(images, Sized) else None
-    console = Console(stderr=True)
-    for source in track(images, "codes", total=known, console=console, disable=not show_progress):
-        for image in _pictures(source, background, pixel_limit):
-            key = pixel_key(image)
-            if key not in index["images"] and key not in waiting:
-                pending[key] = image
-        if len(pending) >= batch_size:
-            _run(quantiser, pending, waiting)
-        if len(waiting) >= SHARD_IMAGES:
-            _write_shard(folder, index, waiting)
-    _run(quantiser, pending, waiting)
-    _write_shard(folder, index, waiting)
+    shown = track(images, "codes", total=known, console=Console(stderr=True), disable=not show_progress)
+    with FileLock(folder / LOCK):
+        index = _open_index(folder, quantiser)
+        waiting: dict[str, np.ndarray] = {}
+        pending: dict[str, Image.Image] = {}
+        try:
+            for image in _pictures(shown, background, pixel_limit):
+                key = pixel_key(image)
+                if key not in index["images"] and key not in waiting:
+                    pending[key] = image
+                if len(pending) >= batch_size:
+                    _run(quantiser, pending, waiting)
+                if len(waiting) >= SHARD_IMAGES:
+                    _write_shard(folder, index, waiting)
+        except ValueError:
+            if waiting:
+                _write_shard(folder, index, waiting)
+            raise
+        _run(quantiser, pending, waiting)
+        _write_shard(folder, index, waiting)
     return CachedCodes(folder)
 
 
-def _pictures(source: Any, background: tuple[int, int, int], pixel_limit: int) -> Iterator[Image.Image]:
-    for single in flatten_images(source):
-        yield to_rgb(open_image(single, 0), 0, background, pixel_limit)
+def _pictures(sources: Iterable, background: tuple[int, int, int], pixel_limit: int) -> Iterator[Image.Image]:
+    flat = (single for source in sources for single in flatten_images(source))
+    for number, single in enumerate(flat):
+        yield to_rgb(open_image(single, number), number, background, pixel_limit)
 
 
 def _open_index(folder: Path, quantiser: Quantiser) -> dict:
@@ -163,13 +172,12 @@ def _write_shard(folder: Path, index: dict, waiting: dict[str, np.ndarray]) -> N
     """Write a shard, then the index, so that a killed run leaves a whole cache."""
     if waiting:
         kind = np.min_scalar_type(index["num_codes"] - 1)
-        np.save(folder / _shard_name(index["shards"]), np.stack(list(waiting.values())).astype(kind))
+        with replacing(folder / _shard_name(index["shards"])) as partial, partial.open("wb") as stream:
+            np.save(stream, np.stack(list(waiting.values())).astype(kind))
         index["images"].update({key: [index["shards"], row] for row, key in enumerate(waiting)})
         index["shards"] += 1
         waiting.clear()
-    partial = folder / f"{INDEX}.partial"
-    partial.write_text(json.dumps(index), encoding="utf-8")
-    partial.replace(folder / INDEX)
+    write_text(folder / INDEX, json.dumps(index))
 
 
 def _shard_name(number: int) -> str:

@@ -61,12 +61,13 @@ def _split_content(content: Any) -> list[dict]:
     return parts
 
 
-def read_llava_record(record: dict, image_folder: str | Path | None = None) -> dict:
+def read_llava_record(record: dict, image_folder: str | Path | None = None, number: int | None = None) -> dict:
     """Turn one record of a LLaVA JSON file into an example.
 
     Args:
         record (`dict`): `conversations` of `from` and `value`, and `image`: a path, a list of paths, or absent.
         image_folder (`str`, *optional*): Folder that relative paths start from.
+        number (`int`, *optional*): Its number in the file, the id of records without one.
 
     Returns:
         `{"id", "messages"}`; image parts hold paths.
@@ -74,7 +75,10 @@ def read_llava_record(record: dict, image_folder: str | Path | None = None) -> d
     Raises:
         ValueError: If the record is malformed; the message names its id.
     """
-    name = record.get("id", "without an id")
+    if not isinstance(record, dict):
+        where = "A record" if number is None else f"Record {number}"
+        raise ValueError(f"{where} is a {type(record).__name__}, not a dict of conversations: {str(record)[:100]!r}.")
+    name = record.get("id", "without an id" if number is None else number)
     turns = record.get("conversations")
     if not isinstance(turns, list) or not turns:
         raise ValueError(f"Record {name} has no conversations; it needs a list of {{'from', 'value'}}.")
@@ -82,9 +86,12 @@ def read_llava_record(record: dict, image_folder: str | Path | None = None) -> d
     images = [] if images in (None, "") else images if isinstance(images, list) else [images]
     messages = []
     for turn in turns:
-        if turn.get("from") not in LLAVA_ROLES or not isinstance(turn.get("value"), str):
+        is_turn = isinstance(turn, dict) and turn.get("from") in LLAVA_ROLES and isinstance(turn.get("value"), str)
+        if not is_turn:
             raise ValueError(f"Record {name} has the turn {turn!r}; 'from' must be one of {', '.join(LLAVA_ROLES)}.")
         messages.append({"role": LLAVA_ROLES[turn["from"]], "content": turn["value"]})
+    if not all(isinstance(image, str) for image in images):
+        raise ValueError(f"Record {name} has the image {images!r}; it must be a path or a list of paths.")
     paths = [str(Path(image_folder or "") / image) for image in images]
     try:
         return {"id": str(name), "messages": attach_images(messages, paths)}
@@ -109,9 +116,10 @@ class LlavaConversations(Dataset):
         if not self.file.is_file():
             raise ValueError(f"There is no file {str(file)!r}; correct the path.")
         try:
-            text = self.file.read_text(encoding="utf-8")
-            lines = [line for line in text.splitlines() if line.strip()]
-            self.records = [json.loads(line) for line in lines] if self.file.suffix == ".jsonl" else json.loads(text)
+            if self.file.suffix == ".jsonl":
+                self.records = list(_read_lines(self.file))
+            else:
+                self.records = json.loads(self.file.read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
             raise ValueError(f"{str(file)!r} is no JSON: {error}.") from error
         if not isinstance(self.records, list):
@@ -121,7 +129,7 @@ class LlavaConversations(Dataset):
         return len(self.records)
 
     def __getitem__(self, index: int) -> dict:
-        return read_llava_record(self.records[index], self.image_folder)
+        return read_llava_record(self.records[index], self.image_folder, index)
 
 
 def stream_llava(file: str | Path, image_folder: str | Path | None = None) -> Iterator[dict]:
@@ -135,10 +143,22 @@ def stream_llava(file: str | Path, image_folder: str | Path | None = None) -> It
         An iterator over examples; wrap it with `datasets.IterableDataset.from_generator` to shuffle and shard it.
     """
     folder = Path(image_folder) if image_folder is not None else Path(file).parent
+    for number, record in enumerate(_read_lines(Path(file))):
+        yield read_llava_record(record, folder, number)
+
+
+def _read_lines(file: Path) -> Iterator[Any]:
+    """The values of a JSON-lines file; an error names the line, which a writer that was stopped may have cut off."""
     with open(file, encoding="utf-8") as lines:
-        for line in lines:
+        for number, line in enumerate(lines, start=1):
             if line.strip():
-                yield read_llava_record(json.loads(line), folder)
+                try:
+                    yield json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise ValueError(
+                        f"Line {number} of {str(file)!r} is no JSON ({error.msg}): {line.strip()[:80]!r}; it may be "
+                        "cut off. Correct or remove it."
+                    ) from error
 
 
 def load_conversations(

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from ...files import replacing
 from .smr_sources import DESCRIBE, SMR_SOURCES, Record
 
 
@@ -54,7 +55,7 @@ def build_smr(
         raise ValueError(f"Unknown source {unknown[0]!r} of SMR; known sources: {', '.join(SMR_SOURCES)}.")
     output.parent.mkdir(parents=True, exist_ok=True)
     counts = {}
-    with open(output, "w", encoding="utf-8") as file:
+    with replacing(output) as partial, open(partial, "w", encoding="utf-8") as file:
         for name in names:
             number = (numbers or {}).get(name, SMR_SOURCES[name].number)
             records = read_source(name, root / name, skip_broken)

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +10,8 @@ from pathlib import Path
 import torch
 from torch import nn
 from tqdm.auto import tqdm
+
+from ...files import replacing
 
 
 logger = logging.getLogger(__name__)
@@ -114,9 +115,8 @@ def _log(file: Path, line: dict) -> None:
 
 def _save(file: Path, model: nn.Module, optimizer: torch.optim.Optimizer, clock: Clock, step: int) -> None:
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "clock": vars(clock), "step": step}
-    partial = file.with_suffix(".partial")
-    torch.save(state, partial)
-    os.replace(partial, file)
+    with replacing(file) as partial:
+        torch.save(state, partial)
 
 
 def _load(file: Path, model: nn.Module, optimizer: torch.optim.Optimizer, clock: Clock) -> int:

@@ -9,6 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from ...files import replacing, write_text
 from .base import Objective
 
 
@@ -69,8 +70,9 @@ def save_objectives(
         target = Path(folder) / name
         target.mkdir(parents=True, exist_ok=True)
         settings = {"objective": name, "settings": objective.settings()}
-        (target / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        save_file(state, target / WEIGHTS, metadata={"format": "pt", "run": run})
+        write_text(target / CONFIG, json.dumps(settings, indent=2) + "\n")
+        with replacing(target / WEIGHTS) as partial:
+            save_file(state, partial, metadata={"format": "pt", "run": run})
 
 
 def load_objectives(folder: str | Path) -> dict[str, Objective]:
