@@ -1,10 +1,12 @@
 """The models that are compared, ours and transformers' own, on one language model: build, encode images, call."""
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from measure import operation_counter
 from PIL import Image
 from shapes import IMAGE_TOKEN, VIEW, Shapes, build, rows_of_ids
 from torch import nn
@@ -83,29 +85,62 @@ class Case:
         with torch.no_grad():
             return self.model(**self.inputs, logits_to_keep=1, use_cache=True)
 
-    def parts_alone(self) -> dict[str, Callable[[], Any]]:
-        """Tower and language model on exactly what `prefill` gives them, as calls of their own."""
-        seen: dict[str, tuple] = {}
-        handles = [
-            module.register_forward_pre_hook(
-                lambda module, args, kwargs, name=name: seen.setdefault(name, (args, dict(kwargs))), with_kwargs=True
-            )
-            for name, module in (("tower", self.tower), ("language_model", self.language_model))
-        ]
-        self.prefill()
+    def survey(self) -> "Survey":
+        """Run one prefill and note what goes into tower and language model, and the operations of each module."""
+        counter, seen, spent = operation_counter(), {}, Counter()
+        named = {"tower": self.tower, "language_model": self.language_model, "head": self.model.lm_head}
+
+        def enter(name: str, args: tuple, kwargs: dict) -> None:
+            seen.setdefault(name, (args, dict(kwargs)))
+            spent[name] -= counter.get_total_flops()
+
+        def leave(name: str) -> None:
+            spent[name] += counter.get_total_flops()
+
+        handles = []
+        for name, module in named.items():
+            before = lambda module, args, kwargs, name=name: enter(name, args, kwargs)  # noqa: E731
+            handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+            handles.append(module.register_forward_hook(lambda module, args, output, name=name: leave(name)))
+        with counter:
+            self.prefill()
         for handle in handles:
             handle.remove()
         seen["tower"][1].pop("output_hidden_states", None)
         seen["language_model"][1].update(past_key_values=None, use_cache=True)
+        total = counter.get_total_flops()
+        return Survey(self, seen, total, total - sum(spent.values()))
+
+
+@dataclass
+class Survey:
+    """What one prefill showed.
+
+    Args:
+        case (`Case`): The model and its inputs.
+        seen (`dict`): Positional and named arguments of `tower` and `language_model`.
+        operations (`int`): Counted in all.
+        between (`int`): Those outside tower, language model and head.
+    """
+
+    case: Case
+    seen: dict[str, tuple[tuple, dict]]
+    operations: int
+    between: int
+
+    def alone(self) -> dict[str, Callable[[], Any]]:
+        """Tower and language model on exactly what the prefill gives them, as calls of their own."""
+        case = self.case
 
         def tower() -> Any:
+            args, kwargs = self.seen["tower"]
             with torch.no_grad():
-                return self.tower(*seen["tower"][0], **seen["tower"][1])
+                return case.tower(*args, **kwargs)
 
         def language_model() -> Any:
+            args, kwargs = self.seen["language_model"]
             with torch.no_grad():
-                args, kwargs = seen["language_model"]
-                return self.model.lm_head(self.language_model(*args, **kwargs)[0][:, -1:])
+                return case.model.lm_head(case.language_model(*args, **kwargs)[0][:, -1:])
 
         return {"tower": tower, "language_model": language_model}
 
@@ -144,6 +179,8 @@ def ours(name: str, shared: Shared) -> Case:
     """
     preset, changes, options = OURS[name]
     shapes, tokenizer = shared.shapes, build_byte_tokenizer()
+    if name == "fusion":  # heads as wide as the tower's: 16 of them at true size, which is the default
+        changes = {"connector_config": {"token_ops": [{"part": "fusion", "num_heads": shapes.tower[2]}]}}
     config = HiResLmmConfig.from_preset(
         preset, shapes.clip(), shared.small_text(), image_token_id=IMAGE_TOKEN, **changes
     )

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from cases import Case
-from measure import interleave, median, plot_bars, print_table, report_path
+from measure import interleave, median, median_ratio, plot_bars, print_table, report_path
 from prefill import build_cases, picture
 from record import write_result
 from shapes import PAD_TOKEN, SHAPES
@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--shapes", choices=tuple(SHAPES), help="by default those of the device")
     parser.add_argument("--side", type=int, default=2048, help="pixels of the square image")
     parser.add_argument("--tokens", type=int, default=33, help="new tokens")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--models", nargs="*", help="names of models; all by default")
     arguments = parser.parse_args()
     torch.manual_seed(0)
@@ -62,24 +62,27 @@ def main() -> None:
     for case in taken:
         calls[f"{case.name}/one"] = lambda case=case: generate(case, 1)
         calls[f"{case.name}/many"] = lambda case=case: generate(case, arguments.tokens)
-    seconds = {
-        key: median(values) for key, values in interleave(calls, arguments.repeats, 1, arguments.device).items()
+    seconds = interleave(calls, arguments.repeats, 1, arguments.device)
+    steps = {
+        case.name: [
+            (many - one) / (arguments.tokens - 1)
+            for one, many in zip(seconds[f"{case.name}/one"], seconds[f"{case.name}/many"], strict=True)
+        ]
+        for case in taken
     }
     rows: list[dict] = []
     for case in taken:
-        step = (seconds[f"{case.name}/many"] - seconds[f"{case.name}/one"]) / (arguments.tokens - 1)
         cache = generate(case, 1).past_key_values
         rows.append(
             {
                 "model": case.name,
                 "tokens": sum(case.tokens),
-                "tokens_per_second": 1 / step,
+                "tokens_per_second": 1 / median(steps[case.name]),
                 "cache_mib": cache_bytes(cache) / 2**20,
+                "ratio": median_ratio(steps[BASELINE], steps[case.name]) if BASELINE in steps else None,
+                "milliseconds_a_token": [step * 1e3 for step in steps[case.name]],
             }
         )
-    base = next((row["tokens_per_second"] for row in rows if row["model"] == BASELINE), None)
-    for row in rows:
-        row["ratio"] = None if base is None else row["tokens_per_second"] / base
     stem = f"decode_{arguments.device}"
     print_table(rows, COLUMNS, f"decoding after a {arguments.side} x {arguments.side} image, {arguments.device}")
     path = write_result(stem, rows, [0])

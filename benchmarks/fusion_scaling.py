@@ -25,6 +25,7 @@ from record import RESULTS, surroundings
 from rich.console import Console
 from rich.table import Table
 
+from hires_lmm.files import write_text
 from hires_lmm.plotting import import_pyplot
 from hires_lmm.scaling import fit_scaling_law
 from hires_lmm.sweep import AnswerStore, SweepSetting, evaluate, needle_rows
@@ -225,7 +226,7 @@ def merge(rows: list[dict], options: argparse.Namespace, console: Console) -> No
     seeds = sorted({row["seed"] for row in rows})
     values = {**surroundings(), "seeds": seeds, "runs": runs_of(options), "fits": fits, "rows": rows}
     options.results.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(values, indent=1) + "\n")
+    write_text(file, json.dumps(values, indent=1) + "\n")
     draw(rows, fits, options.results / f"{NAME}.png")
     console.print(f"wrote {file}")
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from cases import PEERS, Shared, num_parameters, ours
-from measure import in_subprocess, median, own_peak, plot_bars, print_table, report_path
+from measure import in_subprocess, median, median_ratio, own_peak, plot_bars, print_table, report_path, say
 from record import write_result
 from shapes import SHAPES
 from transformers import AutoModelForImageTextToText
@@ -24,7 +24,15 @@ from transformers import AutoModelForImageTextToText
 import hires_lmm
 
 
-COLUMNS = {"model": "model", "weights": "weights", "seconds": "s", "peak_mib": "peak MiB", "start_mib": "before MiB"}
+PEER = "transformers llava_next"
+COLUMNS = {
+    "model": "model",
+    "weights": "weights",
+    "seconds": "s",
+    "ratio": "of llava_next",
+    "peak_mib": "peak MiB",
+    "start_mib": "before MiB",
+}
 
 
 def child(case: dict) -> dict:
@@ -58,21 +66,25 @@ def main() -> None:
         return
     rows = []
     with tempfile.TemporaryDirectory() as root:
-        names = {"ours": "llava_next", "transformers llava_next": "transformers"}
+        names = {"ours": "llava_next", PEER: "transformers"}
         for folder, name in names.items():
             save(name, arguments.shapes, Path(root) / folder)
+            say(f"{folder}: written")
         found: dict[str, list] = {name: [] for name in names}
         for number in range(1 + arguments.repeats):
             for name in names:
                 case = {"folder": str(Path(root) / name), "device": arguments.device}
                 result = in_subprocess(__file__, case)
                 found[name] += [result] if number else []
+                say(f"{name}: {result['seconds']:.1f} s{'' if number else ', warm-up'}")
+    seconds = {name: [result["seconds"] for result in results] for name, results in found.items()}
     for name, results in found.items():
         rows.append(
             {
                 "model": name,
                 "weights": results[0]["weights"],
-                "seconds": median([result["seconds"] for result in results]),
+                "seconds": median(seconds[name]),
+                "ratio": median_ratio(seconds[name], seconds[PEER]),
                 "peak_mib": median([result["peak"] for result in results]) / 2**20,
                 "start_mib": median([result["start"] for result in results]) / 2**20,
             }

@@ -1,17 +1,18 @@
 """How the benchmarks measure: cases in turn, medians, floors, peak memory, counted operations, tables and plots."""
 
 import json
+import os
 import resource
 import statistics
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from matplotlib.figure import Figure
 from record import RESULTS
@@ -19,16 +20,25 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 
 MIB = 2**20
+STATUS = Path("/proc/self/status")
+MOST_ROUNDS = 15
+SILENCE = 10.0
+"""Seconds without a line of progress, at most one round more."""
 VIEWS_OF_MEMORY = ("view", "reshape", "expand", "permute", "transpose", "slice", "select", "detach", "alias", "t")
 
 
 def median(values: list[float]) -> float:
     """The middle value."""
     return statistics.median(values)
+
+
+def say(text: str) -> None:
+    """One line of progress, on stderr."""
+    Console(stderr=True, highlight=False, soft_wrap=True).print(text, markup=False)
 
 
 def wait(device: str) -> None:
@@ -38,21 +48,24 @@ def wait(device: str) -> None:
 
 
 def interleave(
-    cases: dict[str, Callable[[], Any]], repeats: int, warmup: int = 1, device: str = "cpu"
+    cases: dict[str, Callable[[], Any]], repeats: int, warmup: int = 1, device: str = "cpu", least_seconds: float = 0.0
 ) -> dict[str, list[float]]:
     """Time cases one after another, again and again, so that a busy moment hits all of them alike.
 
     Args:
         cases (`dict[str, Callable]`): What is timed, by name.
-        repeats (`int`): Rounds that count.
+        repeats (`int`): Rounds that count, at least.
         warmup (`int`): Rounds before them.
         device (`str`): Where the work happens.
+        least_seconds (`float`): Short cases get more rounds, until so long was timed or there are `MOST_ROUNDS`.
 
     Returns:
         Seconds of each round, by name.
     """
     seconds: dict[str, list[float]] = {name: [] for name in cases}
-    for number in range(warmup + repeats):
+    number, timed = 0, 0.0
+    begin = time.perf_counter()
+    while number < warmup + repeats or (timed < least_seconds and number < warmup + MOST_ROUNDS):
         order = list(cases) if number % 2 == 0 else list(cases)[::-1]
         for name in order:
             wait(device)
@@ -61,7 +74,17 @@ def interleave(
             wait(device)
             if number >= warmup:
                 seconds[name].append(time.perf_counter() - start)
+                timed += seconds[name][-1]
+        number += 1
+        if time.perf_counter() - begin > SILENCE:
+            say(f"  {number} rounds of {len(cases)} cases, the warm-up included")
+            begin = time.perf_counter()
     return seconds
+
+
+def median_ratio(above: list[float], below: list[float]) -> float:
+    """Median over the rounds of one case's time by another's: what slows a whole round down cancels."""
+    return median([one / other for one, other in zip(above, below, strict=True)])
 
 
 def floor_seconds(tower: float, language_model: float, operations: float, rate: float) -> float:
@@ -114,6 +137,19 @@ class ByteCounter(TorchDispatchMode):
         return result
 
 
+def _cpu_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> int:
+    return sdpa_flop_count(query.shape, key.shape, value.shape)
+
+
+_cpu_attention._get_raw = True  # type: ignore[attr-defined]  # the counter hands over tensors
+
+
+def operation_counter() -> FlopCounterMode:
+    """A counter of operations, two a multiply-add, in matrix products and attention, that of the CPU included."""
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return FlopCounterMode(display=False, custom_mapping={attention: _cpu_attention})
+
+
 def count_work(call: Callable[[], Any]) -> tuple[int, int]:
     """Count operations (two a multiply-add, matrix products and attention) and bytes of a call.
 
@@ -123,16 +159,30 @@ def count_work(call: Callable[[], Any]) -> tuple[int, int]:
     Returns:
         Operations, bytes.
     """
-    flops, moved = FlopCounterMode(display=False), ByteCounter()
+    flops, moved = operation_counter(), ByteCounter()
     with torch.no_grad(), flops, moved:
         call()
     return flops.get_total_flops(), moved.total
 
 
-def peak_memory(call: Callable[[], Any], device: str = "cpu") -> int:
-    """Bytes that a call needs at its peak above what was there before.
+@contextmanager
+def _without_stderr() -> Iterator[None]:
+    """Some builds of torch write a line for each start of the profiler."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept), os.close(nowhere)
 
-    On the CPU the resident memory is looked at every 2 ms; short peaks may be missed.
+
+def peak_memory(call: Callable[[], Any], device: str = "cpu") -> int:
+    """Bytes of tensors that a call holds at its peak above what was there before, by torch's own allocator.
+
+    Args:
+        call (`Callable`): What is run.
+        device (`str`): Where its tensors lie; on the CPU a profiler reports each block that is taken or given back.
     """
     if device.startswith("cuda"):
         torch.cuda.synchronize()
@@ -141,36 +191,54 @@ def peak_memory(call: Callable[[], Any], device: str = "cpu") -> int:
         call()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    process, done = psutil.Process(), threading.Event()
-    before = process.memory_info().rss
-    peak = [before]
-
-    def watch() -> None:
-        while not done.is_set():
-            peak[0] = max(peak[0], process.memory_info().rss)
-            time.sleep(0.002)
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    try:
+    with _without_stderr(), torch.autograd.profiler.profile(profile_memory=True) as profile:
         call()
-    finally:
-        done.set()
-        watcher.join()
-    return peak[0] - before
+    events = [event for event in profile.kineto_results.events() if event.name() == "[memory]"]
+    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(accumulate(sizes), default=0)
+
+
+def _highest_resident() -> int:
+    line = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+
+def peak_resident(call: Callable[[], Any]) -> int | None:
+    """Bytes of memory of any library that a call needs at its peak above what the process held before.
+
+    Linux keeps the highest value itself. Blocks that earlier calls gave back to the C library are not seen: start the
+    process with `FRESH_BLOCKS` in its environment. None elsewhere.
+    """
+    reset = Path("/proc/self/clear_refs")
+    if not reset.exists():
+        return None
+    reset.write_text("5")
+    before = _highest_resident()
+    call()
+    return _highest_resident() - before
+
+
+FRESH_BLOCKS = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+"""Settings of the C library under which memory that is given back leaves the process."""
 
 
 def own_peak() -> int:
-    """Largest resident memory of this process so far, bytes."""
+    """Largest resident memory of this program so far, bytes.
+
+    On Linux that of the program alone: what `getrusage` says includes the process that started it.
+    """
+    if STATUS.exists():
+        return _highest_resident()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def in_subprocess(script: str, case: dict) -> dict:
+def in_subprocess(script: str, case: dict, environment: dict[str, str] | None = None) -> dict:
     """Run one case of a script in a process of its own: `script --child CASE`, which prints JSON on its last line.
 
     Args:
         script (`str`): Path of the script.
         case (`dict`): JSON values.
+        environment (`dict[str, str]`, *optional*): Added to that of this process.
 
     Returns:
         What it printed.
@@ -179,7 +247,8 @@ def in_subprocess(script: str, case: dict) -> dict:
         RuntimeError: If it failed; the message ends with its errors.
     """
     command = [sys.executable, script, "--child", json.dumps(case)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    env = {**os.environ, **(environment or {})}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
     if done.returncode:
         raise RuntimeError(f"{Path(script).name} {case} failed:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.strip().splitlines()[-1])

@@ -96,7 +96,7 @@ RUNS: dict[str, Run] = {
     "end_to_end": Run("end-to-end: connector, then everything", (CAPTIONED, ASKED), "end_to_end", seeds=SEEDS),
     "global": Run("global view only", views="global", seeds=SEEDS, start="alternating"),
     "crops": Run("crops only", views="crops", seeds=SEEDS, start="alternating"),
-    "twin": Run("global view only, to convergence", (96_000, 32_000, 0, 24_000), views="global"),
+    "twin": Run("global view only, to convergence", (48_000, 16_000, 0, 12_000), views="global"),
     "queries_9": Run("9 queries a crop (64 of 576)", num_queries=9, start="alternating", shared=2),
     "queries_16": Run("16 queries a crop (144 of 576)", num_queries=16, start="alternating", shared=2),
     "queries_25": Run("25 queries a crop (196 of 576)", num_queries=25, start="alternating", shared=2),

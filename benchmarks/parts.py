@@ -18,10 +18,9 @@ from unittest import mock
 
 import torch
 import torch.fx.experimental._config
-from measure import count_work, interleave, matrix_rate, median, memory_rate, plot_bars, print_table, report_path
+from measure import count_work, interleave, matrix_rate, median, memory_rate, plot_bars, print_table, report_path, say
 from part_calls import COUNTED_ON, label, part_call, part_names
 from record import write_result
-from rich.progress import track
 from transformers import masking_utils
 
 
@@ -70,7 +69,7 @@ def measure(device: str, shapes: str, repeats: int) -> list[dict[str, Any]]:
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     rate, copy_rate = matrix_rate(device, dtype, 8192 if device == "cuda" else 1536), memory_rate(device)
     rows = []
-    for slot, name, options in track(part_names(), description="parts"):
+    for slot, name, options in part_names():
         call = part_call(slot, name, options, device, shapes)
         operations, moved = count_work(call)
         seconds = median(interleave({"part": call}, repeats, 2, device)["part"])
@@ -85,6 +84,7 @@ def measure(device: str, shapes: str, repeats: int) -> list[dict[str, Any]]:
                 "share": roofline / seconds if roofline else None,
             }
         )
+        say(f"{rows[-1]['part']}: {seconds * 1e3:.0f} ms")
     return rows
 
 

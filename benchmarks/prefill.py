@@ -1,11 +1,15 @@
 """Time to the first token: ours against transformers' own models on one language model, beside the floor.
 
     python benchmarks/prefill.py                  small models on the CPU, at most 5 minutes on two idle cores
+    python benchmarks/prefill.py --shapes wide    ours and llava_next, wider, at one size; at most 5 minutes
+    python benchmarks/prefill.py --count          operations of the true sizes, counted without computing; a minute
     python benchmarks/prefill.py --device cuda    CLIP ViT-L/14-336 with Llama-3-8B shapes, bfloat16, random weights
 
 The floor is what cannot be avoided: the tower alone on the same views, the language model alone on as many tokens, and
 the counted operations of everything between at the rate of a large matrix product, all measured in the same run.
-Overhead = time / floor. Pixels are prepared beforehand (`preprocess.py` times that).
+Overhead = time / floor, the median over the rounds; transformers' models but llava_next have theirs from one round.
+Peak memory: tensors above weights and inputs. Pixels are prepared beforehand (`preprocess.py` times that). On the CPU
+the mixed batch has its first two rows, and the preset's 6 x 6 crops are taken at one size.
 """
 
 import argparse
@@ -16,19 +20,19 @@ import numpy as np
 import torch
 from cases import OURS, PEERS, Case, Shared, ours, ours_known
 from measure import (
-    count_work,
     floor_seconds,
     interleave,
     matrix_rate,
     median,
+    median_ratio,
     peak_memory,
     plot_bars,
     print_table,
     report_path,
+    say,
 )
 from PIL import Image
 from record import write_result
-from rich.progress import track
 from shapes import IMAGE_SIZES, SHAPES
 
 
@@ -43,12 +47,38 @@ COLUMNS = {
     "ratio": "of llava_next",
     "peak_mib": "peak MiB",
 }
+COUNTED_COLUMNS = {
+    "images": "images",
+    "model": "model",
+    "tokens": "visual tokens",
+    "tera_operations": "Top",
+    "ratio": "of llava_next",
+    "between": "share outside tower and language model",
+}
 MATRIX = {"cpu": 1536, "cuda": 8192}
+MOST_ROWS = {"cpu": 2, "cuda": 4}
+DEAR = {"slime, 6x6": "2048x2048"}
+"""Models that are timed at one size only on the CPU."""
+
+WIDE_IMAGES = ("1024x1024",)
+LEAST_SECONDS = {"cpu": 6.0, "cuda": 10.0}
+COUNTED = ("llava_next", "slime, 4 crops", "slime, 4 crops, 144 local", "slime, 6x6", "slime_release", "monkey")
+"""Ours that run on `meta`; `llava_next` does the very work of transformers' llava_next (a test holds that)."""
 
 
 def picture(height: int, width: int, seed: int = 0) -> Image.Image:
     """Noise; what it shows changes no work."""
     return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8))
+
+
+def pictures(name: str, device: str) -> list[Image.Image]:
+    """The images of a batch, one a row.
+
+    Args:
+        name (`str`): Key of `IMAGE_SIZES`.
+        device (`str`): Decides how many rows there are at most.
+    """
+    return [picture(*size, seed) for seed, size in enumerate(IMAGE_SIZES[name][: MOST_ROWS[device]])]
 
 
 def build_cases(device: str, shapes: str, only: list[str] | None = None) -> list[Case]:
@@ -68,81 +98,147 @@ def build_cases(device: str, shapes: str, only: list[str] | None = None) -> list
     return [ours(name, shared) if name in OURS else PEERS[name.split()[-1]](shared) for name in chosen]
 
 
-def between(case: Case, parts: dict[str, Any]) -> int:
-    """Counted operations of a prefill outside tower, language model and head, which `parts` run alone."""
-    return count_work(case.prefill)[0] - sum(count_work(part)[0] for part in parts.values())
+def time_rounds(calls: dict[str, Any], repeats: int, device: str, least_seconds: float) -> dict[str, list[float]]:
+    """Time models and their parts in turn: in the first round all; then no parts of the other models of transformers;
+    at last, for as long as there is time, ours and `BASELINE` alone.
+
+    Args:
+        calls (`dict[str, Callable]`): `"model"`, and `"model/part"` for its parts alone.
+        repeats (`int`): Rounds of every model, at least.
+        device (`str`): Where.
+        least_seconds (`float`): Time for the last rounds.
+    """
+    ours_and_base = {key: call for key, call in calls.items() if key.split("/")[0] in (*OURS, BASELINE)}
+    models = {key: call for key, call in calls.items() if "/" not in key}
+    seconds = interleave(calls, 1, 0, device)
+    for chosen, rounds, least in (({**models, **ours_and_base}, repeats - 1, 0.0), (ours_and_base, 0, least_seconds)):
+        for key, values in interleave(chosen, rounds, 0, device, least).items():
+            seconds[key] += values
+    return seconds
 
 
-def measure_batch(cases: list[Case], name: str, repeats: int, rate: float, device: str) -> list[dict[str, Any]]:
+def measure_batch(
+    cases: list[Case], name: str, repeats: int, rate: float, device: str, least_seconds: float = 0.0
+) -> list[dict[str, Any]]:
     """Time every model on one batch, and its parts alone, in turn.
 
     Args:
         cases (`list[Case]`): Models.
         name (`str`): Key of `IMAGE_SIZES`.
-        repeats (`int`): Rounds.
+        repeats (`int`): Rounds, at least.
         rate (`float`): Of `matrix_rate`.
         device (`str`): Where.
+        least_seconds (`float`): Time for more rounds where they are short.
 
     Returns:
         One row a model.
     """
-    images = [picture(*size, seed) for seed, size in enumerate(IMAGE_SIZES[name])]
-    taken = [case.take(images) for case in cases]
+    images = pictures(name, device)
+    surveys, peaks = {}, {}
     calls: dict[str, Any] = {}
-    operations = {}
-    for case in taken:  # also the warm-up
-        parts = case.parts_alone()
-        operations[case.name] = between(case, parts)
+    for case in cases:  # also the warm-up
+        if device == "cpu" and DEAR.get(case.name, name) != name:
+            continue
+        case = case.take(images)
+        peaks[case.name] = peak_memory(lambda case=case: surveys.update({case.name: case.survey()}), device)
         calls[case.name] = case.prefill
-        calls |= {f"{case.name}/{part}": call for part, call in parts.items()}
-    seconds = {key: median(values) for key, values in interleave(calls, repeats, 0, device).items()}
+        calls |= {f"{case.name}/{part}": call for part, call in surveys[case.name].alone().items()}
+    say(f"{name}: {len(surveys)} models warm")
+    seconds = time_rounds(calls, repeats, device, least_seconds)
     rows = []
-    for case in taken:
-        tower, language = seconds[f"{case.name}/tower"], seconds[f"{case.name}/language_model"]
-        floor = floor_seconds(tower, language, operations[case.name], rate)
+    for key, survey in surveys.items():
+        alone = zip(seconds[f"{key}/tower"], seconds[f"{key}/language_model"], strict=True)
+        times, base = seconds[key], seconds.get(BASELINE)
+        floors = [floor_seconds(tower, language, survey.between, rate) for tower, language in alone]
+        rows.append(
+            {
+                "images": name,
+                "model": key,
+                "tokens": sum(survey.case.tokens),
+                "views": len(survey.case.inputs["pixel_values"]),
+                "milliseconds": median(times) * 1e3,
+                "tower_ms": median(seconds[f"{key}/tower"]) * 1e3,
+                "language_model_ms": median(seconds[f"{key}/language_model"]) * 1e3,
+                "connector_operations": survey.between,
+                "floor_ms": median(floors) * 1e3,
+                "overhead": median_ratio(times[: len(floors)], floors),
+                "ratio": median_ratio(times, base[: len(times)]) if base else None,
+                "peak_mib": peaks[key] / 2**20,
+                "rounds": len(times),
+                "overheads": sorted(time / floor for time, floor in zip(times, floors, strict=False)),
+            }
+        )
+    return rows
+
+
+def count_batch(cases: list[Case], name: str) -> list[dict[str, Any]]:
+    """Count the operations of a prefill; the first model is the measure of the others.
+
+    Args:
+        cases (`list[Case]`): Models on `meta`.
+        name (`str`): Key of `IMAGE_SIZES`.
+    """
+    rows: list[dict[str, Any]] = []
+    first = 0
+    for case in cases:
+        case = case.take(pictures(name, "cuda"))
+        survey = case.survey()
+        first = first or survey.operations
         rows.append(
             {
                 "images": name,
                 "model": case.name,
                 "tokens": sum(case.tokens),
-                "milliseconds": seconds[case.name] * 1e3,
-                "tower_ms": tower * 1e3,
-                "language_model_ms": language * 1e3,
-                "connector_operations": operations[case.name],
-                "floor_ms": floor * 1e3,
-                "overhead": seconds[case.name] / floor,
-                "ratio": seconds[case.name] / seconds[BASELINE] if BASELINE in seconds else None,
-                "peak_mib": peak_memory(case.prefill, device) / 2**20,
+                "tera_operations": survey.operations / 1e12,
+                "ratio": survey.operations / first,
+                "between": survey.between / survey.operations,
             }
         )
+        say(f"{name}: {case.name} counted")
     return rows
+
+
+def write(rows: list[dict], stem: str, columns: dict[str, str], value: str, title: str) -> None:
+    """Print, write JSON and plot."""
+    print_table(rows, columns, title)
+    report_path(write_result(stem, rows, [0]))
+    drawn = [{**row, "label": f"{row['images']}: {row['model']}"} for row in rows]
+    plot_bars(stem, drawn, "label", value, columns[value], title)
 
 
 def main() -> None:
     """Measure, print, write JSON and plot."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--count", action="store_true", help="count operations at true sizes; nothing is computed")
     parser.add_argument("--shapes", choices=tuple(SHAPES), help="by default those of the device")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--images", nargs="*", choices=tuple(IMAGE_SIZES), default=list(IMAGE_SIZES))
+    parser.add_argument(
+        "--images",
+        nargs="*",
+        choices=tuple(IMAGE_SIZES),
+        help="by default all; 1024x1024 for wide models, 2048x2048 to count",
+    )
     parser.add_argument("--models", nargs="*", help="names of models; all by default")
     arguments = parser.parse_args()
     random.seed(0), torch.manual_seed(0)
-    shapes = arguments.shapes or arguments.device
-    cases = build_cases(arguments.device, shapes, arguments.models)
-    rate = matrix_rate(arguments.device, SHAPES[shapes].dtype, MATRIX[arguments.device])
+    shapes, device = arguments.shapes or arguments.device, arguments.device
     rows: list[dict] = []
-    for name in track(arguments.images, description="batches"):
-        rows += measure_batch(cases, name, arguments.repeats, rate, arguments.device)
-    print_table(
-        rows, COLUMNS, f"prefill, {arguments.device}, shapes {shapes}, {rate / 1e9:.0f} Gop/s in matrix products"
-    )
-    stem = f"prefill_{arguments.device}"
-    path = write_result(stem, rows, [0])
-    for row in rows:
-        row["label"] = f"{row['images']}: {row['model']}"
-    plot_bars(stem, rows, "label", "milliseconds", "ms to the first token", f"prefill, {arguments.device}")
-    report_path(path)
+    if arguments.count:
+        cases = build_cases("meta", arguments.shapes or "cuda", arguments.models or list(COUNTED))
+        for name in arguments.images or ["2048x2048"]:
+            rows += count_batch(cases, name)
+        write(rows, "prefill_counted", COUNTED_COLUMNS, "tera_operations", "counted operations of a prefill")
+        return
+    models = arguments.models or (None if shapes != "wide" else [*ours_known(), BASELINE])
+    cases = build_cases(device, shapes, models)
+    rate = matrix_rate(device, SHAPES[shapes].dtype, MATRIX[device])
+    for name in arguments.images or (IMAGE_SIZES if shapes != "wide" else WIDE_IMAGES):
+        least = LEAST_SECONDS[device] if shapes != "wide" else 0.0
+        rows += measure_batch(cases, name, arguments.repeats, rate, device, least)
+    title = f"prefill, {device}, shapes {shapes}, {rate / 1e9:.0f} Gop/s in matrix products"
+    stem = "_".join(["prefill", *([] if shapes == device else [shapes]), device])
+    write(rows, stem, COLUMNS, "ratio" if device == "cpu" else "milliseconds", title)
 
 
 if __name__ == "__main__":

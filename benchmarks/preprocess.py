@@ -5,20 +5,33 @@
 `llava_next` of transformers makes the very same views. The other peers are set to views of 336 pixels and at most four
 crops; "ours is faster by" is given where they make as many pixels as we do (`qwen3_vl` makes no views: it resizes once
 to as many pixels as a 2 x 2 grid). "Two resizes" is what Pillow alone takes for the two resizes that the views need:
-the floor of the work on decoded images. transformers' processors run on their Pillow backend.
+the floor of the work on decoded images. transformers' processors run on their Pillow backend. Peak memory is that of
+the process above what it held before the call, measured in a process of its own.
 """
 
 import argparse
 import io
+import json
+import sys
 from typing import Any
 
 import numpy as np
 import torch
 from cases import llava_next_processor
-from measure import interleave, median, peak_memory, plot_bars, print_table, report_path
+from measure import (
+    FRESH_BLOCKS,
+    in_subprocess,
+    interleave,
+    median,
+    median_ratio,
+    peak_resident,
+    plot_bars,
+    print_table,
+    report_path,
+    say,
+)
 from PIL import Image
 from record import write_result
-from rich.progress import track
 from shapes import VIEW
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
@@ -30,6 +43,7 @@ from hires_lmm.accounting import preset_processor
 
 SIZES = {"1.0 MP": (1024, 1024), "2.1 MP": (1024, 2048), "4.2 MP": (2048, 2048), "8.3 MP": (2160, 3840)}
 SOURCES = ("decoded", "array", "png", "jpeg")
+LEAST_SECONDS = 6.0
 OURS, SAME_VIEWS, FLOOR = "ours", "transformers llava_next", "two resizes"
 COLUMNS = {
     "size": "image",
@@ -113,21 +127,34 @@ def measure_size(name: str, source: str, repeats: int) -> list[dict[str, Any]]:
     given = make_source(picture, source)
     known = processors()
     calls = {key: (lambda call=call: call(given)) for key, call in known.items()}
-    seconds = {
-        key: median(values) for key, values in interleave({**calls, FLOOR: two_resizes(picture)}, repeats, 1).items()
-    }
+    found = interleave({**calls, FLOOR: two_resizes(picture)}, repeats, 1, least_seconds=LEAST_SECONDS)
     rows = []
-    for key, value in seconds.items():
-        row: dict[str, Any] = {"size": name, "source": source, "processor": key, "images_per_second": 1 / value}
-        row["of_resizes"] = value / seconds[FLOOR]
+    for key, seconds in found.items():
+        row: dict[str, Any] = {"size": name, "source": source, "processor": key}
+        row["images_per_second"] = 1 / median(seconds)
+        row["of_resizes"] = median_ratio(seconds, found[FLOOR])
         if key in calls:
-            pixels = calls[key]()["pixel_values"]
-            row["peak_mib"] = peak_memory(calls[key]) / 2**20
-            row["megapixels"] = pixels.numel() / 3e6
+            row["megapixels"] = calls[key]()["pixel_values"].numel() / 3e6
             if key != OURS and row["megapixels"] == rows[0]["megapixels"]:
-                row["speedup"] = value / seconds[OURS]
-        rows.append(row)
+                row["speedup"] = median_ratio(seconds, found[OURS])
+        rows.append({**row, "rounds": len(seconds)})
+    say(f"{name}, {source}: {rows[0]['rounds']} rounds")
     return rows
+
+
+def measure_memory(sizes: list[str], sources: list[str]) -> dict[str, float | None]:
+    """Peak memory of every processor, MiB, by `"size/source/processor"`; every call is made once before."""
+    peaks: dict[str, float | None] = {}
+    calls = processors()
+    for name in sizes:
+        picture = make_picture(*SIZES[name])
+        for source in sources:
+            given = make_source(picture, source)
+            for key, call in calls.items():
+                call(given)
+                peak = peak_resident(lambda call=call, given=given: call(given))
+                peaks[f"{name}/{source}/{key}"] = None if peak is None else peak / 2**20
+    return peaks
 
 
 def main() -> None:
@@ -136,12 +163,19 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--sizes", nargs="*", choices=tuple(SIZES), default=list(SIZES))
     parser.add_argument("--sources", nargs="*", choices=SOURCES, default=list(SOURCES))
+    parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.child:
+        sys.stdout.write(json.dumps(measure_memory(**json.loads(arguments.child))) + "\n")
+        return
     torch.manual_seed(0)
     rows: list[dict] = []
-    for size in track(arguments.sizes, description="sizes"):
+    for size in arguments.sizes:
         for source in arguments.sources:
             rows += measure_size(size, source, arguments.repeats)
+    peaks = in_subprocess(__file__, {"sizes": arguments.sizes, "sources": arguments.sources}, FRESH_BLOCKS)
+    for row in rows:
+        row["peak_mib"] = peaks.get(f"{row['size']}/{row['source']}/{row['processor']}")
     print_table(rows, COLUMNS, "images to views (llava_next's views for ours and transformers llava_next)")
     path = write_result("preprocess_cpu", rows, [0])
     decoded = [{**row, "label": f"{row['size']}: {row['processor']}"} for row in rows if row["source"] == "decoded"]

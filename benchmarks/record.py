@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from hires_lmm.files import write_text
+
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -41,5 +43,5 @@ def write_result(name: str, rows: list[dict], seeds: list[int]) -> Path:
     """
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({**surroundings(), "seeds": seeds, "rows": rows}, indent=1) + "\n")
+    write_text(path, json.dumps({**surroundings(), "seeds": seeds, "rows": rows}, indent=1) + "\n")
     return path

@@ -16,7 +16,7 @@ IMAGE_SIZES = {
     "2048x2048": [(2048, 2048)],
     "3840x2160": [(2160, 3840)],
     "400x4000": [(4000, 400)],
-    "mixed batch": [(336, 336), (1024, 1024), (800, 600), (500, 2000)],
+    "mixed batch": [(336, 336), (800, 600), (1024, 1024), (500, 2000)],
 }
 """Name -> (height, width) of the images of a batch, one a row."""
 
@@ -69,11 +69,14 @@ class Shapes:
 SHAPES = {
     "tiny": Shapes((32, 2, 2, 64), (32, 2, 2, 2, 64, 2048), torch.float32),
     "cpu": Shapes((128, 4, 2, 512), (256, 4, 4, 2, 688, 4096), torch.float32),
+    "wide": Shapes((1024, 4, 16, 4096), (1024, 4, 16, 4, 2816, 4096), torch.float32),
+    "deep": Shapes((64, 24, 1, 256), (256, 32, 4, 1, 896, 8016), torch.float32),
     "load": Shapes((1024, 24, 16, 4096), (2048, 8, 16, 8, 5632, 32000), torch.bfloat16),
     "true-cpu": Shapes((1024, 24, 16, 4096), (4096, 32, 32, 8, 14336, 128256), torch.float32),
     "cuda": Shapes((1024, 24, 16, 4096), (4096, 32, 32, 8, 14336, 128256), torch.bfloat16),
 }
-"""`cuda` is CLIP ViT-L/14-336 with Llama-3-8B; `tiny` is for tests."""
+"""`cuda` is CLIP ViT-L/14-336 with Llama-3-8B; `wide` has a tower of its width and not its depth, `deep` has its depth
+and all widths divided by 16, so that activations keep their proportions; `tiny` is for tests."""
 
 
 def build(cls: Any, config: Any, dtype: torch.dtype, device: str) -> Any:

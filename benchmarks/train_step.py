@@ -1,6 +1,7 @@
 """One training step of each stage of the plan `slime`: time and memory beside the floor.
 
     python benchmarks/train_step.py                  small models on the CPU, a minute on two idle cores
+    python benchmarks/train_step.py --shapes deep --batch 1     true depth, all widths divided by 16; 4 minutes
     python benchmarks/train_step.py --device cuda    CLIP ViT-L/14-336 with Llama-3-8B shapes, bfloat16, random weights
 
 The floor of the time: the tower alone, forward only, on the same views (nothing with cached features), the language
@@ -22,10 +23,12 @@ from measure import (
     interleave,
     matrix_rate,
     median,
+    median_ratio,
     peak_memory,
     plot_bars,
     print_table,
     report_path,
+    say,
 )
 from prefill import MATRIX, picture
 from record import write_result
@@ -102,7 +105,7 @@ def measure_stage(name: str, model: Any, processor: Any, settings: argparse.Name
     Args:
         name (`str`): One of `STAGES`.
         model, processor: Of the preset `slime`.
-        settings (`argparse.Namespace`): Device, batch, repeats.
+        settings (`argparse.Namespace`): Device, batch, side, repeats.
         rate (`float`): Of `matrix_rate`.
     """
     stage = {stage.name.split("/")[-1]: stage for stage in get_plan("slime")}[name.split(",")[0]]
@@ -127,26 +130,29 @@ def measure_stage(name: str, model: Any, processor: Any, settings: argparse.Name
             with torch.no_grad():
                 tower(pixels)
 
-    connector = 0
-    if settings.count:
-        with torch.no_grad():
-            whole = count_work(lambda: model(**inputs, labels=labels, prompt_mask=labels == -100))[0]
-            head = count_work(lambda: model.lm_head(torch.zeros_like(seen["kwargs"]["inputs_embeds"])))[0]
-            body = count_work(lambda: language(**seen["kwargs"]))[0]
-            share = int((labels != -100).sum()) / labels.numel()
-            connector = whole - body - count_work(tower_alone)[0] - int(head * share)
-    parts = {"step": step, "floor": floor, "tower": tower_alone}
-    seconds = {key: median(values) for key, values in interleave(parts, settings.repeats, 1, settings.device).items()}
-    least = floor_seconds(seconds["tower"], seconds["floor"], 3 * max(connector, 0), rate)
+    with torch.no_grad():
+        whole = count_work(lambda: model(**inputs, labels=labels, prompt_mask=labels == -100))[0]
+        head = count_work(lambda: model.lm_head(torch.zeros_like(seen["kwargs"]["inputs_embeds"])))[0]
+        body = count_work(lambda: language(**seen["kwargs"]))[0]
+        share = int((labels != -100).sum()) / labels.numel()
+        connector = whole - body - count_work(tower_alone)[0] - int(head * share)
     trained = [p for part in (model.model.connector, tower) for p in part.parameters() if p.requires_grad]
-    peak, floor_peak = peak_memory(step, settings.device), peak_memory(floor, settings.device)
+    floor()  # the moments of its optimizer
+    peak, floor_peak = peak_memory(step, settings.device), peak_memory(floor, settings.device)  # also the warm-up
     floor_peak += sum(p.numel() * p.element_size() for p in trained)  # their gradients; the moments exist already
+    parts = {"step": step, "floor": floor, "tower": tower_alone}
+    seconds = interleave(parts, settings.repeats, 0, settings.device)
+    least = [
+        floor_seconds(tower_seconds, rest, 3 * max(connector, 0), rate)
+        for tower_seconds, rest in zip(seconds["tower"], seconds["floor"], strict=True)
+    ]
     return {
         "stage": name,
         "tower_calls": len(calls),
-        "milliseconds": seconds["step"] * 1e3,
-        "floor_ms": least * 1e3,
-        "overhead": seconds["step"] / least,
+        "milliseconds": median(seconds["step"]) * 1e3,
+        "tower_ms": median(seconds["tower"]) * 1e3,
+        "floor_ms": median(least) * 1e3,
+        "overhead": median_ratio(seconds["step"], least),
         "connector_operations": connector,
         "peak_mib": peak / 2**20,
         "floor_mib": floor_peak / 2**20,
@@ -164,16 +170,19 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
     settings = parser.parse_args()
-    settings.count = True
     torch.manual_seed(0)
-    shapes = SHAPES[settings.shapes or settings.device]
+    chosen = settings.shapes or settings.device
+    shapes = SHAPES[chosen]
     stages = settings.stages or (STAGES[:-1] if settings.device == "cuda" else STAGES)
     config = HiResLmmConfig.from_preset("slime", shapes.clip(), shapes.llama(), image_token_id=IMAGE_TOKEN, **BUDGETED)
     model = build(HiResLmmForConditionalGeneration, config, shapes.dtype, settings.device)
     processor = HiResLmmProcessor.from_config(config, build_byte_tokenizer())
     rate = matrix_rate(settings.device, shapes.dtype, MATRIX[settings.device])
-    rows = [measure_stage(name, model, processor, settings, rate) for name in stages]
-    stem = f"train_step_{settings.device}"
+    rows = []
+    for name in stages:
+        rows.append(measure_stage(name, model, processor, settings, rate))
+        say(f"stage {name}: {rows[-1]['milliseconds']:.0f} ms a step")
+    stem = "_".join(["train_step", *([] if chosen == settings.device else [chosen]), settings.device])
     print_table(rows, COLUMNS, f"one step, {settings.batch} images of {settings.side} pixels, {settings.device}")
     path = write_result(stem, rows, [0])
     plot_bars(stem, rows, "stage", "milliseconds", "ms a step", f"training, {settings.device}")

@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from record import RESULTS, write_result
 from safetensors.torch import load_file, save_file
 
+from hires_lmm.files import replacing, write_text
 from hires_lmm.sweep.statistics import wilson_interval
 from hires_lmm.training import get_plan
 from hires_lmm.training.data.questions import QUESTION_KINDS
@@ -159,7 +160,7 @@ def run_arm(name: str, seed: int, work: Path, cache: Path, sizes: Sizes) -> None
         result["curve"] = read_curve(folder)
         result["errors"] = measure_errors(model, processor, objectives["reconstruction"], sizes.measured)
         draw_paintings(model, processor, objectives["reconstruction"], folder, sizes.painted)
-    (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_text(folder / "result.json", json.dumps(result, indent=1) + "\n")
 
 
 def short_plan(arm: Arm) -> list[Stage]:
@@ -225,7 +226,8 @@ def make_autoencoder(file: Path, sizes: Sizes) -> Any:
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
         train_autoencoder(vae, sizes.vae_steps)
-        save_file(vae.state_dict(), file)
+        with replacing(file) as partial:
+            save_file(vae.state_dict(), partial)
     vae.load_state_dict(load_file(file))
     latents = encode_some(vae, 32 if sizes.vae_steps > 10 else 4)
     vae.register_to_config(shift_factor=float(latents.mean()), scaling_factor=float(1 / latents.std()))

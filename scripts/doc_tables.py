@@ -23,23 +23,29 @@ SIZES = ((336, 336), (1024, 1024), (2048, 3072), (2160, 3840), (4000, 400))
 MAX_CROPS = 6
 RESULTS = ROOT / "benchmarks" / "results"
 KEPT_SHARE = RESULTS / "kept_share.json"
+PREFILL = {
+    "ratio": "Time / time of transformers' llava_next",
+    "overhead": "Time / floor",
+    "tokens": "Visual tokens",
+    "peak_mib": "Peak MiB above weights and inputs",
+}
+"""Value of a row of the prefill -> title of its table; one column a batch of images."""
+
 SPEED = {
-    "prefill": {
-        "images": "images",
+    "prefill_counted": {
+        "images": "image",
         "model": "model",
         "tokens": "visual tokens",
-        "milliseconds": "ms",
-        "overhead": "time / floor",
-        "ratio": "time / llava_next",
-        "peak_mib": "peak MiB",
+        "tera_operations": "Top",
+        "ratio": "operations / llava_next",
+        "between": "share outside tower and language model",
     },
-    "preprocess": {
-        "size": "image",
-        "source": "source",
-        "processor": "processor",
-        "images_per_second": "images/s",
-        "of_resizes": "time / two resizes",
-        "speedup": "ours is faster by",
+    "prefill_wide": {
+        "images": "image",
+        "model": "model",
+        "tokens": "visual tokens",
+        "ratio": "time / llava_next",
+        "overhead": "time / floor",
         "peak_mib": "peak MiB",
     },
     "parts": {
@@ -49,18 +55,66 @@ SPEED = {
         "mebibytes": "MiB moved",
         "share": "share of roofline",
     },
-    "decode": {"model": "model", "tokens": "visual tokens", "tokens_per_second": "tokens/s", "cache_mib": "cache MiB"},
+    "decode": {
+        "model": "model",
+        "tokens": "visual tokens",
+        "tokens_per_second": "tokens/s",
+        "ratio": "tokens/s / llava_next's",
+        "cache_mib": "cache MiB",
+    },
     "train_step": {
         "stage": "stage",
         "milliseconds": "ms",
         "overhead": "time / floor",
         "tower_calls": "tower calls",
+        "peak_mib": "peak MiB",
         "memory_overhead": "memory / floor",
     },
-    "load": {"model": "model", "weights": "weights", "seconds": "s", "peak_mib": "peak MiB"},
-    "chunks": {"chunk": "views at once", "views": "views", "seconds": "s", "peak_mib": "peak MiB above the weights"},
+    "train_step_deep": {
+        "stage": "stage",
+        "milliseconds": "ms",
+        "overhead": "time / floor",
+        "tower_calls": "tower calls",
+        "peak_mib": "peak MiB",
+        "memory_overhead": "memory / floor",
+    },
+    "load": {
+        "model": "model",
+        "weights": "weights",
+        "seconds": "s",
+        "ratio": "time / llava_next",
+        "peak_mib": "peak MiB",
+    },
+    "chunks": {
+        "chunk": "views at once",
+        "views": "views",
+        "seconds": "s",
+        "ratio": "time / all at once",
+        "peak_mib": "peak MiB above the weights",
+    },
+    "attention_kernels": {
+        "implementation": "asked for",
+        "model": "model",
+        "batch": "batch",
+        "tower": "tower",
+        "connector": "connector",
+        "language_model": "language model",
+        "copies_to_host": "copies to the host",
+        "milliseconds": "ms",
+        "wrong": "wrong",
+    },
 }
 """Benchmark -> key of a row and title of a column."""
+
+COMMANDS = {
+    "prefill_counted": "python benchmarks/prefill.py --count",
+    "prefill_wide": "python benchmarks/prefill.py --shapes wide",
+    "train_step_deep": "python benchmarks/train_step.py --shapes deep --batch 1",
+}
+"""Benchmark -> how it is run, where that is not its name."""
+
+GPU_ONLY = {"milliseconds", "images_per_second", "tokens_per_second", "seconds", "copies_to_host"}
+"""Not said of CPU cores: absolute times, which the next machine does not have. The JSON files hold them."""
 
 
 def token_table() -> str:
@@ -87,8 +141,26 @@ def cell(value: Any) -> str:
     if value is None:
         return "-"
     if isinstance(value, str):
-        return value.replace("|", "/")
+        return value.replace("|", "/").replace("scaled_dot_product_", "")
     return f"{value:.3g}" if isinstance(value, float) and abs(value) < 1000 else f"{value:,.0f}"
+
+
+def results(name: str) -> list[tuple[dict, str]]:
+    """What a benchmark wrote, one entry a device, with a sentence on where that was.
+
+    Args:
+        name (`str`): Of the benchmark.
+    """
+    found = []
+    for suffix in ("", "_cpu", "_cuda"):
+        path = RESULTS / f"{name}{suffix}.json"
+        if path.exists():
+            result = json.loads(path.read_text())
+            cores = "1 CPU core" if result["threads"] == 1 else f"{result['threads']} CPU cores"
+            where = cores if result["device"].startswith("CPU") else result["device"]
+            versions = ", ".join(f"{package} {number}" for package, number in result["versions"].items())
+            found.append((result, f"`{result['command']}` on {result['date']}: {where}; {versions}."))
+    return found
 
 
 def speed_table(name: str) -> str:
@@ -98,16 +170,51 @@ def speed_table(name: str) -> str:
         name (`str`): Key of `SPEED`.
     """
     pieces = []
-    for device in ("cpu", "cuda"):
-        path = RESULTS / f"{name}_{device}.json"
-        if path.exists():
-            found = json.loads(path.read_text())
-            rows = [[cell(row.get(key)) for key in SPEED[name]] for row in found["rows"]]
-            where = f"{found['device']}, {found['threads']} threads" if device == "cpu" else found["device"]
-            versions = ", ".join(f"{package} {number}" for package, number in found["versions"].items())
-            said = f"`{found['command']}` on {found['date']}: {where}; {versions}."
-            pieces.append(f"{said}\n\n{markdown(list(SPEED[name].values()), rows)}")
-    return "\n\n".join(pieces) or f"Not measured yet: `python benchmarks/{name}.py`."
+    for result, said in results(name):
+        on_gpu = not result["device"].startswith("CPU")
+        columns = {key: title for key, title in SPEED[name].items() if on_gpu or key not in GPU_ONLY}
+        rows = [[cell(row.get(key)) for key in columns] for row in result["rows"]]
+        pieces.append(f"{said}\n\n{markdown(list(columns.values()), rows)}")
+    return "\n\n".join(pieces) or f"Not measured yet: `{COMMANDS.get(name, f'python benchmarks/{name}.py')}`."
+
+
+def pivot(rows: list[dict], names: tuple[str, ...], column: str, value: str) -> str:
+    """One value of many rows as a table, in Markdown.
+
+    Args:
+        rows (`list[dict]`): Rows of a result.
+        names (`tuple[str, ...]`): Keys whose values name a line.
+        column (`str`): Key whose values name the columns.
+        value (`str`): Key of the cells; lines without any are left out.
+    """
+    columns = list(dict.fromkeys(row[column] for row in rows))
+    at = {(*(row[name] for name in names), row[column]): row.get(value) for row in rows}
+    lines = dict.fromkeys(key[:-1] for key, found in at.items() if found is not None)
+    cells = [[*line, *(cell(at.get((*line, name))) for name in columns)] for line in lines]
+    return markdown([*names, *columns], cells)
+
+
+def prefill_tables() -> str:
+    """The prefill on each device where it was run: models by batches, one table a value, in Markdown."""
+    pieces = []
+    for result, said in results("prefill"):
+        values = {**PREFILL, **({"milliseconds": "ms"} if not result["device"].startswith("CPU") else {})}
+        pieces.append(said)
+        for key, title in values.items():
+            pieces += [f"{title}:", pivot(result["rows"], ("model",), "images", key)]
+    return "\n\n".join(pieces) or "Not measured yet: `python benchmarks/prefill.py`."
+
+
+def preprocess_tables() -> str:
+    """Images to views: processors and sources by sizes of the image, in Markdown."""
+    pieces = []
+    for result, said in results("preprocess"):
+        decoded = [row for row in result["rows"] if row["source"] == "decoded"]
+        pieces += [said, "Ours is faster by, where as many pixels are made:"]
+        pieces.append(pivot(result["rows"], ("processor", "source"), "size", "speedup"))
+        for key, title in {"of_resizes": "Time / two resizes", "peak_mib": "Peak MiB"}.items():
+            pieces += [f"{title}, from decoded images:", pivot(decoded, ("processor",), "size", key)]
+    return "\n\n".join(pieces) or "Not measured yet: `python benchmarks/preprocess.py`."
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:
@@ -136,6 +243,10 @@ TABLES = {
             (ROOT / "docs" / "speed.md",),
         )
         for name in SPEED
+    },
+    **{
+        (f"<!-- {name}: benchmarks/results -->", f"<!-- end of {name} -->"): (build, (ROOT / "docs" / "speed.md",))
+        for name, build in {"prefill": prefill_tables, "preprocess": preprocess_tables}.items()
     },
 }
 

@@ -45,6 +45,17 @@ def test_a_slow_case_takes_longer(measure):
     assert measure.median(seconds["slow"]) >= 0.02 and measure.median(seconds["fast"]) < 0.01
 
 
+def test_short_cases_get_more_rounds_up_to_a_limit(measure):
+    assert len(measure.interleave({"a": lambda: time.sleep(0.01)}, 2, 0, least_seconds=0.045)["a"]) in (4, 5)
+    assert len(measure.interleave({"a": lambda: None}, 3, 1, least_seconds=9.0)["a"]) == measure.MOST_ROUNDS
+    assert len(measure.interleave({"a": lambda: time.sleep(0.01)}, 3, 0, least_seconds=0.001)["a"]) == 3
+
+
+def test_a_busy_round_cancels_in_a_ratio_of_rounds(measure):
+    """Medians of each alone are 20 and 12, which would give 1.67."""
+    assert measure.median_ratio([10.0, 100.0, 20.0], [5.0, 50.0, 12.0]) == 2.0
+
+
 @pytest.mark.parametrize("values, expected", [([3.0, 1.0, 2.0], 2.0), ([4.0, 1.0], 2.5), ([7.0], 7.0)])
 def test_median(measure, values, expected):
     assert measure.median(values) == expected
@@ -62,13 +73,47 @@ def test_operations_and_bytes_of_a_product(measure):
     assert measure.count_work(lambda: a.view(15).view(5, 3).t()) == (0, 0)
 
 
-def test_memory_of_a_call_is_seen(measure):
+def test_attention_of_the_cpu_is_counted(measure):
+    query, key = torch.zeros(2, 4, 5, 8), torch.zeros(2, 2, 7, 8)
+    attend = torch.nn.functional.scaled_dot_product_attention
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
+        found = measure.count_work(lambda: attend(query, key, key, enable_gqa=True))[0]
+    assert found == 2 * 2 * (2 * 4 * 5 * 7 * 8)
+
+
+def test_peak_memory_is_that_of_the_tensors_held_at_once(measure):
+    def call():
+        first = torch.zeros(3 * 2**20, dtype=torch.uint8)
+        second = torch.zeros(5 * 2**20, dtype=torch.uint8)
+        del first, second
+        torch.zeros(4 * 2**20, dtype=torch.uint8)
+
+    kept = torch.zeros(2**20, dtype=torch.uint8)
+    assert measure.peak_memory(call) == pytest.approx(8 * 2**20, abs=4096)
+    assert measure.peak_memory(lambda: kept.add_(1)) < 4096
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux keeps the peak of a process")
+def test_resident_memory_of_a_call_is_seen_though_it_was_given_back(measure):
     def call():
         block = bytearray(200 * 2**20)
         block[::4096] = b"x" * len(block[::4096])
-        time.sleep(0.05)
 
-    assert 150 * 2**20 < measure.peak_memory(call) < 400 * 2**20
+    assert 180 * 2**20 < measure.peak_resident(call) < 300 * 2**20
+    assert measure.peak_resident(lambda: None) < 20 * 2**20
+
+
+@pytest.mark.slow
+def test_the_peak_of_a_program_is_not_that_of_the_one_that_started_it(measure, tmp_path):
+    script = tmp_path / "child.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(BENCHMARKS)!r})\nfrom measure import own_peak\nprint(own_peak())\n"
+    )
+    small = measure.in_subprocess(str(script), {})
+    block = bytearray(400 * 2**20)
+    block[::4096] = b"x" * len(block[::4096])
+    assert measure.in_subprocess(str(script), {}) < small + 100 * 2**20 < measure.own_peak()
+    assert block[0] == ord("x")
 
 
 @pytest.mark.parametrize(
@@ -128,11 +173,37 @@ def test_the_floor_runs_what_the_model_runs(load):
     torch.manual_seed(0)
     shared = cases.Shared(shapes.SHAPES["tiny"], "cpu")
     case = cases.ours("slime, 4 crops", shared).take([prefill.picture(336, 400)])
-    parts = case.parts_alone()
+    survey, measure = case.survey(), load("measure")
+    parts = survey.alone()
     torch.testing.assert_close(parts["language_model"](), case.prefill().logits)
     assert parts["tower"]().last_hidden_state.shape[0] == len(case.inputs["pixel_values"])
-    rest = prefill.between(case, parts)
-    assert 0 < rest < load("measure").count_work(case.prefill)[0]
+    assert survey.operations == measure.count_work(case.prefill)[0]
+    apart = [measure.count_work(part)[0] for part in parts.values()]
+    assert survey.between == survey.operations - sum(apart) > 0 and min(apart) > 0
+    again = case.survey()  # no hook of the first one is left
+    assert again.between == survey.between
+
+
+def test_every_row_has_its_floor_and_dear_models_run_once(load, monkeypatch):
+    shapes, prefill = load("shapes"), load("prefill")
+    monkeypatch.setitem(shapes.IMAGE_SIZES, "wide", [(40, 60), (30, 30), (30, 30)])
+    monkeypatch.setitem(prefill.DEAR, "monkey", "elsewhere")
+    cases = prefill.build_cases("cpu", "tiny", ["slime, 4 crops", "monkey", prefill.BASELINE])
+    rows = prefill.measure_batch(cases, "wide", 1, 1e12, "cpu")
+    assert [row["model"] for row in rows] == ["slime, 4 crops", prefill.BASELINE]
+    for row in rows:
+        assert row["floor_ms"] >= row["tower_ms"] + row["language_model_ms"] > 0
+        assert row["overhead"] == pytest.approx(row["milliseconds"] / row["floor_ms"])
+        assert row["peak_mib"] > 0 and row["rounds"] == 1
+    assert rows[1]["ratio"] == 1.0 and rows[0]["tokens"] == 2 * 720  # the first two rows of the batch
+
+
+def test_counted_ratios_are_against_the_first_model(load):
+    prefill = load("prefill")
+    rows = prefill.count_batch(prefill.build_cases("meta", "tiny", ["llava_next", "slime, 4 crops"]), "336x336")
+    assert [row["tokens"] for row in rows] == [1176, 720] and rows[0]["ratio"] == 1.0
+    assert rows[1]["ratio"] == pytest.approx(rows[1]["tera_operations"] / rows[0]["tera_operations"])
+    assert 0.4 < rows[1]["ratio"] < 0.8
 
 
 def test_ours_and_the_peer_do_the_same_work_on_equal_views(load):
