@@ -4,9 +4,9 @@
 # ///
 """First run: `make demo`. A small trained checkpoint answers five questions about large pictures.
 
-Exports checkpoints/needle-slime with its code, loads it as a stranger would, with the code that lies beside the weights,
-and prints five questions about five committed scenes of 1536 x 1536 pixels, the answers, and the right ones. Writes the
-visual tokens that reached the language model as outputs/demo/kept_tokens.png.
+Exports checkpoints/needle-slime with its code, loads that as a stranger would, with the code that lies beside the
+weights, and prints five questions about five committed scenes of 1536 x 1536 pixels, the answers, and the right ones.
+Writes the visual tokens that reached the language model as outputs/demo/kept_tokens.png.
 
     python examples/demo.py [OUTPUT] [--checkpoint FOLDER]
 """
