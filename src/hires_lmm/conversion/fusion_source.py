@@ -136,8 +136,9 @@ def _fusion_sizes(inner: dict) -> dict:
     for name in SIZES:
         read_integer(sizes, name, "imgque_config")
     for name in ("rms_norm_eps", "rope_theta"):
-        if isinstance(sizes[name], bool) or not isinstance(sizes[name], (int, float)) or not 0 < sizes[name] < 1e30:
-            raise ConversionError(f"{name}={shown(sizes[name])} of imgque_config must be a number above 0.")
+        size = sizes[name]
+        if isinstance(size, bool) or not isinstance(size, (int, float)) or not 0 < size < 1e30:
+            raise ConversionError(f"{name}={shown(size)} of imgque_config must be a number above 0.")
     keys = saved.get("num_key_value_heads") or sizes["num_attention_heads"]
     if keys != sizes["num_attention_heads"] or saved.get("rope_scaling") is not None or saved.get("attention_bias"):
         raise ConversionError(

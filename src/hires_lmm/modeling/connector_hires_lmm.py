@@ -92,9 +92,9 @@ class HiResLmmConnector(PreTrainedModel):
             rows (`int`): Tokens from now on.
             mean_resizing (`bool`): See `PreTrainedModel.resize_token_embeddings`.
         """
-        for op in self.token_ops:
-            if hasattr(op, "resize_vocabulary"):
-                op.resize_vocabulary(rows, mean_resizing)
+        followers: list[Any] = [op for op in self.token_ops if hasattr(op, "resize_vocabulary")]
+        for op in followers:
+            op.resize_vocabulary(rows, mean_resizing)
 
     def encode(self, views: ViewFeatures, embed: Callable[[torch.Tensor], torch.Tensor]) -> VisualTokens:
         """Run everything that needs neither the question nor a count that depends on content.

@@ -28,11 +28,11 @@ def last_checkpoint(folder: str | Path) -> str | None:
     Returns:
         The folder of the checkpoint; None where there is no whole one.
     """
-    found = {}
+    found: dict[int, Path] = {}
     for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        number = path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
-        if number.isdecimal() and path.is_dir():
-            found[int(number)] = path
+        step = path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
+        if step.isdecimal() and path.is_dir():
+            found[int(step)] = path
     for number in sorted(found, reverse=True):
         damage = find_damage(found[number])
         if damage is None:

@@ -140,7 +140,7 @@ class CaptionCollator:
         if key not in self._written:
             self._written[key] = self.captions(scenes.scene(number))
         whole, crops = self._written[key]
-        row = {}
+        row: dict[str, torch.Tensor] = {}
         if self.views != "crops":
             row |= {"global_views": store.pick(number, [0]), "global_captions": whole}
         if self.views != "global":

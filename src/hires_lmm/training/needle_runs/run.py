@@ -22,7 +22,7 @@ from ..checkpoints import last_checkpoint
 from ..data.needle import NeedleOptions
 from ..objectives.files import FOLDER as OBJECTIVES_FOLDER
 from ..objectives.files import WEIGHTS as OBJECTIVE_WEIGHTS
-from ..stages import Stage, matches
+from ..stages import Stage, matches, part_name
 from .captions import CaptionCollator, CaptionTrainer, SceneCaptions, can_learn_captions
 from .collator import Near, SceneCollator
 from .scenes import SceneFeatures, SceneSet, cache_scenes, near_options
@@ -249,7 +249,9 @@ def _finished(model: Any, stage: Stage, folder: Path, objectives: dict[str, Any]
         file = folder / "checkpoints" / OBJECTIVES_FOLDER / name / OBJECTIVE_WEIGHTS
         if file.is_file():
             objective.load_state_dict(load_file(file))
-    model.load_state_dict(load_file(folder / "weights" / "model.safetensors"), strict=False)
+    weights = load_file(folder / "weights" / "model.safetensors")
+    learnt = {key: weights[key] for key in weights if any(matches(part_name(key), pattern) for pattern in own)}
+    model.load_state_dict(learnt, strict=False)
     model.tie_weights()
     return json.loads((folder / DONE).read_text(encoding="utf-8"))
 
