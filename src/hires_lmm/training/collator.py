@@ -2,6 +2,7 @@
 
 import logging
 import random
+from collections.abc import Mapping
 from os import PathLike
 from typing import Any
 
@@ -343,7 +344,7 @@ def read_messages(example: dict) -> list[dict]:
     Raises:
         ValueError: If there are no messages.
     """
-    if not isinstance(example, dict):
+    if not isinstance(example, Mapping):
         raise ValueError(f"An example is a {type(example).__name__}; it must be a dict with messages.")
     if not example.get("messages"):
         raise ValueError(f"An example has the keys {', '.join(example)}, but no messages; see load_conversations.")
