@@ -94,6 +94,7 @@ def run_table(results: dict[str, list[dict[str, Any]]], runs: Sequence[str]) -> 
     lines += [[f"`{name}`", *(cell(results[r], views[r], name) for r in found)] for name in kinds]
     lines.append(["seeds", *(str(len(results[name])) for name in found)])
     stages = {name: [stage["visits"] for stage in results[name][0]["stages"]] for name in found}
+    lines.append(["scored on", *(f"{results[n][0]['scenes']} {results[n][0]['split']} scenes" for n in found)])
     lines.append(["scenes with captions", *(str(sum(stages[name][:-1])) for name in found)])
     lines.append(["scenes with questions", *(str(stages[name][-1]) for name in found)])
     seconds = {name: [sum(s["processor"] for s in r["stages"]) for r in results[name]] for name in found}
@@ -261,12 +262,14 @@ def write_evidence(folder: Path, docs: Path, split: str) -> None:
     Args:
         folder (`Path`): benchmarks/results/needle.
         docs (`Path`): The docs folder.
-        split (`str`): `validation` or `test`.
+        split (`str`): Of the sweeps, `validation` or `test`. Runs are shown on test scenes where they have been scored
+            on them, else on validation scenes.
 
     Raises:
         ValueError: If the page lacks a marker.
     """
-    results, sweeps = read_results(folder, split), read_sweeps(folder, split)
+    results = read_results(folder, "test") or read_results(folder, "validation")
+    sweeps = read_sweeps(folder, split)
     plans, views = ("alternating", "end_to_end"), ("global", "crops", "alternating")
     single = ("alternating", "queries_9", "queries_16", "queries_25", "query_former")
     routers = ("router_off", "router_noise", "router_quiet")

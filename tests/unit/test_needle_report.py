@@ -22,7 +22,8 @@ def result(name: str, seed: int, fine: int, views: str | None = None, share: flo
     stages = [{"name": "a", "visits": 10, "processor": 60.0}, {"name": "b", "visits": 30, "processor": 120.0}]
     run = {"text": f"run {name}", "views": views}
     return {
-        "name": name, "seed": seed, "run": run, "share": share, "scenes": 5, "stages": stages,
+        "name": name, "seed": seed, "run": run, "share": share, "scenes": 5, "split": "validation",
+        "stages": stages,
         "scores": {views or "all": scores},
     }  # fmt: skip
 
@@ -40,6 +41,7 @@ def test_intervals_are_t_over_seeds_and_wilson_for_one(tmp_path):
     assert "| fine questions | 85.0 ± 63.5 | 50.0 (40.4–59.6) |" in table  # 12.706 · 0.0707 / √2
     assert "| `shape` | 85.0 ± 63.5 |" in table
     assert "| scenes with captions | 10 | 10 |" in table and "| scenes with questions | 30 | 30 |" in table
+    assert "| scored on | 5 validation scenes | 5 validation scenes |" in table
     assert "| processor minutes a run | 3 | 3 |" in table
     assert needle_report.run_table(results, ("absent",)) == needle_report.NOT_RUN
 

@@ -119,6 +119,14 @@ ROWS = [
         "test_override_instance_attributes_does_not_affect_other_instances",
         "Means and deviations are tuples, which nobody can change in place.",
     ),
+    # open
+    Row(
+        "test_fsdp2_plan_vs_ddp_*",
+        "Open: one of the two processes ends; not looked into yet.",
+        fails="ProcessExitedException",
+        presets=SHARDED,
+        versions=">=5.23",
+    ),
     # what is meant to differ
     Row(
         "test_attention_outputs test_hidden_states_output",
