@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 import torch
 from rich.console import Console
-from transformers import TrainerCallback, TrainingArguments
+from transformers import DefaultFlowCallback, TrainerCallback, TrainingArguments
 
 from builders_training import conversation, conversations, losses, make_trainer, slime_parts, training_arguments
 from hires_lmm.training import HiResLmmCollator, Stage, StageCallback, cache_vision_features, get_plan, put_first
@@ -159,7 +159,8 @@ def test_numbers_reach_the_history_and_later_callbacks(tmp_path):
     stage = dataclasses.replace(stage, trainable={**stage.trainable, "lm_head": 1e-4})
     trainer = make_trainer(model, processor, stage, conversations(4), tmp_path, callbacks=[seen])
     put_first(trainer)
-    assert isinstance(trainer.callback_handler.callbacks[0], StageCallback)
+    first = [type(callback) for callback in trainer.callback_handler.callbacks[:2]]
+    assert first == [DefaultFlowCallback, StageCallback], "what decides when to log comes before what adds numbers"
     trainer.train()
     for entry in (trainer.state.log_history[0], seen.logs[0]):
         assert 0 < entry["kept_share"] < 1 and 0 < entry["gate_mlp_share"] < 1

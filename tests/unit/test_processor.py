@@ -263,3 +263,8 @@ def test_other_numbers_of_images_raise_in_the_words_of_transformers():
     words = "<image> tokens in the prompts should be the same as the number of images"
     with pytest.raises(ValueError, match=words):
         processor()(text="<image> a", images=[picture(30, 40)] * 2)
+
+
+def test_half_characters_are_named():
+    with pytest.raises(ValueError, match=r"Sample 1 holds '\\ud83d', half of a character"):
+        processor()(text=["fine", "half \ud83d"])

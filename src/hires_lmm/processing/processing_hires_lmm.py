@@ -36,6 +36,7 @@ TOWER_STATS = {
 PLANNERS_WITH_FILTERS = ("hd",)
 PLANNER_KEYS = {"name", "max_crops", "pinpoints", "unpad", "global_view", "views"}
 STAT_NAMES = ("image_mean", "image_std", "resample")
+SURROGATE = "[\ud800-\udfff]"
 LOCKS: dict[int, Lock] = {}
 """One lock a process: a forked one would inherit a lock that another thread holds for ever."""
 
@@ -188,6 +189,13 @@ class HiResLmmProcessor(ProcessorMixin):
             return
         if not text or not all(isinstance(sample, str) for sample in text):
             raise ValueError(f"text must be a string or a non-empty list of strings, not {text!r}.")
+        for number, sample in enumerate(text):
+            broken = re.search(SURROGATE, sample)
+            if broken:
+                raise ValueError(
+                    f"Sample {number} holds {broken[0]!r}, half of a character; decode its bytes as UTF-8 with "
+                    "errors='replace'."
+                )
         placeholders = [sample.count(self.image_token) for sample in text]
         if self._later_tokens is not None and max(placeholders) > 1:
             number = placeholders.index(max(placeholders))
