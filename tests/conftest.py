@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # tests import `builders*.py` by
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from transformers import PreTrainedModel  # noqa: E402
 
 
 torch.set_num_threads(1)
@@ -141,3 +142,16 @@ def seed_everything():
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+# ---- nothing of transformers stays patched
+
+TIE_WEIGHTS = PreTrainedModel.tie_weights
+
+
+@pytest.fixture(autouse=True)
+def _tie_weights_stays():
+    """transformers swaps `tie_weights` while it loads; whatever leaves the stand-in there spoils no other test."""
+    PreTrainedModel.tie_weights = TIE_WEIGHTS
+    yield
+    PreTrainedModel.tie_weights = TIE_WEIGHTS
