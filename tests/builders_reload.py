@@ -152,7 +152,8 @@ def write_case(case: Case, root: Path) -> tuple[dict, dict]:
     processor.save_pretrained(folder)
     assert (len(list(folder.glob("*.safetensors"))) > 3) == case.sharded
     expected = write_reference(reference, model, processor)
-    return {"name": case.name, "how": "model", "folder": str(folder), "reference": str(reference)}, expected
+    paths = {"folder": str(folder), "reference": str(reference)}
+    return {"name": case.name, "how": "model", "tied": case.tied, **paths}, expected
 
 
 def run_worker(jobs: list[dict], work: Path, with_package: bool, timeout: int = 600) -> dict:

@@ -151,7 +151,7 @@ TIE_WEIGHTS = PreTrainedModel.tie_weights
 
 @pytest.fixture(autouse=True)
 def _tie_weights_stays():
-    """transformers swaps `tie_weights` while it loads; whatever leaves the stand-in there spoils no other test."""
-    PreTrainedModel.tie_weights = TIE_WEIGHTS
+    """transformers swaps `tie_weights` while it loads; two loads at once would leave the stand-in there."""
     yield
-    PreTrainedModel.tie_weights = TIE_WEIGHTS
+    left, PreTrainedModel.tie_weights = PreTrainedModel.tie_weights, TIE_WEIGHTS
+    assert left is TIE_WEIGHTS, "transformers' stand-in for tie_weights was left in place; heads would not be tied"

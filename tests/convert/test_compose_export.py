@@ -90,8 +90,9 @@ def test_composing_twice_gives_the_same_model(halves, tmp_path):
     assert 0.01 < weight.std() < 0.03
 
 
-def test_a_siglip_tower_alone(halves, tmp_path):
-    vision = SiglipVisionModel(tiny_vision_config("siglip", vision_use_head=False))
+@pytest.mark.parametrize("has_head", [True, False])
+def test_a_siglip_tower_alone(halves, tmp_path, has_head):
+    vision = SiglipVisionModel(tiny_vision_config("siglip", vision_use_head=has_head))
     vision.save_pretrained(tmp_path / "siglip")
     compose(tmp_path / "siglip", halves[1], "llava_next", tmp_path / "out")
     _, info = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", output_loading_info=True)

@@ -34,10 +34,10 @@ if SRC != "-":
     import hires_lmm  # noqa: F401
 
 
-def module_map(place: str) -> dict:
-    """Where each part goes; the head stays."""
+def module_map(place: str, tied: bool) -> dict:
+    """Where each part goes; the head stays, unless its weights are those of the word embeddings."""
     parts = ("model.vision_tower", "model.connector", "model.language_model")
-    return {"lm_head": "cpu", **dict.fromkeys(parts, place)}
+    return {"lm_head": place if tied else "cpu", **dict.fromkeys(parts, place)}
 
 
 def load(job: dict):
@@ -46,7 +46,7 @@ def load(job: dict):
     if "dtype" in job:
         options["dtype"] = job["dtype"]
     if how == "disk":
-        options.update(device_map=module_map("disk"), offload_folder=job["offload"])
+        options.update(device_map=module_map("disk", job["tied"]), offload_folder=job["offload"])
     auto = AutoModel if how == "base" else AutoModelForImageTextToText
     if how == "peft":
         from peft import PeftModel

@@ -16,10 +16,6 @@ from hires_lmm.training import Stage
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # by PEFT
 STAGE = Stage("mine", {"connector": 1e-3, "language_model": 1e-3, "lm_head": 1e-3}, expert="mixture")
 OFFLOADED = [case for case in DIAGONAL if case.preset in ("slime", "fusion", "vlsa", "llava_hd")]
-OPEN = pytest.mark.xfail(
-    reason="Open: with a head tied to the word embeddings, accelerate finds one of the two on the meta device.",
-    strict=False,  # CPU offload of vlsa works
-)
 
 
 def job(how: str, like: dict, **changes) -> dict:
@@ -134,7 +130,7 @@ def test_the_model_without_its_head(found, case):
 
 
 @pytest.mark.parametrize("how", ["disk", "cpu_offload"])
-@pytest.mark.parametrize("case", [pytest.param(case, id=case.name, marks=[OPEN] * case.tied) for case in OFFLOADED])
+@pytest.mark.parametrize("case", OFFLOADED, ids=lambda case: case.name)
 def test_offloaded_weights(found, case, how):
     check_same(found(f"{how}:{case.name}")["model"], found.prefix)
 

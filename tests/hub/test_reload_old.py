@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
 from hires_lmm import HiResLmmConfig
 
@@ -68,6 +69,18 @@ def test_saving_it_again_changes_no_weight(folder, tmp_path):
     assert all(torch.equal(tensor, again[name]) for name, tensor in states.items())
 
 
+def test_the_pooling_head_of_siglip_is_left_out():
+    folder = ROOT / "3_vision_chunk_size_siglip"
+    name = "model.vision_tower.head.probe"
+    with safe_open(folder / "model.safetensors", framework="pt") as stored:
+        assert name in set(stored.keys())
+    model, info = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values())
+    assert not [key for key in model.state_dict() if key.startswith("model.vision_tower.head")]
+    base, info = AutoModel.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()) and not hasattr(base.vision_tower, "head")
+
+
 def test_the_newest_format_has_a_checkpoint():
     """A field that no folder knows is a new format: add a folder (see the README there)."""
     known = set().union(*(json.loads((folder / "config.json").read_text()) for folder in FOLDERS))
@@ -76,7 +89,7 @@ def test_the_newest_format_has_a_checkpoint():
 
 
 def test_the_folders_are_small_and_hold_no_code():
-    assert len(FOLDERS) == 4
+    assert len(FOLDERS) == 5
     for folder in FOLDERS:
         files = list(folder.iterdir())
         assert sum(file.stat().st_size for file in files) < 100_000

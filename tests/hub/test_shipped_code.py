@@ -35,7 +35,7 @@ STANDARD = {  # module -> names that may be taken from it; None: the module itse
     "math": None,
     "os": {"PathLike", "getpid", "path"},
     "re": None,
-    "threading": {"Lock", "local"},
+    "threading": {"Lock", "RLock", "local"},
     "time": None,
     "typing": {"Any", "Literal", "NamedTuple", "cast"},
     "weakref": {"WeakKeyDictionary"},

@@ -26,7 +26,8 @@ KNOWN_TOWERS = {
 """Sizes of the tower that every published SliME model uses, so that a full checkpoint converts without a network."""
 
 COMPOSITES = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
-_BUFFERS = ("embeddings.position_ids",)
+_UNREAD = ("embeddings.position_ids", "head.")
+"""Beginnings of names that no model of ours has: a buffer, and SigLIP's pooling head."""
 
 
 def tower_config(values: dict, name: str) -> Any:
@@ -58,7 +59,7 @@ def tower_config(values: dict, name: str) -> Any:
 
 
 def tower_entries(folder: Path) -> Entries:
-    """The weights of a vision tower, named as in the tower alone.
+    """The weights of a vision tower, named as in the tower alone, without a pooling head.
 
     Args:
         folder (`Path`): A tower, or a model of image and text, whose text side is left out.
@@ -70,7 +71,7 @@ def tower_entries(folder: Path) -> Entries:
     inside = {key.removeprefix("vision_model."): entry for key, entry in entries.items() if key.startswith("vision_")}
     inside = {key: entry for key, entry in inside.items() if f"vision_model.{key}" in entries}
     found = inside or entries
-    found = {key: entry for key, entry in found.items() if key not in _BUFFERS}
+    found = {key: entry for key, entry in found.items() if not key.startswith(_UNREAD)}
     if "embeddings.patch_embedding.weight" not in found:
         raise ConversionError(f"{folder.name} holds no vision tower: it has no embeddings.patch_embedding.weight.")
     return found

@@ -213,6 +213,7 @@ class HiResLmmConfig(PreTrainedConfig):
             check_dtype(dtype, where)
         super().__post_init__(**kwargs)
         self._check_halves()
+        self._drop_pooling_head()
         self.planner = self.planner if self.planner is not None else {"name": "slime"}
         self.auto_map = {**AUTO_MAP, **(self.auto_map or {})}
         if self.text_config.tie_word_embeddings:
@@ -240,6 +241,13 @@ class HiResLmmConfig(PreTrainedConfig):
                 f"vision_config has image_size={self.vision_config.image_size} and "
                 f"patch_size={self.vision_config.patch_size}; a view must have 1 to {GRID_LIMIT} patches a side."
             )
+
+    def _drop_pooling_head(self) -> None:
+        """Leave out the pooling head of SigLIP: nothing reads it, it gets no gradients, and offloading breaks it."""
+        tower = self.vision_config
+        if tower.model_type.startswith("siglip") and getattr(tower, "vision_use_head", True):
+            self.vision_config = deepcopy(tower)
+            self.vision_config.vision_use_head = False
 
     @classmethod
     def from_preset(

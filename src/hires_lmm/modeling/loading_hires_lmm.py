@@ -1,6 +1,8 @@
 """Loading that refuses what does not fit: no model starts with random weights unnoticed."""
 
 from collections.abc import Iterable
+from os import getpid
+from threading import RLock
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from transformers.integrations import is_fsdp_enabled
 from .configuration_hires_lmm import check_dtype
 
 
+LOCKS: dict[int, Any] = {}  # by process: a lock that was held while a process forked stays locked in the copy
 SHOWN_NAMES = 5
 PEFT_MARKS = ("lora_", "base_layer", "modules_to_save", "original_module")
 ON_PURPOSE = (
@@ -39,6 +42,9 @@ class HiResLmmLoadingMixin:
     ) -> Any:
         """Load a checkpoint; see `PreTrainedModel.from_pretrained`.
 
+        Threads load one after another: transformers swaps functions of its classes meanwhile, and two loads at once
+        would leave a stand-in there for good, after which no head is tied to its word embeddings.
+
         Args:
             pretrained_model_name_or_path (`str`): Folder or Hub id, of a model or of an adapter for one; None with an
                 empty `state_dict` makes a new model.
@@ -59,13 +65,14 @@ class HiResLmmLoadingMixin:
             if kwargs.get(name) != "auto":
                 check_dtype(kwargs.get(name), name)
         loader: Any = super()
-        model, info = loader.from_pretrained(
-            pretrained_model_name_or_path,
-            *model_args,
-            ignore_mismatched_sizes=True,  # the error below names the tensors, that of transformers does not
-            output_loading_info=True,
-            **kwargs,
-        )
+        with LOCKS.setdefault(getpid(), RLock()):
+            model, info = loader.from_pretrained(
+                pretrained_model_name_or_path,
+                *model_args,
+                ignore_mismatched_sizes=True,  # the error below names the tensors, that of transformers does not
+                output_loading_info=True,
+                **kwargs,
+            )
         weights = model.__dict__.pop("_weights_info", info)
         is_new = pretrained_model_name_or_path is None and not kwargs.get("state_dict")
         for found in [weights] if weights is info else [weights, info]:

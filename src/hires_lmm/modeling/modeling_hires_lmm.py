@@ -27,7 +27,7 @@ from .outputs_hires_lmm import (
 )
 from .packing_hires_lmm import expand, pack, plan_batch
 from .question_hires_lmm import PromptText, build_question
-from .tower_hires_lmm import run_tower
+from .tower_hires_lmm import POOLING_HEAD, run_tower
 from .views_hires_lmm import (
     ImageGeometry,
     Question,
@@ -78,7 +78,7 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
         config (`HiResLmmConfig`): The configuration.
     """
 
-    _keys_to_ignore_on_load_unexpected = [r"^lm_head"]
+    _keys_to_ignore_on_load_unexpected = [r"^lm_head", POOLING_HEAD]
 
     def __init__(self, config: HiResLmmConfig):
         super().__init__(config)
