@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from builders import tiny_config, tiny_model
+from builders import make_batch, random_image, tiny_config, tiny_model, tiny_processor, tiny_vision_config
 from builders_training import query_former_config, slime_config, slime_parts, training_arguments
 from hires_lmm.training import Alternation, Stage, alternating_scheduler, get_plan, set_expert, summarise
 from hires_lmm.training.callbacks import check_optimizer
@@ -50,6 +50,22 @@ def test_every_stage_of_every_plan_is_golden_data(plan):
     golden = json.loads(GOLDEN.read_text())
     for column in COLUMNS:
         assert describe(plan, column) == golden[f"{plan}/{column}"], f"{plan}/{column} changed"
+
+
+@pytest.mark.parametrize("tower", ["clip", "siglip"])
+@pytest.mark.parametrize("layer", [-1, -2, 1])
+def test_what_no_gradient_reaches_is_not_trained(tower, layer):
+    vision = tiny_vision_config(tower, layers=3)
+    model = tiny_model(tiny_config("llava_next", vision=vision, vision_feature_layer=layer))
+    batch = make_batch(tiny_processor(model.config), [("<image>What is it?", [random_image(60, 90)])])
+    model(**batch).logits.sum().backward()
+    tower = model.model.vision_tower
+    reached = {f"vision_tower.{name}" for name, parameter in tower.named_parameters() if parameter.grad is not None}
+    stage = Stage("mine", {"vision_tower": 1e-4})
+    assert {part_name(name) for name, _ in stage.parameters(model)["vision_tower"]} == reached
+    stage.apply(model)
+    assert {f"vision_tower.{name}" for name, parameter in tower.named_parameters() if parameter.requires_grad} == reached
+    assert 0 < len(reached) < len(list(tower.parameters()))
 
 
 def test_table_7_is_written_as_printed():

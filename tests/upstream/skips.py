@@ -119,10 +119,11 @@ ROWS = [
         "test_override_instance_attributes_does_not_affect_other_instances",
         "Means and deviations are tuples, which nobody can change in place.",
     ),
-    # open
+    # what fails outside of this package
     Row(
         "test_fsdp2_plan_vs_ddp_*",
-        "Open: one of the two processes ends; not looked into yet.",
+        "The test trains the last layer of the tower as well, which is not read: it has no optimizer state to save. Stages "
+        "leave it out; frozen by hand, `untied` equals DDP, and `tied` differs as that of LlamaForCausalLM does.",
         fails="ProcessExitedException",
         presets=SHARDED,
         versions=">=5.23",

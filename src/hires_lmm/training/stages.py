@@ -261,14 +261,33 @@ def learnable_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]
         model (`nn.Module`): The model, bare or wrapped.
 
     Returns:
-        All floating-point parameters; in a PEFT model only adapters, the copies in `modules_to_save` and objectives.
+        All floating-point parameters but those that no gradient reaches (`unread_parameters`); in a PEFT model only
+        adapters, the copies in `modules_to_save` and objectives.
     """
-    pairs = list(model.named_parameters(remove_duplicate=False))
+    unread = unread_parameters(find_base(model))
+    pairs = [pair for pair in model.named_parameters(remove_duplicate=False) if id(pair[1]) not in unread]
     has_peft = any(_is_peft_parameter(name) for name, _ in pairs)
     for name, parameter in pairs:
         chosen = not has_peft or _is_peft_parameter(name) or part_name(name).startswith("objectives.")
         if parameter.is_floating_point() and chosen:
             yield name, parameter
+
+
+def unread_parameters(base: Any) -> set[int]:
+    """What the tower computes after the layer that is read: it gets no gradients and would have no optimizer state.
+
+    Args:
+        base (`nn.Module`): A `HiResLmmModel`.
+
+    Returns:
+        `id` of each parameter.
+    """
+    tower, layer = base.vision_tower, base.config.vision_feature_layer
+    depth = tower.config.num_hidden_layers
+    read = layer + depth + 1 if layer < 0 else layer  # 0 are the embeddings
+    lists = [module for module in tower.modules() if isinstance(module, nn.ModuleList) and len(module) == depth]
+    norms = [module for name, module in tower.named_modules() if name.rpartition(".")[2] == "post_layernorm"]
+    return {id(parameter) for module in (*lists[0][read:], *norms) for parameter in module.parameters()}
 
 
 def _is_peft_parameter(name: str) -> bool:
