@@ -264,9 +264,10 @@ def stream_answer(
 def _generate(generate: Callable, options: dict, streamer: TextIteratorStreamer, errors: list[BaseException]) -> None:
     try:
         generate(**options)
-    except Exception as error:  # raised again where the pieces are read
+    except BaseException as error:  # raised again where the pieces are read
         errors.append(error)
-        streamer.end()
+    finally:  # not end(), which decodes first and may fail as well
+        streamer.on_finalized_text("", stream_end=True)
 
 
 def _text_inputs(model: Any, prepared: Prepared) -> dict[str, torch.Tensor]:

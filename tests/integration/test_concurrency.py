@@ -382,6 +382,28 @@ def test_streams_and_pages_in_threads():
     assert turns == [wanted[2] for wanted in expected[:2]]
 
 
+def test_a_stream_that_cannot_decode_ends_with_the_error(monkeypatch):
+    model, processor = shared("slime")
+    prepared = prepare(processor, [random_image(60, 90)], QUESTIONS[0])
+
+    def refuse(*args, **kwargs):
+        raise RuntimeError("no text today")
+
+    monkeypatch.setattr(processor.tokenizer, "decode", refuse)
+    errors = []
+
+    def read():
+        try:
+            list(stream_answer(model, processor, prepared, 4))
+        except RuntimeError as error:
+            errors.append(str(error))
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    reader.join(30)
+    assert errors == ["no text today"]
+
+
 def test_a_visitor_who_leaves_and_one_who_errs_disturb_nobody():
     model, processor = shared("slime")
     picture = Image.new("RGB", (90, 60), (200, 30, 30))
