@@ -123,7 +123,7 @@ ROWS = [
     Row(
         "test_fsdp2_plan_vs_ddp_*",
         "The test trains the last layer of the tower as well, which is not read: it has no optimizer state to save. "
-        "Stages leave it out; frozen by hand, `untied` equals DDP, and `tied` differs as that of LlamaForCausalLM does.",
+        "Stages leave it out; frozen by hand, `untied` equals DDP, and `tied` differs as LlamaForCausalLM does.",
         fails="ProcessExitedException",
         presets=SHARDED,
         versions=">=5.23",
