@@ -30,6 +30,7 @@ STANDARD = {  # module -> names that may be taken from it; None: the module itse
     "dataclasses": {"asdict", "dataclass", "field", "fields", "replace"},
     "functools": {"lru_cache"},
     "importlib.util": {"find_spec"},  # whether triton is there; it imports nothing
+    "inspect": {"signature"},
     "io": {"BytesIO"},
     "itertools": {"accumulate", "pairwise"},
     "math": None,

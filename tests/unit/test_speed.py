@@ -1,8 +1,11 @@
 """What makes the model fast keeps its values: checks and scores in one pass over large tensors."""
 
+import inspect
+
 import pytest
 import torch
 
+from builders import make_batch, random_image, tiny_config, tiny_model, tiny_processor
 from hires_lmm.modeling.routers_hires_lmm import cosine_scores, saliency_scores
 from hires_lmm.modeling.views_hires_lmm import all_finite
 
@@ -43,3 +46,26 @@ def test_checks_and_scores_copy_no_features():
     )
     for call in calls:
         assert largest_block(call) <= 5000 * 8 < features.nbytes / 100
+
+
+def test_decoding_reads_no_signature_anew(monkeypatch):
+    """For custom code the library asks for the signature of `forward` with every token."""
+    model = tiny_model(tiny_config("llava_next"))
+    processor = tiny_processor(model.config)
+    batch = make_batch(processor, [("<image>What is it?", [random_image(60, 90)])])
+    forward = type(model).forward
+    monkeypatch.delattr(forward, "__signature__", raising=False)
+    wanted, read, counts = inspect.signature(forward), [], []
+    original = inspect._signature_from_function
+
+    def noted(cls, function, **options):
+        read.append(function)
+        return original(cls, function, **options)
+
+    monkeypatch.setattr(inspect, "_signature_from_function", noted)
+    for number in (2, 12):
+        model.generate(**batch, max_new_tokens=number, min_new_tokens=number, do_sample=False)
+        counts.append(read.count(inspect.unwrap(forward)))
+        read.clear()
+    assert counts[0] > 0 == counts[1]
+    assert inspect.signature(forward) == wanted

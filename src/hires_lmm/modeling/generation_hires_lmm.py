@@ -1,6 +1,7 @@
 """What `generate` needs to know about a prompt that changes its length inside the model: four hooks."""
 
 import copy
+from inspect import signature
 from typing import Any, cast
 
 import torch
@@ -75,6 +76,9 @@ class HiResLmmGenerationMixin(GenerationMixin):
         generation_config: GenerationConfig,
     ) -> dict[str, Any]:
         """Encode images once; work on a copy of the caller's features and note where the prompt ends."""
+        forward = type(self).forward
+        if not hasattr(forward, "__signature__"):  # of custom code the library reads it anew for every token
+            forward.__signature__ = signature(forward)
         model_kwargs["mm_encoder_outputs"] = check_encoder_outputs(model_kwargs.get("mm_encoder_outputs"))
         ids = inputs_tensor if inputs_tensor.ndim == 2 else model_kwargs.get("input_ids")
         has_ids, has_pixels = ids is not None and ids.shape[1] > 0, model_kwargs.get("pixel_values") is not None
