@@ -111,8 +111,8 @@ ROWS = [
         "Tasks of other models; `any-to-any` takes the same inputs as `image-text-to-text`, but needs torchvision.",
     ),
     Row(
-        "test_apply_chat_template_audio* test_chat_template_audio* test_get_*_audio test_kwargs_*_audio test_overlapping_*_audio "
-        "test_*structured_*_audio test_subprocessor_*_audio test_apply_chat_template_*video* "
+        "test_apply_chat_template_audio* test_chat_template_audio* test_get_*_audio test_kwargs_*_audio "
+        "test_overlapping_*_audio test_*structured_*_audio test_subprocessor_*_audio test_apply_chat_template_*video* "
         "test_*_videos test_*_call_video",
         "The processor reads images and text.",
     ),
