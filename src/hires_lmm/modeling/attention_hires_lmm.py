@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers import initialization as init
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils.generic import maybe_autocast
 
 
 HEAD_WIDTH = 128
@@ -153,12 +154,23 @@ def resize_positions(table: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor
     Returns:
         `(rows * cols, D)` in the dtype of the table.
     """
-    side = math.isqrt(table.shape[0])
+    side, width = math.isqrt(table.shape[0]), table.shape[1]
     if (side, side) == tuple(grid):
         return table
-    image = table.float().unflatten(0, (side, side)).permute(2, 0, 1)[None]
-    image = nn.functional.interpolate(image, size=tuple(grid), mode="bicubic", align_corners=False)
-    return image[0].permute(1, 2, 0).flatten(0, 1).to(table.dtype)
+    rows, columns = (_bicubic_weights(side, number, table.device) for number in grid)
+    with maybe_autocast(table.device.type, enabled=False):
+        stretched = (rows @ table.float().view(side, side * width)).view(grid[0], side, width)
+        return (columns @ stretched).flatten(0, 1).to(table.dtype)
+
+
+def _bicubic_weights(side: int, wanted: int, device: torch.device) -> torch.Tensor:
+    """What each of `side` points on a line gives to each of `wanted` points, `(wanted, side)`.
+
+    Two products with them take a small part of the time of the bicubic operation on a table of many channels.
+    """
+    points = torch.eye(side, dtype=torch.float32, device=device)[None, :, :, None]
+    line = nn.functional.interpolate(points, size=(wanted, 1), mode="bicubic", align_corners=False)
+    return line[0, :, :, 0].T
 
 
 class HiResLmmQueryFormer(nn.Module):
