@@ -62,6 +62,7 @@ class Case:
         name (`str`): In tables.
         model (`nn.Module`): With its head.
         tower, language_model (`nn.Module`): Parts of it that also run alone.
+        between (`nn.Module`, *optional*): A whole model between them, as the transformer of fusion; it runs alone too.
         encode (`Callable`): Images, one a row -> inputs of `forward`, on the device.
         inputs (`dict`): Of the batch at hand.
         tokens (`list[int]`): Placeholders of each row.
@@ -74,6 +75,7 @@ class Case:
     encode: Callable[[list], tuple[dict, list[int]]]
     inputs: dict = field(default_factory=dict)
     tokens: list = field(default_factory=list)
+    between: Any = None
 
     def take(self, images: list[Image.Image]) -> "Case":
         """A case with the inputs of a batch."""
@@ -89,6 +91,7 @@ class Case:
         """Run one prefill and note what goes into tower and language model, and the operations of each module."""
         counter, seen, spent = operation_counter(), {}, Counter()
         named = {"tower": self.tower, "language_model": self.language_model, "head": self.model.lm_head}
+        named |= {} if self.between is None else {"between": self.between}
 
         def enter(name: str, args: tuple, kwargs: dict) -> None:
             seen.setdefault(name, (args, dict(kwargs)))
@@ -107,7 +110,8 @@ class Case:
         for handle in handles:
             handle.remove()
         seen["tower"][1].pop("output_hidden_states", None)
-        seen["language_model"][1].update(past_key_values=None, use_cache=True)
+        for name in seen.keys() & {"language_model", "between"}:
+            seen[name][1].update(past_key_values=None, use_cache=True)
         total = counter.get_total_flops()
         return Survey(self, seen, total, total - sum(spent.values()))
 
@@ -120,7 +124,7 @@ class Survey:
         case (`Case`): The model and its inputs.
         seen (`dict`): Positional and named arguments of `tower` and `language_model`.
         operations (`int`): Counted in all.
-        between (`int`): Those outside tower, language model and head.
+        between (`int`): Those outside tower, language model, head and what else runs alone.
     """
 
     case: Case
@@ -129,7 +133,7 @@ class Survey:
     between: int
 
     def alone(self) -> dict[str, Callable[[], Any]]:
-        """Tower and language model on exactly what the prefill gives them, as calls of their own."""
+        """Whole models on exactly what the prefill gives them, as calls of their own."""
         case = self.case
 
         def tower() -> Any:
@@ -142,7 +146,13 @@ class Survey:
             with torch.no_grad():
                 return case.model.lm_head(case.language_model(*args, **kwargs)[0][:, -1:])
 
-        return {"tower": tower, "language_model": language_model}
+        def between() -> Any:
+            args, kwargs = self.seen["between"]
+            with torch.no_grad():
+                return case.between(*args, **kwargs)
+
+        calls = {"tower": tower, "language_model": language_model}
+        return calls if case.between is None else {**calls, "between": between}
 
 
 class Shared:
@@ -201,7 +211,8 @@ def ours(name: str, shared: Shared) -> Case:
             rows.pop("attention_mask")
         return {**rows, **views}, counts
 
-    return Case(name, model, model.model.vision_tower, model.model.language_model, encode)
+    between = model.model.connector.token_ops[0].model if name == "fusion" else None
+    return Case(name, model, model.model.vision_tower, model.model.language_model, encode, between=between)
 
 
 def ours_known() -> list[str]:

@@ -7,7 +7,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
@@ -87,16 +87,16 @@ def median_ratio(above: list[float], below: list[float]) -> float:
     return median([one / other for one, other in zip(above, below, strict=True)])
 
 
-def floor_seconds(tower: float, language_model: float, operations: float, rate: float) -> float:
-    """The least time a prefill could take: tower and language model alone, the rest at the rate of matrix products.
+def floor_seconds(alone: Iterable[float], operations: float, rate: float) -> float:
+    """The least time a prefill could take: whole models alone, the rest at the rate of matrix products.
 
     Args:
-        tower (`float`): Seconds of the vision tower alone on the same views.
-        language_model (`float`): Seconds of the language model alone on as many tokens.
+        alone (iterable of `float`): Seconds of tower, language model and any other whole model alone, on the same
+            views and as many tokens.
         operations (`float`): Counted operations of everything between.
         rate (`float`): Operations a second of a large matrix product, measured in the same run.
     """
-    return tower + language_model + operations / rate
+    return sum(alone) + operations / rate
 
 
 def matrix_rate(device: str, dtype: torch.dtype, size: int, repeats: int = 5) -> float:

@@ -2,11 +2,13 @@
 
     python benchmarks/prefill.py                  small models on the CPU, at most 5 minutes on two idle cores
     python benchmarks/prefill.py --shapes wide    ours and llava_next, wider, at one size; at most 5 minutes
+    python benchmarks/prefill.py --shapes deep    the same at true depth with all widths / 16
     python benchmarks/prefill.py --count          operations of the true sizes, counted without computing; a minute
     python benchmarks/prefill.py --device cuda    CLIP ViT-L/14-336 with Llama-3-8B shapes, bfloat16, random weights
 
-The floor is what cannot be avoided: the tower alone on the same views, the language model alone on as many tokens, and
-the counted operations of everything between at the rate of a large matrix product, all measured in the same run.
+The floor is what cannot be avoided: the tower alone on the same views, the language model alone on as many tokens, in
+fusion its transformer alone, and the counted operations of everything else at the rate of a large matrix product, all
+measured in the same run.
 Overhead = time / floor, the median over the rounds; transformers' models but llava_next have theirs from one round.
 Peak memory: tensors above weights and inputs. Pixels are prepared beforehand (`preprocess.py` times that). On the CPU
 the mixed batch has its first two rows, and the preset's 6 x 6 crops are taken at one size.
@@ -60,7 +62,8 @@ MOST_ROWS = {"cpu": 2, "cuda": 4}
 DEAR = {"slime, 6x6": "2048x2048"}
 """Models that are timed at one size only on the CPU."""
 
-WIDE_IMAGES = ("1024x1024",)
+OTHER_IMAGES = ("1024x1024",)
+"""What other shapes than those of the device are timed on, without the other models of transformers."""
 LEAST_SECONDS = {"cpu": 6.0, "cuda": 10.0}
 COUNTED = ("llava_next", "slime, 4 crops", "slime, 4 crops, 144 local", "slime, 6x6", "slime_release", "monkey")
 """Ours that run on `meta`; `llava_next` does the very work of transformers' llava_next (a test holds that)."""
@@ -147,9 +150,9 @@ def measure_batch(
     seconds = time_rounds(calls, repeats, device, least_seconds)
     rows = []
     for key, survey in surveys.items():
-        alone = zip(seconds[f"{key}/tower"], seconds[f"{key}/language_model"], strict=True)
+        alone = zip(*(values for part, values in seconds.items() if part.startswith(f"{key}/")), strict=True)
         times, base = seconds[key], seconds.get(BASELINE)
-        floors = [floor_seconds(tower, language, survey.between, rate) for tower, language in alone]
+        floors = [floor_seconds(parts, survey.between, rate) for parts in alone]
         rows.append(
             {
                 "images": name,
@@ -217,7 +220,7 @@ def main() -> None:
         "--images",
         nargs="*",
         choices=tuple(IMAGE_SIZES),
-        help="by default all; 1024x1024 for wide models, 2048x2048 to count",
+        help="by default all; 1024x1024 for other shapes, 2048x2048 to count",
     )
     parser.add_argument("--models", nargs="*", help="names of models; all by default")
     arguments = parser.parse_args()
@@ -230,11 +233,12 @@ def main() -> None:
             rows += count_batch(cases, name)
         write(rows, "prefill_counted", COUNTED_COLUMNS, "tera_operations", "counted operations of a prefill")
         return
-    models = arguments.models or (None if shapes != "wide" else [*ours_known(), BASELINE])
+    is_other = shapes not in (device, "tiny")
+    models = arguments.models or ([*ours_known(), BASELINE] if is_other else None)
     cases = build_cases(device, shapes, models)
     rate = matrix_rate(device, SHAPES[shapes].dtype, MATRIX[device])
-    for name in arguments.images or (IMAGE_SIZES if shapes != "wide" else WIDE_IMAGES):
-        least = LEAST_SECONDS[device] if shapes != "wide" else 0.0
+    for name in arguments.images or (OTHER_IMAGES if is_other else IMAGE_SIZES):
+        least = 0.0 if is_other else LEAST_SECONDS[device]
         rows += measure_batch(cases, name, arguments.repeats, rate, device, least)
     title = f"prefill, {device}, shapes {shapes}, {rate / 1e9:.0f} Gop/s in matrix products"
     stem = "_".join(["prefill", *([] if shapes == device else [shapes]), device])

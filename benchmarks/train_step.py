@@ -143,8 +143,8 @@ def measure_stage(name: str, model: Any, processor: Any, settings: argparse.Name
     parts = {"step": step, "floor": floor, "tower": tower_alone}
     seconds = interleave(parts, settings.repeats, 0, settings.device)
     least = [
-        floor_seconds(tower_seconds, rest, 3 * max(connector, 0), rate)
-        for tower_seconds, rest in zip(seconds["tower"], seconds["floor"], strict=True)
+        floor_seconds(alone, 3 * max(connector, 0), rate)
+        for alone in zip(seconds["tower"], seconds["floor"], strict=True)
     ]
     return {
         "stage": name,

@@ -48,6 +48,14 @@ SPEED = {
         "overhead": "time / floor",
         "peak_mib": "peak MiB",
     },
+    "prefill_deep": {
+        "images": "image",
+        "model": "model",
+        "tokens": "visual tokens",
+        "ratio": "time / llava_next",
+        "overhead": "time / floor",
+        "peak_mib": "peak MiB",
+    },
     "parts": {
         "part": "part",
         "milliseconds": "ms",
@@ -109,6 +117,7 @@ SPEED = {
 COMMANDS = {
     "prefill_counted": "python benchmarks/prefill.py --count",
     "prefill_wide": "python benchmarks/prefill.py --shapes wide",
+    "prefill_deep": "python benchmarks/prefill.py --shapes deep",
     "train_step_deep": "python benchmarks/train_step.py --shapes deep --batch 1",
 }
 """Benchmark -> how it is run, where that is not its name."""

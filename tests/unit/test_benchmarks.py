@@ -62,8 +62,8 @@ def test_median(measure, values, expected):
 
 
 def test_the_floor_is_the_sum_of_what_cannot_be_avoided(measure):
-    assert measure.floor_seconds(0.5, 2.0, 3e9, 1e9) == pytest.approx(5.5)
-    assert measure.floor_seconds(0.0, 1.0, 0, 1e12) == 1.0
+    assert measure.floor_seconds([0.5, 2.0], 3e9, 1e9) == pytest.approx(5.5)
+    assert measure.floor_seconds([1.0], 0, 1e12) == 1.0
 
 
 def test_operations_and_bytes_of_a_product(measure):
@@ -167,18 +167,20 @@ def test_every_model_is_built_at_true_size_on_meta(load):
         assert 3e8 < cases.num_parameters(case.tower) < 6e8, case.name
 
 
-def test_the_floor_runs_what_the_model_runs(load):
-    """Tower and language model alone see the inputs of the whole model and give the same logits."""
+@pytest.mark.parametrize("name, alone", [("slime, 4 crops", 2), ("fusion", 3)])
+def test_the_floor_runs_what_the_model_runs(load, name, alone):
+    """Whole models alone see the inputs that they have in the prefill and give the same logits."""
     cases, shapes, prefill = load("cases"), load("shapes"), load("prefill")
     torch.manual_seed(0)
     shared = cases.Shared(shapes.SHAPES["tiny"], "cpu")
-    case = cases.ours("slime, 4 crops", shared).take([prefill.picture(336, 400)])
+    case = cases.ours(name, shared).take([prefill.picture(336, 400)])
     survey, measure = case.survey(), load("measure")
     parts = survey.alone()
     torch.testing.assert_close(parts["language_model"](), case.prefill().logits)
     assert parts["tower"]().last_hidden_state.shape[0] == len(case.inputs["pixel_values"])
     assert survey.operations == measure.count_work(case.prefill)[0]
     apart = [measure.count_work(part)[0] for part in parts.values()]
+    assert len(apart) == alone
     assert survey.between == survey.operations - sum(apart) > 0 and min(apart) > 0
     again = case.survey()  # no hook of the first one is left
     assert again.between == survey.between
