@@ -20,9 +20,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 
-DEFAULT_MAX_CROPS = 6
-MAX_CROPS_NOTE = f"max_crops={DEFAULT_MAX_CROPS} is the default of this command; --max-crops sets another."
-
 app = typer.Typer(
     help="High-resolution multimodal models: ask about images, count and see their tokens, convert checkpoints.",
     no_args_is_help=True,
@@ -53,7 +50,9 @@ class Dtype(str, Enum):
 
 Checkpoint = Annotated[str, typer.Argument(help="Folder or Hub id of a hires_lmm checkpoint.", show_default=False)]
 Budget = Annotated[int | None, typer.Option(min=1, help="Budget: most tokens of one image, exact.")]
-MaxCrops = Annotated[int | None, typer.Option(min=1, help=f"Most crops of one image. [default: {DEFAULT_MAX_CROPS}]")]
+MaxCrops = Annotated[
+    int | None, typer.Option(min=1, help="Most crops of one image. [default: as the checkpoint has it]")
+]
 DtypeOption = Annotated[Dtype, typer.Option(help="Number format of the weights; auto = as saved.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... [default: CUDA where there is one]")]
 Trust = Annotated[bool, typer.Option(help="Run code that comes with the checkpoint; not needed for hires_lmm's own.")]
@@ -135,10 +134,8 @@ def _progress() -> Iterator[Callable[[int, int, str], None]]:
 
 
 def _images_kwargs(max_crops: int | None, max_image_tokens: int | None) -> dict[str, int]:
-    if max_crops is None:
-        notes.print(f"[dim]{MAX_CROPS_NOTE}[/]")
-    options = {"max_crops": DEFAULT_MAX_CROPS if max_crops is None else max_crops}
-    return options if max_image_tokens is None else {**options, "max_image_tokens": max_image_tokens}
+    options = {"max_crops": max_crops, "max_image_tokens": max_image_tokens}
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _describe(image: Any, name: str, num_tokens: int, full_tokens: int) -> str:

@@ -14,7 +14,7 @@ from transformers import CLIPVisionConfig, GenerationConfig, LlamaConfig, PreTra
 
 from .modeling.configuration_hires_lmm import PRESETS, HiResLmmConfig
 from .modeling.modeling_hires_lmm import HiResLmmForConditionalGeneration
-from .processing.chat_templates_hires_lmm import CHAT_TEMPLATES, answer_prefix_ids, question_prefix_ids
+from .processing.chat_templates_hires_lmm import CHAT_TEMPLATES
 from .processing.processing_hires_lmm import HiResLmmProcessor
 
 
@@ -106,8 +106,6 @@ def build_demo_checkpoint(folder: str | Path, preset: str = "slime", seed: int =
     tokenizer = build_byte_tokenizer()
     config = demo_config(tokenizer, preset)
     processor = HiResLmmProcessor.from_config(config, tokenizer)
-    config.answer_prefix_ids = answer_prefix_ids(processor)
-    config.question_prefix_ids = question_prefix_ids(processor)
     model = HiResLmmForConditionalGeneration(config).eval()
     _randomise(model, seed)
     model.generation_config = _printable_generation(tokenizer)

@@ -9,7 +9,7 @@ from .inference import encode_images, map_tokens, prepare, stream_answer
 from .visualize import draw_token_map
 
 
-MAX_CROPS = 6
+MOST_CROPS = 36
 HIGHEST_BUDGET = 4096
 MAX_NEW_TOKENS = 256
 PICTURE_WIDTH = 1400
@@ -28,7 +28,7 @@ def answer_question(
         image (`PIL.Image.Image`, *optional*): What the visitor gave.
         question (`str`): The visitor's text.
         budget (`int`): Most tokens of the image; 0 = no budget.
-        max_crops (`int`): Most crops.
+        max_crops (`int`): Most crops; 0 = as the checkpoint has it.
         length (`int`): Most tokens of the answer.
 
     Returns:
@@ -41,7 +41,8 @@ def answer_question(
         raise ValueError("There is no image yet; drop one into the field on the left.")
     if not question.strip():
         raise ValueError("There is no question yet; write one below the image.")
-    options = {"max_crops": int(max_crops)} | ({"max_image_tokens": int(budget)} if budget else {})
+    limits = {"max_crops": int(max_crops), "max_image_tokens": int(budget)}
+    options = {name: value for name, value in limits.items() if value}
     prepared = prepare(processor, [image], question, **options)
     features = encode_images(model, prepared)
     token_map = map_tokens(model, prepared, features)
@@ -88,7 +89,7 @@ def build_page(model: Any, processor: Any, name: str, note: str | None = None) -
                 image = gradio.Image(type="pil", label="Image", sources=["upload", "clipboard"], height=320)
                 question = gradio.Textbox(label="Question", placeholder="What do you want to know?", lines=2)
                 budget = gradio.Slider(0, HIGHEST_BUDGET, value=0, step=1, label="Token budget (0 = none)")
-                max_crops = gradio.Slider(1, 36, value=MAX_CROPS, step=1, label="Most crops")
+                max_crops = gradio.Slider(0, MOST_CROPS, value=0, step=1, label="Most crops (0 = the checkpoint's)")
                 length = gradio.Slider(1, MAX_NEW_TOKENS, value=64, step=1, label="Most tokens of the answer")
                 button = gradio.Button("Ask", variant="primary", elem_id="ask")
             with gradio.Column(scale=5):

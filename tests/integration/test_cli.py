@@ -16,6 +16,7 @@ from hires_lmm.cli import app
 
 BOARD = str(ROOT / "examples" / "images" / "harbour_board.png")
 QUESTION = ["--question", "Which ferry is cancelled?"]
+CROPS = ["--max-crops", "6"]
 
 
 @pytest.fixture(scope="module")
@@ -67,11 +68,10 @@ def test_the_entry_point_is_declared():
 
 
 def test_ask_streams_an_answer_and_accounts_for_the_tokens(checkpoint):
-    result = run("ask", checkpoint, BOARD, *QUESTION, "--max-new-tokens", 6, "--max-image-tokens", 700)
+    result = run("ask", checkpoint, BOARD, *QUESTION, "--max-new-tokens", 6, "--max-image-tokens", 700, *CROPS)
     assert result.exit_code == 0, result.output
     assert result.stdout.strip()
     assert "700 of 1440 tokens" in result.stderr
-    assert "max_crops=6 is the default" in result.stderr
 
 
 def test_ask_as_json_with_two_images(checkpoint):
@@ -86,7 +86,6 @@ def test_ask_as_json_with_two_images(checkpoint):
         "full_tokens": 864,
     }
     assert isinstance(value["answer"], str)
-    assert "default" not in result.stderr
 
 
 def test_ask_in_half_precision(checkpoint):
@@ -112,6 +111,16 @@ def test_tokens_as_json_agrees_with_the_processor(checkpoint):
         assert record["views"] == 1 + record["crop_rows"] * record["crop_cols"]
 
 
+def test_crops_are_those_of_the_checkpoint_unless_given(checkpoint):
+    from hires_lmm.inference import load_processor
+
+    own = load_processor(checkpoint).image_tokens(2048, 3072)
+    for arguments in (("tokens", checkpoint, "2048x3072", "--json"), ("tokens", "slime", "2048x3072", "--json")):
+        assert json.loads(run(*arguments).stdout)[0]["tokens"] == own
+    result = run("ask", checkpoint, BOARD, *QUESTION, "--max-new-tokens", 1)
+    assert f"{own} of {own} tokens" in result.stderr
+
+
 def test_tokens_of_the_preset_llava_next_are_those_of_transformers():
     result = run("tokens", "llava_next", "336x336", "1024x1024", "333x1999", "4000x400", "--json")
     records = json.loads(result.stdout)
@@ -120,7 +129,7 @@ def test_tokens_of_the_preset_llava_next_are_those_of_transformers():
 
 
 def test_tokens_as_a_table():
-    result = run("tokens", "slime", "2048x3072", "--max-image-tokens", 900)
+    result = run("tokens", "slime", "2048x3072", "--max-image-tokens", 900, *CROPS)
     assert all(word in result.stdout for word in ("2048 x 3072", "1440", "900", "2144", "LLaVA-NeXT"))
     assert "budget" not in run("tokens", "slime", "2048x3072").stdout
 
@@ -130,11 +139,11 @@ def test_tokens_as_a_table():
 
 def test_show_writes_a_picture(checkpoint, tmp_path):
     out = tmp_path / "kept.png"
-    result = run("show", checkpoint, BOARD, *QUESTION, "--out", out, "--max-image-tokens", 800, "--width", 900)
+    result = run("show", checkpoint, BOARD, *QUESTION, "--out", out, "--max-image-tokens", 800, "--width", 900, *CROPS)
     assert result.exit_code == 0, result.output
     assert "800 of 1440 visual tokens kept" in result.stdout
     assert Image.open(out).width == pytest.approx(900, abs=4)
-    value = json.loads(run("show", checkpoint, BOARD, *QUESTION, "--out", out, "--json").stdout)
+    value = json.loads(run("show", checkpoint, BOARD, *QUESTION, "--out", out, "--json", *CROPS).stdout)
     assert value["tokens"] == 1440 and 576 < value["kept"] < 1440
 
 

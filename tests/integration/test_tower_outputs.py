@@ -69,3 +69,40 @@ def test_tuples_hold_what_dicts_hold(preset):
         assert {"image_hidden_states", "kept_mask", "hidden_states"} <= named.keys()
         plain = network(**batch, use_cache=False, output_hidden_states=True, return_dict=False)
         torch.testing.assert_close(plain, named.to_tuple(), rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_the_layer_of_a_call_is_that_of_its_features():
+    model = tiny_model(tiny_config("llava_next"))
+    batch = make_batch(tiny_processor(model.config), [("<image>What is it?", [random_image(90, 130)])])
+    views = geometry_of(batch)
+    features = model.get_image_features(**views, vision_feature_layer=1)
+    wanted = model(input_ids=batch["input_ids"], mm_encoder_outputs={"image": features}).logits
+    torch.testing.assert_close(model(**batch, vision_feature_layer=1).logits, wanted)
+    assert not torch.allclose(model(**batch).logits, wanted)
+    short, long = (
+        model.generate(**batch, max_new_tokens=4, do_sample=False, vision_feature_layer=layer) for layer in (1, -1)
+    )
+    assert short.shape == long.shape  # generate hands it on as well
+
+
+WRONG = {
+    "limits of the processor": ({"max_image_tokens": 30}, "max_image_tokens=30 is no argument of the model"),
+    "an option of a part": ({"gamma": 0.5}, "gamma=0.5 is no argument of the model"),
+    "a short mask": ({"attention_mask": torch.ones(1, 3)}, r"attention_mask has the shape \(1, 3\), expected \(1, "),
+    "short labels": ({"labels": torch.ones(1, 3, dtype=torch.long)}, r"labels have the shape \(1, 3\), expected"),
+    "a text for a chunk": ({"vision_chunk_size": "a"}, "vision_chunk_size='a' must be an integer"),
+    "half a view": ({"vision_chunk_size": 1.5}, "vision_chunk_size=1.5 must be an integer"),
+    "a bare tensor": ({"mm_encoder_outputs": {"image": torch.ones(2, 3)}}, "is a Tensor; pass what get_image"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_arguments_of_a_call_are_named(parts, name):
+    model, _ = parts
+    batch = dict(make_batch(tiny_processor(model.config), [("<image>What is it?", [random_image(90, 130)])]))
+    changes, message = WRONG[name]
+    if "mm_encoder_outputs" in changes:
+        batch = {"input_ids": batch["input_ids"]}
+    with pytest.raises(ValueError, match=message):
+        model(**{**batch, **changes})

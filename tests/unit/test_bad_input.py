@@ -56,6 +56,7 @@ IMAGES = {
     "negative floats": (filled(-0.5), "floats from -0.5 to 0"),
     "large floats": (filled(256.5), "floats from 0 to 256.5"),
     "huge double": (filled(1e300, np.float64), "NaN or infinite|floats from"),
+    "8 bits in uint16": (filled(255, np.uint16), "array of uint16 with values up to 255: 8 bits"),
     "negative integers": (filled(-1, np.int32), "integers from -1"),
     "large integers": (filled(65536, np.int64), "integers from 0 to 65536"),
     "large mode I": (Image.fromarray(filled(70000, np.int32)[:, :, 1]), "0 to 70000"),

@@ -293,6 +293,7 @@ def test_float_images(scale):
 ARRAYS = {
     "uint8": RGB,
     "int64": RGB.astype(np.int64),
+    "int16": RGB.astype(np.int16),
     "float32 unit": RGB.astype(np.float32) / 255,
     "float64": RGB.astype(np.float64),
     "uint16": RGB.astype(np.uint16) * 257,

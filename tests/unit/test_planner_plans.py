@@ -227,6 +227,14 @@ def test_slime_release_counts_view_areas():
     assert plan("slime_release", 56, 2000, max_crops=2).grid == (1, 3)
 
 
+def test_the_number_of_crops_of_a_pinpoint_is_bounded():
+    side = 56
+    plan("llava_next", 5, 5, pinpoints=[[side, CROPS_LIMIT * side]])
+    for pinpoint in ([(CROPS_LIMIT + 1) * side, side], [side, (CROPS_LIMIT + 1) * side]):
+        with pytest.raises(ValueError, match=f"more than {CROPS_LIMIT} crops"):
+            plan("llava_next", 5, 5, pinpoints=[pinpoint])
+
+
 def test_max_crops_counts_views_of_pinpoints():
     points = [[112, 112], [56, 168], [56, 56]]
     assert plan("slime", 500, 500, pinpoints=points).grid == (2, 2)

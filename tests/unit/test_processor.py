@@ -9,7 +9,7 @@ from transformers import AutoProcessor
 
 from builders_images import picture, random_sizes
 from builders_text import tiny_tokenizer
-from hires_lmm.processing.chat_templates_hires_lmm import CHAT_TEMPLATES
+from hires_lmm.processing.chat_templates_hires_lmm import CHAT_TEMPLATES, answer_prefix_ids, question_prefix_ids
 from hires_lmm.processing.image_processing_hires_lmm import HiResLmmImageProcessor
 from hires_lmm.processing.planners_hires_lmm import PLANNERS
 from hires_lmm.processing.processing_hires_lmm import HiResLmmProcessor
@@ -155,7 +155,19 @@ def config(planner=None, model_type="clip_vision_model", image_token_id=3, **vis
         vision_config=SimpleNamespace(**vision),
         token_layout=lambda: LAYOUT,
         image_token_id=image_token_id,
+        answer_prefix_ids=None,
+        question_prefix_ids=None,
     )
+
+
+def test_from_config_tells_the_model_what_opens_answers_and_questions():
+    ours = config()
+    built = HiResLmmProcessor.from_config(ours, tiny_tokenizer("chatml"))
+    assert ours.answer_prefix_ids == answer_prefix_ids(built) != []
+    assert ours.question_prefix_ids == question_prefix_ids(built) != []
+    ours.answer_prefix_ids = [7]
+    HiResLmmProcessor.from_config(ours, tiny_tokenizer("vicuna"))
+    assert ours.answer_prefix_ids == [7]  # what is said is not changed
 
 
 def test_from_config_reads_everything():
@@ -173,7 +185,7 @@ def test_from_config_reads_everything():
 
 @pytest.mark.parametrize(
     "model_type, mean, resample",
-    [("clip_vision_model", 0.48145466, 3), ("siglip_vision_model", 0.5, 3), ("siglip2_vision_model", 0.5, 2)],
+    [("clip_vision_model", 0.48145466, 3), ("siglip_vision_model", 0.5, 3)],
 )
 def test_tower_families(model_type, mean, resample):
     built = HiResLmmProcessor.from_config(config(model_type=model_type), tiny_tokenizer()).image_processor

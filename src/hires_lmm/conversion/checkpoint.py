@@ -3,6 +3,7 @@
 import json
 import platform
 from collections import Counter
+from copy import copy
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
@@ -186,6 +187,9 @@ def save_processor(folder: Path, config: Any, speech: Speech) -> HiResLmmImagePr
     """
     if speech.tokenizer is not None:
         template = speech.tokenizer.chat_template
+        config = copy(config)  # what is not known stays so: a foreign template is rendered in a limited process only
+        config.answer_prefix_ids = config.answer_prefix_ids or []
+        config.question_prefix_ids = config.question_prefix_ids or []
         processor = build_config(
             HiResLmmProcessor.from_config,
             "The processor",

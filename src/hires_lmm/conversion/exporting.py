@@ -1,5 +1,6 @@
 """`export`: a checkpoint of ours as a self-contained folder with the code of this package, a processor and a card."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,20 @@ def _copy_processor(folder: Path, work: Path, config: Any) -> Any:
             pretrained_model_name_or_path=folder,
             trust_remote_code=False,
         )
+        _check_layout(processor.image_processor.token_layout or {}, config, folder.name)
         processor.tokenizer.init_kwargs.pop("auto_map", None)
         processor.save_pretrained(work)
         return processor.image_processor
     return save_processor(work, config, Speech(load_tokenizer(folder), image_stats_of(folder)))
+
+
+def _check_layout(layout: dict, config: HiResLmmConfig, name: str) -> None:
+    """Refuse a processor that counts other tokens than the model makes."""
+    wanted = json.loads(json.dumps(config.token_layout()))
+    found = json.loads(json.dumps(layout))
+    wrong = sorted(key for key in found.keys() & wanted.keys() if found[key] != wanted[key])
+    if wrong:
+        raise ConversionError(
+            f"The processor of {name} counts tokens for another model: {wrong[0]} is {found[wrong[0]]} there and "
+            f"{wanted[wrong[0]]} in config.json. Save HiResLmmProcessor.from_config(config, tokenizer) beside it."
+        )

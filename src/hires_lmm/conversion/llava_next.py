@@ -38,7 +38,7 @@ from .tensors import Entries, folder_entries, read_json, read_object, release, s
 from .writing import MAX_SHARD_BYTES, Progress, new_folder
 
 
-PREFIX_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0, "siglip2_vision_model": 0}
+PREFIX_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0}
 """Tokens before the patches in the features of a tower."""
 
 _PROJECTOR = "multi_modal_projector.linear_{}.{}"

@@ -228,6 +228,11 @@ class HiResLmmConfig(PreTrainedConfig):
             "vision_config": (self.vision_config, ("image_size", "patch_size", "hidden_size", "num_hidden_layers")),
             "text_config": (self.text_config, ("vocab_size", "hidden_size", "num_hidden_layers")),
         }
+        if self.vision_config.model_type == "siglip2_vision_model":
+            raise ValueError(
+                "Towers of type siglip2_vision_model read patches of images of any shape, not views of one size. The "
+                "SigLIP 2 checkpoints of a fixed resolution (siglip2-so400m-patch14-384, ...) are siglip_vision_model."
+            )
         for where, (half, names) in halves.items():
             for name in names:
                 value = getattr(half, name, None)

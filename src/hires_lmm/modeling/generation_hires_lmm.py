@@ -26,7 +26,7 @@ def check_encoder_outputs(outputs: Any) -> dict[str, Any]:
         A new dict.
 
     Raises:
-        ValueError: If it is no dict or has other keys, whose features would be ignored.
+        ValueError: If it is no dict or has other keys, whose features would be ignored, or its value no features.
     """
     if outputs is None:
         return {}
@@ -34,6 +34,11 @@ def check_encoder_outputs(outputs: Any) -> dict[str, Any]:
         given = sorted(outputs) if isinstance(outputs, dict) else type(outputs).__name__
         raise ValueError(
             f'mm_encoder_outputs is {given}, expected {{"image": features}} with what get_image_features returned.'
+        )
+    image = outputs.get("image")
+    if image is not None and not hasattr(image, "pooler_output"):
+        raise ValueError(
+            f'mm_encoder_outputs["image"] is a {type(image).__name__}; pass what get_image_features returned.'
         )
     return dict(outputs)
 
@@ -174,9 +179,9 @@ class HiResLmmGenerationMixin(GenerationMixin):
             return 0
         if not self.model.connector.is_count_static and bool(placeholder.any()):
             raise ValueError(
-                f"The cache holds {past} positions after dropping visual tokens, so the {length} ids of the whole "
-                "conversation cannot be lined up with it. Pass only the new ids, with an attention_mask of length "
-                f"{past} + the number of new ids; or start without past_key_values."
+                f"The cache holds {past} positions of a model that may drop visual tokens, so the {length} ids of "
+                "the whole conversation cannot be lined up with it. Pass only the new ids, with an attention_mask of "
+                f"length {past} + the number of new ids; or start without past_key_values."
             )
         return past
 

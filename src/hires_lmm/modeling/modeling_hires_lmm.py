@@ -21,6 +21,7 @@ from .outputs_hires_lmm import (
     HiResLmmImageFeatures,
     HiResLmmModelOutputWithPast,
     build_token_map,
+    check_call,
     check_placeholders,
     compare_counts,
     placeholders_per_image,
@@ -262,6 +263,7 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
         vision_chunk_size: int | None = None,
         image_geometry: list[ImageGeometry] | None = None,
         question_ids: torch.Tensor | None = None,
+        vision_feature_layer: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | HiResLmmModelOutputWithPast:
         """Run the model.
@@ -289,6 +291,7 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
                 compiled whole (once a grid, `dynamic=False`) and captured. Numbers of placeholders are not compared.
             question_ids (`torch.Tensor` of shape `(B, turns, L)`, *optional*): Ids of the questions in another
                 vocabulary, see `HiResLmmProcessor.question_ids`.
+            vision_feature_layer (`int`, *optional*): See `get_image_features`.
 
         Returns:
             `HiResLmmModelOutputWithPast`.
@@ -300,6 +303,7 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
+        check_call(inputs_embeds, attention_mask, question_labels, past_key_values, kwargs)
         features = self._image_features(
             input_ids,
             inputs_embeds,
@@ -312,6 +316,7 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
             attention_mask,
             vision_chunk_size,
             image_geometry,
+            vision_feature_layer,
         )
         extra: dict[str, Any] = {}
         packing, read = None, None
@@ -362,6 +367,7 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
         attention_mask: torch.Tensor | None,
         vision_chunk_size: int | None,
         images: list[ImageGeometry] | None,
+        layer: int | None,
     ) -> HiResLmmImageFeatures | None:
         """Take the caller's features or encode the images, after comparing placeholders with promised tokens."""
         features = check_encoder_outputs(mm_encoder_outputs).get("image")
@@ -388,7 +394,7 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
                 check_finite(is_finite, given[0], "vision_features" if is_encoded else "pixel_values")
                 images = read_geometry(positions.tolist(), spans.tolist())
                 is_unpadded = bool(flags[0]) if flags else None
-            features = self._encode_images(given[0], images, view_boxes, None, is_encoded, vision_chunk_size)
+            features = self._encode_images(given[0], images, view_boxes, layer, is_encoded, vision_chunk_size)
             features.is_unpadded = is_unpadded
             features.keep_nothing()
             return features
@@ -417,8 +423,7 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
         past_key_values: Cache | None,
         output_token_map: bool,
     ) -> tuple[torch.Tensor, torch.Tensor, list | None, dict]:
-        """Write the visual tokens over the placeholders: new embeddings, kept positions `(B, S)`, what was read of
-        conversations, extra outputs."""
+        """Write visual tokens over placeholders: embeddings, kept positions `(B, S)`, what was read, more outputs."""
         prompt_length, inputs_embeds = getattr(features, "prompt_length", None), text.embeds
         placeholder = self.get_placeholder_mask(text.ids, inputs_embeds, prompt_length)
         tokens, kept = getattr(features, "tokens", None), None
@@ -533,6 +538,7 @@ class HiResLmmForConditionalGeneration(HiResLmmPreTrainedModel, HiResLmmGenerati
         question_ids: torch.Tensor | None = None,
         return_logits: bool = False,
         vision_chunk_size: int | None = None,
+        vision_feature_layer: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | HiResLmmCausalLMOutputWithPast:
         """Run the model and its head; see `HiResLmmModel.forward` for the inputs they share.
@@ -567,6 +573,7 @@ class HiResLmmForConditionalGeneration(HiResLmmPreTrainedModel, HiResLmmGenerati
             vision_features=vision_features,
             question_ids=question_ids,
             vision_chunk_size=vision_chunk_size,
+            vision_feature_layer=vision_feature_layer,
             return_dict=True,
             **kwargs,
         )
@@ -581,19 +588,12 @@ class HiResLmmForConditionalGeneration(HiResLmmPreTrainedModel, HiResLmmGenerati
         logits = scale_logits(self.lm_head(hidden), self.config.text_config)
         loss = None
         if labels is not None:
-            vocabulary = self.config.text_config.vocab_size
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocabulary, **kwargs)
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
         return HiResLmmCausalLMOutputWithPast(
             loss=loss,
             logits=None if learned is not None else logits,
             past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            image_hidden_states=outputs.image_hidden_states,
-            kept_mask=outputs.kept_mask,
-            packed_attention_mask=outputs.packed_attention_mask,
-            num_drafted=outputs.num_drafted,
-            token_map=outputs.token_map,
+            **{name: value for name, value in outputs.items() if name not in ("last_hidden_state", "past_key_values")},
         )
 
 

@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers.cache_utils import Cache
@@ -9,6 +10,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutp
 from transformers.utils import ModelOutput
 
 from .views_hires_lmm import KIND_GLOBAL, NUM_POSITION_FIELDS, VisualTokens, cell_boxes
+
+
+OPTIONS_ELSEWHERE = {"max_image_tokens", "max_crops", "views", "planner", "pinpoints", "gamma"}
+"""What `forward` takes no notice of, so that it must not be passed there."""
 
 
 @dataclass
@@ -94,6 +99,35 @@ def check_placeholders(
     promised = (view_positions[:, -1] * (view_positions[:, 0] == KIND_GLOBAL)).sum()
     if not has_later or int(num_placeholders) < int(promised):
         compare_counts(int(num_placeholders), int(promised))
+
+
+def check_call(
+    embeds: torch.Tensor, attention_mask: Any, labels: torch.Tensor | None, cache: Any, options: dict[str, Any]
+) -> None:
+    """Refuse what would be ignored or fail deep inside.
+
+    Args:
+        embeds (`torch.Tensor` of shape `(B, S, D)`): Of the text.
+        attention_mask (`torch.Tensor`, *optional*): As passed to `forward`.
+        labels (`torch.Tensor`, *optional*): As passed to `forward`.
+        cache (`Cache`, *optional*): As passed to `forward`.
+        options (`dict`): Other arguments of `forward`.
+
+    Raises:
+        ValueError: For another number of mask entries or labels than positions, and for options of the processor.
+    """
+    shape = tuple(embeds.shape[:2])
+    is_flat = cache is None and isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2
+    if is_flat and tuple(attention_mask.shape) != shape:
+        raise ValueError(f"attention_mask has the shape {tuple(attention_mask.shape)}, expected {shape}.")
+    if labels is not None and tuple(labels.shape) != shape:
+        raise ValueError(f"labels have the shape {tuple(labels.shape)}, expected {shape}.")
+    found = sorted(OPTIONS_ELSEWHERE & options.keys())
+    if found:
+        raise ValueError(
+            f"{found[0]}={options[found[0]]!r} is no argument of the model: limits of images go to the processor, "
+            "with images and text, and options of parts into connector_config."
+        )
 
 
 def placeholders_per_image(features: BaseModelOutputWithPooling) -> list[int]:

@@ -38,12 +38,14 @@ def split_views(pixels: torch.Tensor, chunk_size: int | None, tower: torch.nn.Mo
         At least one piece.
 
     Raises:
-        ValueError: If `chunk_size` is below 1.
+        ValueError: If `chunk_size` is no integer or below 1.
     """
     if chunk_size is None:
         return (pixels,)
-    if chunk_size < 1:
-        raise ValueError(f"vision_chunk_size={chunk_size} must be at least 1, or None for all views at once.")
+    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
+        raise ValueError(
+            f"vision_chunk_size={chunk_size!r} must be an integer of at least 1, or None for all views at once."
+        )
     if pixels.shape[0] <= chunk_size:
         return (pixels,)
     if is_sharded(tower):

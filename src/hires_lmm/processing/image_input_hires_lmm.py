@@ -153,6 +153,11 @@ def to_rgb(
         raise ValueError(f"Image {index} is an array of {image.dtype}; pass integers or floats.")
     array = _channels_last(image, index, input_data_format)
     _check_size(array.shape[0], array.shape[1], index, pixel_limit)
+    if array.dtype == np.uint16 and 0 < int(array.max()) <= 255:
+        raise ValueError(
+            f"Image {index} is an array of uint16 with values up to {int(array.max())}: 8 bits, or a nearly black "
+            "picture of 16? Pass array.astype(numpy.uint8), or scale it to 0..65535."
+        )
     eight_bit = np.ascontiguousarray(_to_eight_bit(array, index, unit_floats))
     if eight_bit.ndim == 3 and eight_bit.shape[2] == 1:
         eight_bit = eight_bit[:, :, 0]
@@ -300,7 +305,7 @@ def _to_eight_bit(array: np.ndarray, index: int, unit_floats: bool) -> np.ndarra
     lowest, highest = int(array.min()), int(array.max())
     if lowest < 0 or highest > 65535:
         raise ValueError(f"Image {index} holds integers from {lowest} to {highest}; scale them to 0..255 or 0..65535.")
-    if highest <= 255 and array.dtype.itemsize != 2:
+    if highest <= 255 and array.dtype != np.uint16:
         return array.astype(np.uint8)
     return ((array.astype(np.uint32) + 128) // 257).astype(np.uint8)
 

@@ -19,17 +19,25 @@ from transformers.image_utils import (
     PILImageResampling,
 )
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, TextKwargs
+from transformers.utils import logging
 
-from .chat_templates_hires_lmm import CHAT_TEMPLATES, QUERY_TOKEN, add_queries
+from .chat_templates_hires_lmm import (
+    CHAT_TEMPLATES,
+    QUERY_TOKEN,
+    add_queries,
+    answer_prefix_ids,
+    question_prefix_ids,
+)
 from .image_input_hires_lmm import flatten_images
 from .image_processing_hires_lmm import HiResLmmImageProcessor, HiResLmmImageProcessorKwargs
 from .planners_hires_lmm import GLOBAL_VIEW
 
 
+logger = logging.get_logger(__name__)
+
 TOWER_STATS = {
     "clip_vision_model": (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImageResampling.BICUBIC),
     "siglip_vision_model": (IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD, PILImageResampling.BICUBIC),
-    "siglip2_vision_model": (IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD, PILImageResampling.BILINEAR),
 }
 """Mean, standard deviation and filter of the image processors of the tower families."""
 
@@ -96,7 +104,9 @@ class HiResLmmProcessor(ProcessorMixin):
         """Build the processor that fits a model.
 
         Args:
-            config (`HiResLmmConfig`): Its planner, vision tower, token layout and image token id are read.
+            config (`HiResLmmConfig`): Its planner, vision tower, token layout and image token id are read. Where it
+                does not know how the chat template opens answers and questions, that is written into it
+                (`answer_prefix_ids`, `question_prefix_ids`): the router reads questions by them.
             tokenizer: The language model's tokenizer; it is changed: an unknown image token is added as a special
                 token, padding goes to the left, the chat template is set.
             image_stats (*optional*): The tower's image processor, or a dict of `image_mean`, `image_std`, `resample`;
@@ -132,7 +142,14 @@ class HiResLmmProcessor(ProcessorMixin):
             template = add_queries(template)
         tokenizer.chat_template = template
         image_processor = HiResLmmImageProcessor(**{**options, **changes})
-        return cls(image_processor, tokenizer, chat_template=tokenizer.chat_template, image_token=image_token)
+        processor = cls(image_processor, tokenizer, chat_template=tokenizer.chat_template, image_token=image_token)
+        for name, read in (("answer_prefix_ids", answer_prefix_ids), ("question_prefix_ids", question_prefix_ids)):
+            if getattr(config, name) is None:
+                try:
+                    setattr(config, name, read(processor))
+                except ValueError as error:
+                    logger.warning_once(f"config.{name} stays None: {error}")
+        return processor
 
     def __call__(
         self, images: Any = None, text: Any = None, videos: Any = None, audio: Any = None, **kwargs: Any

@@ -140,7 +140,10 @@ def run(options: argparse.Namespace, command: str) -> None:
         scores = {view: evaluate_packed(model, processor, scenes, settings.cache, view) for view in views}
         _add_scores(options.out, scores)
     if not options.router and token_ops:
-        with_token_ops(model, token_ops).save_pretrained(options.out / MODEL)
+        changed = with_token_ops(model, token_ops)
+        processor.image_processor.token_layout = changed.config.token_layout()
+        changed.save_pretrained(options.out / MODEL)
+        processor.save_pretrained(options.out / MODEL)
 
 
 def read_stages(options: argparse.Namespace) -> list[Stage]:

@@ -8,7 +8,6 @@ import torch
 
 from ...modeling.configuration_hires_lmm import PRESETS, HiResLmmConfig
 from ...modeling.modeling_hires_lmm import HiResLmmForConditionalGeneration
-from ...processing.chat_templates_hires_lmm import answer_prefix_ids, question_prefix_ids
 from ...processing.processing_hires_lmm import HiResLmmProcessor
 from ..halves.files import Halves, load_halves
 from ..halves.vision import FEATURE_LAYER
@@ -114,8 +113,6 @@ def join_halves(
         **changes,
     )
     processor = HiResLmmProcessor.from_config(config, tokenizer, chat_template="chatml")
-    config.answer_prefix_ids = answer_prefix_ids(processor)
-    config.question_prefix_ids = question_prefix_ids(processor)
     torch.manual_seed(seed)
     model = HiResLmmForConditionalGeneration._from_config(config, attn_implementation="sdpa", dtype=torch.float32)
     model.model.vision_tower.load_state_dict(tower.state_dict())
