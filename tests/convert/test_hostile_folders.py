@@ -189,6 +189,13 @@ def test_tensors_without_names(tmp_path):
     refused(tmp_path, convert_slime, source, "names a tensor 7")
 
 
+def test_a_pickle_that_takes_from_an_empty_stack(tmp_path):
+    source = tmp_path / "source"
+    write_json(source / "config.json", golden_config())
+    (source / "pytorch_model.bin").write_bytes(b"\x80\x02R.")
+    refused(tmp_path, convert_slime, source, "pytorch_model.bin is damaged or cut off: pop from empty list")
+
+
 def test_a_pickle_that_unpacks_to_more(tmp_path):
     source = tmp_path / "source"
     write_json(source / "config.json", golden_config())
@@ -310,3 +317,13 @@ def test_halves_that_cannot_be_built(half, changes, text):
     values[half] = changes if "model_type" in changes else {**values[half], **changes}
     with pytest.raises(ValueError, match=text):
         HiResLmmConfig(**{key: values[key] for key in ("vision_config", "text_config", "connector_config", "planner")})
+
+
+def test_an_id_far_above_the_vocabulary(tmp_path, ours):
+    """Saving such a tokenizer takes memory for every id below and ends the process."""
+    file = ours / "tokenizer.json"
+    values = json.loads(file.read_text())
+    vocabulary = values["model"]["vocab"]
+    vocabulary[next(reversed(vocabulary))] = 2**31
+    file.write_text(json.dumps(values))
+    refused(tmp_path, export, ours, "has the id 2147483648; ids can be at most 16777216")

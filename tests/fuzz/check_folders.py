@@ -47,6 +47,9 @@ CONVERSIONS: dict[str, Callable[[Path, Path], Any]] = {
 VARIABLE = {"lm_head.weight", "model.language_model.embed_tokens.weight", "model.embed_tokens.weight"}
 """Tensors whose rows, or whose presence, the configuration decides."""
 
+CHOSEN = {"model.connector.token_ops.0.queries"}
+"""Tensors of which the configuration says where in the files they are: `append_special_padding` of fusion."""
+
 LIBRARY_SEEN: Counter = Counter()
 """What `from_pretrained` let through that is neither ValueError nor OSError, by type and place."""
 
@@ -103,7 +106,7 @@ def check_made(subject: Subject, out: Path, wanted: dict[str, tuple]) -> None:
     if odd:
         raise Fault(f"names, dtypes or shapes are not those of the model: {sorted(odd)[:5]}")
     if "safetensors" not in subject.kind and "pickle" not in subject.kind and "file" not in subject.kind:
-        changed = [name for name in found if name not in VARIABLE and found[name] != wanted[name]]
+        changed = [name for name in found if name not in VARIABLE | CHOSEN and found[name] != wanted[name]]
         if changed:
             raise Fault(f"other weights than in the files: {changed[:5]}")
     for path in out.rglob("*"):

@@ -23,7 +23,7 @@ from .checkpoint import (
 from .errors import ConversionError
 from .hub import is_repository, resolve_folder
 from .mapping import Mapped, check_complete
-from .prompts import TOKENIZER_FILES, image_stats_of, load_tokenizer
+from .prompts import TOKENIZER_FILES, check_vocabulary, image_stats_of, load_tokenizer
 from .tensors import folder_entries, read_json, release, safe_path
 from .writing import MAX_SHARD_BYTES, Progress, new_folder, write_tensors
 
@@ -97,6 +97,7 @@ def _copy_processor(folder: Path, work: Path, config: Any) -> Any:
             pretrained_model_name_or_path=folder,
             trust_remote_code=False,
         )
+        check_vocabulary(processor.tokenizer, folder.name)
         _check_layout(processor.image_processor.token_layout or {}, config, folder.name)
         processor.tokenizer.init_kwargs.pop("auto_map", None)
         processor.save_pretrained(work)

@@ -27,6 +27,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 SAMPLING_OPTIONS = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 LLAMA3_HEADER, LLAMA3_END = "<|start_header_id|>", "<|eot_id|>"
 OWN_TEMPLATES = (*CHAT_TEMPLATES.values(), LLAMA2_VISION)
+IDS_LIMIT = 2**24
 FALLBACK_PAD_TOKENS = ("<|end_of_text|>", "<|endoftext|>")
 
 
@@ -57,11 +58,27 @@ def load_tokenizer(folder: Path) -> Any | None:
         text = str(error).strip().partition("\n")[0]
         raise ConversionError(f"The tokenizer in {folder.name} cannot be loaded: {text}") from error
     tokenizer.init_kwargs.pop("auto_map", None)  # what is saved later names nobody's code
+    check_vocabulary(tokenizer, folder.name)
     if tokenizer.pad_token is None:
         vocabulary = tokenizer.get_vocab()
         spare = next((token for token in FALLBACK_PAD_TOKENS if token in vocabulary), tokenizer.eos_token)
         tokenizer.pad_token = tokenizer.unk_token or spare
     return tokenizer
+
+
+def check_vocabulary(tokenizer: Any, name: str) -> None:
+    """Refuse ids that no vocabulary has: saving a tokenizer takes memory for every id up to the highest.
+
+    Args:
+        tokenizer: The tokenizer.
+        name (`str`): Where it comes from, for the message.
+
+    Raises:
+        ConversionError: If an id is above the limit.
+    """
+    highest = max(tokenizer.get_vocab().values(), default=0)
+    if highest > IDS_LIMIT:
+        raise ConversionError(f"The tokenizer in {name} has the id {highest}; ids can be at most {IDS_LIMIT}.")
 
 
 def _load_alone(folder: Path) -> Any:

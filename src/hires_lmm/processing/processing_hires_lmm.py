@@ -360,6 +360,7 @@ class HiResLmmProcessor(ProcessorMixin):
             merged = super()._merge_kwargs(
                 ModelProcessorKwargs or self.valid_processor_kwargs, tokenizer_init_kwargs, **kwargs
             )
+            _check_lengths(merged["text_kwargs"])
             validate_typed_dict(TextKwargs, merged["text_kwargs"])
             return merged
         except StrictDataclassError as error:
@@ -379,6 +380,14 @@ class HiResLmmProcessor(ProcessorMixin):
                         f"max_image_tokens."
                     ) from error
             raise
+
+
+def _check_lengths(options: dict[str, Any]) -> None:
+    """Refuse lengths for which tokenizers have no clear error."""
+    for name, least in (("max_length", 0), ("stride", 0), ("pad_to_multiple_of", 1)):
+        value = options.get(name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+            raise ValueError(f"{name}={value!r} must be an integer of at least {least}.")
 
 
 @contextmanager
