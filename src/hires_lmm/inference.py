@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from .conversion.errors import is_panic
-from .conversion.tensors import JSON_LIMIT
+from .conversion.tensors import JSON_LIMIT, TEXTS
 from .modeling.outputs_hires_lmm import HiResLmmImageFeatures, TokenMap
 from .processing.image_input_hires_lmm import open_image, to_rgb
 
@@ -79,7 +79,8 @@ def load_image_processor(checkpoint: str, trust_remote_code: bool = False) -> An
 @contextmanager
 def _clear_errors(checkpoint: str) -> Iterator[None]:
     """Readers of files raise errors of many types over a damaged checkpoint; say which one it is."""
-    large = [path for path in Path(checkpoint).glob("*.json") if path.is_file() and path.stat().st_size > JSON_LIMIT]
+    texts = [path for path in Path(checkpoint).rglob("*") if path.suffix in TEXTS and path.is_file()]
+    large = [path for path in texts if path.stat().st_size > JSON_LIMIT]
     if large:
         raise ValueError(f"{large[0]} has {large[0].stat().st_size} bytes, more than {JSON_LIMIT}; replace it.")
     try:

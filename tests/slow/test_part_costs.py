@@ -84,4 +84,5 @@ def test_operations_are_those_of_the_formulas(parts):
     projections = 2 * width * width * (queries + 2 * crops * patches + crops * queries)
     attention = 2 * 2 * crops * queries * patches * width
     found = parts.count_part("view_ops", "query_compressor", {"num_queries": queries})["operations"]
-    assert found == projections + attention
+    resizing = 2 * 24 * 12 * width * (12 + 24)  # of 12 x 12 positions to the 24 x 24 patches, line by line
+    assert found == projections + attention + resizing
