@@ -62,7 +62,7 @@ MOST_ROWS = {"cpu": 2, "cuda": 4}
 DEAR = {"slime, 6x6": "2048x2048"}
 """Models that are timed at one size only on the CPU."""
 
-OTHER_IMAGES = ("1024x1024",)
+OTHER_IMAGES = {"wide": ("1024x1024",), "deep": ("336x336", "1024x1024", "400x4000")}
 """What other shapes than those of the device are timed on, without the other models of transformers."""
 LEAST_SECONDS = {"cpu": 6.0, "cuda": 10.0}
 COUNTED = ("llava_next", "slime, 4 crops", "slime, 4 crops, 144 local", "slime, 6x6", "slime_release", "monkey")
@@ -220,7 +220,7 @@ def main() -> None:
         "--images",
         nargs="*",
         choices=tuple(IMAGE_SIZES),
-        help="by default all; 1024x1024 for other shapes, 2048x2048 to count",
+        help="by default all; fewer for other shapes, 2048x2048 to count",
     )
     parser.add_argument("--models", nargs="*", help="names of models; all by default")
     arguments = parser.parse_args()
@@ -237,7 +237,7 @@ def main() -> None:
     models = arguments.models or ([*ours_known(), BASELINE] if is_other else None)
     cases = build_cases(device, shapes, models)
     rate = matrix_rate(device, SHAPES[shapes].dtype, MATRIX[device])
-    for name in arguments.images or (OTHER_IMAGES if is_other else IMAGE_SIZES):
+    for name in arguments.images or OTHER_IMAGES.get(shapes, IMAGE_SIZES):
         least = 0.0 if is_other else LEAST_SECONDS[device]
         rows += measure_batch(cases, name, arguments.repeats, rate, device, least)
     title = f"prefill, {device}, shapes {shapes}, {rate / 1e9:.0f} Gop/s in matrix products"
