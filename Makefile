@@ -64,7 +64,7 @@ test: quality | $(BIN)/pytest
 	$(PYTEST) tests -m "not slow and not gpu" -n $(WORKERS) $(PYTEST_ARGS)
 
 test-slow: | $(BIN)/pytest
-	$(PYTEST) tests -m "slow and not gpu" $(PYTEST_ARGS) || [ $$? -eq 5 ]  # 5: there is no slow test
+	$(PYTEST) tests -m "slow and not gpu" -n $(WORKERS) $(PYTEST_ARGS) || [ $$? -eq 5 ]  # 5: there is no slow test
 
 coverage: | $(BIN)/pytest
 	$(PY) -m coverage erase
