@@ -11,6 +11,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
 from hires_lmm import HiResLmmConfig
+from hires_lmm.conversion import export
 
 
 ROOT = Path(__file__).parents[1] / "fixtures" / "checkpoints"
@@ -79,6 +80,14 @@ def test_the_pooling_head_of_siglip_is_left_out():
     assert not [key for key in model.state_dict() if key.startswith("model.vision_tower.head")]
     base, info = AutoModel.from_pretrained(folder, output_loading_info=True)
     assert not any(info.values()) and not hasattr(base.vision_tower, "head")
+
+
+def test_an_old_checkpoint_with_a_pooling_head_is_exported_without(tmp_path):
+    export(ROOT / "3_vision_chunk_size_siglip", tmp_path / "out")
+    model, info = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values())
+    old = AutoModelForImageTextToText.from_pretrained(ROOT / "3_vision_chunk_size_siglip").state_dict()
+    assert all(torch.equal(tensor, old[name]) for name, tensor in model.state_dict().items())
 
 
 def test_the_newest_format_has_a_checkpoint():

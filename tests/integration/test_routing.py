@@ -37,7 +37,10 @@ def build(template: str, rule: str = "cosine", scope: str = "turn", has_prefixes
         }
     connector = {**routing.SMALL_CONNECTORS["slime"], "token_ops": RULES[rule].token_ops(), "adapter": {"part": "mlp"}}
     config = tiny_config("slime", connector_config=connector, question_scope=scope, **ids)
-    return tiny_model(config), tiny_processor(config, template)
+    model, processor = tiny_model(config), tiny_processor(config, template)
+    if not has_prefixes:  # as in checkpoints that were built without a processor
+        model.config.answer_prefix_ids = model.config.question_prefix_ids = None
+    return model, processor
 
 
 def chat(*turns: tuple[str, str | None], image_turn: int = 0, system: str | None = None) -> list[dict]:

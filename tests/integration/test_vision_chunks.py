@@ -85,7 +85,7 @@ def test_the_configuration_sets_it_and_the_call_goes_before(parts, tmp_path):
 @pytest.mark.parametrize("size", [0, -1])
 def test_a_wrong_size_is_refused(parts, size):
     model, batch = parts
-    with pytest.raises(ValueError, match=f"vision_chunk_size={size} must be at least 1"):
+    with pytest.raises(ValueError, match=f"vision_chunk_size={size} must be an integer of at least 1"):
         model(**batch, vision_chunk_size=size)
     with pytest.raises(ValueError, match=f"vision_chunk_size={size} must be at least 1"):
         HiResLmmConfig(vision_chunk_size=size)

@@ -46,6 +46,8 @@ _OURS = "model.connector.adapter.mlp.linear_{}.{}"
 RULES: list[Rule] = [
     Aside("vision_tower.vision_model.embeddings.position_ids"),
     Aside("model.vision_tower.vision_model.embeddings.position_ids"),
+    *(Aside(f"{name}.head.**") for name in ("model.vision_tower.vision_model", "model.vision_tower")),
+    *(Aside(f"{name}.head.**") for name in ("vision_tower.vision_model", "vision_tower")),
     Aside("language_model.model.layers.{}.self_attn.rotary_emb.inv_freq"),
     Aside("model.language_model.layers.{}.self_attn.rotary_emb.inv_freq"),
     Rename("model.image_newline", "model.connector.layout.row_end"),
