@@ -21,6 +21,7 @@ def _example(preset: str) -> tuple[HiResLmmConfig, dict]:
         connector_config=SMALL_CONNECTORS.get(preset, {}),
     )
     processor = tiny_processor(config, "chatml")
+    config.answer_prefix_ids = config.question_prefix_ids = None  # embeddings cannot be searched for them
     samples = []
     for seed, question in enumerate(QUESTIONS):
         content = [{"type": "image"}, {"type": "text", "text": question}]
