@@ -31,6 +31,14 @@ PREFILL = {
 }
 """Value of a row of the prefill -> title of its table; one column a batch of images."""
 
+OTHER_SHAPES = {
+    "images": "image",
+    "model": "model",
+    "tokens": "visual tokens",
+    "ratio": "time / llava_next",
+    "overhead": "time / floor",
+    "peak_mib": "peak MiB",
+}
 SPEED = {
     "prefill_counted": {
         "images": "image",
@@ -40,22 +48,8 @@ SPEED = {
         "ratio": "operations / llava_next",
         "between": "share outside tower and language model",
     },
-    "prefill_wide": {
-        "images": "image",
-        "model": "model",
-        "tokens": "visual tokens",
-        "ratio": "time / llava_next",
-        "overhead": "time / floor",
-        "peak_mib": "peak MiB",
-    },
-    "prefill_deep": {
-        "images": "image",
-        "model": "model",
-        "tokens": "visual tokens",
-        "ratio": "time / llava_next",
-        "overhead": "time / floor",
-        "peak_mib": "peak MiB",
-    },
+    "prefill_wide": OTHER_SHAPES,
+    "prefill_deep": OTHER_SHAPES,
     "parts": {
         "part": "part",
         "milliseconds": "ms",
