@@ -79,7 +79,8 @@ def load_image_processor(checkpoint: str, trust_remote_code: bool = False) -> An
 @contextmanager
 def _clear_errors(checkpoint: str) -> Iterator[None]:
     """Readers of files raise errors of many types over a damaged checkpoint; say which one it is."""
-    texts = [path for path in Path(checkpoint).rglob("*") if path.suffix in TEXTS and path.is_file()]
+    read = (path for pattern in ("*", "additional_chat_templates/*") for path in Path(checkpoint).glob(pattern))
+    texts = [path for path in read if path.suffix in TEXTS and path.is_file()]
     large = [path for path in texts if path.stat().st_size > JSON_LIMIT]
     if large:
         raise ValueError(f"{large[0]} has {large[0].stat().st_size} bytes, more than {JSON_LIMIT}; replace it.")

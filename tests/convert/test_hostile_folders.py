@@ -330,8 +330,11 @@ def test_an_id_far_above_the_vocabulary(tmp_path, ours):
     refused(tmp_path, export, ours, "has the id 2147483648; ids can be at most 16777216")
 
 
-@pytest.mark.parametrize("name", ["chat_template.jinja", "processor_config.json"])
+@pytest.mark.parametrize(
+    "name", ["chat_template.jinja", "processor_config.json", "additional_chat_templates/other.jinja"]
+)
 def test_an_enormous_text_is_not_read_by_our_loaders(ours, name):
+    (ours / name).parent.mkdir(exist_ok=True)
     with (ours / name).open("ab") as file:
         file.truncate(200_000_000)
     with pytest.raises(ValueError, match=f"{name} has 200000000 bytes, more than 100000000; replace it"):
