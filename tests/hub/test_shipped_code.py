@@ -28,7 +28,7 @@ STANDARD = {  # module -> names that may be taken from it; None: the module itse
     "contextlib": {"contextmanager"},
     "copy": {"deepcopy", None},
     "dataclasses": {"asdict", "dataclass", "field", "fields", "replace"},
-    "functools": {"lru_cache"},
+    "functools": {"lru_cache", "wraps"},
     "importlib.util": {"find_spec"},  # whether triton is there; it imports nothing
     "inspect": {"signature"},
     "io": {"BytesIO"},
@@ -206,7 +206,7 @@ AT_IMPORT_METHODS = {"strip", "replace"}  # of texts
 DECORATORS = {
     "can_return_tuple", "classmethod", "contextmanager", "dataclass", "lru_cache", "merge_with_config_defaults",
     "property", "size.setter", "staticmethod", "strict", "torch.autograd.function.once_differentiable",
-    "torch.compiler.assume_constant_result", "torch.no_grad", "triton.jit",
+    "takes_cache", "torch.compiler.assume_constant_result", "torch.no_grad", "triton.jit", "wraps",
 }  # fmt: skip
 DEFINITIONS = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
 

@@ -18,6 +18,7 @@ from builders_chat import (
     runs_of,
     text_only,
 )
+from hires_lmm.modeling.compat_hires_lmm import CACHE
 
 
 @pytest.fixture(scope="module")
@@ -88,11 +89,11 @@ def test_two_turns_at_once_equal_turn_by_turn(setup):
             output = model(
                 input_ids=ids,
                 attention_mask=torch.ones(1, stop, dtype=torch.long),
-                past_key_values=cache,
+                cache=cache,
                 mm_encoder_outputs={"image": features},
                 use_cache=True,
             )
-        cache, begin = output.past_key_values, stop
+        cache, begin = output[CACHE], stop
         got.append(output.logits)
     torch.testing.assert_close(torch.cat(got, dim=1), expected, atol=2e-5, rtol=1e-4)
 
@@ -204,7 +205,7 @@ def test_generate_goes_on_from_a_cache(setup):
     with_cache = model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
-        past_key_values=copy.deepcopy(output.past_key_values),
+        **{CACHE: copy.deepcopy(output[CACHE])},
         mm_encoder_outputs={"image": features},
         **options,
     )
@@ -251,10 +252,10 @@ def test_errors_name_the_remedy(setup):
     batch = inputs_of(processor, 1, image)
     features = features_of(model, batch)
     with torch.no_grad():
-        cache = model(**batch, use_cache=True).past_key_values
+        cache = model(**batch, use_cache=True)[CACHE]
         with pytest.raises(ValueError, match="have not read its beginning"):
             model(
                 input_ids=torch.tensor([[7, *[processor.image_token_id] * 3, 9]]),
-                past_key_values=cache,
+                cache=cache,
                 mm_encoder_outputs={"image": features},
             )

@@ -9,6 +9,7 @@ import torch
 from builders import GEOMETRY, make_batch, random_image
 from builders_chat import OTHER, QUESTIONS, chat, features_of, fusion_setup, inputs_of, logits_of, text_only
 from hires_lmm.modeling.blocks_hires_lmm import ImageMemory
+from hires_lmm.modeling.compat_hires_lmm import CACHE
 
 
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}
@@ -36,7 +37,7 @@ def go_on(model, whole, begin, cache, features):
     return model(
         input_ids=whole["input_ids"][:, begin:],
         attention_mask=torch.ones_like(whole["input_ids"]),
-        past_key_values=cache,
+        cache=cache,
         mm_encoder_outputs={"image": features},
         use_cache=True,
     )
@@ -54,7 +55,7 @@ def test_conversations_in_turns_on_the_same_features(setup):
             output = go_on(model, whole, begins[number], caches[number], features)
             expected = logits_of(model, whole)[:, begins[number] :]
             torch.testing.assert_close(output.logits, expected, **CLOSE)
-            caches[number], begins[number] = output.past_key_values, whole["input_ids"].shape[1]
+            caches[number], begins[number] = output[CACHE], whole["input_ids"].shape[1]
 
 
 def test_a_cache_that_the_features_do_not_know_is_an_error(setup):
@@ -62,7 +63,7 @@ def test_a_cache_that_the_features_do_not_know_is_an_error(setup):
     image = random_image(100, 130)
     first, whole = (inputs_of(processor, turns, image) for turns in (1, 2))
     features = features_of(model, first)
-    cache = go_on(model, first, 0, None, features).past_key_values
+    cache = go_on(model, first, 0, None, features)[CACHE]
     begin = first["input_ids"].shape[1]
     for strange, known in ((copy.deepcopy(cache), features), (cache, copy.deepcopy(features))):
         with pytest.raises(ValueError, match="have not read its beginning for that cache"):
@@ -80,14 +81,12 @@ def test_generate_reads_the_conversation_of_its_ids(setup, between, options):
     first, whole = (inputs_of(processor, turns, image) for turns in (1, 2))
     features = {"image": features_of(model, first)}
     begun = first["input_ids"].shape[1]
-    cache = model.generate(**text_only(first), mm_encoder_outputs=features, **OPTIONS).past_key_values
+    cache = model.generate(**text_only(first), mm_encoder_outputs=features, **OPTIONS)[CACHE]
     cache.crop(begun - 1 - cache.get_seq_length())
     model.generate(**text_only(inputs_of(processor, 3, image, between)), mm_encoder_outputs=features, **OPTIONS)
     cache = copy.deepcopy(cache)  # a cache that the features do not know: only the ids say what it holds
     cache.batch_repeat_interleave(options.get("num_beams", 1))
-    found = model.generate(
-        **text_only(whole), past_key_values=cache, mm_encoder_outputs=features, **OPTIONS, **options
-    )
+    found = model.generate(**text_only(whole), **{CACHE: cache}, mm_encoder_outputs=features, **OPTIONS, **options)
     anew = model.generate(**whole, **OPTIONS, **options)
     assert torch.equal(found.sequences, anew.sequences)
     torch.testing.assert_close(found.logits[0], anew.logits[0], **CLOSE)
@@ -99,9 +98,9 @@ def test_a_prompt_mask_goes_on_with_the_conversation(setup):
     first, whole = (inputs_of(processor, turns, random_image(100, 130)) for turns in (1, 2))
     mask = torch.ones_like(whole["input_ids"]).bool()
     mask[:, first["input_ids"].shape[1] :] = False
-    cache = model.generate(**first, **OPTIONS).past_key_values
+    cache = model.generate(**first, **OPTIONS)[CACHE]
     cache.crop(first["input_ids"].shape[1] - 1 - cache.get_seq_length())
-    found = model.generate(**whole, prompt_mask=mask, past_key_values=cache, **OPTIONS)
+    found = model.generate(**whole, prompt_mask=mask, **{CACHE: cache}, **OPTIONS)
     anew = model.generate(**whole, prompt_mask=mask, **OPTIONS)
     torch.testing.assert_close(found.logits[0], anew.logits[0], **CLOSE)
     shown = model.generate(**whole, **OPTIONS)
@@ -111,11 +110,11 @@ def test_a_prompt_mask_goes_on_with_the_conversation(setup):
 def test_a_cache_that_ends_within_a_block_is_an_error(setup):
     model, processor = setup
     whole = inputs_of(processor, 2, random_image(100, 130))
-    cache = model(**whole, use_cache=True).past_key_values
+    cache = model(**whole, use_cache=True)[CACHE]
     last = (whole["input_ids"][0] == processor.image_token_id).nonzero()[-1, 0]
     cache.crop(int(last) - cache.get_seq_length())
     with pytest.raises(ValueError, match="in the middle of the image tokens of conversation 0"):
-        model.generate(**whole, past_key_values=cache, **OPTIONS)
+        model.generate(**whole, **{CACHE: cache}, **OPTIONS)
 
 
 def test_a_batch_whose_rows_go_on_differently(setup):
@@ -152,10 +151,8 @@ def test_a_batch_whose_rows_go_on_differently(setup):
         first = features.select_images([0, 2])
         positions = (past["attention_mask"].cumsum(1) - 1).clamp(min=0)
         output = model(**past, position_ids=positions, mm_encoder_outputs={"image": first}, use_cache=True)
-        cache = output.past_key_values
-    found = model.generate(
-        **text_only(batch), past_key_values=cache, mm_encoder_outputs={"image": features}, **OPTIONS
-    )
+        cache = output[CACHE]
+    found = model.generate(**text_only(batch), **{CACHE: cache}, mm_encoder_outputs={"image": features}, **OPTIONS)
     anew = model.generate(**batch, **OPTIONS)
     torch.testing.assert_close(found.logits[0], anew.logits[0], **CLOSE)
     assert torch.equal(found.sequences, anew.sequences)

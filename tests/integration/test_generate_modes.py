@@ -24,6 +24,7 @@ from builders import (
     tiny_processor,
     tiny_text_config,
 )
+from hires_lmm.modeling.compat_hires_lmm import CACHE
 
 
 NEW_TOKENS = 8
@@ -224,11 +225,11 @@ def test_forward_logits_of_forced_steps_with_and_without_cache(case):
         out = model(**batch, use_cache=True)
         steps = [out.logits[0, -1]]
         for token in forced:
-            mask = torch.ones(1, out.past_key_values.get_seq_length() + 1, dtype=torch.long)
+            mask = torch.ones(1, out[CACHE].get_seq_length() + 1, dtype=torch.long)
             out = model(
                 input_ids=torch.tensor([[token]]),
                 attention_mask=mask,
-                past_key_values=out.past_key_values,
+                cache=out[CACHE],
                 use_cache=True,
             )
             steps.append(out.logits[0, -1])
@@ -324,11 +325,11 @@ def test_second_turn_from_a_returned_cache_with_the_new_ids(case, with_image):
     second = make_batch(processor, [(text, images)], **(extra if images else {}))
     answer = first.sequences[0, length:]
     new_ids = torch.cat([answer[-1:], second["input_ids"][0]])[None]
-    past = first.past_key_values.get_seq_length()
+    past = first[CACHE].get_seq_length()
     inputs = {
         "input_ids": new_ids,
         "attention_mask": torch.ones(1, past + new_ids.shape[1], dtype=torch.long),
-        "past_key_values": first.past_key_values,
+        CACHE: first[CACHE],
         **(geometry_of(second) if images else {}),
     }
     got = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)[0, new_ids.shape[1] :].tolist()
@@ -354,11 +355,11 @@ def test_second_turn_of_a_padded_batch_with_new_images(case):
     new_ids = torch.cat([answers, second["input_ids"]], 1)
     mask = batch["attention_mask"]
     mask = mask if first.packed_attention_mask is None else first.packed_attention_mask
-    assert (mask == 0).any() and mask.shape[1] == first.past_key_values.get_seq_length()
+    assert (mask == 0).any() and mask.shape[1] == first[CACHE].get_seq_length()
     got = model.generate(
         input_ids=new_ids,
         attention_mask=torch.cat([mask, torch.ones_like(new_ids)], 1),
-        past_key_values=first.past_key_values,
+        **{CACHE: first[CACHE]},
         max_new_tokens=NEW_TOKENS,
         do_sample=False,
         **geometry_of(second),
@@ -383,7 +384,7 @@ def test_second_turn_from_a_returned_cache_with_the_full_history(case):
     got = model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
-        past_key_values=first.past_key_values,
+        **{CACHE: first[CACHE]},
         max_new_tokens=NEW_TOKENS,
         do_sample=False,
     )[0, ids.shape[1] :].tolist()

@@ -200,11 +200,11 @@ def test_decoding_with_a_static_cache_compiles_whole():
     step = torch.compile(model, fullgraph=True, dynamic=False, backend=counter)
     caches = [StaticCache(config=config.text_config, max_cache_len=length + 8) for _ in range(2)]
     with torch.no_grad():
-        ids = [model(**batch, past_key_values=cache, logits_to_keep=1).logits.argmax(-1) for cache in caches]
+        ids = [model(**batch, cache=cache, logits_to_keep=1).logits.argmax(-1) for cache in caches]
         for position in range(length, length + 4):
             inputs = {"position_ids": torch.tensor([[position]]), "logits_to_keep": 1}
-            expected = model(ids[0], past_key_values=caches[0], **inputs).logits
-            found = step(ids[1], past_key_values=caches[1], **inputs).logits
+            expected = model(ids[0], cache=caches[0], **inputs).logits
+            found = step(ids[1], cache=caches[1], **inputs).logits
             torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
             ids = [expected.argmax(-1), found.argmax(-1)]
     assert counter.frame_count == 1

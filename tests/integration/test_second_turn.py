@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from builders import make_batch, random_image, tiny_config, tiny_model, tiny_processor
+from hires_lmm.modeling.compat_hires_lmm import CACHE
 
 
 TURN_ONE = "<image>\nHow many cats are there? "
@@ -26,12 +27,12 @@ def turns(processor, model, images, budget=None):
     first = make_batch(processor, [(TURN_ONE, images[:1])], **extra)
     out = model.generate(**first, **OPTIONS)
     both = make_batch(processor, [(TURN_ONE + SECOND, images)], **extra)
-    cached = out.past_key_values.get_seq_length()
+    cached = out[CACHE].get_seq_length()
     shared = out.sequences.shape[1] - 1
     new = both["input_ids"][:, first["input_ids"].shape[1] :]
     both["input_ids"] = torch.cat([out.sequences[:, :shared], new], dim=1)
     both["attention_mask"] = torch.ones_like(both["input_ids"])
-    return both, out.past_key_values, cached
+    return both, out[CACHE], cached
 
 
 @pytest.mark.parametrize("budget", [None, 40])
@@ -41,7 +42,7 @@ def test_a_new_image_in_the_second_turn_gets_its_own_features(budget):
     both, cache, cached = turns(processor, model, images, budget)
     assert cached < both["input_ids"].shape[1]
     fresh = model.generate(**both, **OPTIONS)
-    continued = model.generate(**both, past_key_values=cache, **OPTIONS)
+    continued = model.generate(**both, **{CACHE: cache}, **OPTIONS)
     assert continued.sequences.tolist() == fresh.sequences.tolist()
     torch.testing.assert_close(continued.logits[0], fresh.logits[0], atol=1e-4, rtol=1e-4)
 
@@ -52,10 +53,10 @@ def test_after_dropping_by_threshold_the_whole_conversation_is_refused():
     images = [random_image(100, 180, 0), random_image(120, 100, 1)]
     both, cache, _ = turns(processor, model, images)
     with pytest.raises(ValueError, match="Pass only the new ids"):
-        model.generate(**both, past_key_values=cache, **OPTIONS)
+        model.generate(**both, **{CACHE: cache}, **OPTIONS)
     without_pixels = {key: both[key] for key in ("input_ids", "attention_mask")}
     with pytest.raises(ValueError, match="Pass only the new ids"):
-        model.generate(**without_pixels, past_key_values=cache, **OPTIONS)
+        model.generate(**without_pixels, **{CACHE: cache}, **OPTIONS)
 
 
 def test_images_that_were_forgotten_are_an_error():

@@ -12,6 +12,7 @@ from transformers import CLIPVisionConfig, LlamaConfig
 from hires_lmm import HiResLmmConfig, HiResLmmForConditionalGeneration, HiResLmmImageProcessor
 from hires_lmm.conversion.keys import convert_tensors, match_sources
 from hires_lmm.conversion.slime import connector_settings, key_table
+from hires_lmm.modeling.compat_hires_lmm import CACHE
 
 
 FOLDER = Path(__file__).parents[1] / "fixtures" / "slime_tiny"
@@ -130,9 +131,9 @@ def test_forced_steps_agree_with_and_without_cache(number, released):
             input_ids=torch.cat([inputs["input_ids"], forced], dim=1), mm_encoder_outputs={"image": features}
         ).logits[0, prompt_length - 1 : -1]
         output = released(**inputs, use_cache=True)
-        cache, steps = output.past_key_values, [output.logits[0, -1]]
+        cache, steps = output[CACHE], [output.logits[0, -1]]
         for position in range(11):
-            output = released(input_ids=forced[:, position : position + 1], past_key_values=cache)
+            output = released(input_ids=forced[:, position : position + 1], cache=cache)
             steps.append(output.logits[0, -1])
     torch.testing.assert_close(torch.stack(steps), whole, atol=1e-4, rtol=1e-4)
     assert (whole - whole[0]).abs().amax() > 0.1  # the steps do differ

@@ -174,6 +174,7 @@ class HiResLmmConfig(PreTrainedConfig):
 
     model_type = "hires_lmm"
     keys_to_ignore_at_inference = [
+        "cache",
         "past_key_values",
         "hidden_states",
         "attentions",

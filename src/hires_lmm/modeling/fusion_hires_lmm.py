@@ -10,6 +10,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaModel
 from transformers import initialization as init
 
 from .blocks_hires_lmm import Block, ImageMemory, Prefix, cut_cache, read_blocks, stack_prefixes
+from .compat_hires_lmm import CACHE
 from .views_hires_lmm import KIND_MARK, PartContext, Question, VisualTokens
 
 
@@ -31,7 +32,7 @@ class HiResLmmFusion(nn.Module):
     After a call without gradients, what was read hangs on the features that `get_image_features` returned
     (`tokens.memory`, an `ImageMemory` an image). A call that is given the same features goes on from what it shares
     with the conversation read last: a further turn runs its own block only, another first question spares the visual
-    tokens. A call that shows the end of a conversation only, the rest being in `past_key_values`, goes on from what
+    tokens. A call that shows the end of a conversation only, the rest being in `cache`, goes on from what
     was read for that very cache. So features may serve many conversations and threads; nothing is kept on the module.
     They hold for the weights they were made with.
 
@@ -233,10 +234,10 @@ class HiResLmmFusion(nn.Module):
         if own and own[0].num_slots == tokens.num_tokens[image] > self.options.later_queries:
             return ()  # the image comes in this turn
         raise ValueError(
-            "The conversation goes on in past_key_values, but these image features have not read its beginning for "
+            "The conversation goes on in cache, but these image features have not read its beginning for "
             'that cache. Pass the features of the first turn as mm_encoder_outputs={"image": features} in every turn, '
             "with the cache object that the turn before returned; or pass the whole conversation to generate, or "
-            "without past_key_values."
+            "without cache."
         )
 
     def _check_runs(self, own: tuple[Block, ...], num_earlier: int, num_tokens: int, row: int) -> None:
@@ -315,8 +316,8 @@ class HiResLmmFusion(nn.Module):
             inputs_embeds=batch,
             attention_mask=mask,
             position_ids=positions,
-            past_key_values=cache,
             use_cache=cache is not None,
+            **{CACHE: cache},
         ).last_hidden_state
         read = []
         for number, ((image, prefix), own) in enumerate(zip(todo, new, strict=True)):

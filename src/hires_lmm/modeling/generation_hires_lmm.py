@@ -1,16 +1,16 @@
 """What `generate` needs to know about a prompt that changes its length inside the model: four hooks."""
 
 import copy
-from inspect import signature
 from typing import Any, cast
 
 import torch
-from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig
+from transformers import GenerationConfig, GenerationMixin
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
+from .compat_hires_lmm import CACHE
 from .outputs_hires_lmm import HiResLmmImageFeatures, check_placeholders, compare_counts, placeholders_per_image
 from .question_hires_lmm import PromptText
 from .views_hires_lmm import VisualTokens, all_finite, check_finite, copy_to_host, padding_flags
@@ -62,8 +62,7 @@ def images_after(placeholder: torch.Tensor, lengths: list[int], position: int) -
         is_after = {column >= position for column in columns[start : start + length]}
         if len(is_after) > 1:
             raise ValueError(
-                f"past_key_values ends after {position} positions, in the middle of image {index}; crop it to before "
-                "the image."
+                f"cache ends after {position} positions, in the middle of image {index}; crop it to before the image."
             )
         chosen += [index] if True in is_after else []
         start += length
@@ -81,9 +80,6 @@ class HiResLmmGenerationMixin(GenerationMixin):
         generation_config: GenerationConfig,
     ) -> dict[str, Any]:
         """Encode images once; work on a copy of the caller's features and note where the prompt ends."""
-        forward = type(self).forward
-        if not hasattr(forward, "__signature__"):  # of custom code the library reads it anew for every token
-            forward.__signature__ = signature(forward)
         model_kwargs["mm_encoder_outputs"] = check_encoder_outputs(model_kwargs.get("mm_encoder_outputs"))
         ids = inputs_tensor if inputs_tensor.ndim == 2 else model_kwargs.get("input_ids")
         has_ids, has_pixels = ids is not None and ids.shape[1] > 0, model_kwargs.get("pixel_values") is not None
@@ -152,7 +148,7 @@ class HiResLmmGenerationMixin(GenerationMixin):
         for row, own in zip(question.image_row.tolist(), blocks, strict=True):
             if any(stop - block.num_slots < cached < stop for block, stop in own):
                 raise ValueError(
-                    f"past_key_values ends after {cached} positions, in the middle of the image tokens of "
+                    f"cache ends after {cached} positions, in the middle of the image tokens of "
                     f"conversation {row}; crop it to before them."
                 )
         asked = [index for index, own in enumerate(blocks) if any(stop > cached for _, stop in own)]
@@ -172,7 +168,7 @@ class HiResLmmGenerationMixin(GenerationMixin):
         As in the library, a mask longer than the ids says that they are new; it drops a mask of ones and notes its
         length. What an assistant drafts is checked by the main model, so it may go on with a packed cache.
         """
-        cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
+        cache, mask = model_kwargs.get(CACHE), model_kwargs.get("attention_mask")
         past = cache.get_seq_length() if isinstance(cache, Cache) else 0
         mask_length = mask.shape[1] if mask is not None else vars(generation_config).get("_mask_length", length)
         if not past or mask_length != length or generation_config.is_assistant:
@@ -181,7 +177,7 @@ class HiResLmmGenerationMixin(GenerationMixin):
             raise ValueError(
                 f"The cache holds {past} positions of a model that may drop visual tokens, so the {length} ids of "
                 "the whole conversation cannot be lined up with it. Pass only the new ids, with an attention_mask of "
-                f"length {past} + the number of new ids; or start without past_key_values."
+                f"length {past} + the number of new ids; or start without cache."
             )
         return past
 
@@ -212,21 +208,11 @@ class HiResLmmGenerationMixin(GenerationMixin):
         return {**mm_encoder_output, "image": expanded}
 
     @staticmethod
-    def create_masks_for_generate(
-        config: PreTrainedConfig,
-        inputs_embeds: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        past_key_values: Cache | None,
-        position_ids: torch.Tensor | None = None,
-        is_first_iteration: bool = False,
-        **kwargs: Any,
-    ) -> Any:
+    def create_masks_for_generate(*, attention_mask: Any, is_first_iteration: bool = False, **kwargs: Any) -> Any:
         """Leave the mask of the first step two-dimensional: tokens may still be dropped inside `forward`."""
         if is_first_iteration:
             return attention_mask
-        return create_masks_for_generate(
-            config, inputs_embeds, attention_mask, past_key_values, position_ids=position_ids, **kwargs
-        )
+        return create_masks_for_generate(attention_mask=attention_mask, **kwargs)
 
     def _update_model_kwargs_for_generation(
         self,

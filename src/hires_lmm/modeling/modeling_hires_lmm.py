@@ -11,6 +11,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 
+from .compat_hires_lmm import CACHE, takes_cache
 from .configuration_hires_lmm import HiResLmmConfig, HiResLmmConnectorConfig, check_fit
 from .connector_hires_lmm import HiResLmmConnector, drop
 from .generation_hires_lmm import HiResLmmGenerationMixin, check_encoder_outputs
@@ -52,7 +53,7 @@ class HiResLmmPreTrainedModel(HiResLmmLoadingMixin, PreTrainedModel):
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
     _no_split_modules: Any = None
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -241,6 +242,7 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
             mask = mask & (torch.arange(mask.shape[1], device=mask.device) < prompt_length)
         return mask
 
+    @takes_cache
     @merge_with_config_defaults
     @can_return_tuple
     def forward(
@@ -252,7 +254,7 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
         view_spans: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         prompt_mask: torch.Tensor | None = None,
@@ -276,7 +278,7 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
             view_spans (`torch.Tensor` of shape `(V, 4)`, *optional*): Spans, see `get_image_features`.
             attention_mask (`torch.Tensor` of shape `(B, past + S)`, *optional*): 0 at padding.
             position_ids (`torch.Tensor` of shape `(B, S)`, *optional*): Positions; made anew where tokens are dropped.
-            past_key_values (`Cache`, *optional*): Cache of earlier positions.
+            cache (`Cache`, *optional*): Cache of earlier positions; `past_key_values` means the same.
             inputs_embeds (`torch.Tensor` of shape `(B, S, D)`, *optional*): Instead of `input_ids`.
             use_cache (`bool`, *optional*): Return a cache.
             prompt_mask (`torch.Tensor` of shape `(B, S)`, *optional*): True where parts may read the question.
@@ -303,7 +305,7 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
-        check_call(inputs_embeds, attention_mask, question_labels, past_key_values, kwargs)
+        check_call(inputs_embeds, attention_mask, question_labels, cache, kwargs)
         features = self._image_features(
             input_ids,
             inputs_embeds,
@@ -321,36 +323,36 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
         extra: dict[str, Any] = {}
         packing, read = None, None
         if features is not None:
-            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            past = cache.get_seq_length() if cache is not None else 0
             text = PromptText(input_ids, inputs_embeds, attention_mask, prompt_mask, question_labels, question_ids)
-            inputs_embeds, kept, read, extra = self._splice(features, text, past_key_values, output_token_map)
+            inputs_embeds, kept, read, extra = self._splice(features, text, cache, output_token_map)
             if not self.connector.is_count_static or getattr(features, "is_right_padded", False):
                 in_generate = getattr(features, "prompt_length", None) is not None
                 packing, attention_mask, position_ids = plan_batch(kept, attention_mask, past, in_generate)
                 inputs_embeds = pack(inputs_embeds, packing)
                 extra["packed_attention_mask"] = attention_mask
-            elif getattr(features, "is_unpadded", False) and (position_ids is None or past_key_values is not None):
+            elif getattr(features, "is_unpadded", False) and (position_ids is None or cache is not None):
                 attention_mask = None  # all ones: the language model need not look
-        elif self.training and past_key_values is None:
+        elif self.training and cache is None:
             idle = self._idle_connector(inputs_embeds.device, use_tower=vision_features is None)
             inputs_embeds = inputs_embeds + idle.to(inputs_embeds)
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             use_cache=use_cache,
             return_dict=True,
+            **{CACHE: cache},
             **kwargs,
         )
         for memory, conversation in read or []:
-            memory.remember(outputs.past_key_values, conversation)
+            memory.remember(outputs.get(CACHE), conversation)
         hidden = outputs.last_hidden_state
         return HiResLmmModelOutputWithPast(
             last_hidden_state=hidden if packing is None else expand(hidden, packing),
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE: outputs.get(CACHE)},
             **extra,
         )
 
@@ -420,7 +422,7 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
         self,
         features: HiResLmmImageFeatures,
         text: PromptText,
-        past_key_values: Cache | None,
+        cache: Cache | None,
         output_token_map: bool,
     ) -> tuple[torch.Tensor, torch.Tensor, list | None, dict]:
         """Write visual tokens over placeholders: embeddings, kept positions `(B, S)`, what was read, more outputs."""
@@ -434,9 +436,9 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
                 )
             question = None
             if self.connector.reads_question or self.connector.makes_tokens:
-                past = past_key_values.get_seq_length() if past_key_values is not None else 0
+                past = cache.get_seq_length() if cache is not None else 0
                 question = self.read_question(text, placeholder, tokens.num_tokens, prompt_length, past)
-                question.cache, question.earlier = past_key_values, features.earlier
+                question.cache, question.earlier = cache, features.earlier
             tokens = self.connector.finish(tokens, question)
             placed, kept = drop(tokens)
         else:
@@ -515,6 +517,7 @@ class HiResLmmForConditionalGeneration(HiResLmmPreTrainedModel, HiResLmmGenerati
         """See `HiResLmmModel.get_image_features`."""
         return self.model.get_image_features(*args, **kwargs)
 
+    @takes_cache
     @merge_with_config_defaults
     @can_return_tuple
     def forward(
@@ -526,7 +529,7 @@ class HiResLmmForConditionalGeneration(HiResLmmPreTrainedModel, HiResLmmGenerati
         view_spans: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
@@ -563,7 +566,7 @@ class HiResLmmForConditionalGeneration(HiResLmmPreTrainedModel, HiResLmmGenerati
             view_spans=view_spans,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             prompt_mask=prompt_mask,
@@ -592,8 +595,7 @@ class HiResLmmForConditionalGeneration(HiResLmmPreTrainedModel, HiResLmmGenerati
         return HiResLmmCausalLMOutputWithPast(
             loss=loss,
             logits=None if learned is not None else logits,
-            past_key_values=outputs.past_key_values,
-            **{name: value for name, value in outputs.items() if name not in ("last_hidden_state", "past_key_values")},
+            **{name: value for name, value in outputs.items() if name != "last_hidden_state"},
         )
 
 

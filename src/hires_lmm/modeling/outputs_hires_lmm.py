@@ -5,9 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
-from transformers.utils import ModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 
 from .views_hires_lmm import KIND_GLOBAL, NUM_POSITION_FIELDS, VisualTokens, cell_boxes
 
@@ -197,7 +195,7 @@ class HiResLmmModelOutputWithPast(BaseModelOutputWithPast):
 
     Args:
         last_hidden_state (`torch.Tensor` of shape `(B, S, D)`): A dropped position repeats the kept one before.
-        past_key_values (`Cache`, *optional*): Cache of the positions that were kept.
+        cache (`Cache`, *optional*): Cache of the positions that were kept.
         hidden_states (`tuple[torch.Tensor]`, *optional*): Per layer, at packed length.
         attentions (`tuple[torch.Tensor]`, *optional*): Per layer, at packed length.
         image_hidden_states (`torch.Tensor` of shape `(M, D)`, *optional*): Visual tokens written over placeholders.
@@ -215,14 +213,14 @@ class HiResLmmModelOutputWithPast(BaseModelOutputWithPast):
 
 
 @dataclass
-class HiResLmmCausalLMOutputWithPast(ModelOutput):
+class HiResLmmCausalLMOutputWithPast(CausalLMOutputWithPast):
     """Loss and logits beside the fields of `HiResLmmModelOutputWithPast`.
 
     Args:
         loss (`torch.Tensor` of shape `()`, *optional*): Next-token loss, with `labels`.
         logits (`torch.Tensor` of shape `(B, S, vocabulary)`, *optional*): Scores of the input length; None in training
             mode with `labels`, unless asked for.
-        past_key_values (`Cache`, *optional*): See `HiResLmmModelOutputWithPast`, as all that follow.
+        cache (`Cache`, *optional*): See `HiResLmmModelOutputWithPast`, as all that follow.
         hidden_states (`tuple[torch.Tensor]`, *optional*): As above.
         attentions (`tuple[torch.Tensor]`, *optional*): As above.
         image_hidden_states (`torch.Tensor`, *optional*): As above.
@@ -232,11 +230,6 @@ class HiResLmmCausalLMOutputWithPast(ModelOutput):
         token_map (`TokenMap`, *optional*): As above.
     """
 
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
     image_hidden_states: torch.Tensor | None = None
     kept_mask: torch.Tensor | None = None
     packed_attention_mask: torch.Tensor | None = None
