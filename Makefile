@@ -1,70 +1,102 @@
 # make setup test          everything a change must pass
 # make demo                a first run: five questions about large pictures, and a picture of the tokens used
 # Settings, all optional:  make setup PYTHON=python3.12
-#                          make setup TRANSFORMERS='==5.20.*'
-#                          make setup TORCH_INDEX=https://download.pytorch.org/whl/cpu
+#                          make setup TORCH_INDEX=https://download.pytorch.org/whl/cu130
+#                          make test TRANSFORMERS=5.20     (in .cache/versions/5.20; also test-slow, test-upstream)
+#                          make test-versions MINORS='5.20 5.24'
 PYTHON ?= python3
 VENV ?= .venv
-TRANSFORMERS ?=
 TORCH_INDEX ?=
-CONSTRAINTS ?= constraints.txt
+TRANSFORMERS ?=
+MINORS ?=
 WORKERS ?= 2
 PYTEST_ARGS ?=
 MUTATION_ARGS ?=
+LOCK_ARGS ?=
 
 BIN := $(VENV)/bin
 PY := $(BIN)/python
-PIP := $(PY) -m pip --disable-pip-version-check --quiet
-PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest
+INSTALL := $(PY) scripts/install.py
+VERSIONS := $(PY) scripts/versions.py --workers $(WORKERS)
+TEST_PY := $(if $(TRANSFORMERS),.cache/versions/$(TRANSFORMERS)/bin/python,$(PY))
+PYTEST := OMP_NUM_THREADS=1 $(TEST_PY) -m pytest
 
-# A stamp is named after the content it stands for, so a second `make setup` does nothing and a changed setting reinstalls.
-key = $(shell { printf '%s\n' $(1); cat $(2); } | cksum | cut -d ' ' -f 1)
-TORCH_STAMP := $(VENV)/.torch-$(call key,'$(TORCH_INDEX)',$(CONSTRAINTS))
-SETUP_STAMP := $(VENV)/.setup-$(call key,'$(TORCH_INDEX)' '$(TRANSFORMERS)',$(CONSTRAINTS) pyproject.toml)
+# A stamp is named after the content it stands for, so a second `make setup` does nothing and a changed lock reinstalls.
+key = $(shell { printf '%s\n' '$(TORCH_INDEX)'; $(1); } | cksum | cut -d ' ' -f 1)
+TORCH_STAMP := $(VENV)/.torch-$(call key,grep ^torch= constraints.txt)
+CORE_STAMP := $(VENV)/.core-$(call key,cat constraints.txt pyproject.toml)
+SETUP_STAMP := $(VENV)/.setup-$(call key,cat constraints.txt pyproject.toml)
 
-.PHONY: help setup demo docs test test-slow test-upstream coverage mutation quality format clean distclean
+.PHONY: help setup demo docs lock test test-slow test-versions test-latest test-upstream coverage mutation quality \
+	format clean distclean
 .NOTPARALLEL:
 
 help:
-	@echo "make setup | demo | docs | test | test-slow | test-upstream | coverage | mutation | quality | format | clean | distclean"
+	@echo "make setup | demo | docs | lock | test | test-slow | test-versions | test-latest | test-upstream | coverage"
+	@echo "     mutation | quality | format | clean | distclean"
 
 setup: $(SETUP_STAMP)
 
 $(PY):
-	@echo "creating $(VENV)"
+	@echo "1 of 3: an environment in $(VENV)"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
 		|| { echo "Python 3.10 or newer is needed; name one: make setup PYTHON=python3.12"; exit 1; }
 	@$(PYTHON) -m venv $(VENV) \
 		|| { rm -rf $(VENV); echo "$(PYTHON) has no venv module; on Debian and Ubuntu install python3-venv"; exit 1; }
 
 $(TORCH_STAMP): | $(PY)
-	@echo "installing torch"
+	@echo "2 of 3: torch, about 200 MB without CUDA"
 	@rm -f $(VENV)/.torch-*
-	@$(if $(TORCH_INDEX),$(PIP) uninstall --yes torch)
-	@$(PIP) install --constraint $(CONSTRAINTS) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	@$(PY) -m pip install --disable-pip-version-check --quiet --constraint constraints.txt pip
+	@$(INSTALL) --torch $(if $(TORCH_INDEX),--index $(TORCH_INDEX))
+	@touch $@
+
+$(CORE_STAMP): $(TORCH_STAMP)
+	@echo "3 of 3: transformers and what the model needs, about 40 packages, 100 MB"
+	@rm -f $(VENV)/.core-*
+	@$(INSTALL) --editable .
 	@touch $@
 
 $(SETUP_STAMP): $(TORCH_STAMP)
-	@echo "installing hires-lmm and its tools"
-	@rm -f $(VENV)/.setup-*
-	@$(PIP) install --constraint $(CONSTRAINTS) --upgrade 'transformers$(TRANSFORMERS)' --editable '.[dev]'
-	@touch $@
+	@echo "3 of 3: transformers, trainers and tools, about 90 packages, 500 MB"
+	@rm -f $(VENV)/.core-* $(VENV)/.setup-*
+	@$(INSTALL) --editable '.[dev]'
+	@touch $(CORE_STAMP) $@
 
-demo: $(SETUP_STAMP)
+demo: $(CORE_STAMP)
 	OMP_NUM_THREADS=$(WORKERS) $(PY) examples/demo.py
 
 docs: $(SETUP_STAMP)
-	$(PIP) install --constraint $(CONSTRAINTS) --editable '.[docs]'
+	$(INSTALL) --editable '.[docs]'
 	$(PY) -m mkdocs build --strict
+
+# The versions that all of this installs; LOCK_ARGS=--upgrade for the newest.
+lock: | $(PY)
+	$(PY) scripts/lock.py $(LOCK_ARGS)
 
 $(BIN)/pytest $(BIN)/ruff:
 	@echo "no environment in $(VENV); run: make setup"; exit 1
 
-test: quality | $(BIN)/pytest
+.cache/versions/%/bin/python: | $(BIN)/pytest
+	$(VERSIONS) prepare $*
+
+test: quality | $(BIN)/pytest $(TEST_PY)
 	$(PYTEST) tests -m "not slow and not gpu" -n $(WORKERS) $(PYTEST_ARGS)
 
-test-slow: | $(BIN)/pytest
+test-slow: | $(BIN)/pytest $(TEST_PY)
 	$(PYTEST) tests -m "slow and not gpu" -n $(WORKERS) $(PYTEST_ARGS) || [ $$? -eq 5 ]  # 5: there is no slow test
+
+# What may break with a version, at each supported minor of transformers and at the newest of everything but torch.
+# These three write their results into docs/compatibility.md, unless PYTEST_ARGS chooses among the tests.
+test-versions: | $(BIN)/pytest
+	$(VERSIONS) minors $(MINORS) -- $(PYTEST_ARGS)
+
+test-latest: | $(BIN)/pytest
+	$(VERSIONS) latest -- $(PYTEST_ARGS)
+
+# transformers' own common tests on our classes; its source distribution is downloaded once into .cache/upstream
+test-upstream: | $(BIN)/pytest
+	$(VERSIONS) upstream $(TRANSFORMERS) -- $(PYTEST_ARGS)
 
 coverage: | $(BIN)/pytest
 	$(PY) -m coverage erase
@@ -73,13 +105,8 @@ coverage: | $(BIN)/pytest
 
 # Stopped and called again it goes on where it was; MUTATION_ARGS='--only planners --retry' after tests were added.
 mutation: $(SETUP_STAMP)
-	$(PIP) install --constraint $(CONSTRAINTS) --editable '.[mutation]'
+	$(INSTALL) --editable '.[mutation]'
 	OMP_NUM_THREADS=1 $(PY) scripts/mutation.py $(MUTATION_ARGS)
-
-# transformers' own common tests on our classes; its source distribution is downloaded once into .cache/upstream
-test-upstream: | $(BIN)/pytest
-	$(PY) tests/upstream/upstream_suite/fetch.py
-	CUDA_VISIBLE_DEVICES= $(PYTEST) tests/upstream/suite_*.py -n $(WORKERS) $(PYTEST_ARGS)
 
 quality: | $(BIN)/ruff
 	$(PY) -m ruff check .
@@ -96,4 +123,4 @@ clean:
 	find src tests scripts -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean
-	rm -rf $(VENV)
+	rm -rf $(VENV) .cache/versions .cache/lock

@@ -1,0 +1,184 @@
+"""Run the tests that a version may break in environments of other versions; called by the Makefile.
+
+    python scripts/versions.py prepare 5.20           makes the environment .cache/versions/5.20
+    python scripts/versions.py minors [5.20 ...]      the subsets at these minors of transformers, or at all supported
+    python scripts/versions.py latest                 the subsets with the newest of everything but torch
+    python scripts/versions.py upstream [5.20]        transformers' own suites, here or at that minor
+
+Arguments after `--` go to pytest. Without any, each run writes its row into the table of docs/compatibility.md.
+
+An environment holds only what differs, and sees all else in the environment that runs this script, torch among it.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+import venv
+from collections import Counter
+from datetime import date
+from pathlib import Path
+
+
+ROOT = Path(__file__).resolve().parents[1]
+CACHE = ROOT / ".cache" / "versions"
+LATEST = "latest"
+PAGE = ROOT / "docs" / "compatibility.md"
+START, END = "<!-- runs: scripts/versions.py -->", "<!-- end of runs -->"
+SHOWN = ("transformers", "torch", "peft", "trl", "accelerate")
+HEAD = ("Tests", *SHOWN, "Python", "Passed", "Failed", "Skipped", "Date")
+
+SUBSETS = {
+    "contract": ["contract", "hub/test_shipped_code.py"],
+    "processor": ["unit/test_processor.py", "unit/test_image_processor.py", "unit/test_chat_templates.py"],
+    "generate": [
+        "integration/test_generate_modes.py",
+        "integration/test_fusion_generate.py",
+        "integration/test_second_turn.py",
+        "integration/test_routing.py",
+        "integration/test_batch_equals_single.py",
+    ],
+    "parity": [
+        "integration/test_slime_parity.py",
+        "integration/test_llava_next_parity.py",
+        "integration/test_fusion_golden.py",
+        "convert/test_slime_golden.py",
+    ],
+    "remote code": [
+        "hub/test_remote_code.py",
+        "hub/test_remote_fusion.py",
+        "hub/test_reload.py",
+        "hub/test_reload_buffers.py",
+    ],
+    "training": [
+        "unit/test_stages.py",
+        "unit/test_starting_weights.py",
+        "integration/test_label_logits.py",
+        "integration/test_objectives.py",
+        *(f"integration/test_training_{name}.py" for name in ("budgets", "distributed", "fusion", "lora", "resume")),
+        *(f"integration/test_training_{name}.py" for name in ("sft", "trainer")),
+    ],
+}
+"""What test-versions and test-latest run: files and folders of tests/."""
+
+
+# ---- environments
+
+
+def supported_minors() -> list[str]:
+    """The minors that pyproject.toml admits, such as 5.20 to 5.24."""
+    found = re.search(r'"transformers>=5\.(\d+),<5\.(\d+)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    if found is None:
+        raise SystemExit('pyproject.toml has no line "transformers>=5.…,<5.…"')
+    return [f"5.{minor}" for minor in range(int(found[1]), int(found[2]))]
+
+
+def prepare(name: str) -> Path:
+    """Make or mend the environment of a minor, or the one with the newest of all; returns its interpreter."""
+    if name != LATEST and name not in supported_minors():
+        raise SystemExit(f"{name} is no supported minor of transformers: {', '.join(supported_minors())}, or {LATEST}")
+    folder = CACHE / name
+    site = folder / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
+    if not site.is_dir():
+        venv.create(folder, clear=True, symlinks=True)
+    # Its own packages come first in the path.
+    (site / "beneath.pth").write_text(f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n")
+    torch = CACHE / "torch.txt"
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    torch.write_text("\n".join(line for line in lines if re.match("(torch|triton)==", line)) + "\n")
+    wanted = [f"transformers=={name}.*"]
+    if name == LATEST:
+        wanted = ["--upgrade", "--upgrade-strategy", "eager", "--editable", f"{ROOT}[dev]"]
+    pip = [folder / "bin" / "python", "-m", "pip", "--disable-pip-version-check", "--quiet"]
+    print(f"{folder.relative_to(ROOT)}: installing {wanted[-1]}", flush=True)
+    subprocess.run([*pip, "install", "--constraint", torch, *wanted], check=True)
+    subprocess.run([*pip, "check"], check=True)
+    return folder / "bin" / "python"
+
+
+def versions(python: Path) -> dict[str, str]:
+    """What the table shows of an environment."""
+    code = "import json, sys; from importlib.metadata import version; from platform import python_version\n"
+    code += "print(json.dumps({name: version(name) for name in sys.argv[1:]} | {'Python': python_version()}))"
+    return json.loads(subprocess.check_output([python, "-c", code, *SHOWN], text=True))
+
+
+# ---- the table
+
+
+def count(summary: str) -> dict[str, str]:
+    """Passed, failed and skipped tests of pytest's last line; what is excused with a reason counts as skipped."""
+    found = Counter({word.removesuffix("s"): int(number) for number, word in re.findall(r"(\d+) ([a-z]+)", summary)})
+    skipped = found["skipped"] + found["xfailed"]
+    return {"Passed": str(found["passed"]), "Failed": str(found["failed"] + found["error"]), "Skipped": str(skipped)}
+
+
+def put_row(page: str, row: dict[str, str]) -> str:
+    """The page with a row in its table, instead of the one of the same tests at the same minor of transformers."""
+    before, rest = page.split(START)
+    table, after = rest.split(END)
+    rows = [line.strip("| ").split(" | ") for line in table.strip().splitlines()[2:]]
+    named = [dict(zip(HEAD, cells, strict=True)) for cells in rows]
+
+    def key(each: dict[str, str]) -> tuple[str, list[str]]:
+        return each["Tests"], each["transformers"].split(".")[:2]
+
+    named = sorted([*(each for each in named if key(each) != key(row)), row], key=key)
+    lines = ["| " + " | ".join(each[name] for name in HEAD) + " |" for each in named]
+    head = ["| " + " | ".join(HEAD) + " |", "|---" * len(HEAD) + "|"]
+    return before + "\n".join([START, *head, *lines, END]) + after
+
+
+# ---- runs
+
+
+def run_tests(tests: str, python: Path, paths: list[Path], arguments: list[str], workers: int) -> bool:
+    """Run tests in an environment and note the result; returns whether all passed."""
+    command = [python, "-m", "pytest", *paths, "-m", "not slow and not gpu", "-q", "-n", str(workers)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    found = versions(python)
+    print(f"{tests}: " + ", ".join(f"{name} {version}" for name, version in found.items()), flush=True)
+    summary = ""
+    with subprocess.Popen([*command, *arguments], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as run:
+        for line in run.stdout or ():
+            print(line, end="", flush=True)
+            summary = line
+    if not arguments and run.returncode in (0, 1):  # else nothing ran, or not to its end
+        row = {"Tests": tests, **found, **count(summary), "Date": date.today().isoformat()}
+        PAGE.write_text(put_row(PAGE.read_text(encoding="utf-8"), row), encoding="utf-8")
+    return run.returncode == 0
+
+
+def main(arguments: list[str]) -> int:
+    """Do what the command line asks for; returns the exit status."""
+    own, pytest_arguments = arguments, []
+    if "--" in arguments:
+        own, pytest_arguments = arguments[: arguments.index("--")], arguments[arguments.index("--") + 1 :]
+    parser = argparse.ArgumentParser(description="Tests in environments of other versions.")
+    parser.add_argument("task", choices=("prepare", "minors", LATEST, "upstream"))
+    parser.add_argument("names", nargs="*", metavar="MINOR")
+    parser.add_argument("--workers", type=int, default=2)
+    options = parser.parse_args(own)
+    rest = (pytest_arguments, options.workers)
+    if options.task == "prepare":
+        for name in options.names:
+            prepare(name)
+        return 0
+    if options.task == "upstream":
+        python = prepare(options.names[0]) if options.names else Path(sys.executable)
+        subprocess.run([python, "tests/upstream/upstream_suite/fetch.py"], cwd=ROOT, check=True)
+        passed = [run_tests("upstream", python, sorted((ROOT / "tests/upstream").glob("suite_*.py")), *rest)]
+    else:
+        latest = options.task == LATEST
+        names = [LATEST] if latest else options.names or supported_minors()
+        paths = [ROOT / "tests" / path for paths in SUBSETS.values() for path in paths]
+        tests = "subsets, newest of all" if latest else "subsets"
+        passed = [run_tests(tests, prepare(name), paths, *rest) for name in names]
+    return 0 if all(passed) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
