@@ -47,18 +47,18 @@ $(PY):
 $(TORCH_STAMP): | $(PY)
 	@echo "2 of 3: torch, about 200 MB without CUDA"
 	@rm -f $(VENV)/.torch-*
-	@$(PY) -m pip install --disable-pip-version-check --quiet --constraint constraints.txt pip
+	@$(PY) -m pip install --disable-pip-version-check -qq --constraint constraints.txt pip
 	@$(INSTALL) --torch $(if $(TORCH_INDEX),--index $(TORCH_INDEX))
 	@touch $@
 
 $(CORE_STAMP): $(TORCH_STAMP)
-	@echo "3 of 3: transformers and what the model needs, about 40 packages, 100 MB"
+	@echo "3 of 3: transformers and what the model needs, about 40 packages, 70 MB"
 	@rm -f $(VENV)/.core-*
 	@$(INSTALL) --editable .
 	@touch $@
 
 $(SETUP_STAMP): $(TORCH_STAMP)
-	@echo "3 of 3: transformers, trainers and tools, about 90 packages, 500 MB"
+	@echo "3 of 3: transformers, trainers and tools, about 100 packages, 450 MB"
 	@rm -f $(VENV)/.core-* $(VENV)/.setup-*
 	@$(INSTALL) --editable '.[dev]'
 	@touch $(CORE_STAMP) $@

@@ -41,7 +41,8 @@ class Progress:
             self.megabytes += float(found[1]) * {"kB": 1e-3, "MB": 1, "GB": 1e3}[found[2]]
         elif found := re.match(r"Installing collected packages: (.*)", line):
             self.packages = len(found[1].split(", "))
-            self.say(f"   unpacking {self.packages} packages, {self.megabytes:.0f} MB")
+            plural = "s" if self.packages > 1 else ""
+            self.say(f"   unpacking {self.packages} package{plural}, {self.megabytes:.0f} MB")
             self.now = ""
         if self.now and sys.stdout.isatty() and time.monotonic() - self.shown > 0.2:
             self.shown = time.monotonic()
