@@ -3,8 +3,8 @@
     python scripts/install.py ARGUMENT ...            as for `pip install`
     python scripts/install.py --torch [--index URL]   torch alone, without what it requires
 
-Without an index torch comes from pip's own, unless its torch brings CUDA along, gigabytes of it, as on Linux it does:
-then the build for CPUs comes from PyTorch's index.
+Without an index torch is what pip finds by its own settings, such as a build for CPUs; where it finds the plain build
+alone, which on Linux brings gigabytes of CUDA along, the build for CPUs comes from PyTorch's index.
 """
 
 import json
@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import time
+from importlib.metadata import distributions
 from pathlib import Path
 
 
@@ -19,7 +20,7 @@ LOCK = Path(__file__).resolve().parents[1] / "constraints.txt"
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "install"]
 PIP += ["--constraint", str(LOCK), "--build-constraint", str(LOCK)]
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
-REMEDY = "Name an index that has torch for this machine: TORCH_INDEX=URL of the Makefile, --index here."
+LOCKED_TORCH = re.findall(r"^torch==(\S+)", LOCK.read_text(encoding="utf-8"), re.MULTILINE)[0]
 
 
 class Progress:
@@ -71,24 +72,26 @@ def install(arguments: list[str]) -> int:
     return pip.returncode
 
 
-def brings_cuda() -> bool:
-    """Whether torch of pip's own index would bring packages of CUDA along; found without downloading any."""
-    done = subprocess.run([*PIP, "--quiet", "--dry-run", "--report", "-", "torch"], capture_output=True, text=True)
-    if done.returncode:  # installing fails in the same way, and says so
-        return False
-    names = [package["metadata"]["name"] for package in json.loads(done.stdout)["install"]]
-    return any(name.startswith(("nvidia-", "cuda-")) for name in names)
+def chosen_index() -> str:
+    """An index for torch where pip's own has the plain build alone, which on Linux is the one with CUDA; else none."""
+    command = [sys.executable, "-m", "pip", "index", "versions", "torch", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    known = json.loads(done.stdout)["versions"] if done.returncode == 0 else []
+    is_plain = LOCKED_TORCH in known and not any(name.startswith(f"{LOCKED_TORCH}+") for name in known)
+    return CPU_INDEX if is_plain and sys.platform == "linux" else ""
 
 
 def install_torch(index: str) -> int:
     """Install torch alone: an index of torch need not have the locked versions of the rest."""
-    if not index and brings_cuda():
-        index = CPU_INDEX
-        sys.stdout.write(f"   the build for CPUs, from {index} (another: TORCH_INDEX=URL)\n")
-    chosen = ["--force-reinstall", "--index-url", index] if index else []
-    status = install(["--no-deps", *chosen, "torch"])
+    installed = {each.version.split("+")[0] for each in distributions(name="torch")}
+    if not index and LOCKED_TORCH in installed:
+        return 0
+    index = index or chosen_index()
+    if index:
+        sys.stdout.write(f"   from {index}\n")
+    status = install(["--no-deps", *(["--force-reinstall", "--index-url", index] if index else []), "torch"])
     if status:
-        sys.stdout.write(REMEDY + "\n")
+        sys.stdout.write("Name an index that has torch for this machine: make setup TORCH_INDEX=URL\n")
     return status
 
 
