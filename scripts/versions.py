@@ -92,9 +92,9 @@ def prepare(name: str) -> Path:
     wanted = [f"transformers=={name}.*"]
     if name == LATEST:
         wanted = ["--upgrade", "--upgrade-strategy", "eager", "--editable", f"{ROOT}[dev]"]
-    pip = [folder / "bin" / "python", "-m", "pip", "--disable-pip-version-check", "--quiet"]
+    pip = [folder / "bin" / "python", "-m", "pip", "--disable-pip-version-check"]
     print(f"{folder.relative_to(ROOT)}: installing {wanted[-1]}", flush=True)
-    subprocess.run([*pip, "install", "--constraint", torch, *wanted], check=True)
+    subprocess.run([*pip, "install", "-qq", "--constraint", torch, *wanted], check=True)
     subprocess.run([*pip, "check"], check=True)
     return folder / "bin" / "python"
 
