@@ -13,6 +13,7 @@ An environment holds only what differs, and sees all else in the environment tha
 import argparse
 import json
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -101,9 +102,9 @@ def prepare(name: str) -> Path:
 
 def versions(python: Path) -> dict[str, str]:
     """What the table shows of an environment."""
-    code = "import json, sys; from importlib.metadata import version; from platform import python_version\n"
-    code += "print(json.dumps({name: version(name) for name in sys.argv[1:]} | {'Python': python_version()}))"
-    return json.loads(subprocess.check_output([python, "-c", code, *SHOWN], text=True))
+    listed = subprocess.check_output([python, "-m", "pip", "list", "--format", "json"], text=True)
+    found = {package["name"]: package["version"] for package in json.loads(listed)}
+    return {**{name: found.get(name, "–") for name in SHOWN}, "Python": platform.python_version()}
 
 
 # ---- the table
