@@ -20,7 +20,7 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest
 # A stamp is named after the content it stands for, so a second `make setup` does nothing and a changed setting reinstalls.
 key = $(shell { printf '%s\n' $(1); cat $(2); } | cksum | cut -d ' ' -f 1)
 TORCH_STAMP := $(VENV)/.torch-$(call key,'$(TORCH_INDEX)',$(CONSTRAINTS))
-SETUP_STAMP := $(VENV)/.setup-$(call key,'$(TORCH_INDEX)' '$(TRANSFORMERS)',$(CONSTRAINTS) pyproject.toml)
+SETUP_STAMP := $(VENV)/.setup-$(call key,'$(TORCH_INDEX)' '$(TRANSFORMERS)',$(CONSTRAINTS) pyproject.toml benchmarks/needle/pyproject.toml)
 
 .PHONY: help setup demo docs test test-slow test-upstream coverage mutation quality format clean distclean
 .NOTPARALLEL:
@@ -47,7 +47,7 @@ $(TORCH_STAMP): | $(PY)
 $(SETUP_STAMP): $(TORCH_STAMP)
 	@echo "installing hires-lmm and its tools"
 	@rm -f $(VENV)/.setup-*
-	@$(PIP) install --constraint $(CONSTRAINTS) --upgrade 'transformers$(TRANSFORMERS)' --editable '.[dev]'
+	@$(PIP) install --constraint $(CONSTRAINTS) --upgrade 'transformers$(TRANSFORMERS)' --editable '.[dev]' --editable benchmarks/needle
 	@touch $@
 
 demo: $(SETUP_STAMP)

@@ -267,13 +267,13 @@ def test_a_stage_that_was_killed_while_it_saved_its_result_is_not_finished(tmp_p
 
 
 def test_a_stage_that_was_copied_in_part_is_not_finished(tmp_path, monkeypatch):
-    """`benchmarks/needle.py` takes stages over from other runs; `done.json` marks a whole one."""
+    """`benchmarks/needle_evidence.py` takes stages over from other runs; `done.json` marks a whole one."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import needle
+    import needle_evidence
 
     stage = tmp_path / "source" / "0-one"
     (stage / "weights").mkdir(parents=True)
-    (stage / needle.DONE).write_text("{}")
+    (stage / needle_evidence.DONE).write_text("{}")
     (stage / "weights" / "model.safetensors").write_text("weights")
 
     def copy(source, target, **options):
@@ -284,9 +284,9 @@ def test_a_stage_that_was_copied_in_part_is_not_finished(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(shutil.copytree, "__defaults__", (False, None, copy, False, False))
         with pytest.raises(OSError, match="No space left"):
-            needle.take_over(tmp_path / "source", tmp_path / "target", 1)
-    assert not (tmp_path / "target" / "0-one" / needle.DONE).exists()
-    needle.take_over(tmp_path / "source", tmp_path / "target", 1)
+            needle_evidence.take_over(tmp_path / "source", tmp_path / "target", 1)
+    assert not (tmp_path / "target" / "0-one" / needle_evidence.DONE).exists()
+    needle_evidence.take_over(tmp_path / "source", tmp_path / "target", 1)
     assert digest(tmp_path / "target") == digest(tmp_path / "source")
 
 
