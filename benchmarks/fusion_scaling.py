@@ -26,8 +26,8 @@ from rich.console import Console
 from rich.table import Table
 
 from hires_lmm.evaluation import AnswerStore, SweepSetting, evaluate
+from hires_lmm.extras import import_pyplot
 from hires_lmm.files import write_text
-from hires_lmm.plotting import import_pyplot
 from hires_lmm.scaling import fit_scaling_law
 from hires_lmm.training import Stage
 from hires_lmm.training.fusion_states import find_fusion, set_question

@@ -10,7 +10,7 @@ from typing import Any
 from scipy.stats import t as student
 
 from hires_lmm.evaluation.statistics import wilson_interval
-from hires_lmm.plotting import import_pyplot
+from hires_lmm.extras import import_pyplot
 
 
 GROUPS = ("fine", "fine_whole", "fine_cut", "scene", "all")

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from ..plotting import import_pyplot
+from ..extras import import_pyplot
 from .evaluator import SweepResult
 from .settings import SweepSetting, swept_axes
 

@@ -2,15 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from math import sqrt
 from typing import Any
 
 import numpy as np
 
+from ..extras import import_extra
 
-Z95 = 1.959963984540054
-"""97.5 % point of the standard normal distribution."""
 
+stats = import_extra("scipy.stats", "evaluation")
 RESAMPLES = 2000
 Interval = tuple[float, float]
 
@@ -49,24 +48,18 @@ class Score:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
 
-def wilson_interval(right: int, questions: int, z: float = Z95) -> Interval:
-    """Wilson's score interval of a share.
+def wilson_interval(right: int, questions: int) -> Interval:
+    """Wilson's 95 % score interval of a share.
 
     Args:
         right (`int`): Successes.
         questions (`int`): Trials, at least 1.
-        z (`float`): Point of the normal distribution; 95 % by default.
 
     Returns:
         Lower and upper end, in [0, 1].
-
-    Source: E. B. Wilson, J. Am. Stat. Assoc. 22 (1927).
     """
-    share, weight = right / questions, z * z / questions
-    centre = (share + weight / 2) / (1 + weight)
-    half = z * sqrt(share * (1 - share) / questions + weight / (4 * questions)) / (1 + weight)
-    low = 0.0 if right == 0 else max(0.0, centre - half)
-    return low, 1.0 if right == questions else min(1.0, centre + half)
+    interval = stats.binomtest(right, questions).proportion_ci(0.95, method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 def cluster_bootstrap(right: Sequence[bool], groups: Sequence[str], seed: int = 0) -> Interval | None:

@@ -3,12 +3,12 @@
 A sprite is its coverage `(height, width)`, float32 in [0, 1]; the scene paints it in a colour.
 """
 
-import importlib.util
 import random
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
@@ -50,8 +50,6 @@ DIGIT_SHARES = {"train": (0, 1300), "validation": (1300, 1500), "test": (1500, 1
 
 @lru_cache(maxsize=1)
 def _all_digits() -> tuple[np.ndarray, np.ndarray]:
-    if importlib.util.find_spec("sklearn") is None:
-        raise ValueError("The handwritten digits come with scikit-learn, which is missing: install hires-lmm[train].")
     from sklearn.datasets import load_digits
 
     data = load_digits()
@@ -71,7 +69,7 @@ def digit_rows(split: str) -> dict[str, tuple[int, ...]]:
         Value -> rows that `handwritten_digit` takes.
 
     Raises:
-        ValueError: If the split is unknown or scikit-learn is missing.
+        ValueError: If the split is unknown.
     """
     if split not in SPLITS:
         raise ValueError(f"split={split!r} must be one of {', '.join(SPLITS)}.")
@@ -107,10 +105,7 @@ def _font(name: str, size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
         return ImageFont.load_default(size)
     if name not in FONT_FILES:
         raise ValueError(f"Unknown font {name!r}: fonts are {', '.join(FONTS)}.")
-    spec = importlib.util.find_spec("matplotlib")
-    if spec is None or spec.origin is None:
-        raise ValueError(f"Font {name!r} comes with matplotlib, which is missing: install it, or fonts=('pillow',).")
-    file = Path(spec.origin).parent / "mpl-data" / "fonts" / "ttf" / FONT_FILES[name]
+    file = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / FONT_FILES[name]
     return ImageFont.truetype(BytesIO(file.read_bytes()), size)
 
 
@@ -127,7 +122,7 @@ def rendered_text(text: str, height: int, font: str = "pillow") -> np.ndarray:
         `np.ndarray` (height, width): Coverage; wide text is condensed.
 
     Raises:
-        ValueError: If the font is unknown or its package missing.
+        ValueError: If the font is unknown.
     """
     face = _font(font, OVERSAMPLING * height)
     left, top, right, bottom = (round(edge) for edge in face.getbbox(text))

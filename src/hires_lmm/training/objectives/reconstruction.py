@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from ...extras import import_extra
 from .base import BatchColumn, Objective, StepValues
 from .epigone import Epigone, find_widths, read_views
 from .source_images import SOURCE_IMAGES, SourceImages
@@ -354,10 +355,9 @@ def diffusion_classes() -> dict[str, Any]:
     Raises:
         ImportError: If diffusers is not installed.
     """
-    try:
-        from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
-    except ImportError as error:
-        raise ImportError(
-            f"Reconstruction needs diffusers ({error}); install it with: pip install 'hires-lmm[reconstruction]'."
-        ) from error
-    return {"denoiser": SD3Transformer2DModel, "vae": AutoencoderKL, "scheduler": FlowMatchEulerDiscreteScheduler}
+    diffusers = import_extra("diffusers", "reconstruction")
+    return {
+        "denoiser": diffusers.SD3Transformer2DModel,
+        "vae": diffusers.AutoencoderKL,
+        "scheduler": diffusers.FlowMatchEulerDiscreteScheduler,
+    }
