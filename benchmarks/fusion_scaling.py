@@ -29,8 +29,8 @@ from hires_lmm.evaluation import AnswerStore, SweepSetting, evaluate
 from hires_lmm.extras import import_pyplot
 from hires_lmm.files import write_text
 from hires_lmm.scaling import fit_scaling_law
-from hires_lmm.training import Stage
-from hires_lmm.training.fusion_states import find_fusion, set_question
+from hires_lmm.training import Stage, set_options
+from hires_lmm.training.plans_fusion import QUESTION
 from needle import NeedleOptions, needle_rows
 from needle.halves.files import Halves, load_halves
 from needle.runs import RunOptions, join_halves, train
@@ -68,7 +68,7 @@ def join(halves: Halves, seed: int, question: bool | None = None) -> tuple[Any, 
     planner = {"max_crops": SCENES.grid**2}
     model, processor = join_halves(halves, "fusion", seed=seed, planner=planner, connector_config={"token_ops": ops})
     if question is not None:
-        find_fusion(model).model.load_state_dict(halves.language.model.state_dict())
+        model.model.connector.token_ops[0].model.load_state_dict(halves.language.model.state_dict())
     return model, processor
 
 
@@ -119,7 +119,7 @@ def measure(models: dict[str, tuple[Any, Any]], options: argparse.Namespace, con
         model, processor = models["with" if name == "off" else name]
         settings = [SweepSetting()] if name == REFERENCE else [SweepSetting(tokens=tokens) for tokens in TOKENS]
         if name != REFERENCE:
-            set_question(model, name == "with")
+            set_options(model, {QUESTION: name == "with"})
         store = AnswerStore(
             options.out / f"seed-{options.seed}" / f"{name}.jsonl", {"model": name, "run": runs_of(options)}
         )

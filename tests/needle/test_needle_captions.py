@@ -90,7 +90,7 @@ def test_batches_hold_the_crops_with_objects_and_as_many_without(tmp_path):
     store = cache_scenes(model, processor, scenes, tmp_path)
     captions = SceneCaptions(processor.tokenizer, *model.model.connector.adapted_grids)
     batch = CaptionCollator(captions, scenes, store, "all")([{"scene": 1, "visit": 0}])
-    features = store.get([1], 37)
+    features = store.first_views([1], 37)
     torch.testing.assert_close(batch["global_views"], features[:1])
     crops = captions(scenes.scene(1))[1]
     speaks = (crops != NO_WORD).sum((1, 2)) > 4

@@ -155,21 +155,19 @@ def test_visits_are_different_passes_over_all_scenes():
 def test_cached_scenes_are_what_the_tower_gives_and_grow(tmp_path):
     model, processor = joined()
     store = cache_scenes(model, processor, scene_set(1), tmp_path)
-    with (store.folder / "features.f16").open("ab") as stream:
-        stream.write(b"an interrupted write")
     store = cache_scenes(model, processor, scene_set(2), tmp_path)
-    assert len(store) == 2 and store.shape == (37, 64, 128)
+    assert len(store) == 2 and store.get("0").shape == (37, 64, 128)
     for scene in range(2):
         pixels = processor.image_processor(scene_set().picture(scene), return_tensors="pt")["pixel_values"]
         with torch.no_grad():
             expected = model.model.encode_views(pixels, -1)[0]
-        assert torch.allclose(store.get([scene], 37), expected, atol=1e-2, rtol=1e-3)
-    assert torch.equal(store.get([1, 0], 1), torch.cat([store.get([1], 37)[:1], store.get([0], 37)[:1]]))
+        assert torch.allclose(store.first_views([scene], 37), expected, atol=1e-2, rtol=1e-3)
+    assert torch.equal(store.first_views([1, 0], 1), torch.stack([store.get(key)[0].float() for key in "10"]))
     assert cache_scenes(model, processor, scene_set(1), tmp_path).folder == store.folder
     other = cache_scenes(model, processor, SceneSet("validation", 1, seed=1), tmp_path)
     assert other.folder != store.folder
-    with pytest.raises(ValueError, match="holds 2 scenes, not scene 2"):
-        store.get([2], 37)
+    with pytest.raises(ValueError, match=r"does not hold the image 2; run cache_scenes"):
+        store.first_views([2], 37)
 
 
 # ---- scores

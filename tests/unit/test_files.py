@@ -16,7 +16,6 @@ IN_PLACE = {
     "benchmarks/needle/src/needle/demo_scenes.py": "committed pictures, compared with what the script draws",
     "benchmarks/needle/src/needle/halves/files.py": "weights whose record, the mark of a whole folder, comes last",
     "benchmarks/needle/src/needle/halves/loop.py": "a log of lines that nothing reads back",
-    "benchmarks/needle/src/needle/runs/scenes.py": "appends rows of one size; a torn one is cut off later",
 }
 """Files that write in place, and why a piece of theirs is never taken for a whole."""
 

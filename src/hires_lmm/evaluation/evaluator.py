@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..training.stages import find_base
+from ..training.parameters import find_base
 from .encoding import EncodedImages, ImageEncoder
 from .prompts import AskedQuestion, ask, draw_options, normalise_answer
 from .rows import SweepRow, digest_rows, prepare_rows, source_key

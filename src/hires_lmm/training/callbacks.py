@@ -24,7 +24,8 @@ from .objectives.run import (
     needed_columns,
 )
 from .optimization import NO_DECAY, other_stage_message
-from .stages import Stage, find_base, learnable_parameters, part_name, summarise
+from .parameters import find_base, learnable_parameters, part_name
+from .stages import Stage, summarise
 from .sums import Sums
 
 
@@ -159,11 +160,11 @@ class StageCallback(TrainerCallback, ExportableState):
         base = find_base(model)
         self._sums = Sums([*COUNTS, "share", "loss/generation", *(f"loss/{name}" for name in self.objectives)])
         self._handles.append(base.register_forward_pre_hook(self._before_forward, with_kwargs=True))
-        hooks = {"HiResLmmGate": self._after_gate, "HiResLmmRouter": self._after_router}
-        for module in base.modules():
-            hook = hooks.get(type(module).__name__.removeprefix("FSDP"))
-            if hook is not None:
-                self._handles.append(module.register_forward_hook(hook))
+        for op in (*base.connector.token_ops, base.connector.budget_router):
+            if op is not None:
+                self._handles.append(op.register_forward_hook(self._after_token_op))
+        if hasattr(base.connector.adapter, "gate"):
+            self._handles.append(base.connector.adapter.gate.register_forward_hook(self._after_gate))
         if self.stage.loss_weights:
             carried = self._carried if self._carried is not None else CarriedObjectives({})
             self._handles += ObjectiveHooks(carried, self.stage.loss_weights, self._sums).install(model, base)
@@ -177,7 +178,7 @@ class StageCallback(TrainerCallback, ExportableState):
     def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         self._has_images = module.training and holds_images(kwargs)
 
-    def _after_router(self, module: nn.Module, args: tuple, output: tuple) -> None:
+    def _after_token_op(self, module: nn.Module, args: tuple, output: tuple) -> None:
         kept = output[0].kept
         if self._has_images and kept is not None:
             self._sums.add("tokens", kept.numel())
@@ -349,7 +350,8 @@ def render_table(model: nn.Module, stage: Stage) -> Table:
     Returns:
         A table for `rich`.
     """
-    table = Table(title=f"Stage {stage.name}: views {stage.views}, expert {stage.expert or 'as configured'}")
+    settings = ", ".join(f"{path}={value}" for path, value in stage.settings.items())
+    table = Table(title=f"Stage {stage.name}: views {stage.views}, {settings or 'options as configured'}")
     table.add_column("part")
     for column in ("parameters", "trainable", "learning rate"):
         table.add_column(column, justify="right")

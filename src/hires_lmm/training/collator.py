@@ -12,7 +12,7 @@ from torch.utils.data import get_worker_info
 from .columns import BatchColumn
 from .data.conversations import attach_images
 from .features import VisionFeatureStore
-from .stages import VIEWS
+from .parameters import VIEWS
 
 
 logger = logging.getLogger(__name__)

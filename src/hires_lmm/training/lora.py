@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from .stages import find_base
+from .parameters import find_base
 
 
 _LANGUAGE = (

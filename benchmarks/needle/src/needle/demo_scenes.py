@@ -26,7 +26,8 @@ KINDS = ("read_digit", "shape", "read_word", "larger_digit", "place_of_colour")
 
 def pick_scenes() -> list[dict]:
     """For each kind of question the first scene that answers it, no scene twice: file, question and answer."""
-    entries, index = [], 0
+    entries: list[dict] = []
+    index = 0
     for kind in KINDS:
         while True:
             scene = needle_scene(index, "validation", SEED, OPTIONS)

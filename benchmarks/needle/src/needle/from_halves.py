@@ -18,8 +18,9 @@ from transformers.utils import logging as library_logging
 
 from hires_lmm.files import write_text
 from hires_lmm.modeling.configuration_hires_lmm import PRESETS
-from hires_lmm.training.plans import PLANS, get_plan
-from hires_lmm.training.stages import VIEWS, Stage
+from hires_lmm.training.parameters import VIEWS
+from hires_lmm.training.plans import FORCED_EXPERT, PLANS, get_plan
+from hires_lmm.training.stages import Stage
 
 from .runs import Rates, RunOptions, SceneSet, evaluate_packed, join_halves, small_rates, train, with_token_ops
 from .runs.run import LOG, MODEL
@@ -154,9 +155,12 @@ def read_stages(options: argparse.Namespace) -> list[Stage]:
     """
     rates = Rates(**{name: getattr(options, f"{name}_rate") for name in vars(Rates())})
     stages = small_rates(get_plan(options.plan, tower_rate=options.tower_rate or None), rates)
-    if "mixture" not in json.dumps(PRESETS[options.preset]["connector_config"]):
-        stages = [replace(stage, expert=None) for stage in stages]
-    return stages
+    if "mixture" in json.dumps(PRESETS[options.preset]["connector_config"]):
+        return stages
+    return [
+        replace(stage, settings={path: value for path, value in stage.settings.items() if path != FORCED_EXPERT})
+        for stage in stages
+    ]
 
 
 def read_visits(text: str | None, stages: Sequence[Stage], views: str | None) -> tuple[int, ...]:
@@ -190,7 +194,7 @@ def _is_idle(stage: Stage, views: str | None) -> bool:
     """Whether a stage trains a part for one kind of view in a run that shows the other kind only."""
     if views in (None, "all") or stage.views == "all":
         return False
-    return stage.views != views and stage.expert != "mlp"
+    return stage.views != views and stage.settings.get(FORCED_EXPERT) != "mlp"
 
 
 def _add_scores(out: Path, scores: dict) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 
 from ...files import replacing, write_text
 from .base import Objective
+from .registry import OBJECTIVES
 
 
 FOLDER = "objectives"
@@ -87,8 +88,6 @@ def load_objectives(folder: str | Path) -> dict[str, Objective]:
     Raises:
         ValueError: If the folder holds no objectives, or one that is not known.
     """
-    from . import OBJECTIVES
-
     found = sorted(Path(folder).glob(f"*/{CONFIG}"))
     if not found:
         raise ValueError(

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ...extras import import_extra
+from ..parameters import find_base
 from .base import BatchColumn, Objective, StepValues
 from .epigone import Epigone, find_widths, read_views
 from .source_images import SOURCE_IMAGES, SourceImages
@@ -124,8 +125,6 @@ class Reconstruction(Objective):
             rank (`int`): Width of the middle of the Epigone.
             options: More arguments of the class.
         """
-        from ..stages import find_base
-
         width, global_width = find_widths(find_base(model))
         config = denoiser.config
         epigone = Epigone(width, config.joint_attention_dim, config.pooled_projection_dim, global_width, rank)

@@ -9,6 +9,7 @@ from torch import nn
 from ..columns import BatchColumn
 from ..sums import Sums
 from .base import Call, Objective, StepValues
+from .registry import GENERATION, OBJECTIVES
 
 
 ATTRIBUTE = "objectives"
@@ -47,8 +48,6 @@ def choose_objectives(stage: Any, given: dict[str, Objective]) -> dict[str, Obje
     Raises:
         ValueError: If a weight has no objective, or an objective no weight.
     """
-    from . import GENERATION, OBJECTIVES
-
     idle = [name for name in given if name not in stage.loss_weights]
     if idle:
         raise ValueError(
@@ -244,8 +243,6 @@ class ObjectiveHooks:
 
     def _total(self, base: nn.Module, inputs: dict, loss: torch.Tensor | None) -> torch.Tensor:
         """The weighted sum of all losses of a batch, each a share of the optimizer step."""
-        from . import GENERATION
-
         if loss is None:
             raise ValueError(
                 "The stage weighs auxiliary losses, but the model returned no loss: this trainer computes its own, as "

@@ -14,7 +14,7 @@ from transformers import Trainer
 
 from hires_lmm.modeling.compressors_hires_lmm import HiResLmmViewOp
 from hires_lmm.modeling.views_hires_lmm import ViewFeatures
-from hires_lmm.training.stages import find_base
+from hires_lmm.training.parameters import find_base
 
 from ..scenes import Scene
 from .collator import Near

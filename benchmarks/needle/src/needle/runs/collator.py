@@ -174,7 +174,7 @@ class SceneCollator(HiResLmmCollator):
     ) -> dict[str, torch.Tensor]:
         """What the views show: cached features, or pixels."""
         if store is not None:
-            return {"vision_features": store.get(numbers, num_views)}
+            return {"vision_features": store.first_views(numbers, num_views)}
         kwargs = {**self.images_kwargs, "views": views}
         pixels = [
             self.processor.image_processor(scenes.picture(number), return_tensors="pt", **kwargs)["pixel_values"]

@@ -21,7 +21,8 @@ from hires_lmm.training.callbacks import StageCallback
 from hires_lmm.training.checkpoints import last_checkpoint
 from hires_lmm.training.objectives.files import FOLDER as OBJECTIVES_FOLDER
 from hires_lmm.training.objectives.files import WEIGHTS as OBJECTIVE_WEIGHTS
-from hires_lmm.training.stages import Stage, matches, part_name
+from hires_lmm.training.parameters import matches, part_name
+from hires_lmm.training.stages import Stage
 
 from ..scenes import NeedleOptions
 from .captions import CaptionCollator, CaptionTrainer, SceneCaptions, can_learn_captions

@@ -1,4 +1,4 @@
-"""Needle scenes as training data: numbered scenes, and their tower features in one file that all runs share."""
+"""Needle scenes as training data: numbered scenes, and their tower features, which all runs share."""
 
 import json
 import random
@@ -9,15 +9,13 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from filelock import FileLock
 from PIL import Image
 from tqdm.auto import tqdm
 
-from hires_lmm.files import write_text
-from hires_lmm.training.features import evaluating, planner_key, tower_key
-from hires_lmm.training.stages import find_base
+from hires_lmm.training.features import encode_picture, evaluating, planner_key, tower_key
+from hires_lmm.training.image_store import ImageStore
+from hires_lmm.training.parameters import find_base
 
 from ..dataset import draw, needle_scene
 from ..questions import Question, ask_questions
@@ -25,7 +23,8 @@ from ..scenes import NeedleOptions, Scene
 from ..text_scenes import pick_questions
 
 
-FEATURES, INDEX = "features.f16", "index.json"
+SHARD_BYTES = 1 << 26
+VIEWS_PER_PASS = 64
 
 
 @dataclass(frozen=True)
@@ -108,26 +107,17 @@ def _all_questions(split: str, seed: int, options: str, index: int) -> list[Ques
     return ask_questions(needle_scene(index, split, seed, _read_options(options)))
 
 
-class SceneFeatures:
-    """Tower features of a scene set, memory-mapped.
+class SceneFeatures(ImageStore):
+    """Tower features of a scene set, in half precision.
 
     Args:
         folder (`Path`): What `cache_scenes` wrote.
+        made_from (`dict`, *optional*): See `ImageStore`.
     """
 
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        self.shape = tuple(self.index["shape"])
-        self._map: Any = None
+    written_by = "cache_scenes"
 
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_map": None}
-
-    def __len__(self) -> int:
-        return (self.folder / FEATURES).stat().st_size // _bytes(self.shape)
-
-    def get(self, scenes: Sequence[int], num_views: int) -> torch.Tensor:
+    def first_views(self, scenes: Sequence[int], num_views: int) -> torch.Tensor:
         """Features of the first views of some scenes.
 
         Args:
@@ -138,11 +128,9 @@ class SceneFeatures:
             `(scenes * num_views, L, C)` float32.
 
         Raises:
-            ValueError: If a scene is not in the file.
+            ValueError: If a scene is not in the store.
         """
-        self._open(max(scenes))
-        rows = np.stack([self._map[scene, :num_views] for scene in scenes])
-        return torch.from_numpy(rows).flatten(0, 1).float()
+        return torch.cat([self.get(str(scene), num_views) for scene in scenes]).float()
 
     def pick(self, scene: int, views: Sequence[int]) -> torch.Tensor:
         """Features of some views of a scene.
@@ -155,40 +143,22 @@ class SceneFeatures:
             `(len(views), L, C)` float32.
 
         Raises:
-            ValueError: If the scene is not in the file.
+            ValueError: If the scene is not in the store.
         """
-        self._open(scene)
-        return torch.from_numpy(self._map[scene, list(views)]).float()
-
-    def _open(self, scene: int) -> None:
-        """Map the file, and refuse scenes that it does not hold."""
-        if self._map is None:
-            self._map = np.memmap(self.folder / FEATURES, np.float16, "r", shape=(len(self), *self.shape))
-        if scene >= len(self._map):
-            raise ValueError(f"{self.folder} holds {len(self._map)} scenes, not scene {scene}; run cache_scenes.")
+        return self.get(str(scene), max(views) + 1)[list(views)].float()
 
 
-def _bytes(shape: tuple[int, ...]) -> int:
-    return 2 * int(np.prod(shape))
-
-
-def _cached(folder: Path) -> int:
-    """How many scenes a cache holds."""
-    return len(SceneFeatures(folder)) if (folder / INDEX).is_file() else 0
-
-
-@torch.no_grad()
 def cache_scenes(model: Any, processor: Any, scenes: SceneSet, folder: str | Path) -> SceneFeatures:
-    """Write the tower features of a scene set in half precision.
+    """Write the tower features of a scene set.
 
-    All runs with the same tower, planner and scenes share one file; it grows where more scenes are wanted, goes on
+    All runs with the same tower, planner and scenes share one store; it grows where more scenes are wanted, goes on
     after an interruption, and other runs wait while one writes.
 
     Args:
         model (`nn.Module`): Its tower is run, in evaluation mode.
         processor (`HiResLmmProcessor`): Cuts the pictures, all views.
         scenes (`SceneSet`): The scenes.
-        folder (`str` or `Path`): Parent of all caches.
+        folder (`str` or `Path`): Parent of all stores.
 
     Returns:
         The features of at least `scenes.count` scenes.
@@ -196,26 +166,19 @@ def cache_scenes(model: Any, processor: Any, scenes: SceneSet, folder: str | Pat
     base = find_base(model)
     made_from = {
         "tower": tower_key(model),
-        "planner": planner_key(processor),
+        **planner_key(processor),
         "scenes": [scenes.split, scenes.seed, json.loads(_text(scenes.options))],
     }
     name = blake2b(json.dumps(made_from, sort_keys=True).encode(), digest_size=8).hexdigest()
-    target = Path(folder) / f"{scenes.split}-{name}"
-    target.mkdir(parents=True, exist_ok=True)
-    if _cached(target) >= scenes.count:
-        return SceneFeatures(target)
-    with FileLock(target / "lock"), evaluating(base.vision_tower):
-        done = _cached(target)
-        device = base.vision_tower.device
-        with (target / FEATURES).open("ab") as stream:
-            for index in tqdm(range(done, scenes.count), f"tower features, {scenes.split}", disable=None):
-                pixels = processor.image_processor(scenes.picture(index), views="all", return_tensors="pt")
-                features = base.encode_views(pixels["pixel_values"].to(device), base.config.vision_feature_layer)[0]
-                features = features.to("cpu", torch.float16).contiguous().numpy()
-                if not (target / INDEX).is_file():
-                    index_text = json.dumps({**made_from, "shape": list(features.shape)})
-                    write_text(target / INDEX, index_text)
-                if index == done:
-                    stream.truncate(done * _bytes(features.shape))
-                stream.write(features.tobytes())
-    return SceneFeatures(target)
+    store = SceneFeatures(Path(folder) / f"{scenes.split}-{name}", made_from)
+    if len(store) >= scenes.count:
+        return store
+
+    def make(numbers: list[int]) -> list[torch.Tensor]:
+        pictures = (scenes.picture(number) for number in numbers)
+        return [encode_picture(base, processor, picture, VIEWS_PER_PASS, torch.float16) for picture in pictures]
+
+    shown = tqdm(range(scenes.count), f"tower features, {scenes.split}", disable=None)
+    with evaluating(base.vision_tower):
+        store.fill(((str(number), number) for number in shown), make, shard_bytes=SHARD_BYTES)
+    return store
