@@ -2,10 +2,12 @@
 
 import hashlib
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
 from importlib.metadata import entry_points
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -42,6 +44,7 @@ from needle.scenes import COLOURS, PLACES
 from needle.text_scenes import TextStyle, answerable_kinds, pick_questions, write_slots
 
 
+ROOT = Path(__file__).parents[2]
 SCENES = [needle_scene(index, "validation") for index in range(60)]
 
 
@@ -393,6 +396,13 @@ def test_rows_of_a_sweep_are_those_of_the_dataset_with_pictures_drawn_later():
 def test_the_task_is_registered_for_sweeps():
     (entry,) = (entry for entry in entry_points(group="hires_lmm.rows") if entry.name == "needle")
     assert entry.load() is needle_rows
+
+
+def test_neither_the_package_nor_its_examples_import_the_task():
+    imported = re.compile(r"^\s*(from|import) needle\b", re.MULTILINE)
+    files = [file for folder in ("src", "examples") for file in (ROOT / folder).rglob("*.py")]
+    assert files and imported.search("def f():\n    from needle.runs import train")
+    assert [file for file in files if imported.search(file.read_text(encoding="utf-8"))] == []
 
 
 def test_the_demonstration_shows_what_its_script_draws():
