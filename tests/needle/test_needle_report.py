@@ -14,7 +14,7 @@ import needle_report  # noqa: E402
 
 
 def result(name: str, seed: int, fine: int, views: str | None = None, share: float = 1.0) -> dict:
-    """What benchmarks/needle.py writes for one run, 100 questions a group."""
+    """What benchmarks/needle_evidence.py writes for one run, 100 questions a group."""
     entry = {"questions": 100, "right": fine, "accuracy": fine / 100}
     scores = dict.fromkeys(("fine", "fine_whole", "fine_cut", "scene", "all", "shape"), entry)
     stages = [{"name": "a", "visits": 10, "processor": 60.0}, {"name": "b", "visits": 30, "processor": 120.0}]

@@ -20,14 +20,7 @@ SAMPLED_BYTES = 1 << 20
 
 
 def checkpoint_fingerprint(checkpoint: str) -> str:
-    """A short name of the weights and configuration of a folder; for a Hub id, the id.
-
-    Args:
-        checkpoint (`str`): Folder or Hub id.
-
-    Returns:
-        A hash of `config.json`, and of name, size and both ends of every weight file.
-    """
+    """A hash of `config.json` and of name, size and both ends of every weight file; for a Hub id, the id."""
     folder = Path(checkpoint)
     if not folder.is_dir():
         return checkpoint

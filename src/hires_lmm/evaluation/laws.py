@@ -14,17 +14,8 @@ LEAST_POINTS = 3
 
 
 def fit_budgets(result: SweepResult, method: str = "least_squares") -> dict[str, ScalingFit]:
-    """Fit the scaling law to accuracies under several budgets.
-
-    Args:
-        result (`SweepResult`): A sweep over `tokens`.
-        method (`str`): As in `fit_scaling_law`.
-
-    Returns:
-        Name -> fit: `all`, and `fine` and `scene` where there are any, of each combination of the other axes with at
-        least three budgets. x is the mean number of tokens that reached the language model, the score is in percent.
-        A group that got no answer right under some budget is left out: its logarithm does not exist.
-    """
+    """Laws by name: of `all`, `fine` and `scene` questions in percent, for each combination of the other axes with
+    three budgets or more; without groups that got nothing right under some budget."""
     families: dict[SweepSetting, list[SweepSetting]] = {}
     for setting in result.settings:
         if setting.tokens is not None:
@@ -44,11 +35,7 @@ def fit_budgets(result: SweepResult, method: str = "least_squares") -> dict[str,
 
 
 def build_law_table(fits: dict[str, ScalingFit]) -> Table:
-    """The fits as a table.
-
-    Args:
-        fits (`dict`): From `fit_budgets`.
-    """
+    """The fits as a table."""
     table = Table(title="S(n) = (c / n)^alpha, S in percent", title_justify="left")
     for name in ("questions", "alpha", "95 % interval", "ln c", "R²", "points"):
         table.add_column(name, justify="left" if name == "questions" else "right", no_wrap=True)

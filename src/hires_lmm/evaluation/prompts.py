@@ -29,35 +29,15 @@ class AskedQuestion:
 
 
 def normalise_answer(text: str) -> str:
-    """Bring an answer into the form in which answers are compared.
-
-    Args:
-        text (`str`): The answer.
-
-    Returns:
-        Without case, white space collapsed, without one full stop at the end.
-    """
+    """The form in which answers are compared: no case, no doubled white space, no full stop at the end."""
     return " ".join(text.casefold().split()).removesuffix(".").rstrip()
 
 
 def draw_options(
     answer: str, kind: str | None, answers: Sequence[str], key: str, num_options: int = NUM_OPTIONS
 ) -> list[str]:
-    """Draw options to choose from.
-
-    Args:
-        answer (`str`): The right answer.
-        kind (`str`, *optional*): Kind of the question, for messages.
-        answers (sequence of `str`): Right answers to questions of the kind; wrong options come from these.
-        key (`str`): The same key gives the same options in the same order.
-        num_options (`int`): Most options.
-
-    Returns:
-        The options, at least two.
-
-    Raises:
-        ValueError: If all answers are the same.
-    """
+    """The right answer and up to three wrong ones from the right answers to others; the same key gives the same
+    options."""
     others = sorted({normalise_answer(other): other for other in answers}.items())
     wrong = [other for name, other in others if name != normalise_answer(answer)]
     if not wrong:
@@ -72,16 +52,7 @@ def draw_options(
 
 
 def ask(answer: str, response_format: str, options: Sequence[str] = ()) -> AskedQuestion:
-    """Write the response format of one question.
-
-    Args:
-        answer (`str`): The right answer.
-        response_format (`str`): `"plain"`, `"word"` or `"letter"`.
-        options (sequence of `str`): What to choose from, for `"letter"`.
-
-    Returns:
-        The text behind the question and the right answer.
-    """
+    """What a response format puts behind a question, and the answer that is then right."""
     plain = AskedQuestion("", answer)
     if response_format == "plain":
         return plain

@@ -151,14 +151,7 @@ def prepare_rows(rows: Iterable[dict[str, Any]]) -> list[SweepRow]:
 
 
 def constant_shares(questions: Sequence[tuple[str | None, str]]) -> dict[str | None, float]:
-    """What the best constant answer to each kind gets on given questions.
-
-    Args:
-        questions (sequence of `tuple[str, str]`): Kind and right answer of each question.
-
-    Returns:
-        Kind -> share, 0 to 1.
-    """
+    """Kind -> share that the best constant answer to its questions gets."""
     answers: dict[str | None, Counter[str]] = defaultdict(Counter)
     for kind, answer in questions:
         answers[kind][normalise_answer(answer)] += 1
@@ -198,11 +191,7 @@ def _bare(parts: list[dict]) -> list[dict]:
 
 
 def source_key(source: Any) -> str:
-    """What tells images apart within one run: the path or address, or the identity of the object.
-
-    Args:
-        source: An image or a source.
-    """
+    """What tells images apart within one run: the path or address, or the identity of the object."""
     return str(source) if isinstance(source, (str, Path)) else f"object {id(source)}"
 
 
@@ -215,14 +204,8 @@ def _group(index: int, row: dict[str, Any], sources: list, numbers: dict[str, in
 
 
 def digest_rows(rows: Sequence[SweepRow]) -> str:
-    """A short name of the questions, the same in every run.
-
-    Args:
-        rows (sequence of `SweepRow`): The questions.
-
-    Returns:
-        A hash of texts, answers, kinds, groups and names of images, not of their pixels.
-    """
+    """A short name of the questions: a hash of texts, answers, kinds, groups and names of images, not of their
+    pixels."""
     digest = blake2b(digest_size=16)
     for row in rows:
         named = [str(source) if isinstance(source, (str, Path)) else "" for source in row.images]

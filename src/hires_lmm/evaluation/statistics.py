@@ -49,30 +49,13 @@ class Score:
 
 
 def wilson_interval(right: int, questions: int) -> Interval:
-    """Wilson's 95 % score interval of a share.
-
-    Args:
-        right (`int`): Successes.
-        questions (`int`): Trials, at least 1.
-
-    Returns:
-        Lower and upper end, in [0, 1].
-    """
+    """Wilson's 95 % score interval of a share."""
     interval = stats.binomtest(right, questions).proportion_ci(0.95, method="wilson")
     return float(interval.low), float(interval.high)
 
 
 def cluster_bootstrap(right: Sequence[bool], groups: Sequence[str], seed: int = 0) -> Interval | None:
-    """95 % interval of a share by resampling groups of questions.
-
-    Args:
-        right (sequence of `bool`): Whether each question was answered right.
-        groups (sequence of `str`): The group of each question.
-        seed (`int`): Of the resampling.
-
-    Returns:
-        The 2.5th and 97.5th percentile over 2000 resamples, or None where every group has one question.
-    """
+    """95 % interval of a share over 2000 resamples of its groups; None where every group has one question."""
     names, members = np.unique(np.asarray(groups), return_inverse=True)
     if len(names) == len(members):
         return None
@@ -90,18 +73,8 @@ def score(
     constants: Sequence[float | None] = (),
     seed: int = 0,
 ) -> Score:
-    """Score answers.
-
-    Args:
-        right (sequence of `bool`): Whether each question was answered right; at least one.
-        groups (sequence of `str`): The scene of each question.
-        chances (sequence of `float`): What guessing gets on each question, or None.
-        constants (sequence of `float`): What the best constant answer gets on each question, or None.
-        seed (`int`): Of the bootstrap.
-
-    Returns:
-        Counts, accuracy and intervals.
-    """
+    """Counts, accuracy and intervals of answers; `groups` are their scenes, `chances` and `constants` what guessing
+    gets."""
     total, count = sum(right), len(right)
     return Score(
         questions=count,

@@ -39,19 +39,7 @@ class LineFit:
 
 
 def log_points(name: str, values: Sequence[float], count: int | None = None) -> np.ndarray:
-    """Logarithms of positive numbers.
-
-    Args:
-        name (`str`): What they are, for messages.
-        values (sequence of `float`): The numbers, at least three.
-        count (`int`, *optional*): How many there must be.
-
-    Returns:
-        `(n,)` float64.
-
-    Raises:
-        ValueError: If there are too few, too many, or one is not positive and finite.
-    """
+    """Logarithms of at least three positive numbers; `name` is what they are, for messages."""
     array = np.asarray(values, dtype=np.float64)
     if array.ndim != 1 or len(array) < 3 or (count is not None and len(array) != count):
         expected = "at least 3" if count is None else str(count)
@@ -65,20 +53,8 @@ def log_points(name: str, values: Sequence[float], count: int | None = None) -> 
 
 
 def fit_line(x: np.ndarray, y: np.ndarray, method: str = "least_squares", seed: int = 0) -> LineFit:
-    """Fit a line.
-
-    Args:
-        x, y (`np.ndarray` of shape `(n,)`): Points, n at least 3.
-        method (`str`): `"least_squares"`, intervals by Student's t and Fieller; `"theil_sen"`: median of the slopes
-            between all points, intervals by a bootstrap over points.
-        seed (`int`): Of the bootstrap.
-
-    Returns:
-        The fit.
-
-    Raises:
-        ValueError: If the method is unknown or x has less than two values.
-    """
+    """A line: by `least_squares`, intervals by Student's t and Fieller, or `theil_sen`, the median of the slopes
+    between all points, intervals by a bootstrap over points."""
     if method not in METHODS:
         raise ValueError(f"method={method!r} is unknown; choose one of {', '.join(METHODS)}.")
     if len(np.unique(x)) < 2:

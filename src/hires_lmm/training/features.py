@@ -32,21 +32,13 @@ VIEW_OPTIONS = (
 
 
 def planner_key(processor: Any) -> dict[str, Any]:
-    """What decides over the pixels of views: the options of the image processor, as JSON values.
-
-    Args:
-        processor (`HiResLmmProcessor`): Any processor.
-    """
+    """What decides over the pixels of views: the options of the image processor, as JSON values."""
     values = {name: getattr(processor.image_processor, name) for name in VIEW_OPTIONS}
     return json.loads(json.dumps(values, default=list))
 
 
 def tower_key(model: nn.Module) -> str:
-    """Hash of the weights of a vision tower and of the layer that is read.
-
-    Args:
-        model (`nn.Module`): A model of this package, bare or wrapped by PEFT.
-    """
+    """Hash of the weights of a vision tower and of the layer that is read."""
     base = find_base(model)
     digest = blake2b(str(base.config.vision_feature_layer).encode(), digest_size=16)
     for name, tensor in sorted(base.vision_tower.state_dict().items()):
@@ -154,18 +146,7 @@ def cache_vision_features(
 def encode_picture(
     base: Any, processor: Any, picture: Any, views_per_pass: int = 32, dtype: torch.dtype | None = None
 ) -> torch.Tensor:
-    """Tower features of all views of an image, on the CPU.
-
-    Args:
-        base (`HiResLmmModel`): Its tower is run.
-        processor (`HiResLmmProcessor`): Cuts the image.
-        picture (`Image.Image`): The image.
-        views_per_pass (`int`): Views that the tower sees at once.
-        dtype (`torch.dtype`, *optional*): Type of the result; that of the tower by default.
-
-    Returns:
-        `(V, L, C)`.
-    """
+    """Tower features `(V, L, C)` of all views of an image, on the CPU."""
     pixels = processor.image_processor(picture, views="all", return_tensors="pt")["pixel_values"]
     pixels = pixels.to(base.vision_tower.device)
     parts = [base.encode_views(part)[0].to("cpu", dtype) for part in pixels.split(views_per_pass)]
@@ -174,11 +155,7 @@ def encode_picture(
 
 @contextmanager
 def evaluating(tower: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while, whatever happens in it.
-
-    Args:
-        tower (`nn.Module`): Gets its own mode back.
-    """
+    """Evaluation mode for a while, whatever happens in it."""
     was_training = tower.training
     tower.eval()
     try:

@@ -22,11 +22,7 @@ SHARD_BYTES = 1 << 30
 
 
 def pixel_key(picture: Image.Image) -> str:
-    """Name of an image in a store: a hash of its pixels.
-
-    Args:
-        picture (`Image.Image`): An upright RGB image, as `to_rgb` gives it.
-    """
+    """Name of an upright RGB image in a store: a hash of its pixels."""
     digest = blake2b(np.array(picture.size, dtype=np.int64).tobytes(), digest_size=16)
     digest.update(picture.tobytes())
     return digest.hexdigest()
@@ -35,16 +31,7 @@ def pixel_key(picture: Image.Image) -> str:
 def read_pictures(
     sources: Iterable, background: tuple[int, int, int], pixel_limit: int
 ) -> Iterator[tuple[str, Image.Image]]:
-    """Key and upright RGB image of each source.
-
-    Args:
-        sources (iterable): Images or sources, or lists of them, as the processor takes them.
-        background (`tuple[int, int, int]`): Colour under transparent pixels, that of the processor.
-        pixel_limit (`int`): Most pixels of an image, that of the processor.
-
-    Raises:
-        ValueError: If an image cannot be read; the message names its number, counted from 0.
-    """
+    """Key and upright RGB image of each source, or list of sources; one that cannot be read is named by its number."""
     flat = (single for source in sources for single in flatten_images(source))
     for number, single in enumerate(flat):
         picture = to_rgb(open_image(single, number), number, background, pixel_limit)

@@ -16,17 +16,7 @@ NO_DECAY = " (no decay)"
 def parameter_groups(
     chosen: dict[str, list[tuple[str, nn.Parameter]]], rates: dict[str, float], stage: str, weight_decay: float = 0.0
 ) -> list[dict]:
-    """Groups of an optimizer: one a pattern, and one for its vectors (biases, norms), which do not decay.
-
-    Args:
-        chosen (`dict`): Pattern -> `(name, parameter)` pairs, from `Stage.parameters`.
-        rates (`dict[str, float]`): Pattern -> learning rate.
-        stage (`str`): Name of the stage.
-        weight_decay (`float`): Decay of matrices.
-
-    Returns:
-        Groups with `params`, `lr`, `weight_decay`, `name` (the pattern) and `stage`.
-    """
+    """Groups of an optimizer: one a pattern, and one for its vectors (biases, norms), which do not decay."""
     groups = []
     for pattern, pairs in chosen.items():
         flat = [p for name, p in pairs if weight_decay and _is_vector(name, p)]
@@ -44,14 +34,7 @@ def _is_vector(name: str, parameter: nn.Parameter) -> bool:
 
 
 def build_optimizer(groups: list[dict], stage: str, model: nn.Module, args: Any) -> torch.optim.Optimizer:
-    """The optimizer that `args` names over groups of a stage.
-
-    Args:
-        groups (`list[dict]`): From `parameter_groups`.
-        stage (`str`): Name of the stage; states that another one wrote are refused.
-        model (`nn.Module`): The model.
-        args (`TrainingArguments`): `optim` and its arguments are read.
-    """
+    """The optimizer that `args` names over groups of a stage; it refuses states that another stage wrote."""
     optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
     options = {key: value for key, value in options.items() if key != "lr"}
     optimizer = optimizer_class(groups, lr=args.learning_rate, **options)
@@ -67,12 +50,7 @@ def _refuse_other_stage(name: str, optimizer: torch.optim.Optimizer, state: dict
 
 
 def other_stage_message(written: str, running: str) -> str:
-    """The message for a resume into another stage.
-
-    Args:
-        written (`str`): Stage that wrote the checkpoint.
-        running (`str`): Stage that was to go on.
-    """
+    """The message for a resume into another stage."""
     return (
         f"This checkpoint was written in stage {written!r}, but stage {running!r} is running. A stage starts from the "
         "weights of the one before it, not from its optimizer: load the checkpoint with from_pretrained and train "

@@ -16,35 +16,20 @@ _PEFT_PREFIX = "base_model.model."
 
 
 def part_name(name: str) -> str:
-    """Name of a parameter without what wrappers add: `connector.adapter.mlp.linear_1.weight`, `lm_head.weight`.
-
-    Args:
-        name (`str`): Name in `named_parameters()` of the model, wrapped by DDP, FSDP, PEFT or not.
-    """
+    """Name of a parameter without what wrappers add: `connector.adapter.mlp.linear_1.weight`, `lm_head.weight`."""
     for wrapper in _WRAPPERS:
         name = name.replace(wrapper, "")
     return name.removeprefix("module.").removeprefix(_PEFT_PREFIX).removeprefix("model.")
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Whether a pattern names a parameter or a module that holds it.
-
-    Args:
-        name (`str`): Name as `part_name` gives it.
-        pattern (`str`): A dotted path; `*` stands for any characters.
-    """
+    """Whether a dotted pattern (`*` for any characters) names a part, as `part_name` gives it, or a module that holds
+    it."""
     return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
 
 
 def find_base(model: nn.Module) -> Any:
-    """The `HiResLmmModel` inside a model, whatever wraps it.
-
-    Args:
-        model (`nn.Module`): Any model that holds one.
-
-    Raises:
-        ValueError: If there is none.
-    """
+    """The `HiResLmmModel` inside a model, whatever wraps it."""
     for module in model.modules():
         if type(module).__name__ in ("HiResLmmModel", "FSDPHiResLmmModel"):
             return module
@@ -52,15 +37,8 @@ def find_base(model: nn.Module) -> Any:
 
 
 def learnable_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Parameters that a stage may choose from, with all names of tied ones.
-
-    Args:
-        model (`nn.Module`): The model, bare or wrapped.
-
-    Returns:
-        All floating-point parameters but those that no gradient reaches (`unread_parameters`); in a PEFT model only
-        adapters, the copies in `modules_to_save` and objectives.
-    """
+    """Parameters that a stage may choose from, with all names of tied ones: in a PEFT model only adapters, the copies
+    in `modules_to_save` and objectives."""
     unread = unread_parameters(find_base(model))
     pairs = [pair for pair in model.named_parameters(remove_duplicate=False) if id(pair[1]) not in unread]
     has_peft = any(_is_peft_parameter(name) for name, _ in pairs)
@@ -71,14 +49,7 @@ def learnable_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]
 
 
 def unread_parameters(base: Any) -> set[int]:
-    """What the tower computes after the layer that is read: it gets no gradients and would have no optimizer state.
-
-    Args:
-        base (`nn.Module`): A `HiResLmmModel`.
-
-    Returns:
-        `id` of each parameter.
-    """
+    """`id` of what the tower computes after the layer that is read: it gets no gradients."""
     tower, layer = base.vision_tower, base.config.vision_feature_layer
     depth = tower.config.num_hidden_layers
     read = layer + depth + 1 if layer < 0 else layer  # 0 are the embeddings
@@ -93,31 +64,19 @@ def _is_peft_parameter(name: str) -> bool:
 
 
 def list_parts(model: nn.Module) -> list[str]:
-    """Parts of a model that hold parameters, in the order of the data.
-
-    Args:
-        model (`nn.Module`): The model, bare or wrapped.
-    """
+    """Parts of a model that hold parameters, in the order of the data."""
     heads = dict.fromkeys(part_of(name) for name, _ in learnable_parameters(model))
     return sorted(heads, key=place_of)
 
 
 def part_of(name: str) -> str:
-    """The part that a parameter belongs to: the first names of what `part_name` gives.
-
-    Args:
-        name (`str`): Name in `named_parameters()`.
-    """
+    """The part that a parameter belongs to: the first names of what `part_name` gives."""
     part = part_name(name)
     depth = 3 if part.startswith(("connector.", "objectives.")) else 1
     return ".".join(part.split(".")[:depth])
 
 
 def place_of(part: str) -> int:
-    """Place of a part in the order of the data.
-
-    Args:
-        part (`str`): From `part_of`.
-    """
+    """Place of a part in the order of the data."""
     order = (*PARTS, *LANGUAGE_PARTS)
     return next((place for place, head in enumerate(order) if part.startswith(head)), len(order))

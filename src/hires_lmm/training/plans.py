@@ -159,14 +159,7 @@ PLANS: dict[str, Callable[..., list[Stage]]] = {
 
 
 def find_column(name: str) -> Column:
-    """A column of Table 7 by name.
-
-    Args:
-        name (`str`): A key of `COLUMNS`.
-
-    Raises:
-        ValueError: If there is no such column.
-    """
+    """A column of Table 7 by name."""
     if name not in COLUMNS:
         raise ValueError(f"Unknown column {name!r} of Table 7; known columns: {', '.join(COLUMNS)}.")
     return COLUMNS[name]

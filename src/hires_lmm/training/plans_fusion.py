@@ -70,14 +70,7 @@ def fusion_nested(
 
 
 def find_question(column: str) -> bool:
-    """Whether a column reads the question.
-
-    Args:
-        column (`str`): A key of `QUESTIONS`.
-
-    Raises:
-        ValueError: If there is no such column.
-    """
+    """Whether a column reads the question."""
     if column not in QUESTIONS:
         raise ValueError(f"Unknown column {column!r} of the plan; known columns: {', '.join(QUESTIONS)}.")
     return QUESTIONS[column]

@@ -47,15 +47,7 @@ def set_options(model: nn.Module, options: dict[str, Any]) -> None:
 
 
 def find_switches(base: Any, config: Any) -> dict[str, tuple[Any, str, dict]]:
-    """The options that may change in a live model.
-
-    Args:
-        base (`nn.Module`): A `HiResLmmModel`.
-        config (`HiResLmmConnectorConfig`): Its connector's configuration, or a copy.
-
-    Returns:
-        Path -> part, name of the option, entry of the part in the configuration.
-    """
+    """The options that may change in a live model: path -> part, name of the option, entry of the part in `config`."""
     specs: dict[str, dict] = {}
     for slot in SLOTS:
         own = getattr(config, slot)

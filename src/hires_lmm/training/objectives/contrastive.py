@@ -221,14 +221,7 @@ class Contrastive(Objective):
 
 
 def find_fusion(model: nn.Module) -> Any:
-    """The fusion transformer of a model.
-
-    Args:
-        model (`nn.Module`): A `HiResLmmModel` or a model that holds one.
-
-    Raises:
-        ValueError: If there is none.
-    """
+    """The fusion transformer of a model."""
     base = find_base(model)
     parts = [op["part"] for op in base.config.connector_config.token_ops]
     if "fusion" not in parts:

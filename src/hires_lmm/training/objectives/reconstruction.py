@@ -349,11 +349,7 @@ class Reconstruction(Objective):
 
 
 def diffusion_classes() -> dict[str, Any]:
-    """The classes of diffusers that are used, by the name of the part.
-
-    Raises:
-        ImportError: If diffusers is not installed.
-    """
+    """The classes of diffusers that are used, by the name of the part."""
     diffusers = import_extra("diffusers", "reconstruction")
     return {
         "denoiser": diffusers.SD3Transformer2DModel,
