@@ -379,7 +379,7 @@ def test_places_are_four():
 def test_rows_of_a_sweep_are_those_of_the_dataset_with_pictures_drawn_later():
     options = NeedleOptions(scene_size=192)
     expected = list(NeedleDataset("validation", 3, seed=5, options=options, questions_per_scene=4))
-    rows = needle_rows("validation", scenes=3, questions=4, seed=5, scene_size=192)
+    rows = needle_rows("validation", scenes=3, questions=4, seed=5, **vars(options))
     chance = chance_accuracy(options)
     assert len(rows) == len(expected) == 12
     for row, other in zip(rows, expected, strict=True):

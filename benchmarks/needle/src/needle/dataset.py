@@ -146,7 +146,6 @@ def needle_rows(
     scenes: int = 100,
     questions: int = 8,
     seed: int = 0,
-    kinds: Sequence[str] = QUESTION_KINDS,
     **options: Any,
 ) -> list[dict[str, Any]]:
     """Questions for `hires-lmm sweep`, with what guessing gets; pictures are drawn when they are needed.
@@ -156,7 +155,6 @@ def needle_rows(
         scenes (`int`): Number of scenes.
         questions (`int`): Most questions a scene.
         seed (`int`): Another seed, other scenes.
-        kinds (sequence of `str`): Kinds that are asked.
         options: Fields of `NeedleOptions`: how scenes are drawn.
 
     Returns:
@@ -164,12 +162,12 @@ def needle_rows(
         constant answer to questions of the kind gets on training scenes.
 
     Raises:
-        ValueError: If the split, a kind or an option is unknown.
+        ValueError: If the split or an option is unknown.
     """
     known = {entry.name for entry in fields(NeedleOptions)}
     if unknown := sorted(options.keys() - known):
         raise ValueError(f"NeedleOptions has no field {unknown[0]!r}; its fields are {', '.join(sorted(known))}.")
-    dataset = NeedleDataset(split, scenes, seed, NeedleOptions(**options), questions, kinds)
+    dataset = NeedleDataset(split, scenes, seed, NeedleOptions(**options), questions)
     chance = chance_accuracy(dataset.options)
     drawn = (needle_scene(index, "train", seed, dataset.options) for index in range(CONSTANT_SCENES))
     constant = constant_accuracy([question for scene in drawn for question in ask_questions(scene)])
