@@ -25,7 +25,7 @@ PYTEST := OMP_NUM_THREADS=1 $(TEST_PY) -m pytest
 key = $(shell { printf '%s\n' '$(TORCH_INDEX)'; $(1); } | cksum | cut -d ' ' -f 1)
 TORCH_STAMP := $(VENV)/.torch-$(call key,grep ^torch= constraints.txt)
 CORE_STAMP := $(VENV)/.core-$(call key,cat constraints.txt pyproject.toml)
-SETUP_STAMP := $(VENV)/.setup-$(call key,cat constraints.txt pyproject.toml)
+SETUP_STAMP := $(VENV)/.setup-$(call key,cat constraints.txt pyproject.toml benchmarks/needle/pyproject.toml)
 
 .PHONY: help setup demo docs lock test test-slow test-versions test-latest test-upstream coverage mutation quality \
 	format clean distclean
@@ -60,7 +60,7 @@ $(CORE_STAMP): $(TORCH_STAMP)
 $(SETUP_STAMP): $(TORCH_STAMP)
 	@echo "3 of 3: transformers, trainers and tools, about 100 packages, 450 MB"
 	@rm -f $(VENV)/.core-* $(VENV)/.setup-*
-	@$(INSTALL) --editable '.[dev]'
+	@$(INSTALL) --editable '.[dev]' --editable benchmarks/needle
 	@touch $(CORE_STAMP) $@
 
 demo: $(CORE_STAMP)

@@ -25,15 +25,15 @@ from record import RESULTS, surroundings
 from rich.console import Console
 from rich.table import Table
 
+from hires_lmm.evaluation import AnswerStore, SweepSetting, evaluate
+from hires_lmm.extras import import_pyplot
 from hires_lmm.files import write_text
-from hires_lmm.plotting import import_pyplot
 from hires_lmm.scaling import fit_scaling_law
-from hires_lmm.sweep import AnswerStore, SweepSetting, evaluate, needle_rows
-from hires_lmm.training import Stage
-from hires_lmm.training.data.needle import NeedleOptions
-from hires_lmm.training.fusion_states import find_fusion, set_question
-from hires_lmm.training.halves.files import Halves, load_halves
-from hires_lmm.training.needle_runs import RunOptions, join_halves, train
+from hires_lmm.training import Stage, set_options
+from hires_lmm.training.plans_fusion import QUESTION
+from needle import NeedleOptions, needle_rows
+from needle.halves.files import Halves, load_halves
+from needle.runs import RunOptions, join_halves, train
 
 
 NAME = "fusion_scaling"
@@ -68,7 +68,7 @@ def join(halves: Halves, seed: int, question: bool | None = None) -> tuple[Any, 
     planner = {"max_crops": SCENES.grid**2}
     model, processor = join_halves(halves, "fusion", seed=seed, planner=planner, connector_config={"token_ops": ops})
     if question is not None:
-        find_fusion(model).model.load_state_dict(halves.language.model.state_dict())
+        model.model.connector.token_ops[0].model.load_state_dict(halves.language.model.state_dict())
     return model, processor
 
 
@@ -112,14 +112,14 @@ def train_all(halves: Halves, options: argparse.Namespace, console: Console) -> 
 
 def measure(models: dict[str, tuple[Any, Any]], options: argparse.Namespace, console: Console) -> list[dict]:
     """One row a model, n and group of questions."""
-    questions = needle_rows("validation", options.evaluate, 0, 8, SCENES)
+    questions = needle_rows("validation", options.evaluate, **vars(SCENES))
     rows = []
     for name in (REFERENCE, *LABELS):
         console.print(f"asking: {LABELS.get(name, name)}")
         model, processor = models["with" if name == "off" else name]
         settings = [SweepSetting()] if name == REFERENCE else [SweepSetting(tokens=tokens) for tokens in TOKENS]
         if name != REFERENCE:
-            set_question(model, name == "with")
+            set_options(model, {QUESTION: name == "with"})
         store = AnswerStore(
             options.out / f"seed-{options.seed}" / f"{name}.jsonl", {"model": name, "run": runs_of(options)}
         )

@@ -1,4 +1,4 @@
-"""Tables and plots of docs/evidence.md from the JSON results of benchmarks/needle.py."""
+"""Tables and plots of docs/evidence.md from the JSON results of benchmarks/needle_evidence.py."""
 
 import json
 import re
@@ -9,8 +9,8 @@ from typing import Any
 
 from scipy.stats import t as student
 
-from hires_lmm.plotting import import_pyplot
-from hires_lmm.sweep.statistics import wilson_interval
+from hires_lmm.evaluation.statistics import wilson_interval
+from hires_lmm.extras import import_pyplot
 
 
 GROUPS = ("fine", "fine_whole", "fine_cut", "scene", "all")
@@ -305,7 +305,7 @@ def put(text: str, name: str, table: str) -> str:
     Raises:
         ValueError: If the markers are missing.
     """
-    start, end = f"<!-- {name}: benchmarks/needle.py report -->", f"<!-- end of {name} -->"
+    start, end = f"<!-- {name}: benchmarks/needle_evidence.py report -->", f"<!-- end of {name} -->"
     pattern = re.compile(re.escape(start) + ".*?" + re.escape(end), re.DOTALL)
     if not pattern.search(text):
         raise ValueError(f"docs/evidence.md has no lines {start} and {end}.")

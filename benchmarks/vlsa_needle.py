@@ -21,17 +21,17 @@ from matplotlib.figure import Figure
 from record import RESULTS, write_result
 from safetensors.torch import load_file, save_file
 
+from hires_lmm.evaluation.statistics import wilson_interval
 from hires_lmm.files import replacing, write_text
-from hires_lmm.sweep.statistics import wilson_interval
 from hires_lmm.training import get_plan
-from hires_lmm.training.data.questions import QUESTION_KINDS
-from hires_lmm.training.from_halves import NEAR
-from hires_lmm.training.needle_runs import RunOptions, SceneSet, evaluate_packed, join_halves, small_rates, train
 from hires_lmm.training.objectives import Reconstruction
 from hires_lmm.training.objectives.painting import look, paint
 from hires_lmm.training.objectives.reconstruction import add_noise, clean_from_velocity
 from hires_lmm.training.objectives.source_images import read_pixels
 from hires_lmm.training.stages import Stage
+from needle.from_halves import NEAR
+from needle.questions import QUESTION_KINDS
+from needle.runs import RunOptions, SceneSet, evaluate_packed, join_halves, small_rates, train
 
 
 HALVES = Path(__file__).parents[1] / "checkpoints" / "halves"

@@ -34,7 +34,7 @@ from hires_lmm.training import (
     get_plan,
     last_checkpoint,
     put_first,
-    set_expert,
+    set_options,
 )
 from hires_lmm.training.collator import find_image, read_messages
 from hires_lmm.training.data.cognition import with_cognition
@@ -86,8 +86,7 @@ def load_model(path: str, stage: Stage, folder: Path, recipe: dict) -> Any:
         return model
     from peft import get_peft_model
 
-    if stage.expert is not None:  # an adapter folder cannot hold it, so the base must
-        set_expert(model, stage.expert)
+    set_options(model, stage.settings)  # an adapter folder cannot hold them, so the base must
     with PartialState().main_process_first():
         if PartialState().is_main_process:
             model.save_pretrained(folder / "base")

@@ -11,9 +11,14 @@ import torch
 
 from builders_training import conversations, make_trainer, slime_parts
 from hires_lmm.training import Stage
+from hires_lmm.training.plans import FORCED_EXPERT
 
 
-STAGE = Stage("mine", {"connector": 1e-3, "language_model": 1e-4, "lm_head": 1e-4}, expert="mixture")
+STAGE = Stage(
+    "mine",
+    {"connector": 1e-3, "language_model": 1e-4, "lm_head": 1e-4},
+    settings={FORCED_EXPERT: None},
+)
 RUN = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "weight_decay": 0.01}
 DISK_FULL = OSError(errno.ENOSPC, "No space left on device")
 

@@ -3,8 +3,8 @@
 from functools import lru_cache
 from pathlib import Path
 
-from hires_lmm.training.halves.files import load_halves
-from hires_lmm.training.needle_runs import RunOptions, SceneSet, join_halves
+from needle.halves.files import load_halves
+from needle.runs import RunOptions, SceneSet, join_halves
 
 
 HALVES = Path(__file__).parents[1] / "checkpoints" / "halves"

@@ -398,6 +398,17 @@ def _parse_list(text: str | None, kind: Callable[[str], Any], name: str) -> list
     return values
 
 
+def _parse_option(text: str) -> tuple[str, Any]:
+    """`scenes=300` -> `("scenes", 300)`; what is no JSON stays text."""
+    name, sign, value = text.partition("=")
+    if not name or not sign:
+        raise typer.BadParameter(f"{text!r} is no option; write KEY=VALUE, such as scenes=300.", param_hint="--data")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
 def _parse_names(text: str) -> list[str]:
     return [word.strip() for word in text.split(",")]
 
@@ -406,7 +417,8 @@ def _parse_names(text: str) -> list[str]:
 def _sweep(
     checkpoint: Checkpoint,
     dataset: Annotated[
-        str, typer.Argument(help="needle, needle:test, ..., or a .json or .jsonl file.", show_default=False)
+        str,
+        typer.Argument(help="A .json or .jsonl file, or NAME[:SPLIT] of a registered set.", show_default=False),
     ],
     out: Annotated[Path, typer.Option(help="Folder of answers and results; goes on there.", show_default=False)],
     tokens: Annotated[str | None, typer.Option(help="Budgets, such as 64,256,default (default = all tokens).")] = None,
@@ -415,11 +427,9 @@ def _sweep(
     image_size: Annotated[str | None, typer.Option(help="Longest sides of images, pixels.")] = None,
     views: Annotated[str, typer.Option(help="Of all,global,crops,none.")] = "all",
     response_format: Annotated[str, typer.Option("--format", help="Of plain,word,letter.")] = "plain",
-    scenes: Annotated[int, typer.Option(min=1, help="Scenes of the needle task.")] = 100,
-    questions: Annotated[int, typer.Option(min=1, help="Most questions a needle scene.")] = 8,
-    data_seed: Annotated[int, typer.Option(help="Seed of the needle scenes.")] = 0,
-    scene_size: Annotated[int | None, typer.Option(min=1, help="Side of needle scenes, pixels.")] = None,
-    placement: Annotated[str, typer.Option(help="Of needle objects: free, jitter or aligned.")] = "free",
+    data: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Option of a registered data set; may be repeated.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first questions.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions answered at once.")] = 16,
     seed: Annotated[int, typer.Option(help="Seed of options to choose from and of the intervals.")] = 0,
@@ -433,6 +443,7 @@ def _sweep(
 
     Accuracy by kind of question with 95 % intervals, for all combinations of the lists given. Run again, it goes on.
     """
+    data_options = dict(_parse_option(text) for text in data or ())
     grid: dict[str, list[Any]] = {
         "tokens": _parse_list(tokens, int, "--tokens"),
         "gamma": _parse_list(gamma, float, "--gamma"),
@@ -443,17 +454,16 @@ def _sweep(
     }
     with one_line_errors():
         _quiet()
-        from hires_lmm.sweep import build_tables, expand_grid
-        from hires_lmm.sweep.command import DataOptions, run_sweep
-        from hires_lmm.sweep.laws import build_law_table, fit_budgets
+        from hires_lmm.evaluation import build_tables, expand_grid
+        from hires_lmm.evaluation.command import run_sweep
+        from hires_lmm.evaluation.laws import build_law_table, fit_budgets
 
         settings = expand_grid(**grid)
-        data = DataOptions(scenes, questions, data_seed, scene_size, placement, limit)
         command = shlex.join(["hires-lmm", *sys.argv[1:]])
         options = (batch_size, seed, dtype.value, device, trust_remote_code, command, plot)
         with _progress() as progress:
             result, record, files = run_sweep(
-                _existing(checkpoint), dataset, out, settings, data, *options, progress=progress
+                _existing(checkpoint), dataset, out, settings, data_options, limit, *options, progress=progress
             )
         if as_json:
             _write_json(record)

@@ -11,10 +11,15 @@ import torch
 from builders_reload import DIAGONAL, DTYPES, PRESETS, Case, build, run_worker, unlike, write_case, write_reference
 from builders_training import conversations, make_trainer, slime_parts
 from hires_lmm.training import Stage
+from hires_lmm.training.plans import FORCED_EXPERT
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # by PEFT
-STAGE = Stage("mine", {"connector": 1e-3, "language_model": 1e-3, "lm_head": 1e-3}, expert="mixture")
+STAGE = Stage(
+    "mine",
+    {"connector": 1e-3, "language_model": 1e-3, "lm_head": 1e-3},
+    settings={FORCED_EXPERT: None},
+)
 OFFLOADED = [case for case in DIAGONAL if case.preset in ("slime", "fusion", "vlsa", "llava_hd")]
 
 

@@ -16,8 +16,6 @@ from hires_lmm.processing.planners_hires_lmm import PLANNERS
 
 PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
 NEEDS = {  # page -> modules of the extras `train` and `reconstruction`
-    "needle.md": ("sklearn", "matplotlib"),
-    "sweep.md": ("sklearn", "matplotlib"),
     "training.md": ("peft",),
     "vlsa.md": ("diffusers",),
 }

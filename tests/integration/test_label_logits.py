@@ -7,9 +7,14 @@ import torch
 from builders_training import conversation, conversations, make_trainer, slime_parts
 from hires_lmm.modeling.logits_hires_lmm import select_learned
 from hires_lmm.training import HiResLmmCollator, Stage
+from hires_lmm.training.plans import FORCED_EXPERT
 
 
-STAGE = Stage("all", {"connector": 1e-3, "language_model": 1e-3, "lm_head": 1e-3}, expert="mlp")
+STAGE = Stage(
+    "all",
+    {"connector": 1e-3, "language_model": 1e-3, "lm_head": 1e-3},
+    settings={FORCED_EXPERT: "mlp"},
+)
 
 
 @pytest.fixture

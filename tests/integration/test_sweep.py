@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 from builders import random_image, tiny_config, tiny_model, tiny_processor
 from builders_training import COMPRESS
 from hires_lmm.cli import app
+from hires_lmm.evaluation import AnswerStore, SweepSetting, evaluate, expand_grid
 from hires_lmm.processing.chat_templates_hires_lmm import answer_prefix_ids, question_prefix_ids
-from hires_lmm.sweep import AnswerStore, SweepSetting, evaluate, expand_grid
 
 
 IMAGES = {"a": random_image(90, 120, 1), "b": random_image(150, 60, 2)}
@@ -139,7 +139,9 @@ def test_right_means_the_same_text_and_an_end(monkeypatch, said, end, right):
         return torch.cat([input_ids, new], dim=1)
 
     monkeypatch.setattr(model, "generate", generate)
-    monkeypatch.setattr("hires_lmm.sweep.evaluator._count_tokens", lambda *args: nullcontext([0] * len(QUESTIONS)))
+    monkeypatch.setattr(
+        "hires_lmm.evaluation.evaluator._count_tokens", lambda *args: nullcontext([0] * len(QUESTIONS))
+    )
     answers = evaluate(model, processor, rows(["a b"] * len(QUESTIONS))).answers
     assert {(answer.right, answer.ended) for answer in answers} == {(right, end)}
 
@@ -339,13 +341,13 @@ def test_the_command_sweeps_a_file_and_goes_on(checkpoint, tmp_path):
 
 
 def test_the_command_asks_about_needle_scenes(checkpoint, tmp_path):
-    pytest.importorskip("sklearn")
-    pytest.importorskip("matplotlib")
-    options = ("--out", tmp_path, "--scenes", 2, "--questions", 2, "--scene-size", 192, "--tokens", "20,22,24")
-    result = run(checkpoint, "needle", *options, "--json")
+    options = ("--out", tmp_path, "--tokens", "20,22,24", "--json")
+    data = ("scenes=2", "questions=2", "scene_size=192", "placement=aligned")
+    result = run(checkpoint, "needle:test", *options, *(word for option in data for word in ("--data", option)))
     assert result.exit_code == 0, result.output
     record = json.loads(result.stdout)
-    assert record["data_options"]["scene_size"] == 192
+    expected = {"scenes": 2, "questions": 2, "scene_size": 192, "placement": "aligned", "limit": None}
+    assert record["dataset"] == "needle:test" and record["data_options"] == expected
     assert all(entry["questions"] == 4 for entry in record["settings"])
     assert {entry["setting"]["tokens"]: entry["tokens"] for entry in record["settings"]} == {20: 20, 22: 22, 24: 24}
     assert (tmp_path / "sweep.png").stat().st_size > 5000
@@ -358,6 +360,8 @@ def test_the_command_asks_about_needle_scenes(checkpoint, tmp_path):
         (("--views", "left"), 1, "views='left' is unknown"),
         (("--tokens", "20", "--gamma", "0.5"), 1, "exclude each other"),
         (("--tokens", "1"), 1, "Image 0"),
+        (("--data", "scenes"), 2, "'scenes' is no option; write KEY=VALUE"),
+        (("--data", "scenes=2"), 1, "is a file, which has no option 'scenes'"),
     ],
 )
 def test_wrong_commands(checkpoint, tmp_path, options, status, words):

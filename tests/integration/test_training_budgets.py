@@ -9,10 +9,16 @@ from torch.utils.data import DataLoader
 from builders_training import conversations, make_trainer, slime_parts
 from hires_lmm.training import HiResLmmCollator, Stage
 from hires_lmm.training.collator import draw_budget
+from hires_lmm.training.plans import FORCED_EXPERT
 
 
 BUDGETS = [17, 18, 19, 20]
-STAGE = Stage("nested", {"connector.adapter": 1e-3}, expert="mlp", max_image_tokens=BUDGETS)
+STAGE = Stage(
+    "nested",
+    {"connector.adapter": 1e-3},
+    settings={FORCED_EXPERT: "mlp"},
+    max_image_tokens=BUDGETS,
+)
 
 
 def budgets_of(batch: dict) -> set[int]:

@@ -8,9 +8,8 @@ import torch
 from builders_fusion import tiny_text_encoder
 from builders_text import tiny_tokenizer
 from builders_training import conversation, conversations, fusion_parts, losses, slime_parts, training_arguments
-from hires_lmm.training import HiResLmmCollator, Stage, StageCallback
+from hires_lmm.training import HiResLmmCollator, Stage, StageCallback, set_options
 from hires_lmm.training.collator import read_messages
-from hires_lmm.training.fusion_states import set_question
 from hires_lmm.training.objectives import Call, Contrastive, StepValues, load_objectives
 from hires_lmm.training.objectives.contrastive_math import (
     compose_answers,
@@ -19,6 +18,7 @@ from hires_lmm.training.objectives.contrastive_math import (
     identity_term,
     normalise_texts,
 )
+from hires_lmm.training.plans_fusion import QUESTION
 from training_run import text
 
 
@@ -227,7 +227,7 @@ def test_a_stage_switches_the_question(tmp_path):
         return found
 
     assert not torch.allclose(slots(batch), slots(other), atol=1e-3)
-    Stage("silent", {"connector": 1e-3}, question=False).apply(model)
+    Stage("silent", {"connector": 1e-3}, settings={QUESTION: False}).apply(model)
     assert torch.equal(slots(batch), slots(other))
     for config in (model.config.connector_config, model.model.connector.config):
         assert config.token_ops[0]["question"] is False
@@ -236,10 +236,10 @@ def test_a_stage_switches_the_question(tmp_path):
     again = type(model).from_pretrained(tmp_path)
     assert again.model.connector.token_ops[0].question is False
     assert torch.allclose(call_of(again, batch).output[0].features, silent, atol=1e-5)
-    set_question(model, True)
+    set_options(model, {QUESTION: True})
     assert not torch.allclose(slots(batch), silent, atol=1e-3)
     model.peft_config = {}
-    with pytest.raises(ValueError, match="uses question=False, which an adapter folder cannot hold"):
-        Stage("silent", {"connector": 1e-3}, question=False).apply(model)
-    with pytest.raises(ValueError, match="needs the token op 'fusion'"):
-        Stage("silent", {"connector": 1e-3}, question=False).apply(slime_parts()[0])
+    with pytest.raises(ValueError, match=r"An adapter folder cannot hold \{'connector.token_ops.0.question': False\}"):
+        Stage("silent", {"connector": 1e-3}, settings={QUESTION: False}).apply(model)
+    with pytest.raises(ValueError, match=r"no switch .connector\.token_ops\.0\.question"):
+        Stage("silent", {"connector": 1e-3}, settings={QUESTION: False}).apply(slime_parts()[0])

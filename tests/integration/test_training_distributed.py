@@ -14,14 +14,19 @@ from builders import random_image
 from builders_training import slime_parts
 from hires_lmm.training import Stage
 from hires_lmm.training.objectives import load_objectives
-from hires_lmm.training.stages import part_name
+from hires_lmm.training.parameters import part_name
+from hires_lmm.training.plans import FORCED_EXPERT
 from launching import TESTS, run_launcher
 
 
-CONNECTOR = Stage("connector", {"connector": 1e-3}, expert="mlp")
-GLOBAL = Stage("global", {"connector.adapter": 1e-3}, views="global", expert="mlp")
+CONNECTOR = Stage("connector", {"connector": 1e-3}, settings={FORCED_EXPERT: "mlp"})
+GLOBAL = Stage("global", {"connector.adapter": 1e-3}, views="global", settings={FORCED_EXPERT: "mlp"})
 LOCAL = Stage("local", {"connector.view_ops": 1e-3}, views="crops")
-ALL = Stage("all", {"vision_tower": 1e-3, "connector": 1e-3, "language_model": 1e-3, "lm_head": 1e-3}, expert="mlp")
+ALL = Stage(
+    "all",
+    {"vision_tower": 1e-3, "connector": 1e-3, "language_model": 1e-3, "lm_head": 1e-3},
+    settings={FORCED_EXPERT: "mlp"},
+)
 ROUTED = [{"part": "router", "on": "crops", "keep": {"rule": "threshold", "gamma": 0.75}}]
 FIELDS = {field.name for field in dataclasses.fields(TrainingArguments)}
 CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in FIELDS else "gradient_checkpointing"
@@ -95,7 +100,7 @@ def test_reconstruction_in_two_processes(tmp_path, config):
     """One process sees images, the other text only; one process on the union gives the same losses and weights."""
     stage = RECONSTRUCT
     if config == "fsdp2.yaml":
-        stage = dataclasses.replace(ALL, expert=None, trainable={**ALL.trainable, **RECONSTRUCT.trainable})
+        stage = dataclasses.replace(ALL, settings={}, trainable={**ALL.trainable, **RECONSTRUCT.trainable})
         stage = dataclasses.replace(stage, loss_weights=RECONSTRUCT.loss_weights)
     compare(tmp_path, config, stage, settings={"reconstruct": True})
     objectives = [load_objectives(tmp_path / name / "objectives")["reconstruction"] for name in ("one", "two")]
@@ -123,7 +128,7 @@ def test_reconstruction_goes_on_in_two_processes(tmp_path, config):
 @pytest.mark.slow
 def test_batches_of_different_work_do_not_hang(tmp_path):
     """The gate and the router are random here, so only the end is compared: it comes."""
-    stage = dataclasses.replace(ALL, expert="mixture")
+    stage = dataclasses.replace(ALL, settings={FORCED_EXPERT: None})
     settings = {"stage": stage.to_dict(), "data": "by_rank", "connector": {"token_ops": ROUTED}}
     arguments = {**RUN, "per_device_train_batch_size": 1, "max_steps": 4}
     for config in ("ddp.yaml", "fsdp2.yaml"):
@@ -153,7 +158,7 @@ def test_the_example_runs_a_plan_in_two_processes(tmp_path):
     run_launcher("ddp.yaml", command)
     final = AutoModelForImageTextToText.from_pretrained(tmp_path / "out" / "slime" / "III" / "final")
     assert final.config.training_stage == "slime/III"
-    assert "forced_expert" not in final.config.connector_config.adapter
+    assert final.config.connector_config.adapter["forced_expert"] is None
     before = dict(model.named_parameters())
     moved = {part_name(n).split(".")[0] for n, p in final.named_parameters() if not torch.equal(p, before[n])}
     assert moved == {"connector", "language_model", "lm_head"}

@@ -12,7 +12,7 @@ from hires_lmm.modeling.fusion_hires_lmm import HiResLmmFusion
 from hires_lmm.training import HiResLmmCollator, StageCallback, get_plan
 from hires_lmm.training.collator import draw_budget
 from hires_lmm.training.objectives import Contrastive
-from hires_lmm.training.plans_fusion import TOKENS, fusion, fusion_nested
+from hires_lmm.training.plans_fusion import QUESTION, TOKENS, fusion, fusion_nested
 
 
 def test_the_values_of_the_paper():
@@ -25,17 +25,17 @@ def test_the_values_of_the_paper():
     assert all(stage.trainable == {"connector": 2e-5} for name, stage in stages.items() if stage is not first)
     assert [stage.max_image_tokens for stage in stages.values()] == [256, 256, 128, 64, 32, 16, 8, 1]
     assert [stage.after for stage in stages.values()] == [None, None, *["fusion/generation"] * 6]
-    assert all(stage.question and stage.views == "all" for stage in stages.values())
+    assert all(stage.settings[QUESTION] and stage.views == "all" for stage in stages.values())
     assert max(TOKENS) == HiResLmmFusion.Options().num_queries
 
 
 def test_columns_and_towers():
     silent = get_plan("fusion", "without_question", tower_rate=1e-6)
     assert [stage.name for stage in silent][2:4] == ["fusion/256", "fusion/128"]
-    assert [stage.question for stage in silent] == [True, True, *[False] * 7]
+    assert [stage.settings[QUESTION] for stage in silent] == [True, True, *[False] * 7]
     assert all(stage.trainable["vision_tower"] == 1e-6 for stage in silent)
     warm, nested = get_plan("fusion_nested", "without_question")
-    assert warm.question and not nested.question
+    assert warm.settings[QUESTION] and not nested.settings[QUESTION]
     assert nested.max_image_tokens == list(TOKENS) and nested.trainable == {"connector": 2e-5}
     with pytest.raises(ValueError, match="Unknown column 'vicuna_7b' of the plan; known columns: with_question"):
         get_plan("fusion", "vicuna_7b")
@@ -91,9 +91,9 @@ def test_the_whole_plan_runs_and_moves_what_each_stage_names(tmp_path, column):
         assert ("connector.token_ops.0.output.weight" in moved) is not is_warm_up, stage.name
         assert {"connector.token_ops.0.queries", "connector.view_ops.0.conv.weight"} <= moved
         words = "connector.token_ops.0.model.embed_tokens.weight" in moved
-        assert words is stage.question, stage.name
+        assert words is stage.settings[QUESTION], stage.name
         assert counts == [[stage.max_image_tokens] * 2] * 2
-        assert model.config.connector_config.token_ops[0]["question"] is stage.question
+        assert model.config.connector_config.token_ops[0]["question"] is stage.settings[QUESTION]
         assert model.config.training_stage == stage.name
 
 

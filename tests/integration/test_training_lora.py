@@ -9,8 +9,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from builders import tiny_model
 from builders_training import conversations, make_trainer, slime_config, slime_parts
-from hires_lmm.training import HiResLmmCollator, Stage, get_plan, set_expert
+from hires_lmm.training import HiResLmmCollator, Stage, get_plan, set_options
 from hires_lmm.training.lora import LORA_TARGETS, connector_modules, lora_config, merge_lora
+from hires_lmm.training.plans import FORCED_EXPERT
 from hires_lmm.training.quantization import four_bit_config, skip_modules
 
 
@@ -57,7 +58,7 @@ def trained(tmp_path_factory):
     """A base checkpoint, an adapter folder that two steps of the Trainer wrote, and the live model's logits."""
     folder = tmp_path_factory.mktemp("lora")
     model, processor = slime_parts()
-    set_expert(model, "mixture")
+    set_options(model, {FORCED_EXPERT: None})
     model.save_pretrained(folder / "base")
     processor.save_pretrained(folder / "base")
     model = AutoModelForImageTextToText.from_pretrained(folder / "base")
@@ -114,10 +115,10 @@ def test_merging_writes_a_whole_checkpoint(trained):
 
 def test_an_expert_that_the_adapter_folder_could_not_hold_is_refused():
     model, _ = slime_parts()
-    set_expert(model, "mlp")
+    set_options(model, {FORCED_EXPERT: "mlp"})
     wrapped = peft.get_peft_model(model, lora_config(model, r=2))
-    with pytest.raises(ValueError, match=r"set_expert\(model, 'mixture'\).*before get_peft_model"):
-        Stage("x", {"connector": 1e-3}, expert="mixture").apply(wrapped)
+    with pytest.raises(ValueError, match=r"set_options\(model, \{.*forced_expert': None\}\).*before get_peft_model"):
+        Stage("x", {"connector": 1e-3}, settings={FORCED_EXPERT: None}).apply(wrapped)
 
 
 @pytest.mark.parametrize("quantize_tower", [False, True])

@@ -15,11 +15,16 @@ from transformers import TrainerCallback
 import training_run
 from builders_training import conversations, losses, make_trainer, slime_parts, training_arguments
 from hires_lmm.training import Alternation, Stage, alternating_scheduler, get_plan
+from hires_lmm.training.plans import FORCED_EXPERT
 
 
 SCRIPT = Path(__file__).parents[1] / "training_run.py"
 RUN = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "weight_decay": 0.01}
-STAGE = Stage("mine", {"connector": 1e-3, "language_model": 1e-4, "lm_head": 1e-4}, expert="mixture")
+STAGE = Stage(
+    "mine",
+    {"connector": 1e-3, "language_model": 1e-4, "lm_head": 1e-4},
+    settings={FORCED_EXPERT: None},
+)
 
 
 def launch(settings: dict) -> subprocess.CompletedProcess:
@@ -60,7 +65,7 @@ def test_an_alternating_run_goes_on_in_its_turn(tmp_path):
     stage = Stage(
         "turns",
         {"connector.adapter": 1e-2, "connector.view_ops": 1e-2},
-        expert="mixture",
+        settings={FORCED_EXPERT: None},
         alternation=Alternation([["connector.adapter"], ["connector.view_ops"]], steps=1),
     )
 

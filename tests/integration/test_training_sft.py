@@ -6,13 +6,18 @@ from transformers import Trainer
 
 from builders_training import conversation, conversations, losses, make_trainer, slime_parts, training_arguments
 from hires_lmm.training import HiResLmmCollator, Stage, StageCallback
+from hires_lmm.training.plans import FORCED_EXPERT
 
 
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")  # by TRL
 
-STAGE = Stage("sft", {"connector": 1e-3, "language_model": 1e-3, "lm_head": 1e-3}, expert="mlp")
+STAGE = Stage(
+    "sft",
+    {"connector": 1e-3, "language_model": 1e-3, "lm_head": 1e-3},
+    settings={FORCED_EXPERT: "mlp"},
+)
 
 
 def sft_trainer(model, processor, folder, data, stage=STAGE, **changes):
@@ -98,6 +103,11 @@ def test_a_run_gives_the_losses_of_the_trainer(tmp_path):
 
 def test_stages_with_auxiliary_losses_are_refused(tmp_path):
     model, processor = slime_parts()
-    stage = Stage("aux", {"connector": 1e-3}, expert="mixture", loss_weights={"gate_balance": 0.1})
+    stage = Stage(
+        "aux",
+        {"connector": 1e-3},
+        settings={FORCED_EXPERT: None},
+        loss_weights={"gate_balance": 0.1},
+    )
     with pytest.raises(ValueError, match="never computes; use Trainer"):
         sft_trainer(model, processor, tmp_path, conversations(2), stage=stage)

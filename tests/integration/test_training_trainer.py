@@ -11,10 +11,15 @@ from transformers import DefaultFlowCallback, TrainerCallback, TrainingArguments
 from builders_training import conversation, conversations, losses, make_trainer, slime_parts, training_arguments
 from hires_lmm.training import HiResLmmCollator, Stage, StageCallback, cache_vision_features, get_plan, put_first
 from hires_lmm.training.callbacks import render_table
+from hires_lmm.training.plans import FORCED_EXPERT
 from training_run import text
 
 
-QUIET = Stage("quiet", {"connector": 1e-3, "language_model": 1e-3, "lm_head": 1e-3}, expert="mlp")
+QUIET = Stage(
+    "quiet",
+    {"connector": 1e-3, "language_model": 1e-3, "lm_head": 1e-3},
+    settings={FORCED_EXPERT: "mlp"},
+)
 FIELDS = {field.name for field in dataclasses.fields(TrainingArguments)}
 CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in FIELDS else "gradient_checkpointing"
 
@@ -30,7 +35,7 @@ def test_the_whole_plan_runs_and_moves_what_each_stage_names(tmp_path):
         assert moved <= named, stage.name
         still = named - moved
         assert all("embed_tokens" in name or "noise" in name or "k_proj.bias" in name for name in still), still
-    assert "forced_expert" not in model.config.connector_config.adapter
+    assert model.config.connector_config.adapter["forced_expert"] is None
     assert model.config.training_stage == "slime/III"
 
 
@@ -58,7 +63,12 @@ def test_accumulation_equals_a_large_batch(tmp_path):
 
 def test_auxiliary_losses_do_not_depend_on_accumulation(tmp_path):
     found = []
-    stage = Stage("aux", {"connector": 1e-3}, expert="mixture", loss_weights={"gate_balance": 100.0})
+    stage = Stage(
+        "aux",
+        {"connector": 1e-3},
+        settings={FORCED_EXPERT: None},
+        loss_weights={"gate_balance": 100.0},
+    )
     for size, accumulation in ((4, 1), (1, 4)):
         model, processor = slime_parts()
         gate = model.model.connector.adapter.gate
@@ -104,7 +114,13 @@ def test_modules_that_a_stage_leaves_out_run_in_no_batch(tmp_path, views, cached
     assert rows == ([] if cached else [2 if views == "global" else crops, 1])
 
 
-@pytest.mark.parametrize("stage, kept", [(QUIET, False), (Stage("tower", {"vision_tower": 1e-3}, expert="mlp"), True)])
+@pytest.mark.parametrize(
+    "stage, kept",
+    [
+        (QUIET, False),
+        (Stage("tower", {"vision_tower": 1e-3}, settings={FORCED_EXPERT: "mlp"}), True),
+    ],
+)
 def test_a_frozen_tower_keeps_no_activations(stage, kept):
     model, processor = slime_parts()
     stage.apply(model)

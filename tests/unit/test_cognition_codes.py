@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from builders import random_image
-from hires_lmm.training.data import cognition_cache
 from hires_lmm.training.data.cognition import (
     CachedCodes,
     CodebookTask,
@@ -186,12 +186,12 @@ class Counting:
         return np.stack([np.asarray(image.resize((2, 1)), dtype=np.int64).sum(-1) % 300 for image in images])
 
 
-def test_cached_codes_are_those_of_the_quantiser(tmp_path, monkeypatch):
-    monkeypatch.setattr(cognition_cache, "SHARD_IMAGES", 4)
+def test_cached_codes_are_those_of_the_quantiser(tmp_path):
     quantiser, images = Counting(), [random_image(20, 30, seed) for seed in range(11)]
-    cache = cache_codes(quantiser, [*images, images[0], images[3:5]], tmp_path, batch_size=3, show_progress=False)
+    cache = cache_codes(quantiser, [*images, images[0], images[3:5]], tmp_path, 3, show_progress=False, shard_bytes=24)
     assert quantiser.seen == 11 and max(quantiser.batches) == 3
-    assert len(list(tmp_path.glob("*.npy"))) == 2 and np.load(next(tmp_path.glob("*.npy"))).dtype == np.uint16
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2
+    assert {len(load_file(file)) for file in tmp_path.glob("*.safetensors")} == {6, 5}
     cache = pickle.loads(pickle.dumps(cache))
     assert (cache(images) == Counting()(images)).all() and len(cache) == 11
     row = {"messages": [{"role": "user", "content": "<image> q"}, {"role": "assistant", "content": "a"}]}
@@ -203,8 +203,7 @@ def test_cached_codes_are_those_of_the_quantiser(tmp_path, monkeypatch):
         cache([random_image(1, 1)])
 
 
-def test_an_interrupted_run_goes_on(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(cognition_cache, "SHARD_IMAGES", 2)
+def test_an_interrupted_run_goes_on(tmp_path, capfd):
     images = [random_image(20, 30, seed) for seed in range(6)]
 
     def stopping():
@@ -212,7 +211,7 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch, capfd):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        cache_codes(Counting(), stopping(), tmp_path, batch_size=1)
+        cache_codes(Counting(), stopping(), tmp_path, batch_size=1, shard_bytes=8)
     assert len(CachedCodes(tmp_path)) == 4
     quantiser = Counting()
     cache = cache_codes(quantiser, images, tmp_path)
@@ -224,11 +223,11 @@ def test_a_cache_of_another_quantiser_is_refused(tmp_path):
     cache_codes(Counting(), [random_image(9, 9)], tmp_path, show_progress=False)
     other = Counting()
     other.num_codes = 301
-    with pytest.raises(ValueError, match=r"made with num_codes=300, the quantiser has 301; choose another folder"):
+    with pytest.raises(ValueError, match=r"made with num_codes=300, now it is 301; write it anew in another folder"):
         cache_codes(other, [], tmp_path)
     with pytest.raises(ValueError, match=r"holds no index.json"):
         CachedCodes(tmp_path / "none")
-    assert json.loads((tmp_path / "index.json").read_text())["quantiser"] == "Counting"
+    assert json.loads((tmp_path / "index.json").read_text())["made_from"]["quantiser"] == "Counting"
 
 
 def test_a_quantiser_that_lies_writes_nothing(tmp_path):

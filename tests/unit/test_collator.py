@@ -6,7 +6,7 @@ import torch
 from builders import random_image, tiny_processor
 from builders_training import conversation, slime_config, slime_parts
 from hires_lmm.training import HiResLmmCollator, VisionFeatureStore, cache_vision_features
-from hires_lmm.training.features import image_key
+from hires_lmm.training.image_store import pixel_key
 
 
 TEXT_ONLY = {
@@ -156,10 +156,10 @@ def test_cached_features_are_those_of_the_tower(tmp_path):
     model, processor = slime_parts()
     images = [image for number in range(3) for image in conversation(number)["images"]]
     store = cache_vision_features(model, processor, images, tmp_path, views_per_pass=2, shard_bytes=1)
-    assert len(store) == 3 and len(set(store.index["images"].values())) == 3
+    assert len(store) == 3 and len(set(store.shards.values())) == 3
     pixels = processor.image_processor(images[1], return_tensors="pt")["pixel_values"]
     expected, _ = model.eval().model.encode_views(pixels, model.config.vision_feature_layer)
-    torch.testing.assert_close(store.get(image_key(processor, images[1])), expected)
+    torch.testing.assert_close(store.get(pixel_key(images[1].convert("RGB"))), expected)
     with pytest.raises(ValueError, match="does not hold the image"):
         store.get("unknown")
 
@@ -168,14 +168,14 @@ def test_the_cache_goes_on_where_it_stopped_and_refuses_another_tower(tmp_path):
     model, processor = slime_parts()
     images = [conversation(number)["images"][0] for number in range(3)]
     cache_vision_features(model, processor, images[:2], tmp_path)
-    before = (tmp_path / "features-00000.safetensors").stat().st_mtime_ns
+    before = (tmp_path / "shard-00000.safetensors").stat().st_mtime_ns
     store = cache_vision_features(model, processor, [*images, images[0]], tmp_path)
-    assert len(store) == 3 and (tmp_path / "features-00000.safetensors").stat().st_mtime_ns == before
+    assert len(store) == 3 and (tmp_path / "shard-00000.safetensors").stat().st_mtime_ns == before
     other, _ = slime_parts(seed=1)
-    with pytest.raises(ValueError, match="another vision tower"):
+    with pytest.raises(ValueError, match="was made with tower="):
         cache_vision_features(other, processor, images, tmp_path)
     processor.image_processor.max_crops = 2
-    with pytest.raises(ValueError, match="was made with max_crops=4, the processor has 2"):
+    with pytest.raises(ValueError, match="was made with max_crops=4, now it is 2; write it anew"):
         HiResLmmCollator(processor, features=VisionFeatureStore(tmp_path))
     with pytest.raises(ValueError, match=r"holds no index\.json"):
         VisionFeatureStore(tmp_path / "nothing")

@@ -6,16 +6,16 @@ from pathlib import Path
 import pytest
 
 
-SOURCE = Path(__file__).parents[2] / "src" / "hires_lmm"
-FOLDERS = ("training", "sweep", "scaling")
+ROOT = Path(__file__).parents[2]
+FOLDERS = ("src/hires_lmm/training", "src/hires_lmm/evaluation", "src/hires_lmm/scaling", "benchmarks/needle/src")
 WRITERS = {"write_text", "write_bytes", "save_file", "save", "dump", "savez", "tofile", "to_json", "open"}
 IN_PLACE = {
-    "sweep/store.py": "appends lines; `begin` cuts off the last one where it is torn",
-    "training/data/smr.py": "pictures beside a list that is moved to its place behind them",
-    "training/halves/files.py": "weights whose record, the mark of a whole folder, is written behind them",
-    "training/halves/loop.py": "a log of lines that nothing reads back",
-    "training/needle_runs/scenes.py": "appends rows of one size; a torn one is cut off when the next is written",
-    "training/objectives/painting.py": "pictures to look at",
+    "src/hires_lmm/evaluation/store.py": "appends lines; `begin` cuts off the last one where it is torn",
+    "src/hires_lmm/training/data/smr.py": "pictures beside a list that is moved to its place behind them",
+    "src/hires_lmm/training/objectives/painting.py": "pictures to look at",
+    "benchmarks/needle/src/needle/demo_scenes.py": "committed pictures, compared with what the script draws",
+    "benchmarks/needle/src/needle/halves/files.py": "weights whose record, the mark of a whole folder, comes last",
+    "benchmarks/needle/src/needle/halves/loop.py": "a log of lines that nothing reads back",
 }
 """Files that write in place, and why a piece of theirs is never taken for a whole."""
 
@@ -63,10 +63,10 @@ def test_the_scan_sees_writers():
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_files_are_moved_to_their_place(folder):
     found = {}
-    for file in sorted((SOURCE / folder).rglob("*.py")):
+    for file in sorted((ROOT / folder).rglob("*.py")):
         lines = writes_in_place(ast.parse(file.read_text(encoding="utf-8")))
         if lines:
-            found[str(file.relative_to(SOURCE))] = lines
+            found[str(file.relative_to(ROOT))] = lines
     allowed = {name for name in IN_PLACE if name.startswith(folder)}
     assert found.keys() - allowed == set(), found
     assert allowed - found.keys() == set(), "no longer needed in IN_PLACE"

@@ -1,7 +1,9 @@
 """The scaling law on the paper's own tables, and branch divergence on processes whose curve is known."""
 
+import importlib
 import json
 import math
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,8 +17,10 @@ from hires_lmm.scaling import (
     divergence_of_deltas,
     fit_distance_law,
     fit_scaling_law,
+    plot_divergence,
+    plot_laws,
 )
-from hires_lmm.scaling.lines import student_quantile
+from hires_lmm.scaling.lines import fit_line
 
 
 TABLES = json.loads((Path(__file__).parents[1] / "fixtures" / "scaling_tables.json").read_text())
@@ -100,10 +104,21 @@ def test_a_few_odd_points_move_least_squares_and_not_theil_sen():
     assert robust == fit_scaling_law(TOKENS, scores, "theil_sen")
 
 
-def test_quantiles_of_student_are_those_of_the_tables():
-    table = {1: 12.706205, 2: 4.302653, 3: 3.182446, 8: 2.306004, 9: 2.262157, 30: 2.042272, 1000: 1.962339}
-    for degrees, value in table.items():
-        assert student_quantile(degrees) == pytest.approx(value, abs=2e-6)
+@pytest.mark.parametrize("degrees, student", [(1, 12.706205), (2, 4.302653), (8, 2.306004), (30, 2.042272)])
+def test_the_interval_of_a_slope_is_as_wide_as_the_tables_of_student_say(degrees, student):
+    x = np.linspace(-1, 1, degrees + 2)
+    y = 3 * x + np.random.default_rng(0).normal(size=len(x))
+    fit = fit_line(x, y)
+    error = fit.residual_std / np.sqrt((x**2).sum())
+    assert fit.slope_interval == pytest.approx((fit.slope - student * error, fit.slope + student * error), rel=1e-6)
+
+
+def test_where_scipy_is_missing_its_extra_is_named(monkeypatch):
+    for name in ("scipy", "scipy.stats", "hires_lmm.scaling.lines"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, "hires_lmm.scaling.lines")
+    with pytest.raises(ImportError, match=r"needs scipy .*pip install 'hires-lmm\[evaluation\]'"):
+        importlib.import_module("hires_lmm.scaling.lines")
 
 
 def test_intervals_hold_the_truth_as_often_as_they_say():
@@ -255,9 +270,9 @@ def test_curves_can_be_read_and_drawn(tmp_path):
         curve.stable_from(0)
     with pytest.raises(ValueError, match=r"expected \(pairs, lengths, width\)"):
         divergence_of_deltas(np.zeros((3, 4)))
-    assert curve.plot(tmp_path / "curve.svg").stat().st_size > 5000
+    assert plot_divergence(curve, tmp_path / "curve.svg").stat().st_size > 5000
     fit = fit_scaling_law(TOKENS, [n**0.2 for n in TOKENS])
-    assert "alpha = -0.200" in fit.plot(tmp_path / "law.svg", "right answers").read_text()
+    assert "alpha = -0.200" in plot_laws({"right answers": fit}, tmp_path / "law.svg").read_text()
 
 
 def test_equal_branches_do_not_diverge():

@@ -8,12 +8,12 @@ import torch
 
 from builders import make_batch, random_image, tiny_config, tiny_model, tiny_processor, tiny_vision_config
 from builders_training import query_former_config, slime_config, slime_parts, training_arguments
-from hires_lmm.training import Alternation, Stage, alternating_scheduler, get_plan, set_expert, summarise
+from hires_lmm.training import Alternation, Stage, alternating_scheduler, get_plan, set_options, summarise
 from hires_lmm.training.callbacks import check_optimizer
 from hires_lmm.training.objectives import gate_balance
 from hires_lmm.training.optimization import parameter_groups
-from hires_lmm.training.plans import COLUMNS
-from hires_lmm.training.stages import list_parts, part_name
+from hires_lmm.training.parameters import list_parts, part_name
+from hires_lmm.training.plans import COLUMNS, FORCED_EXPERT
 
 
 GOLDEN = Path(__file__).parents[1] / "fixtures" / "training_plans.json"
@@ -22,7 +22,7 @@ CONFIGS = {"slime": slime_config, "query_former": query_former_config, "end_to_e
 
 def unset(stage: Stage) -> list[str]:
     """Fields that most plans leave alone and the golden data leaves out."""
-    return [name for name in ("max_image_tokens", "question", "after", "cognition") if getattr(stage, name) is None]
+    return [name for name in ("max_image_tokens", "after", "cognition") if getattr(stage, name) is None]
 
 
 def describe(plan: str, column: str) -> list[dict]:
@@ -92,7 +92,7 @@ def test_wrappers_do_not_change_the_name_of_a_part():
 def test_the_first_matching_pattern_decides():
     model = tiny_model(slime_config())
     stage = Stage("x", {"connector.adapter.mlp.*.bias": 1e-2, "connector": 1e-3, "language_model.layers.1": 1e-4})
-    groups = {group["name"]: group for group in parameter_groups(stage, model)}
+    groups = {group["name"]: group for group in parameter_groups(stage.parameters(model), stage.trainable, "x")}
     assert [groups[name]["lr"] for name in stage.trainable] == [1e-2, 1e-3, 1e-4]
     assert len(groups["connector.adapter.mlp.*.bias"]["params"]) == 2
     flat = [id(p) for group in groups.values() for p in group["params"]]
@@ -101,7 +101,8 @@ def test_the_first_matching_pattern_decides():
 
 def test_weight_decay_spares_vectors():
     model = tiny_model(slime_config())
-    groups = parameter_groups(Stage("x", {"connector": 1e-3}), model, weight_decay=0.1)
+    stage = Stage("x", {"connector": 1e-3})
+    groups = parameter_groups(stage.parameters(model), stage.trainable, "x", weight_decay=0.1)
     assert [(group["name"], group["weight_decay"]) for group in groups] == [
         ("connector", 0.1),
         ("connector (no decay)", 0.0),
@@ -133,7 +134,6 @@ def test_a_tied_head_is_trained_with_the_embeddings():
     [
         ({"trainable": {}}, "trains nothing"),
         ({"views": "local"}, "views='local'"),
-        ({"expert": "gate"}, "expert='gate'"),
         ({"loss_weights": {"language": 1.0}}, "unknown loss 'language'"),
         ({"alternation": Alternation([["a"], ["b"]])}, "alternates 'a'"),
     ],
@@ -150,19 +150,35 @@ def test_stages_survive_json():
         Stage.from_dict({"name": "x", "lr": 1})
 
 
-def test_the_expert_is_switched_in_the_model_and_in_its_configuration(tmp_path):
+def test_an_option_is_set_in_the_model_and_in_its_configuration(tmp_path):
     from transformers import AutoModelForImageTextToText
 
     model, _ = slime_parts()
-    for expert, forced in (("mlp", "mlp"), ("query_former", "query_former"), ("mixture", None)):
-        set_expert(model, expert)
-        assert model.model.connector.adapter.forced_expert == forced
-        model.save_pretrained(tmp_path / expert)
-        again = AutoModelForImageTextToText.from_pretrained(tmp_path / expert)
-        assert again.model.connector.adapter.forced_expert == forced
-    assert model.config.connector_config.adapter == {"part": "mixture"}
-    with pytest.raises(ValueError, match="this model has 'query_former'"):
-        set_expert(tiny_model(query_former_config()), "mlp")
+    for expert in ("mlp", "query_former", None):
+        set_options(model, {FORCED_EXPERT: expert})
+        assert model.model.connector.adapter.forced_expert == expert
+        model.save_pretrained(tmp_path / str(expert))
+        again = AutoModelForImageTextToText.from_pretrained(tmp_path / str(expert))
+        assert again.model.connector.adapter.forced_expert == expert
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"connector.adapter.gate": "release"}, "no switch 'connector.adapter.gate'; its switches: .*forced_expert"),
+        ({"connector.token_ops.7.question": False}, "no switch 'connector.token_ops.7.question'"),
+        ({"expert": "mlp"}, "no switch 'expert'"),
+        ({FORCED_EXPERT: "both"}, r"Bad option in adapter \(mixture\).*both"),
+    ],
+)
+def test_an_option_that_cannot_be_set_changes_nothing(options, words):
+    model, _ = slime_parts()
+    before = model.config.to_dict()
+    with pytest.raises(ValueError, match=words):
+        set_options(model, {FORCED_EXPERT: "mlp", **options})
+    assert model.model.connector.adapter.forced_expert is None and model.config.to_dict() == before
+    with pytest.raises(ValueError, match="its switches: none"):
+        set_options(tiny_model(query_former_config()), {FORCED_EXPERT: "mlp"})
 
 
 def test_the_stage_is_saved_with_the_model(tmp_path):

@@ -8,15 +8,24 @@ import pytest
 from PIL import Image
 
 from builders import random_image
+from hires_lmm.evaluation import (
+    Answer,
+    AnswerStore,
+    SweepResult,
+    SweepSetting,
+    expand_grid,
+    load_rows,
+    prepare_rows,
+    read_rows,
+)
+from hires_lmm.evaluation.command import checkpoint_fingerprint
+from hires_lmm.evaluation.laws import build_law_table, fit_budgets
+from hires_lmm.evaluation.prompts import LETTER_FORMAT, WORD_FORMAT, ask, draw_options, normalise_answer
+from hires_lmm.evaluation.report import build_record, build_tables, write_report
+from hires_lmm.evaluation.rows import digest_rows
+from hires_lmm.evaluation.settings import swept_axes
+from hires_lmm.evaluation.statistics import cluster_bootstrap, score, wilson_interval
 from hires_lmm.scaling import fit_scaling_law
-from hires_lmm.sweep import Answer, AnswerStore, SweepResult, SweepSetting, expand_grid, prepare_rows, read_rows
-from hires_lmm.sweep.command import checkpoint_fingerprint, load_rows
-from hires_lmm.sweep.laws import build_law_table, fit_budgets
-from hires_lmm.sweep.prompts import LETTER_FORMAT, WORD_FORMAT, ask, draw_options, normalise_answer
-from hires_lmm.sweep.report import build_record, build_tables, write_report
-from hires_lmm.sweep.rows import digest_rows
-from hires_lmm.sweep.settings import swept_axes
-from hires_lmm.sweep.statistics import cluster_bootstrap, score, wilson_interval
 
 
 # --- settings
@@ -141,7 +150,7 @@ def test_files_in_both_formats(tmp_path):
         assert first.images == second.images == [str(tmp_path / "a.png")]
         assert first.messages == second.messages and first.kind == second.kind == "k"
         assert first.group == second.group
-    assert load_rows(str(tmp_path / "rows.json"), type("Options", (), {"limit": 1}))[0]["id"] == 1
+    assert load_rows(str(tmp_path / "rows.json"))[0]["id"] == 1
 
 
 @pytest.mark.parametrize("text, words", [("{", "is no JSON"), ("{}", "list of records"), ("[]", "list of records")])
@@ -162,23 +171,41 @@ def test_the_digest_follows_questions_and_not_objects():
     assert digest_rows(prepare_rows([row("a")])) != digest_rows(prepare_rows([row("b")]))
 
 
-def test_needle_rows_are_those_of_the_dataset_with_pictures_drawn_later():
-    pytest.importorskip("sklearn")
-    from hires_lmm.sweep import needle_rows
-    from hires_lmm.training.data.needle import NeedleDataset, NeedleOptions, chance_accuracy
+COLOURS = """
+def rows(split="train", count=1):
+    question = [{"type": "text", "text": f"{split}?"}]
+    return ({"messages": [{"role": "user", "content": question}], "answer": str(n)} for n in range(count))
+"""
 
-    options = NeedleOptions(scene_size=192)
-    expected = list(NeedleDataset("validation", 3, seed=5, options=options, questions_per_scene=4))
-    rows = needle_rows("validation", 3, 5, 4, options)
-    chance = chance_accuracy(options)
-    assert len(rows) == len(expected) == 12
-    for row, other in zip(rows, expected, strict=True):
-        assert np.array_equal(np.asarray(row["images"][0].draw()), np.asarray(other["images"][0]))
-        same = ("messages", "answer", "kind", "fine", "cut", "scene")
-        assert [row[name] for name in same] == [other[name] for name in same]
-        assert row["chance"] == chance[row["kind"]]
-        assert chance[row["kind"]] * 0.9 < row["constant"] < chance[row["kind"]] * 3
-    assert rows[0]["images"][0] is rows[1]["images"][0]
+
+@pytest.fixture
+def registered(tmp_path, monkeypatch):
+    """An installed package that registers the data set `colours`."""
+    (tmp_path / "colours_of_a_test.py").write_text(COLOURS)
+    folder = tmp_path / "colours-1.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: colours\nVersion: 1\n")
+    (folder / "entry_points.txt").write_text("[hires_lmm.rows]\ncolours = colours_of_a_test:rows\n")
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+def test_a_registered_data_set_gets_its_split_and_options(registered):
+    rows = prepare_rows(load_rows("colours:test", {"count": 2}))
+    assert [(row.messages[0]["content"][0]["text"], row.answer) for row in rows] == [("test?", "0"), ("test?", "1")]
+    assert [row.messages[0]["content"][0]["text"] for row in prepare_rows(load_rows("colours"))] == ["train?"]
+
+
+@pytest.mark.parametrize(
+    "dataset, options, words",
+    [
+        ("pets", {}, r"'pets' is no data set; name a .json or .jsonl file, or a registered one: .*colours"),
+        ("colours", {"size": 3}, r"'colours': got an unexpected keyword argument 'size'; its options are .*count=1"),
+        ("rows.json", {"count": 3}, "'rows.json' is a file, which has no option 'count'"),
+    ],
+)
+def test_unknown_data_sets_and_options(registered, dataset, options, words):
+    with pytest.raises(ValueError, match=words):
+        load_rows(dataset, options)
 
 
 # --- intervals
@@ -296,7 +323,7 @@ def test_report_writes_everything(tmp_path):
 )
 def test_every_axis_can_be_drawn(tmp_path, axes: dict):
     pytest.importorskip("matplotlib")
-    from hires_lmm.sweep.plots import plot_sweep
+    from hires_lmm.evaluation.plots import plot_sweep
 
     settings = expand_grid(**axes)
     answers = [answer(setting, row, row < 3) for setting in settings for row in range(6)]
@@ -354,10 +381,3 @@ def test_fingerprint_follows_the_weights(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(large[:-1] + b"b")  # another last byte behind the first mebibyte
     assert checkpoint_fingerprint(str(tmp_path)) != second
     assert checkpoint_fingerprint("owner/name") == "owner/name"
-
-
-def test_unknown_data_set():
-    from hires_lmm.sweep.command import DataOptions
-
-    with pytest.raises(ValueError, match=r"'pets' is no data set.*needle:validation"):
-        load_rows("pets", DataOptions())

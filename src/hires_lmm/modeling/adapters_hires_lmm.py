@@ -235,7 +235,7 @@ class HiResLmmMixtureAdapter(HiResLmmAdapter):
     released weights.
     """
 
-    EXPERTS = ("mlp", "query_former")
+    switches = ("forced_expert",)  # options that may change in a live model
 
     @strict
     @dataclass

@@ -52,6 +52,8 @@ class HiResLmmFusion(nn.Module):
     word embeddings, the language model's own ids by default, the kept prefix.
     """
 
+    switches = ("question",)  # options that may change in a live model
+
     @strict
     @dataclass
     class Options:

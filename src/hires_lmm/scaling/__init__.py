@@ -2,6 +2,7 @@
 
 from .divergence import BranchDivergence, branch_divergence, divergence_of_deltas
 from .law import DistanceFit, ScalingFit, fit_distance_law, fit_scaling_law
+from .plots import plot_divergence, plot_laws
 
 
 __all__ = [
@@ -12,4 +13,6 @@ __all__ = [
     "divergence_of_deltas",
     "fit_distance_law",
     "fit_scaling_law",
+    "plot_divergence",
+    "plot_laws",
 ]

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -91,19 +90,6 @@ class BranchDivergence:
                 f"The curve has lengths 1 to {len(self.distance)}, not {outside[0]}; measure longer continuations."
             )
         return [float(self.distance[length - 1]) for length in tokens]
-
-    def plot(self, file: str | Path) -> Path:
-        """Draw distance, bound and dependency.
-
-        Args:
-            file (`str` or `Path`): PNG, SVG or PDF to write.
-
-        Raises:
-            ImportError: If matplotlib is missing.
-        """
-        from .plots import plot_divergence
-
-        return plot_divergence(self, file)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import exp, isfinite
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -46,20 +45,6 @@ class ScalingFit:
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON values; what is not finite becomes None."""
         return _json_values(asdict(self))
-
-    def plot(self, file: str | Path, label: str = "score") -> Path:
-        """Draw points and law on logarithmic axes.
-
-        Args:
-            file (`str` or `Path`): PNG, SVG or PDF to write.
-            label (`str`): What the scores are.
-
-        Raises:
-            ImportError: If matplotlib is missing.
-        """
-        from .plots import plot_laws
-
-        return plot_laws({label: self}, file)
 
 
 @dataclass(frozen=True)

@@ -2,17 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import atan, gamma, isfinite, pi, sqrt
+from math import isfinite, sqrt
 
 import numpy as np
 
+from ..extras import import_extra
 
+
+stats = import_extra("scipy.stats", "evaluation")
 METHODS = ("least_squares", "theil_sen")
 RESAMPLES = 2000
 CONFIDENCE = 0.95
-MOST = 1e12
-"""No quantile is looked for beyond it."""
-
 Interval = tuple[float, float]
 
 
@@ -39,19 +39,7 @@ class LineFit:
 
 
 def log_points(name: str, values: Sequence[float], count: int | None = None) -> np.ndarray:
-    """Logarithms of positive numbers.
-
-    Args:
-        name (`str`): What they are, for messages.
-        values (sequence of `float`): The numbers, at least three.
-        count (`int`, *optional*): How many there must be.
-
-    Returns:
-        `(n,)` float64.
-
-    Raises:
-        ValueError: If there are too few, too many, or one is not positive and finite.
-    """
+    """Logarithms of at least three positive numbers; `name` is what they are, for messages."""
     array = np.asarray(values, dtype=np.float64)
     if array.ndim != 1 or len(array) < 3 or (count is not None and len(array) != count):
         expected = "at least 3" if count is None else str(count)
@@ -65,20 +53,8 @@ def log_points(name: str, values: Sequence[float], count: int | None = None) -> 
 
 
 def fit_line(x: np.ndarray, y: np.ndarray, method: str = "least_squares", seed: int = 0) -> LineFit:
-    """Fit a line.
-
-    Args:
-        x, y (`np.ndarray` of shape `(n,)`): Points, n at least 3.
-        method (`str`): `"least_squares"`, intervals by Student's t and Fieller; `"theil_sen"`: median of the slopes
-            between all points, intervals by a bootstrap over points.
-        seed (`int`): Of the bootstrap.
-
-    Returns:
-        The fit.
-
-    Raises:
-        ValueError: If the method is unknown or x has less than two values.
-    """
+    """A line: by `least_squares`, intervals by Student's t and Fieller, or `theil_sen`, the median of the slopes
+    between all points, intervals by a bootstrap over points."""
     if method not in METHODS:
         raise ValueError(f"method={method!r} is unknown; choose one of {', '.join(METHODS)}.")
     if len(np.unique(x)) < 2:
@@ -108,24 +84,21 @@ def _zero(slope: float, intercept: float) -> float:
 
 
 def _least_squares(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
-    centred = x - x.mean()
-    slope = float(centred @ (y - y.mean()) / (centred @ centred))
-    return slope, float(y.mean() - slope * x.mean())
+    fit = stats.linregress(x, y)
+    return float(fit.slope), float(fit.intercept)
 
 
 def _theil_sen(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
-    first, second = np.triu_indices(len(x), 1)
-    differs = x[first] != x[second]
-    first, second = first[differs], second[differs]
-    slope = float(np.median((y[second] - y[first]) / (x[second] - x[first])))
-    return slope, float(np.median(y - slope * x))
+    with np.errstate(invalid="ignore"):  # of its own interval, where many points are alike
+        fit = stats.theilslopes(y, x, method="joint")
+    return float(fit.slope), float(fit.intercept)
 
 
 def _classical_intervals(x: np.ndarray, slope: float, intercept: float, std: float) -> tuple[Interval, Interval]:
     """Intervals of slope (Student) and of the zero of the line (Fieller)."""
     count, mean = len(x), float(x.mean())
     variance = std**2 / float(((x - mean) ** 2).sum())
-    limit = student_quantile(count - 2) ** 2
+    limit = float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 2)) ** 2
     half = sqrt(limit * variance)
     level = intercept + slope * mean
     # Fieller: all z with (level + slope * z)^2 <= limit * (std^2 / count + variance * z^2), z counted from the mean
@@ -156,38 +129,3 @@ def _bootstrap_intervals(x: np.ndarray, y: np.ndarray, seed: int) -> tuple[Inter
         return (float(low), float(high)), (-float("inf"), float("inf"))
     first, last = np.percentile(zeros, tails)
     return (float(low), float(high)), (float(first), float(last))
-
-
-def student_quantile(degrees: int, confidence: float = CONFIDENCE) -> float:
-    """The t with P(|T| <= t) = confidence.
-
-    Args:
-        degrees (`int`): Degrees of freedom, at least 1.
-        confidence (`float`): In (0, 1).
-
-    Returns:
-        The quantile, to about ten digits.
-    """
-    nodes, weights = np.polynomial.legendre.leggauss(64)
-    scale = 2 / sqrt(pi) * _gamma_quotient(degrees)
-
-    def inside(limit: float) -> float:
-        end = atan(limit / sqrt(degrees))
-        return scale * end / 2 * float(weights @ np.cos(end / 2 * (nodes + 1)) ** (degrees - 1))
-
-    low, high = 0.0, 1.0
-    while inside(high) < confidence and high < MOST:
-        high *= 2
-    for _ in range(80):
-        middle = (low + high) / 2
-        low, high = (middle, high) if inside(middle) < confidence else (low, middle)
-    return (low + high) / 2
-
-
-def _gamma_quotient(degrees: int) -> float:
-    """Gamma((d + 1) / 2) / Gamma(d / 2), by its recursion in steps of two."""
-    quotient, at = (gamma(1.0) / gamma(0.5), 1) if degrees % 2 else (gamma(1.5) / gamma(1.0), 2)
-    while at < degrees:
-        quotient *= (at + 1) / at
-        at += 2
-    return quotient

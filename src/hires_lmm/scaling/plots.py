@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ..plotting import import_pyplot
+from ..extras import import_pyplot
 from .divergence import BranchDivergence
 from .law import ScalingFit
 

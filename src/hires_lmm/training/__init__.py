@@ -1,12 +1,13 @@
-"""Staged training: stages, callbacks, collators, data and the plan that makes the small pretrained halves."""
+"""Staged training: stages, callbacks, collators and data."""
 
 from .callbacks import StageCallback, put_first
 from .checkpoints import last_checkpoint
 from .collator import HiResLmmCollator
 from .features import VisionFeatureStore, cache_vision_features
-from .optimization import alternating_scheduler
 from .plans import PLANS, get_plan
-from .stages import Alternation, Stage, set_expert, summarise
+from .schedules import alternating_scheduler
+from .settings import set_options
+from .stages import Alternation, Stage, summarise
 
 
 __all__ = [
@@ -21,6 +22,6 @@ __all__ = [
     "get_plan",
     "last_checkpoint",
     "put_first",
-    "set_expert",
+    "set_options",
     "summarise",
 ]

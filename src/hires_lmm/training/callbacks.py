@@ -24,7 +24,8 @@ from .objectives.run import (
     needed_columns,
 )
 from .optimization import NO_DECAY, other_stage_message
-from .stages import Stage, find_base, learnable_parameters, part_name, summarise
+from .parameters import find_base, learnable_parameters, part_name
+from .stages import Stage, summarise
 from .sums import Sums
 
 
@@ -159,11 +160,11 @@ class StageCallback(TrainerCallback, ExportableState):
         base = find_base(model)
         self._sums = Sums([*COUNTS, "share", "loss/generation", *(f"loss/{name}" for name in self.objectives)])
         self._handles.append(base.register_forward_pre_hook(self._before_forward, with_kwargs=True))
-        hooks = {"HiResLmmGate": self._after_gate, "HiResLmmRouter": self._after_router}
-        for module in base.modules():
-            hook = hooks.get(type(module).__name__.removeprefix("FSDP"))
-            if hook is not None:
-                self._handles.append(module.register_forward_hook(hook))
+        for op in (*base.connector.token_ops, base.connector.budget_router):
+            if op is not None:
+                self._handles.append(op.register_forward_hook(self._after_token_op))
+        if hasattr(base.connector.adapter, "gate"):
+            self._handles.append(base.connector.adapter.gate.register_forward_hook(self._after_gate))
         if self.stage.loss_weights:
             carried = self._carried if self._carried is not None else CarriedObjectives({})
             self._handles += ObjectiveHooks(carried, self.stage.loss_weights, self._sums).install(model, base)
@@ -177,7 +178,7 @@ class StageCallback(TrainerCallback, ExportableState):
     def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         self._has_images = module.training and holds_images(kwargs)
 
-    def _after_router(self, module: nn.Module, args: tuple, output: tuple) -> None:
+    def _after_token_op(self, module: nn.Module, args: tuple, output: tuple) -> None:
         kept = output[0].kept
         if self._has_images and kept is not None:
             self._sums.add("tokens", kept.numel())
@@ -190,11 +191,7 @@ class StageCallback(TrainerCallback, ExportableState):
 
 
 def shares_of(sums: dict[str, float]) -> dict[str, float]:
-    """The logged numbers from their sums: shares, and losses as means over answer tokens.
-
-    Args:
-        sums (`dict[str, float]`): Sums over steps and processes.
-    """
+    """The logged numbers from their sums: shares, and losses as means over answer tokens."""
     numbers = {}
     if sums["tokens"]:
         numbers["kept_share"] = sums["kept"] / sums["tokens"]
@@ -211,26 +208,14 @@ def _group_name(group: dict, number: int) -> str:
 
 
 def find_collator(dataloader: Any) -> HiResLmmCollator | None:
-    """The collator of this package that a data loader uses, if it does.
-
-    Args:
-        dataloader: A data loader or None.
-    """
+    """The collator of this package that a data loader uses, if it does."""
     collator = getattr(dataloader, "collate_fn", None)
     collator = getattr(collator, "data_collator", collator)
     return collator if isinstance(collator, HiResLmmCollator) else None
 
 
 def check_budgets(collator: HiResLmmCollator, stage: Stage) -> None:
-    """Compare the budgets of a collator with those of a stage.
-
-    Args:
-        collator (`HiResLmmCollator`): The collator.
-        stage (`Stage`): The stage; one that names no budget takes any.
-
-    Raises:
-        ValueError: If they differ.
-    """
+    """Compare the budgets of a collator with those of a stage."""
     wanted, given = (
         list(value) if isinstance(value, (list, tuple)) else value
         for value in (stage.max_image_tokens, collator.max_image_tokens)
@@ -243,16 +228,7 @@ def check_budgets(collator: HiResLmmCollator, stage: Stage) -> None:
 
 
 def check_collator(collator: HiResLmmCollator | None, stage: Stage, carried: CarriedObjectives | None) -> None:
-    """Compare what a collator makes with what a stage and its objectives read.
-
-    Args:
-        collator (`HiResLmmCollator`, *optional*): The collator of the run, if it is one of this package.
-        stage (`Stage`): The stage.
-        carried (`CarriedObjectives`, *optional*): The objectives of the run.
-
-    Raises:
-        ValueError: If views, columns or budgets differ.
-    """
+    """Compare what a collator makes with what a stage and its objectives read."""
     if collator is None:
         return
     check_budgets(collator, stage)
@@ -271,16 +247,7 @@ def check_collator(collator: HiResLmmCollator | None, stage: Stage, carried: Car
 
 
 def check_arguments(args: Any, stage: Stage) -> None:
-    """Refuse arguments that would train something else in silence.
-
-    Args:
-        args (`TrainingArguments`): The arguments of the run.
-        stage (`Stage`): The stage.
-
-    Raises:
-        ValueError: For label smoothing, `remove_unused_columns`, callbacks rebuilt from a checkpoint, and auxiliary
-            losses under TRL's trainer.
-    """
+    """Refuse arguments that would train something else in silence."""
     if args.label_smoothing_factor:
         raise ValueError(
             f"label_smoothing_factor={args.label_smoothing_factor} is refused: the Trainer smooths labels of models "
@@ -300,16 +267,7 @@ def check_arguments(args: Any, stage: Stage) -> None:
 
 
 def check_optimizer(optimizer: Any, model: nn.Module, stage: Stage) -> None:
-    """Compare the groups of an optimizer with a stage.
-
-    Args:
-        optimizer (`torch.optim.Optimizer`): The optimizer, wrapped or not.
-        model (`nn.Module`): The model, wrapped or not.
-        stage (`Stage`): The stage.
-
-    Raises:
-        ValueError: If a parameter of the stage is missing, a foreign one is present, or a learning rate differs.
-    """
+    """Compare the groups of an optimizer with a stage."""
     remedy = (
         "Pass optimizers=(stage.optimizer(model, args), None) or "
         "optimizer_cls_and_kwargs=stage.optimizer_cls_and_kwargs(args) to the Trainer."
@@ -340,16 +298,9 @@ def check_optimizer(optimizer: Any, model: nn.Module, stage: Stage) -> None:
 
 
 def render_table(model: nn.Module, stage: Stage) -> Table:
-    """The table of parts of a run.
-
-    Args:
-        model (`nn.Module`): The model.
-        stage (`Stage`): The stage.
-
-    Returns:
-        A table for `rich`.
-    """
-    table = Table(title=f"Stage {stage.name}: views {stage.views}, expert {stage.expert or 'as configured'}")
+    """The table of parts of a run."""
+    settings = ", ".join(f"{path}={value}" for path, value in stage.settings.items())
+    table = Table(title=f"Stage {stage.name}: views {stage.views}, {settings or 'options as configured'}")
     table.add_column("part")
     for column in ("parameters", "trainable", "learning rate"):
         table.add_column(column, justify="right")

@@ -12,7 +12,7 @@ from torch.utils.data import get_worker_info
 from .columns import BatchColumn
 from .data.conversations import attach_images
 from .features import VisionFeatureStore
-from .stages import VIEWS
+from .parameters import VIEWS
 
 
 logger = logging.getLogger(__name__)
@@ -293,23 +293,12 @@ def _slot(worker: Any) -> int:
 
 
 def draw_budget(budgets: list[int], step: int, seed: int = 0) -> int:
-    """Draw the budget of an optimizer step, evenly and without a state.
-
-    Args:
-        budgets (`list[int]`): What may be drawn.
-        step (`int`): Number of the step.
-        seed (`int`): Another seed gives another sequence.
-    """
+    """Draw the budget of an optimizer step, evenly and without a state."""
     return random.Random(f"{seed} {step}").choice(budgets)
 
 
 def name_sample(example: Any, position: int | None = None) -> str:
-    """Words by which a sample is found again: its id or its place, and the files that it names.
-
-    Args:
-        example: What the dataset gave.
-        position (`int`, *optional*): Its place in the batch, from 0.
-    """
+    """Words by which a sample is found again: its id or its place, and the files that it names."""
     values = example if isinstance(example, dict) else {}
     name = "A sample" if position is None else f"Sample {position} of its batch"
     if values.get("id") not in (None, ""):
@@ -336,14 +325,7 @@ def _sources(values: dict) -> list:
 
 
 def read_messages(example: dict) -> list[dict]:
-    """The messages of an example with its images in their places.
-
-    Args:
-        example (`dict`): `messages`, and `images` or `image` where the messages hold none themselves.
-
-    Raises:
-        ValueError: If there are no messages.
-    """
+    """The messages of an example with its images in their places."""
     if not isinstance(example, Mapping):
         raise ValueError(f"An example is a {type(example).__name__}; it must be a dict with messages.")
     if not example.get("messages"):
@@ -353,10 +335,6 @@ def read_messages(example: dict) -> list[dict]:
 
 
 def find_image(part: dict) -> Any:
-    """The image or source of a content part, or None for a text.
-
-    Args:
-        part (`dict`): A part as `attach_images` gives it.
-    """
+    """The image or source of a content part, or None for a text."""
     keys = ("image", "url", "path", "base64")
     return next((part[key] for key in keys if key in part), None) if part["type"] == "image" else None

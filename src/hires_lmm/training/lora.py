@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from .stages import find_base
+from .parameters import find_base
 
 
 _LANGUAGE = (
@@ -25,14 +25,7 @@ hit), language model and tower, or the linear layers of the connector."""
 
 
 def connector_modules(model: nn.Module) -> list[str]:
-    """Names of the parts of the connector that hold weights, for `modules_to_save`.
-
-    Args:
-        model (`nn.Module`): A model of this package.
-
-    Returns:
-        Such as `["connector.view_ops.0", "connector.adapter"]`: parts that are called, which PEFT can wrap.
-    """
+    """Names of the parts of the connector that hold weights, such as `connector.adapter`, for `modules_to_save`."""
     connector = find_base(model).connector
     parts = [(f"view_ops.{index}", op) for index, op in enumerate(connector.view_ops)]
     parts += [("adapter", connector.adapter), ("layout", connector.layout)]

@@ -18,6 +18,8 @@ from .stages import Stage
 CONNECTOR = "connector"
 LANGUAGE = ("language_model", "lm_head")
 TOWER = "vision_tower"
+FORCED_EXPERT = "connector.adapter.forced_expert"
+"""What the mixture uses: `"mlp"`, `"query_former"`, or None: its gate decides."""
 
 
 @dataclass(frozen=True)
@@ -73,10 +75,10 @@ def slime(column: str = "vicuna_7b", tower_rate: float | None = None) -> list[St
     """
     numbers = find_column(column)
     return [
-        _align("slime/I-a", "connector.adapter.mlp", numbers, "global", "mlp"),
-        _align("slime/I-b", "connector.adapter.query_former", numbers, "global", "query_former"),
+        _align("slime/I-a", "connector.adapter.mlp", numbers, "global", {FORCED_EXPERT: "mlp"}),
+        _align("slime/I-b", "connector.adapter.query_former", numbers, "global", {FORCED_EXPERT: "query_former"}),
         _align("slime/II", "connector.view_ops", numbers, "crops"),
-        replace(_tune("slime/III", numbers, tower_rate), expert="mixture"),
+        replace(_tune("slime/III", numbers, tower_rate), settings={FORCED_EXPERT: None}),
     ]
 
 
@@ -119,13 +121,13 @@ def end_to_end(column: str = "vicuna_7b", tower_rate: float | None = None) -> li
     ]
 
 
-def _align(name: str, part: str, numbers: Column, views: str = "all", expert: str | None = None) -> Stage:
+def _align(name: str, part: str, numbers: Column, views: str = "all", settings: dict | None = None) -> Stage:
     """A stage that trains one part of the connector."""
     return Stage(
         name,
         {part: numbers.align_rate},
         views=views,
-        expert=expert,
+        settings=settings or {},
         batch_size=numbers.align_batch,
         zero_stage=numbers.align_zero,
     )
@@ -157,14 +159,7 @@ PLANS: dict[str, Callable[..., list[Stage]]] = {
 
 
 def find_column(name: str) -> Column:
-    """A column of Table 7 by name.
-
-    Args:
-        name (`str`): A key of `COLUMNS`.
-
-    Raises:
-        ValueError: If there is no such column.
-    """
+    """A column of Table 7 by name."""
     if name not in COLUMNS:
         raise ValueError(f"Unknown column {name!r} of Table 7; known columns: {', '.join(COLUMNS)}.")
     return COLUMNS[name]

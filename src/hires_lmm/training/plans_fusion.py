@@ -9,6 +9,9 @@ RATE = 2e-5
 TOKENS = (256, 128, 64, 32, 16, 8, 1)
 """Numbers of tokens of the paper up to 256, the size of the preset `fusion`; it also has 768, 512 and 384."""
 
+QUESTION = "connector.token_ops.0.question"
+"""Whether the fusion transformer reads the question."""
+
 QUESTIONS = {"with_question": True, "without_question": False}
 """Column -> whether the fusion transformer reads the question in the last stages."""
 
@@ -67,14 +70,7 @@ def fusion_nested(
 
 
 def find_question(column: str) -> bool:
-    """Whether a column reads the question.
-
-    Args:
-        column (`str`): A key of `QUESTIONS`.
-
-    Raises:
-        ValueError: If there is no such column.
-    """
+    """Whether a column reads the question."""
     if column not in QUESTIONS:
         raise ValueError(f"Unknown column {column!r} of the plan; known columns: {', '.join(QUESTIONS)}.")
     return QUESTIONS[column]
@@ -89,13 +85,14 @@ def _warm_up(plan: str, tower_rate: float | None, tokens: int | list[int]) -> St
         batch_size=256,
         zero_stage=2,
         max_image_tokens=tokens,
-        question=True,
+        settings={QUESTION: True},
     )
 
 
 def _generate(name: str, tower_rate: float | None, tokens: int | list[int], question: bool = True) -> Stage:
     """A stage with the language loss."""
-    return Stage(name, _rates(tower_rate), batch_size=2560, zero_stage=2, max_image_tokens=tokens, question=question)
+    settings = {QUESTION: question}
+    return Stage(name, _rates(tower_rate), batch_size=2560, zero_stage=2, max_image_tokens=tokens, settings=settings)
 
 
 def _rates(tower_rate: float | None) -> dict[str, float]:

@@ -11,17 +11,8 @@ TOWER = ("model.vision_tower", "vision_tower")
 
 
 def skip_modules(quantize_tower: bool = False) -> list[str]:
-    """Modules that are not quantised.
-
-    A list of one's own replaces the one that transformers makes, so the head must be named too, or it is quantised
-    and often breaks. Names are compared from their start: `"connector"` alone matches nothing below `model`.
-
-    Args:
-        quantize_tower (`bool`): Quantise the vision tower as well.
-
-    Returns:
-        Names for `llm_int8_skip_modules`, for the model with and without its head.
-    """
+    """Names for `llm_int8_skip_modules`. They replace the list of transformers, so the head must be named too; names
+    are compared from their start."""
     return [*HEAD, *CONNECTOR, *(() if quantize_tower else TOWER)]
 
 

@@ -17,20 +17,11 @@ class Sums:
         self._values: dict[str, Any] = {}
 
     def add(self, name: str, value: Any) -> None:
-        """Add a number.
-
-        Args:
-            name (`str`): One of the names.
-            value (`float` or `torch.Tensor` of shape `()`): Stays on its device.
-        """
+        """Add a number."""
         self._values[name] = self._values.get(name, 0) + value
 
     def take(self, device: torch.device) -> dict[str, float]:
-        """Sums over all processes since the last call. To be called by all of them.
-
-        Args:
-            device (`torch.device`): A device that can reduce over the processes.
-        """
+        """Sums over all processes since the last call. To be called by all of them."""
         values = [torch.as_tensor(self._values.get(n, 0), dtype=torch.float64, device="cpu") for n in self.names]
         self._values = {}
         sums = torch.stack(values)

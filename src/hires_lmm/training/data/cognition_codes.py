@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ...extras import import_extra
+
 
 ROWS_PER_BLOCK = 4096
 
@@ -134,13 +136,8 @@ def load_quantiser(name_or_path: str, image_size: int = 256, **kwargs: Any) -> V
     Raises:
         ImportError: If diffusers is not installed.
     """
-    try:
-        from diffusers import VQModel
-    except ImportError as error:
-        raise ImportError(
-            "VQ models need diffusers: pip install 'hires-lmm[reconstruction]'. Or pass a quantiser of your own."
-        ) from error
-    return VqQuantiser(VQModel.from_pretrained(name_or_path, **kwargs), image_size)
+    model = import_extra("diffusers", "reconstruction").VQModel.from_pretrained(name_or_path, **kwargs)
+    return VqQuantiser(model, image_size)
 
 
 def check_codes(codes: Any, quantiser: Quantiser, number: int) -> np.ndarray:

@@ -7,7 +7,7 @@ import transformers
 from torch import nn
 
 from ..columns import BatchColumn
-from ..fusion_states import find_fusion, read_slots
+from ..parameters import find_base
 from .base import Objective, StepValues
 from .contrastive_math import (
     IDENTITY_SCOPES,
@@ -164,7 +164,8 @@ class Contrastive(Objective):
 
     def forward(self, step: StepValues) -> torch.Tensor:
         """A scalar for the batch: contrastive loss of the end states and the weighted identity term."""
-        slots, blocks = read_slots(step.calls["fusion"][-1].output)
+        aux = step.calls["fusion"][-1].output[0].aux
+        slots, blocks = aux["fusion_slots"], aux["fusion_blocks"]
         sizes = torch.bincount(blocks)
         ends = slots[sizes.cumsum(0) - 1]
         answers = self._answers(step, len(ends))
@@ -217,3 +218,15 @@ class Contrastive(Objective):
         encoder_class = getattr(transformers, values.pop("encoder_class"))
         encoder = encoder_class(encoder_class.config_class.from_dict(values.pop("encoder")))
         return cls(encoder, **values)
+
+
+def find_fusion(model: nn.Module) -> Any:
+    """The fusion transformer of a model."""
+    base = find_base(model)
+    parts = [op["part"] for op in base.config.connector_config.token_ops]
+    if "fusion" not in parts:
+        named = ", ".join(map(repr, parts)) or "none"
+        raise ValueError(
+            f"This needs the token op 'fusion', but the token ops of the model are: {named}. Use the preset 'fusion'."
+        )
+    return base.connector.token_ops[parts.index("fusion")]

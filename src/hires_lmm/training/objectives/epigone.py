@@ -72,26 +72,12 @@ class Epigone(nn.Module):
 
 
 def read_views(views: ViewFeatures) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What images are painted from.
-
-    Args:
-        views (`ViewFeatures`): As they enter the layout.
-
-    Returns:
-        Tokens of the low-resolution views `(I, L, D)` and global embeddings `(I, C)` where a part made them.
-    """
+    """What images are painted from: tokens of global views `(I, L, D)`, and global embeddings `(I, C)` or None."""
     return views.global_features, views.aux.get(GLOBAL_EMBEDDING)
 
 
 def find_widths(model: Any) -> tuple[int, int | None]:
-    """Widths of image tokens and global embedding that a model gives.
-
-    Args:
-        model (`nn.Module`): A `HiResLmmModel`.
-
-    Returns:
-        Width of the tokens, and of the embedding or None.
-    """
+    """Widths of image tokens and global embedding (or None) that a model gives, from a blank image."""
     rows, cols = grid = model.config.patch_grid
     connector = model.connector
     weight = next(connector.parameters(), torch.empty(0))

@@ -11,6 +11,7 @@ from torch import nn
 
 from ...files import replacing, write_text
 from .base import Objective
+from .registry import OBJECTIVES
 
 
 FOLDER = "objectives"
@@ -18,27 +19,13 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
 def find_folder(checkpoint: str | Path) -> Path | None:
-    """The folder of objectives that belongs to a checkpoint: in it, or beside it.
-
-    Args:
-        checkpoint (`str`): Folder of a checkpoint.
-
-    Returns:
-        The folder, or None.
-    """
+    """The folder of objectives that belongs to a checkpoint: in it, or beside it."""
     places = (Path(checkpoint) / FOLDER, Path(checkpoint).absolute().parent / FOLDER)
     return next((place for place in places if place.is_dir()), None)
 
 
 def gather(module: nn.Module) -> dict[str, torch.Tensor]:
-    """The whole state of a module, sharded or not. To be called by all processes.
-
-    Args:
-        module (`nn.Module`): The module, perhaps sharded by FSDP2 or ZeRO-3.
-
-    Returns:
-        Copies on the CPU.
-    """
+    """The whole state of a module, sharded by FSDP2 or ZeRO-3 or not, on the CPU. To be called by all processes."""
     state = {}
     for name, tensor in module.state_dict(keep_vars=True).items():
         if hasattr(tensor, "full_tensor"):
@@ -87,8 +74,6 @@ def load_objectives(folder: str | Path) -> dict[str, Objective]:
     Raises:
         ValueError: If the folder holds no objectives, or one that is not known.
     """
-    from . import OBJECTIVES
-
     found = sorted(Path(folder).glob(f"*/{CONFIG}"))
     if not found:
         raise ValueError(
@@ -107,16 +92,7 @@ def load_objectives(folder: str | Path) -> dict[str, Objective]:
 
 
 def restore_objectives(folders: list[Path], objectives: dict[str, Objective], run: str | None) -> None:
-    """Put the weights of a checkpoint back, to go on with its run.
-
-    Args:
-        folders (`list[Path]`): Where the checkpoint may be.
-        objectives (`dict[str, Objective]`): The objectives of the run.
-        run (`str`, *optional*): Run that wrote the checkpoint, as its trainer state says.
-
-    Raises:
-        ValueError: If no folder holds the objectives of that run.
-    """
+    """Put the weights of a checkpoint back, to go on with its run."""
     for name, objective in objectives.items():
         state = {
             key: tensor for key, tensor in objective.state_dict(keep_vars=True).items() if not _is_sharded(tensor)

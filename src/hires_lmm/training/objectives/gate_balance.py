@@ -29,8 +29,9 @@ class GateBalance(Objective):
     is_automatic: ClassVar[bool] = True
 
     def watch(self, model: Any) -> dict[str, nn.Module]:
-        """The gates of the model."""
-        return {name: m for name, m in model.named_modules() if type(m).__name__.endswith("HiResLmmGate")}
+        """The gate of the model, if it has one."""
+        adapter = model.connector.adapter
+        return {"gate": adapter.gate} if hasattr(adapter, "gate") else {}
 
     def check(self, stage: Any, model: Any) -> None:
         """Refuse models without a gate, and stages that use one expert alone.
@@ -42,7 +43,7 @@ class GateBalance(Objective):
         if not self.watch(model) or adapter.get("forced_expert") is not None:
             raise ValueError(
                 f"Stage {stage.name!r} weighs 'gate_balance', but no gate runs: the adapter is {adapter!r}. Use the "
-                "adapter 'mixture' and expert='mixture', or take the weight away."
+                "adapter 'mixture' and settings={'connector.adapter.forced_expert': None}, or take the weight away."
             )
 
     def forward(self, step: StepValues) -> torch.Tensor:

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from ...modeling.views_hires_lmm import ViewFeatures
-from ..stages import find_base
+from ..parameters import find_base
 from .epigone import read_views
 from .files import find_folder, load_objectives
 from .reconstruction import Reconstruction

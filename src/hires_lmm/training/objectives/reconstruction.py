@@ -8,6 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from ...extras import import_extra
+from ..parameters import find_base
 from .base import BatchColumn, Objective, StepValues
 from .epigone import Epigone, find_widths, read_views
 from .source_images import SOURCE_IMAGES, SourceImages
@@ -123,8 +125,6 @@ class Reconstruction(Objective):
             rank (`int`): Width of the middle of the Epigone.
             options: More arguments of the class.
         """
-        from ..stages import find_base
-
         width, global_width = find_widths(find_base(model))
         config = denoiser.config
         epigone = Epigone(width, config.joint_attention_dim, config.pooled_projection_dim, global_width, rank)
@@ -349,15 +349,10 @@ class Reconstruction(Objective):
 
 
 def diffusion_classes() -> dict[str, Any]:
-    """The classes of diffusers that are used, by the name of the part.
-
-    Raises:
-        ImportError: If diffusers is not installed.
-    """
-    try:
-        from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
-    except ImportError as error:
-        raise ImportError(
-            f"Reconstruction needs diffusers ({error}); install it with: pip install 'hires-lmm[reconstruction]'."
-        ) from error
-    return {"denoiser": SD3Transformer2DModel, "vae": AutoencoderKL, "scheduler": FlowMatchEulerDiscreteScheduler}
+    """The classes of diffusers that are used, by the name of the part."""
+    diffusers = import_extra("diffusers", "reconstruction")
+    return {
+        "denoiser": diffusers.SD3Transformer2DModel,
+        "vae": diffusers.AutoencoderKL,
+        "scheduler": diffusers.FlowMatchEulerDiscreteScheduler,
+    }

@@ -9,6 +9,7 @@ from torch import nn
 from ..columns import BatchColumn
 from ..sums import Sums
 from .base import Call, Objective, StepValues
+from .registry import GENERATION, OBJECTIVES
 
 
 ATTRIBUTE = "objectives"
@@ -35,20 +36,7 @@ class CarriedObjectives(nn.ModuleDict):
 
 
 def choose_objectives(stage: Any, given: dict[str, Objective]) -> dict[str, Objective]:
-    """The objectives that a stage weighs.
-
-    Args:
-        stage (`Stage`): The stage.
-        given (`dict[str, Objective]`): Those that were built for the run.
-
-    Returns:
-        Name -> objective, in the order of the weights.
-
-    Raises:
-        ValueError: If a weight has no objective, or an objective no weight.
-    """
-    from . import GENERATION, OBJECTIVES
-
+    """The objectives that a stage weighs, by name: those given for the run, and those that build themselves."""
     idle = [name for name in given if name not in stage.loss_weights]
     if idle:
         raise ValueError(
@@ -70,14 +58,7 @@ def choose_objectives(stage: Any, given: dict[str, Objective]) -> dict[str, Obje
 
 
 def find_entry(model: nn.Module) -> Any:
-    """The module that is called with a batch and returns a loss: the model with its head, or PEFT around it.
-
-    Args:
-        model (`nn.Module`): The model of a run.
-
-    Raises:
-        ValueError: If no module has a head.
-    """
+    """The module that is called with a batch and returns a loss: the model with its head, or PEFT around it."""
     for module in model.modules():
         if hasattr(module, "lm_head"):
             return module
@@ -87,31 +68,13 @@ def find_entry(model: nn.Module) -> Any:
 
 
 def find_top(model: nn.Module, base: nn.Module) -> Any:
-    """The module that holds the `HiResLmmModel`, whatever wraps it; None where there is no head.
-
-    Args:
-        model (`nn.Module`): The model of a run.
-        base (`nn.Module`): Its `HiResLmmModel`.
-    """
+    """The module that holds the `HiResLmmModel`, whatever wraps it; None where there is no head."""
     return next((module for module in model.modules() if module._modules.get("model") is base), None)
 
 
 def attach(model: nn.Module, base: nn.Module, objectives: dict[str, Objective]) -> CarriedObjectives | None:
-    """Make objectives submodules of the model, in place of those of an earlier run.
-
-    Their weights are left out of what `save_pretrained` writes.
-
-    Args:
-        model (`nn.Module`): The model of a run, not yet wrapped by DDP or FSDP.
-        base (`nn.Module`): Its `HiResLmmModel`.
-        objectives (`dict[str, Objective]`): Name -> objective; may be empty.
-
-    Returns:
-        The container, or None without objectives.
-
-    Raises:
-        ValueError: If the model has no head.
-    """
+    """Make objectives submodules of the model, in place of those of an earlier run; `save_pretrained` leaves them
+    out."""
     top = find_top(model, base)
     if top is not None:
         detach(top)
@@ -133,11 +96,7 @@ def attach(model: nn.Module, base: nn.Module, objectives: dict[str, Objective]) 
 
 
 def detach(top: Any) -> None:
-    """Take the objectives of an earlier run from a model, if it holds some.
-
-    Args:
-        top (`nn.Module`): The module with the head.
-    """
+    """Take the objectives of an earlier run from a model, if it holds some."""
     before = top._modules.pop(ATTRIBUTE, None)
     if before is None:
         return
@@ -147,16 +106,7 @@ def detach(top: Any) -> None:
 
 
 def check_objectives(carried: CarriedObjectives, stage: Any, base: nn.Module) -> None:
-    """Let every objective look at stage and model, and refuse stages that train what must stay frozen.
-
-    Args:
-        carried (`CarriedObjectives`): The objectives of the run.
-        stage (`Stage`): The stage, already applied.
-        base (`nn.Module`): The `HiResLmmModel`.
-
-    Raises:
-        ValueError: If something does not fit.
-    """
+    """Let every objective look at stage and model, and refuse stages that train what must stay frozen."""
     for name, objective in carried.items():
         objective.check(stage, base)  # type: ignore[operator]
         for part in objective.frozen:  # type: ignore[union-attr]
@@ -168,11 +118,7 @@ def check_objectives(carried: CarriedObjectives, stage: Any, base: nn.Module) ->
 
 
 def needed_columns(carried: CarriedObjectives | None) -> list[BatchColumn]:
-    """The columns that the objectives of a run read.
-
-    Args:
-        carried (`CarriedObjectives`, *optional*): The objectives of the run.
-    """
+    """The columns that the objectives of a run read."""
     objectives = carried.values() if carried is not None else ()
     return [column for objective in objectives for column in objective.columns()]  # type: ignore[operator]
 
@@ -193,15 +139,7 @@ class ObjectiveHooks:
         self._precision: AbstractContextManager = nullcontext()
 
     def install(self, model: nn.Module, base: nn.Module) -> list:
-        """Hook the model and the modules that the objectives watch.
-
-        Args:
-            model (`nn.Module`): The model of the run, as it is trained.
-            base (`nn.Module`): Its `HiResLmmModel`.
-
-        Returns:
-            The handles.
-        """
+        """Hook the model and the modules that the objectives watch."""
         entry = find_entry(model)
         handles = [
             entry.register_forward_pre_hook(self._before_model),
@@ -244,8 +182,6 @@ class ObjectiveHooks:
 
     def _total(self, base: nn.Module, inputs: dict, loss: torch.Tensor | None) -> torch.Tensor:
         """The weighted sum of all losses of a batch, each a share of the optimizer step."""
-        from . import GENERATION
-
         if loss is None:
             raise ValueError(
                 "The stage weighs auxiliary losses, but the model returned no loss: this trainer computes its own, as "
@@ -266,25 +202,13 @@ class ObjectiveHooks:
 
 
 def token_shares(labels: torch.Tensor, num_items_in_batch: Any) -> torch.Tensor:
-    """Share of each row in the answer tokens of the optimizer step; of the batch where that is unknown.
-
-    Args:
-        labels (`torch.Tensor` of shape `(B, S)`): -100 where nothing is learned.
-        num_items_in_batch (`torch.Tensor` or `int`, *optional*): Answer tokens of the step over all processes.
-
-    Returns:
-        `(B,)`.
-    """
+    """Share of each row in the answer tokens of the optimizer step; of the batch where that is unknown."""
     tokens = (labels[:, 1:] != -100).sum(dim=1)
     return tokens / (tokens.sum() if num_items_in_batch is None else num_items_in_batch)
 
 
 def holds_images(inputs: dict) -> bool:
-    """Whether a batch has images, as pixels or as cached features.
-
-    Args:
-        inputs (`dict`): Keyword arguments of the model.
-    """
+    """Whether a batch has images, as pixels or as cached features."""
     views = inputs.get("pixel_values")
     views = inputs.get("vision_features") if views is None else views
     return views is not None and views.shape[0] > 0

@@ -38,11 +38,6 @@ class SourceImages(BatchColumn):
 
 
 def read_pixels(image: Any, size: int) -> torch.Tensor:
-    """An image as `(3, size, size)` uint8.
-
-    Args:
-        image: An image or a source, as the processor takes it.
-        size (`int`): Side in pixels.
-    """
+    """An image as `(3, size, size)` uint8."""
     rgb = to_rgb(open_image(image, 0), 0, WHITE)
     return torch.from_numpy(np.array(rgb.resize((size, size), Image.Resampling.BICUBIC))).permute(2, 0, 1)

@@ -1,0 +1,107 @@
+"""Images of a few questions: opened once, seen by the vision tower once, cut and counted as each setting asks."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+
+from ..modeling.outputs_hires_lmm import HiResLmmImageFeatures
+from ..processing.image_input_hires_lmm import open_image, to_rgb
+from .rows import source_key
+from .settings import SweepSetting
+
+
+VIEWS_PER_PASS = 64
+
+
+@dataclass(frozen=True)
+class EncodedImages:
+    """Some images under one setting.
+
+    Args:
+        features (`HiResLmmImageFeatures`): Their features before anything reads a question.
+        order (`dict[str, int]`): `source_key` -> number of the image.
+        placeholders (`list[str]`): The text that stands for each image.
+    """
+
+    features: HiResLmmImageFeatures
+    order: dict
+    placeholders: list
+
+
+class ImageEncoder:
+    """Encodes the images of a few questions; what the tower gave is shared by all settings that see the same views.
+
+    Args:
+        base (`HiResLmmModel`): The model without its head.
+        processor (`HiResLmmProcessor`): Its processor.
+        sources (`list`): Images or sources, each once.
+    """
+
+    def __init__(self, base: Any, processor: Any, sources: list):
+        self.base, self.processor, self.sources = base, processor, sources
+        self._pictures: dict[int | None, list[Image.Image]] = {}
+        self._seen: dict[tuple, torch.Tensor] = {}
+
+    @torch.inference_mode()
+    def encode(self, setting: SweepSetting) -> EncodedImages:
+        """Encode all images.
+
+        Args:
+            setting (`SweepSetting`): Views, budget, crops and size.
+
+        Returns:
+            Their features and placeholders.
+
+        Raises:
+            ValueError: If an image cannot be read, or a budget is too small for one.
+        """
+        options = {"views": setting.views, "max_image_tokens": setting.tokens, "max_crops": setting.max_crops}
+        pictures = self._resized(setting.image_size)
+        inputs = self.processor.image_processor(pictures, return_tensors="pt", **options)
+        device = self.base.device
+        features = self.base.get_image_features(
+            None,
+            inputs["view_positions"].to(device),
+            inputs["view_spans"].to(device),
+            inputs["view_boxes"].to(device),
+            vision_features=self._tower(setting, inputs["pixel_values"]),
+            return_dict=True,
+        )
+        placeholders = [
+            self.processor.replace_image_token(inputs, image_idx=index) for index in range(len(self.sources))
+        ]
+        order = {source_key(source): index for index, source in enumerate(self.sources)}
+        return EncodedImages(features, order, placeholders)
+
+    def _resized(self, image_size: int | None) -> list[Image.Image]:
+        """The pictures with a longest side of `image_size`."""
+        if None not in self._pictures:
+            self._pictures[None] = [self._open(index, source) for index, source in enumerate(self.sources)]
+        if image_size not in self._pictures:
+            self._pictures[image_size] = [_resize(picture, image_size) for picture in self._pictures[None]]
+        return self._pictures[image_size]
+
+    def _open(self, index: int, source: Any) -> Image.Image:
+        source = source() if callable(source) else source
+        options = self.processor.image_processor
+        return to_rgb(open_image(source, index), index, tuple(options.background), options.pixel_limit)
+
+    def _tower(self, setting: SweepSetting, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Patch features `(V, L, C)` of all views; the views do not depend on the budget."""
+        has_crops = setting.views != "global"
+        key = (setting.max_crops, setting.image_size, has_crops)
+        if key not in self._seen:
+            pixels = pixel_values.to(self.base.device)
+            parts = [self.base.encode_views(part, None)[0] for part in pixels.split(VIEWS_PER_PASS)]
+            self._seen[key] = torch.cat(parts)
+        return self._seen[key]
+
+
+def _resize(picture: Image.Image, image_size: int | None) -> Image.Image:
+    if image_size is None or max(picture.size) == image_size:
+        return picture
+    scale = image_size / max(picture.size)
+    size = [max(1, round(side * scale)) for side in picture.size]
+    return picture.resize((size[0], size[1]), Image.Resampling.LANCZOS)
