@@ -25,7 +25,7 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
 )
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-sys.path.insert(0, str(Path(__file__).parent))  # tests import `builders*.py` by name
+sys.path.insert(0, str(Path(__file__).parent))  # tests import `builders` by name
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402

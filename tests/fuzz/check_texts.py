@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from builders_images import picture
-from builders_text import tiny_tokenizer
+from builders.images import picture
+from builders.text import tiny_tokenizer
 from fuzz.harness import Fault, Place, Subject, expect_clear
 from hires_lmm.processing.image_processing_hires_lmm import HiResLmmImageProcessor
 from hires_lmm.processing.processing_hires_lmm import HiResLmmProcessor

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, PreTrainedModel
 
 from builders import tiny_model
-from builders_reload import case_config
+from builders.reload import case_config
 from hires_lmm import HiResLmmForConditionalGeneration
 from hires_lmm.modeling.loading_hires_lmm import HiResLmmCheckpointError
 

@@ -6,7 +6,7 @@ import torch
 from torch.utils.data import IterableDataset
 
 from builders import tiny_config, tiny_model, tiny_processor
-from builders_training import conversation, losses, make_trainer, slime_config
+from builders.training import conversation, losses, make_trainer, slime_config
 from hires_lmm.training import HiResLmmCollator, Stage
 from hires_lmm.training.data.cognition import CodebookTask, CognitionTransform, PixelTask, with_cognition
 from training_run import text

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from builders_docs import ROOT, read_blocks, read_session, run_page
+from builders.docs import ROOT, read_blocks, read_session, run_page
 from hires_lmm import PRESETS
 from hires_lmm.modeling.parts_hires_lmm import ADAPTERS, TOKEN_OPS, VIEW_OPS
 from hires_lmm.processing.planners_hires_lmm import PLANNERS

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from builders_docs import ROOT
+from builders.docs import ROOT
 
 
 EXAMPLES = ROOT / "examples"

@@ -22,7 +22,7 @@ from transformers.trainer_callback import TrainerState
 
 import hires_lmm.files
 from builders import random_image
-from builders_failures import (
+from builders.failures import (
     DISK_FULL,
     RUN,
     STAGE,
@@ -34,7 +34,7 @@ from builders_failures import (
     on_call,
     run_trainer,
 )
-from builders_training import conversations, losses, slime_parts, training_arguments
+from builders.training import conversations, losses, slime_parts, training_arguments
 from hires_lmm.files import replacing, write_text
 from hires_lmm.training import HiResLmmCollator, Stage, StageCallback, cache_vision_features, last_checkpoint
 from hires_lmm.training import features as feature_files

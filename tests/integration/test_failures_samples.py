@@ -11,8 +11,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from builders import random_image
-from builders_failures import STAGE, run_trainer
-from builders_training import conversation, conversations, slime_parts
+from builders.failures import STAGE, run_trainer
+from builders.training import conversation, conversations, slime_parts
 from hires_lmm.training import HiResLmmCollator
 from hires_lmm.training.data.conversations import LlavaConversations, stream_llava
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from builders import GEOMETRY, make_batch, random_image
-from builders_chat import (
+from builders.chat import (
     QUESTIONS,
     blocks_of,
     chat,

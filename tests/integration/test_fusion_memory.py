@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from builders import GEOMETRY, make_batch, random_image
-from builders_chat import OTHER, QUESTIONS, chat, features_of, fusion_setup, inputs_of, logits_of, text_only
+from builders.chat import OTHER, QUESTIONS, chat, features_of, fusion_setup, inputs_of, logits_of, text_only
 from hires_lmm.modeling.blocks_hires_lmm import ImageMemory
 from hires_lmm.modeling.compat_hires_lmm import CACHE
 

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from transformers import AutoProcessor
 
-from builders_needle import joined
+from builders.needle import joined
 from hires_lmm import PRESETS, HiResLmmConfig
 from hires_lmm.conversion import ConversionError, export
 from hires_lmm.processing.chat_templates_hires_lmm import answer_prefix_ids

@@ -9,7 +9,7 @@ from tokenizers.processors import TemplateProcessing
 from typer.testing import CliRunner
 
 from builders import random_image, tiny_config, tiny_model, tiny_processor
-from builders_training import COMPRESS
+from builders.training import COMPRESS
 from hires_lmm.cli import app
 from hires_lmm.processing.chat_templates_hires_lmm import answer_prefix_ids, question_prefix_ids
 from hires_lmm.sweep import AnswerStore, SweepSetting, evaluate, expand_grid

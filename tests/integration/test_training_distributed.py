@@ -11,7 +11,7 @@ from transformers import AutoModelForImageTextToText, TrainingArguments
 
 import training_run
 from builders import random_image
-from builders_training import slime_parts
+from builders.training import slime_parts
 from hires_lmm.training import Stage
 from hires_lmm.training.objectives import load_objectives
 from hires_lmm.training.stages import part_name

@@ -14,7 +14,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset
 
 from builders import random_image, tiny_processor
-from builders_training import conversation, slime_config
+from builders.training import conversation, slime_config
 from hires_lmm.training import HiResLmmCollator
 from hires_lmm.training.data.cognition import CodebookTask, CognitionTransform, PixelTask, with_cognition
 from hires_lmm.training.data.cognition_answers import (

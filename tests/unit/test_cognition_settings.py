@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from builders import random_image
-from builders_training import conversation
+from builders.training import conversation
 from hires_lmm.training import get_plan
 from hires_lmm.training.data.cognition import CodebookTask, CognitionTransform, PixelTask, cache_codes
 from hires_lmm.training.data.cognition_settings import TASK_KEYS, build_cognition

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from builders import random_image, tiny_processor
-from builders_training import conversation, slime_config, slime_parts
+from builders.training import conversation, slime_config, slime_parts
 from hires_lmm.training import HiResLmmCollator, VisionFeatureStore, cache_vision_features
 from hires_lmm.training.features import image_key
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from builders import random_image, tiny_processor
-from builders_training import slime_config
+from builders.training import slime_config
 from hires_lmm.training import HiResLmmCollator
 from hires_lmm.training.data.conversations import (
     LlavaConversations,

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from builders_images import picture
+from builders.images import picture
 from fuzz.make_images import psd
 from hires_lmm.processing import image_input_hires_lmm as image_input
 from hires_lmm.processing.image_processing_hires_lmm import HiResLmmImageProcessor

@@ -3,7 +3,7 @@
 import pytest
 
 from builders import tiny_config, tiny_model
-from builders_objectives import reconstruction, vlsa_config
+from builders.objectives import reconstruction, vlsa_config
 from hires_lmm.training import get_plan
 from hires_lmm.training.objectives.run import attach
 from hires_lmm.training.stages import list_parts, part_name

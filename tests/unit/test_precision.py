@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from builders import make_batch, random_image, tiny_config, tiny_model, tiny_processor, tiny_text_config
-from builders_parts import (
+from builders.parts import (
     SLOTS_OF,
     build_part,
     make_inputs,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from builders import (
+from builders.tiny import (
     TEXT_FAMILIES,
     VISION_FAMILIES,
     random_image,
@@ -21,7 +21,7 @@ from builders import (
 )
 
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 WORKER = ROOT / "tests" / "hub" / "reload_worker.py"
 QUESTION = "How many cats are on the table?"
 SIZE = (100, 130)

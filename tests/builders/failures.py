@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from builders_training import conversations, make_trainer, slime_parts
+from builders.training import conversations, make_trainer, slime_parts
 from hires_lmm.training import Stage
 
 

@@ -4,7 +4,7 @@ import functools
 
 import torch
 
-from builders import GEOMETRY, make_batch, tiny_config, tiny_model, tiny_processor
+from builders.tiny import GEOMETRY, make_batch, tiny_config, tiny_model, tiny_processor
 
 
 QUESTIONS = ("what is red here", "and what is blue", "how many are there")

@@ -7,10 +7,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-from builders_text import tiny_tokenizer
+from builders.text import tiny_tokenizer
 
 
-FIXTURES = Path(__file__).parent / "fixtures" / "fusion"
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "fusion"
 
 
 def golden_cases() -> dict:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from builders import randomise, tiny_config
+from builders.tiny import randomise, tiny_config
 from hires_lmm.modeling.parts_hires_lmm import ADAPTERS, SLOTS, TOKEN_OPS, VIEW_OPS, build_options
 from hires_lmm.modeling.views_hires_lmm import ImageGeometry, PartContext, Question, ViewFeatures, VisualTokens
 

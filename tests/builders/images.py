@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 
-FIXTURES = Path(__file__).parent / "fixtures"
+FIXTURES = Path(__file__).parents[1] / "fixtures"
 
 
 def random_sizes(count: int, seed: int = 0) -> list[tuple[int, int]]:

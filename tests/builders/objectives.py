@@ -2,8 +2,8 @@
 
 import torch
 
-from builders import randomise, tiny_config, tiny_model, tiny_processor
-from builders_training import training_arguments
+from builders.tiny import randomise, tiny_config, tiny_model, tiny_processor
+from builders.training import training_arguments
 
 
 WIDTH = 32  # of the tiny tower and of the tiny language model

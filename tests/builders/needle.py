@@ -7,7 +7,7 @@ from hires_lmm.training.halves.files import load_halves
 from hires_lmm.training.needle_runs import RunOptions, SceneSet, join_halves
 
 
-HALVES = Path(__file__).parents[1] / "checkpoints" / "halves"
+HALVES = Path(__file__).parents[2] / "checkpoints" / "halves"
 
 
 @lru_cache(maxsize=1)

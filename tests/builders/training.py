@@ -1,6 +1,6 @@
 """Small training runs: models with known parts, conversations, and a Trainer for one stage."""
 
-from builders import random_image, tiny_config, tiny_model, tiny_processor
+from builders.tiny import random_image, tiny_config, tiny_model, tiny_processor
 from hires_lmm.processing.chat_templates_hires_lmm import answer_prefix_ids, question_prefix_ids
 
 

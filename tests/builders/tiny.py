@@ -18,7 +18,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from builders_text import tiny_tokenizer
+from builders.text import tiny_tokenizer
 
 
 TEXT_FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text")
