@@ -32,7 +32,7 @@ from hypothesis import settings  # noqa: E402
 
 
 torch.set_num_threads(1)
-settings.register_profile("quick", max_examples=40, derandomize=True, database=None, deadline=None)
+settings.register_profile("quick", max_examples=150, derandomize=True, database=None, deadline=None)
 settings.register_profile("long", max_examples=2000, deadline=None, print_blob=True)  # --hypothesis-profile long
 settings.load_profile("quick")
 

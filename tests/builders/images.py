@@ -1,6 +1,7 @@
 """Seeded sizes and pictures for tests."""
 
 import random
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -23,3 +24,20 @@ def random_sizes(count: int, seed: int = 0) -> list[tuple[int, int]]:
 def picture(height: int, width: int, seed: int = 0) -> Image.Image:
     """A picture of seeded noise."""
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def psd(array: np.ndarray, layers: int, depth: int = 8, mode: int = 3) -> bytes:
+    """A layered file: raw channels of the whole picture, and layers of one pixel each."""
+    height, width = array.shape[:2]
+    records, data = b"", b""
+    for _ in range(layers):
+        channels = b"".join(struct.pack(">hI", channel, 3) for channel in range(3))
+        records += struct.pack(">iiiiH", 0, 0, 1, 1, 3) + channels + b"8BIMnorm\xff\0\0\0" + struct.pack(">I", 12)
+        records += struct.pack(">II", 0, 0) + b"\3abc"
+        data += (b"\0\0" + b"\x80") * 3
+    info = struct.pack(">h", layers) + records + data
+    info += b"\0" * (len(info) % 2)
+    section = struct.pack(">I", len(info)) + info + struct.pack(">I", 0) if layers else b""
+    header = b"8BPS\0\1" + b"\0" * 6 + struct.pack(">HIIHH", 3, height, width, depth, mode)
+    body = b"\0\0" + b"".join(array[:, :, channel].tobytes() for channel in range(3))
+    return header + struct.pack(">II", 0, 0) + struct.pack(">I", len(section)) + section + body

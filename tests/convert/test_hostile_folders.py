@@ -1,4 +1,4 @@
-"""Folders made to harm: what the fuzz cases of `tests/fuzz` found once, one test each."""
+"""Folders made to harm, one test each."""
 
 import json
 import os
