@@ -12,17 +12,25 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import transformers.modeling_utils
+from safetensors.torch import load_file
 from torch import nn
 
 from builders import random_image
 from builders.docs import ROOT
 from builders.training import conversation, conversations, make_trainer, slime_parts, training_arguments
 from hires_lmm.files import replacing, write_text
-from hires_lmm.training import HiResLmmCollator, Stage, StageCallback, cache_vision_features, last_checkpoint
-from hires_lmm.training import features as feature_files
-from hires_lmm.training.data import cognition_cache
+from hires_lmm.training import (
+    HiResLmmCollator,
+    Stage,
+    StageCallback,
+    VisionFeatureStore,
+    cache_vision_features,
+    last_checkpoint,
+)
+from hires_lmm.training.data.cognition import cache_codes
 from hires_lmm.training.data.conversations import LlavaConversations, stream_llava
 from hires_lmm.training.objectives import OBJECTIVES, Objective
 from hires_lmm.training.objectives import files as objective_files
@@ -94,7 +102,7 @@ def test_a_process_killed_while_saving_leaves_the_checkpoint_before(tmp_path, mo
     """How a run goes on from it: test_training_resume."""
     write = transformers.modeling_utils.safe_save_file
     monkeypatch.setattr(transformers.modeling_utils, "safe_save_file", failing(write, 1, die, call=2))
-    stage = Stage("mine", TRAINABLE, expert="mixture")
+    stage = Stage("mine", TRAINABLE)
     trainer = make_trainer(*slime_parts(), stage, conversations(8), tmp_path, **RUN)
     assert in_a_child(trainer.train) == -signal.SIGKILL
     assert (tmp_path / "checkpoint-4").is_dir()
@@ -134,7 +142,7 @@ def test_an_objective_is_written_before_the_checkpoint_before_is_deleted(tmp_pat
 
     monkeypatch.setitem(OBJECTIVES, "scale", Scale)
     trainable = {"connector": 1e-3, "objectives.scale": 1e-2}
-    stage = Stage("scaled", trainable, expert="mixture", loss_weights={"scale": 1.0})
+    stage = Stage("scaled", trainable, loss_weights={"scale": 1.0})
     args = training_arguments(tmp_path, **RUN, save_total_limit=1)
     model, processor = slime_parts()
     trainer = Trainer(
@@ -193,7 +201,7 @@ def write_features(folder, images=PICTURES, shard_bytes=1):
 
 
 def write_codes(folder, images=PICTURES):
-    return cognition_cache.cache_codes(Codes(), images, folder, batch_size=1, show_progress=False)
+    return cache_codes(Codes(), images, folder, batch_size=1, show_progress=False)
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -201,19 +209,15 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("fail", [die, disk_full])
-@pytest.mark.parametrize(
-    "write, module, attribute, place",
-    [(write_features, feature_files, "save_file", 1), (write_codes, cognition_cache.np, "save", 0)],
-)
-def test_a_cache_whose_writer_failed_goes_on(tmp_path, monkeypatch, write, module, attribute, place, fail):
+def test_a_cache_whose_writer_failed_goes_on(tmp_path, monkeypatch, fail):
     """At the third shard; then the cache is that of a writer that was not disturbed."""
-    monkeypatch.setattr(cognition_cache, "SHARD_IMAGES", 1)
-    write(tmp_path / "whole")
+    write_features(tmp_path / "whole")
     with monkeypatch.context() as patch:
-        patch.setattr(module, attribute, failing(getattr(module, attribute), place, fail, call=3))
-        assert in_a_child(lambda: write(tmp_path / "cache")) in (-signal.SIGKILL, 1)
-    assert len(write(tmp_path / "cache", [])) == 2
-    assert len(write(tmp_path / "cache")) == 5
+        write = safetensors.torch.serialize_file
+        patch.setattr(safetensors.torch, "serialize_file", failing(write, 1, fail, call=3))
+        assert in_a_child(lambda: write_features(tmp_path / "cache")) in (-signal.SIGKILL, 1)
+    assert len(write_features(tmp_path / "cache", [])) == 2
+    assert len(write_features(tmp_path / "cache")) == 5
     assert content(tmp_path / "cache") == content(tmp_path / "whole")
 
 
@@ -230,8 +234,8 @@ def test_a_broken_image_is_named_and_what_came_before_it_is_kept(tmp_path, write
 
 def test_two_writers_of_one_cache_take_turns(tmp_path, monkeypatch):
     """Each with images of its own: all are there, and each under its own name."""
-    write = feature_files.save_file
-    monkeypatch.setattr(feature_files, "save_file", lambda *args: time.sleep(0.1) or write(*args))
+    write = safetensors.torch.serialize_file
+    monkeypatch.setattr(safetensors.torch, "serialize_file", lambda *args, **kw: time.sleep(0.1) or write(*args, **kw))
     context = multiprocessing.get_context("fork")
     halves = (PICTURES[:3], PICTURES[2:])
     writers = [context.Process(target=write_features, args=(tmp_path, images)) for images in halves]
@@ -239,17 +243,20 @@ def test_two_writers_of_one_cache_take_turns(tmp_path, monkeypatch):
         writer.start()
     for writer in writers:
         writer.join(120)
-    store, whole = feature_files.VisionFeatureStore(tmp_path), write_features(tmp_path / "whole")
-    assert store.index["images"].keys() == whole.index["images"].keys()
-    assert all(torch.equal(store.get(key), whole.get(key)) for key in whole.index["images"])
+    write_features(tmp_path / "whole")
+    found = [load_file(file) for file in tmp_path.glob("*.safetensors")]
+    assert sum(map(len, found)) == 5 == len(VisionFeatureStore(tmp_path))
+    whole = {key: tensor for file in tmp_path.glob("whole/*.safetensors") for key, tensor in load_file(file).items()}
+    assert all(torch.equal(tensor, whole[key]) for shard in found for key, tensor in shard.items())
 
 
 def test_a_damaged_shard_is_named(tmp_path):
-    store = write_features(tmp_path, PICTURES[:1])
-    (key,) = store.index["images"]
-    os.truncate(tmp_path / "features-00000.safetensors", 100)
-    with pytest.raises(ValueError, match=r"features-00000\.safetensors' is missing or damaged.*delete"):
-        feature_files.VisionFeatureStore(tmp_path).get(key)
+    write_features(tmp_path, PICTURES[:1])
+    (shard,) = tmp_path.glob("*.safetensors")
+    (key,) = load_file(shard)
+    os.truncate(shard, 100)
+    with pytest.raises(ValueError, match=rf"{shard.name}' is missing or damaged.*delete"):
+        VisionFeatureStore(tmp_path).get(key)
 
 
 # ---- samples
@@ -293,7 +300,7 @@ def test_a_sample_of_another_type_is_named_by_its_place(processor, sample):
 
 
 def test_broken_samples_may_be_left_out_and_are_counted(tmp_path, processor, broken, caplog):
-    stage = Stage("mine", TRAINABLE, expert="mixture")
+    stage = Stage("mine", TRAINABLE)
     collator = HiResLmmCollator(processor, views=stage.views, broken="drop")
     expected = collator([conversation(0), conversation(2)])
     with caplog.at_level(logging.WARNING):
