@@ -103,23 +103,25 @@ coverage: | $(BIN)/pytest
 	$(PYTEST) tests -m "not slow and not gpu" -n $(WORKERS) --cov --cov-report= $(PYTEST_ARGS)
 	$(PY) -m coverage report
 
-# Stopped and called again it goes on where it was; MUTATION_ARGS='--only planners --retry' after tests were added.
+# Stopped and called again it goes on where it was; one module: MUTATION_ARGS='hires_lmm.modeling.packing*'
 mutation: $(SETUP_STAMP)
 	$(INSTALL) --editable '.[mutation]'
-	OMP_NUM_THREADS=1 $(PY) scripts/mutation.py $(MUTATION_ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m mutmut run --max-children $(WORKERS) $(MUTATION_ARGS)
+	$(PY) -m mutmut results
 
 quality: | $(BIN)/ruff
 	$(PY) -m ruff check .
+	$(PY) -m ruff check --preview --select DOC102 src  # a documented argument that the function does not take
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
-	$(PY) scripts/check_docstrings.py
+	@! awk 'FNR == 601 { print FILENAME ": more than 600 lines" }' $$(find src -name '*.py') | grep .
 
 format: | $(BIN)/ruff
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
 clean:
-	rm -rf build dist .coverage .coverage.* htmlcov .pytest_cache .ruff_cache .mypy_cache
+	rm -rf build dist mutants .coverage .coverage.* htmlcov .pytest_cache .ruff_cache .mypy_cache
 	find src tests scripts -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean

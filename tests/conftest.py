@@ -1,15 +1,14 @@
-"""What holds for every test: one thread, fixed seeds, no network, no deprecated call into transformers."""
+"""What holds for every test: one thread, fixed seeds, no network, no deprecated call into transformers.
+
+pytest-socket closes the network but for this machine itself (`addopts` in pyproject.toml).
+"""
 
 import atexit
-import ipaddress
 import logging
 import os
 import random
 import shutil
-import socket
-import sys
 import tempfile
-from pathlib import Path
 
 
 # Before torch and transformers are imported. Each xdist worker gets a folder of its own: remote code is copied there.
@@ -25,68 +24,17 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
 )
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-sys.path.insert(0, str(Path(__file__).parent))  # tests import `builders*.py` by name
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from transformers import PreTrainedModel  # noqa: E402
+from hypothesis import settings  # noqa: E402
 
 
 torch.set_num_threads(1)
-
-
-# ---- no network
-
-
-class NetworkBlocked(RuntimeError):
-    """A test wanted an address outside this machine. No OSError: libraries retry those in silence."""
-
-
-def check_host(host: object) -> None:
-    """Raise unless `host` (a name or an address) is this machine."""
-    name = host.decode() if isinstance(host, bytes) else host
-    if name in (None, "", "localhost"):
-        return
-    try:
-        address = ipaddress.ip_address(str(name).split("%")[0])
-    except ValueError:
-        address = None
-    if address is None or not (address.is_loopback or address.is_unspecified):
-        raise NetworkBlocked(f"a test tried to reach {name!r}; tests run without a network, use a local stand-in")
-
-
-def _guard_socket(method: str, position: int) -> None:
-    """Check the address in `args[position]` before a socket method runs; unix sockets carry a path and pass."""
-    original = getattr(socket.socket, method)
-
-    def guarded(self: socket.socket, *args: object) -> object:
-        if self.family in (socket.AF_INET, socket.AF_INET6):
-            check_host(args[position][0])  # type: ignore[index]
-        return original(self, *args)
-
-    setattr(socket.socket, method, guarded)
-
-
-def _guard_lookup(name: str) -> None:
-    """Check the host before a name is looked up."""
-    original = getattr(socket, name)
-
-    def guarded(host: object, *args: object, **kwargs: object) -> object:
-        check_host(host)
-        return original(host, *args, **kwargs)
-
-    setattr(socket, name, guarded)
-
-
-_guard_socket("connect", 0)
-_guard_socket("connect_ex", 0)
-_guard_socket("sendto", -1)
-_guard_lookup("getaddrinfo")
-_guard_lookup("gethostbyname")
-
-
-# ---- no deprecated call
+settings.register_profile("quick", max_examples=150, derandomize=True, database=None, deadline=None)
+settings.register_profile("long", max_examples=2000, deadline=None, print_blob=True)  # --hypothesis-profile long
+settings.load_profile("quick")
 
 
 class DeprecationCatcher(logging.Handler):
@@ -101,39 +49,22 @@ class DeprecationCatcher(logging.Handler):
         if "deprecat" in message.lower():
             self.lines.append(f"{record.name}: {message}")
 
-    def take(self) -> list[str]:
-        lines, self.lines = self.lines, []
-        return lines
-
 
 CATCHER = DeprecationCatcher()
 for _name in ("transformers", "transformers_modules"):
     logging.getLogger(_name).addHandler(CATCHER)
 
 
-@pytest.fixture(scope="session")
-def deprecation_catcher() -> DeprecationCatcher:
-    """The handler that collects; a test that provokes a line on purpose takes it with `.take()`."""
-    return CATCHER
-
-
 @pytest.fixture(autouse=True)
-def fail_on_deprecated_calls():
-    """Fail a test during which transformers logged a deprecation (lines from import time count for the first test)."""
-    warning_once = getattr(logging.Logger, "warning_once", None)  # transformers says some things once a process
-    if warning_once is not None:
-        warning_once.cache_clear()
+def deprecations():
+    """The lines of a test in which transformers spoke of a deprecation: it fails unless it clears them."""
     loggers = [logging.getLogger(name) for name in ("transformers", "huggingface_hub")]
     levels = [logger.level for logger in loggers]
-    yield
+    yield CATCHER.lines
     for logger, level in zip(loggers, levels, strict=True):  # the command line silences the libraries
         logger.setLevel(level)
-    lines = CATCHER.take()
-    if lines:
-        pytest.fail("transformers logged a deprecation:\n" + "\n".join(lines), pytrace=False)
-
-
-# ---- the same numbers every time
+    lines, CATCHER.lines = CATCHER.lines, []
+    assert not lines, "transformers logged a deprecation:\n" + "\n".join(lines)
 
 
 @pytest.fixture(autouse=True)
@@ -142,16 +73,3 @@ def seed_everything():
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
-
-
-# ---- nothing of transformers stays patched
-
-TIE_WEIGHTS = PreTrainedModel.tie_weights
-
-
-@pytest.fixture(autouse=True)
-def _tie_weights_stays():
-    """transformers swaps `tie_weights` while it loads; two loads at once would leave the stand-in there."""
-    yield
-    left, PreTrainedModel.tie_weights = PreTrainedModel.tie_weights, TIE_WEIGHTS
-    assert left is TIE_WEIGHTS, "transformers' stand-in for tie_weights was left in place; heads would not be tied"

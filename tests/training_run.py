@@ -18,9 +18,9 @@ import torch
 from accelerate import DistributedType, PartialState
 from transformers import TrainerCallback, set_seed
 
-from builders import random_image
-from builders_objectives import fixed_reconstruction, objective_trainer, vlsa_parts
-from builders_training import conversation, losses, make_trainer, slime_parts
+from builders.tiny import random_image
+from builders.objectives import fixed_reconstruction, objective_trainer, vlsa_parts
+from builders.training import conversation, losses, make_trainer, slime_parts
 from hires_lmm.training import Stage
 
 

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from transformers import set_seed
 
-from builders_objectives import objective_trainer, reconstruction, vlsa_parts
-from builders_training import losses
+from builders.objectives import objective_trainer, reconstruction, vlsa_parts
+from builders.training import losses
 from hires_lmm.training import Stage
 from hires_lmm.training.data.cognition import CodebookTask, CognitionTransform, PixelTask, with_cognition
 from training_run import large, text

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from builders_text import tiny_tokenizer
+from builders.text import tiny_tokenizer
 
 
 GOLDEN = Path(__file__).parents[1] / "fixtures" / "slime_tiny"

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from builders_fusion import golden_cases, golden_tensors
+from builders.fusion import golden_cases, golden_tensors
 
 
 PARTS = ("imgque_backbone.", "fusion_backbone.", "llm_backbone.")

@@ -16,7 +16,7 @@ from test_true_sizes import language_shapes, tower_shapes
 from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 from typer.testing import CliRunner
 
-from builders_fusion import golden_cases, golden_encoder, golden_tensors
+from builders.fusion import golden_cases, golden_encoder, golden_tensors
 from hires_lmm.cli import app
 from hires_lmm.conversion import ConversionError, convert_fusion
 from hires_lmm.conversion.checkpoint import model_config, model_shapes

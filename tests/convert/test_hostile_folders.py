@@ -1,4 +1,4 @@
-"""Folders made to harm: what the fuzz cases of `tests/fuzz` found once, one test each."""
+"""Folders made to harm, one test each."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from fusion_tools import released_config, write_released_fusion
 from safetensors.torch import load_file, save_file
 from test_llava_next import TEMPLATE, save_source, their_model
 
-from builders import tiny_config, tiny_model, tiny_processor
+from builders.tiny import tiny_config, tiny_model, tiny_processor
 from hires_lmm import HiResLmmConfig
 from hires_lmm.conversion import (
     ConversionError,

@@ -7,7 +7,7 @@ import torch
 from convert_tools import GOLDEN, golden_config, tensors_of, tokenizer_without_image_token, write_json, write_released
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
-from builders import random_image
+from builders.tiny import random_image
 from hires_lmm.conversion import ConversionError, convert_slime, convert_to_slime
 
 

@@ -8,8 +8,8 @@ import importlib.util
 import pytest
 import torch
 
-from builders_reload import DIAGONAL, DTYPES, PRESETS, Case, build, run_worker, unlike, write_case, write_reference
-from builders_training import conversations, make_trainer, slime_parts
+from builders.reload import DIAGONAL, DTYPES, PRESETS, Case, build, run_worker, unlike, write_case, write_reference
+from builders.training import conversations, make_trainer, slime_parts
 from hires_lmm.training import Stage
 from hires_lmm.training.plans import FORCED_EXPERT
 

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModel, AutoModelForImageTextToText
 
 from builders import TEXT_FAMILIES, tiny_config, tiny_model, tiny_text_config
-from builders_reload import DTYPES, PRESETS, case_config
+from builders.reload import DTYPES, PRESETS, case_config
 
 
 COMBINATIONS = [(preset, "llama") for preset in PRESETS] + [("slime", text) for text in TEXT_FAMILIES[1:]]

@@ -12,8 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, PreTrainedModel
 
-from builders import tiny_model
-from builders_reload import case_config
+from builders.tiny import tiny_model
+from builders.reload import case_config
 from hires_lmm import HiResLmmForConditionalGeneration
 from hires_lmm.modeling.loading_hires_lmm import HiResLmmCheckpointError
 
@@ -298,4 +298,5 @@ def test_two_threads_load_at_once(saved, changed):
         thread.join()
     assert all((found[index] == torch.float32) == (index % 2 == 0) for index in range(len(folders))), found
     assert all(GATE in str(found[index]) for index in range(1, len(folders), 2))
+    assert PreTrainedModel.tie_weights is tie_weights, "heads of later models would not be tied"
     assert PreTrainedModel.tie_weights is tie_weights

@@ -13,7 +13,7 @@ import torch
 import transformers.utils.hub
 from huggingface_hub import CommitOperationAdd, ModelCard, RepoUrl
 
-from builders import make_batch, random_image, tiny_config, tiny_model, tiny_processor
+from builders.tiny import make_batch, random_image, tiny_config, tiny_model, tiny_processor
 
 
 WORKER = Path(__file__).with_name("remote_checks.py")

@@ -8,7 +8,7 @@ import sys
 import torch
 
 from builders import GEOMETRY, random_image
-from builders_chat import QUESTIONS, chat, fusion_setup, inputs_of
+from builders.chat import QUESTIONS, chat, fusion_setup, inputs_of
 
 
 WORKER = """

@@ -7,7 +7,7 @@ import torch
 
 import reference_generation as reference
 import reference_routing as routing
-from builders import make_batch, plain_tokenizer, random_image, tiny_config, tiny_model, tiny_processor
+from builders.tiny import make_batch, plain_tokenizer, random_image, tiny_config, tiny_model, tiny_processor
 
 
 TOLERANCE = 1e-4

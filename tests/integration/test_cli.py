@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from builders_docs import ROOT
+from builders.docs import ROOT
 from hires_lmm.cli import app
 
 

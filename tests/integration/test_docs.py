@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from builders_docs import ROOT, read_blocks, read_session, run_page
+from builders.docs import ROOT, run_page
 from hires_lmm import PRESETS
 from hires_lmm.modeling.parts_hires_lmm import ADAPTERS, TOKEN_OPS, VIEW_OPS
 from hires_lmm.processing.planners_hires_lmm import PLANNERS
@@ -59,17 +59,6 @@ def test_tables_are_current(tables, capsys):
     assert tables.main(["--check"]) == 0, f"run: python scripts/doc_tables.py ({capsys.readouterr().out})"
 
 
-def test_a_stale_table_is_found(tables, tmp_path, monkeypatch):
-    page = tmp_path / "page.md"
-    marks = next(iter(tables.TABLES))
-    page.write_text(f"before\n{marks[0]}\nold\n{marks[1]}\nafter\n")
-    monkeypatch.setattr(tables, "TABLES", {marks: (lambda: "new", (page,))})
-    assert tables.main(["--check"]) == 1
-    assert tables.main([]) == 0
-    assert page.read_text() == f"before\n{marks[0]}\nnew\n{marks[1]}\nafter\n"
-    assert tables.main(["--check"]) == 0
-
-
 def test_every_part_has_a_row_in_the_docs():
     text = (ROOT / "docs" / "parts.md").read_text(encoding="utf-8")
     rows = set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE))
@@ -88,25 +77,3 @@ def test_links_and_pictures_exist(page: Path):
 def test_every_page_is_in_the_navigation():
     listed = set(re.findall(r": ([\w-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
     assert listed == {page.name for page in (ROOT / "docs").glob("*.md")}
-
-
-def test_blocks_are_found_also_when_indented():
-    text = "a\n```python\nx = 1\n```\n* item\n\n    ```console\n    $ b\n    c\n    ```\n```bash\nno\n```\n"
-    blocks = read_blocks(text)
-    assert [(block.info, block.text, block.line) for block in blocks] == [
-        ("python", "x = 1\n", 3),
-        ("console", "$ b\nc\n", 8),
-        ("bash", "no\n", 12),
-    ]
-    assert read_session(blocks[1].text) == [("b", "c\n")]
-
-
-@pytest.mark.parametrize("block", ["python\nassert False", "console\n$ hires-lmm bogus", "console\n$ rm x"])
-def test_a_broken_page_fails(block: str):
-    with pytest.raises((AssertionError, ValueError)):
-        run_page(f"```{block}\n```\n", "page.md")
-
-
-def test_wrong_output_fails(clone):
-    with pytest.raises(AssertionError, match="expected"):
-        run_page("```console\n$ hires-lmm tokens slime 336x336 --json\nwrong\n```\n", "page.md")

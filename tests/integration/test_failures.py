@@ -1,39 +1,26 @@
-"""Full disks and killed processes: what was saved stays, and a run goes on from it as if nothing had happened."""
+"""Full disks, killed processes, broken samples: what was saved stays, and errors name what is broken."""
 
+import errno
 import importlib.util
 import json
 import logging
 import multiprocessing
 import os
-import shutil
 import signal
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import transformers.modeling_utils
+from safetensors.torch import load_file
 from torch import nn
-from torch.utils.data import get_worker_info
-from transformers import TrainerCallback
-from transformers.trainer_callback import TrainerState
 
-import hires_lmm.files
-from builders import random_image
-from builders_failures import (
-    DISK_FULL,
-    RUN,
-    STAGE,
-    die,
-    digest,
-    disk_full,
-    half_written,
-    in_a_child,
-    on_call,
-    run_trainer,
-)
-from builders_training import conversations, losses, slime_parts, training_arguments
+from builders.tiny import random_image
+from builders.docs import ROOT
+from builders.training import conversation, conversations, make_trainer, slime_parts, training_arguments
 from hires_lmm.files import replacing, write_text
 from hires_lmm.training import (
     HiResLmmCollator,
@@ -41,145 +28,98 @@ from hires_lmm.training import (
     StageCallback,
     VisionFeatureStore,
     cache_vision_features,
-    image_store,
     last_checkpoint,
 )
 from hires_lmm.training.data.cognition import cache_codes
+from hires_lmm.training.data.conversations import LlavaConversations, stream_llava
 from hires_lmm.training.objectives import OBJECTIVES, Objective
 from hires_lmm.training.objectives import files as objective_files
-from hires_lmm.training.plans import FORCED_EXPERT
 
 
-ROOT = Path(__file__).parents[2]
+TRAINABLE = {"connector": 1e-3, "language_model": 1e-4, "lm_head": 1e-4}
+RUN = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2}
+DISK_FULL = OSError(errno.ENOSPC, "No space left on device")
+PICTURES = [random_image(40 + 8 * n, 50, seed=n) for n in range(5)]
 
 
-def begin_and_fail(file: Path, error: BaseException) -> None:
-    """Write the beginning of a file, then raise."""
-    with replacing(file) as partial:
-        partial.write_text("ne")
-        raise error
+def disk_full():
+    raise DISK_FULL
 
 
-# --- files ---------------------------------------------------------------------------------------------------------
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def failing(write, place: int, fail, call: int):
+    """A writer that fails at one of its calls when half is written; `place`: the argument that names the file."""
+    calls = []
+
+    def writer(*args, **kwargs):
+        result = write(*args, **kwargs)
+        calls.append(1)
+        if len(calls) == call:
+            os.truncate(args[place], Path(args[place]).stat().st_size // 2)
+            fail()
+        return result
+
+    return writer
+
+
+def in_a_child(work) -> int:
+    """Exit code of a forked process that runs a function."""
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    process.join(120)
+    return process.exitcode
+
+
+# ---- files and checkpoints
+
+
 @pytest.mark.parametrize("error", [DISK_FULL, KeyboardInterrupt()])
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, error):
     file = tmp_path / "a.json"
     write_text(file, "old")
+
+    def begin(end):
+        with replacing(file) as partial:
+            partial.write_text("ne")
+            end()
+
+    def fail():
+        raise error
+
     with pytest.raises(type(error)):
-        begin_and_fail(file, error)
+        begin(fail)
     assert file.read_text() == "old" and [path.name for path in tmp_path.iterdir()] == ["a.json"]
+    assert in_a_child(lambda: begin(die)) == -signal.SIGKILL
+    assert file.read_text() == "old"
     write_text(file, "new – ü")
     assert file.read_text(encoding="utf-8") == "new – ü" and len(list(tmp_path.iterdir())) == 1
 
 
-def test_a_writer_that_is_killed_leaves_the_old_file(tmp_path):
-    file = tmp_path / "a.json"
-    write_text(file, "old")
-
-    def work():
-        with replacing(file) as partial:
-            partial.write_text("ne")
-            die()
-
-    assert in_a_child(work) == -signal.SIGKILL
-    assert file.read_text() == "old"
-    write_text(file, "new")
-    assert file.read_text() == "new" and [path.name for path in tmp_path.iterdir()] == ["a.json"]
-
-
-# --- checkpoints ---------------------------------------------------------------------------------------------------
-def outcome(trainer) -> dict[str, torch.Tensor]:
-    """Weights and losses at the end of a run."""
-    state = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
-    return {**state, "losses": torch.tensor(losses(trainer), dtype=torch.float64)}
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
-    """What a run gives that nothing disturbs."""
-    trainer = run_trainer(tmp_path_factory.mktemp("whole"))
-    trainer.train()
-    return outcome(trainer)
-
-
-def assert_goes_on(folder: Path, uninterrupted: dict) -> None:
-    """A new run from the last whole checkpoint ends where the undisturbed one does, bit for bit."""
-    checkpoint = last_checkpoint(folder)
-    resumed = run_trainer(folder)
-    resumed.train(resume_from_checkpoint=checkpoint)
-    found = outcome(resumed)
-    assert found.keys() == uninterrupted.keys()
-    for name, tensor in found.items():
-        assert torch.equal(tensor, uninterrupted[name]), name
-    assert last_checkpoint(folder) == str(folder / "checkpoint-6")
-
-
-def break_writer(monkeypatch, what: str, fail) -> None:
-    """Let the second checkpoint fail while it writes the model, the optimizer or its last file."""
-    if what == "model":
-        write = transformers.modeling_utils.safe_save_file
-        monkeypatch.setattr(
-            transformers.modeling_utils, "safe_save_file", on_call(2, write, half_written(write, 1, fail))
-        )
-    elif what == "optimizer":
-        write = torch.save
-
-        def save(state, target, *args, **kwargs):
-            is_second = "checkpoint-4" in str(target) and "optimizer" in str(target)
-            return (half_written(write, 1, fail) if is_second else write)(state, target, *args, **kwargs)
-
-        monkeypatch.setattr(torch, "save", save)
-    else:
-        write = TrainerState.save_to_json
-        monkeypatch.setattr(TrainerState, "save_to_json", on_call(2, write, half_written(write, 1, fail)))
-
-
-@pytest.mark.parametrize("what", ["model", "optimizer", "state"])
-def test_a_full_disk_while_saving_leaves_the_checkpoint_before(tmp_path, monkeypatch, caplog, what, uninterrupted):
-    break_writer(monkeypatch, what, disk_full)
-    trainer = run_trainer(tmp_path)
-    before = {}
-
-    class Look(TrainerCallback):
-        def on_save(self, *args, **kwargs):
-            before.update(digest(tmp_path / "checkpoint-2"))
-
-    trainer.add_callback(Look())
-    with pytest.raises(OSError, match="No space left"):
-        trainer.train()
-    monkeypatch.undo()
-    assert (tmp_path / "checkpoint-4").is_dir() and digest(tmp_path / "checkpoint-2") == before
-    with pytest.raises(Exception):  # noqa: B017, PT011  what the Trainer itself takes; it may not go on in silence
-        run_trainer(tmp_path).train(resume_from_checkpoint=True)
-    with caplog.at_level(logging.WARNING):
-        assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
-        assert_goes_on(tmp_path, uninterrupted)
-    assert "checkpoint-4 is passed over" in caplog.text
-
-
-def test_a_process_killed_while_saving_leaves_the_checkpoint_before(tmp_path, monkeypatch, uninterrupted):
-    break_writer(monkeypatch, "state", die)
-    assert in_a_child(lambda: run_trainer(tmp_path).train()) == -signal.SIGKILL
-    monkeypatch.undo()
+def test_a_process_killed_while_saving_leaves_the_checkpoint_before(tmp_path, monkeypatch):
+    """How a run goes on from it: test_training_resume."""
+    write = transformers.modeling_utils.safe_save_file
+    monkeypatch.setattr(transformers.modeling_utils, "safe_save_file", failing(write, 1, die, call=2))
+    stage = Stage("mine", TRAINABLE)
+    trainer = make_trainer(*slime_parts(), stage, conversations(8), tmp_path, **RUN)
+    assert in_a_child(trainer.train) == -signal.SIGKILL
     assert (tmp_path / "checkpoint-4").is_dir()
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
-    assert_goes_on(tmp_path, uninterrupted)
 
 
 def test_the_last_checkpoint_is_the_newest_whole_one(tmp_path, caplog):
     assert last_checkpoint(tmp_path / "nothing") is None and last_checkpoint(tmp_path) is None
     for step in (2, 10, 9):
-        folder = tmp_path / f"checkpoint-{step}"
-        folder.mkdir()
-        (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
-    (tmp_path / "checkpoint-x").mkdir()
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    (tmp_path / "checkpoint-11").mkdir()
     (tmp_path / "checkpoint-99").write_text("a file")
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
-    (tmp_path / "checkpoint-10" / "trainer_state.json").write_text('{"global_step": 1')
+    assert "checkpoint-11 is passed over" in caplog.text
+    (tmp_path / "checkpoint-10" / "trainer_state.json").unlink()
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-9")
-    (tmp_path / "checkpoint-9" / "trainer_state.json").unlink()
-    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
-    assert caplog.text.count("trainer_state.json is missing or cut off") > 1
 
 
 class Scale(Objective):
@@ -196,16 +136,16 @@ class Scale(Objective):
         return (step.calls["layout"][-1].args[0].global_features.float().mean() - self.scale).square().mean()
 
 
-def scaled_trainer(folder):
-    """A run with an objective that keeps one checkpoint only."""
+def test_an_objective_is_written_before_the_checkpoint_before_is_deleted(tmp_path, monkeypatch):
+    """The Trainer deletes as soon as it has written its own part; the weights of the objective are there by then."""
     from transformers import Trainer
 
-    torch.manual_seed(0)
-    model, processor = slime_parts()
+    monkeypatch.setitem(OBJECTIVES, "scale", Scale)
     trainable = {"connector": 1e-3, "objectives.scale": 1e-2}
-    stage = Stage("scaled", trainable, settings={FORCED_EXPERT: None}, loss_weights={"scale": 1.0})
-    args = training_arguments(folder, **RUN, save_total_limit=1)
-    return Trainer(
+    stage = Stage("scaled", trainable, loss_weights={"scale": 1.0})
+    args = training_arguments(tmp_path, **RUN, save_total_limit=1)
+    model, processor = slime_parts()
+    trainer = Trainer(
         model,
         args,
         train_dataset=conversations(8),
@@ -213,31 +153,16 @@ def scaled_trainer(folder):
         callbacks=[StageCallback(stage, show_table=False, objectives={"scale": Scale()})],
         optimizer_cls_and_kwargs=stage.optimizer_cls_and_kwargs(args),
     )
-
-
-def test_an_objective_is_written_before_the_checkpoint_before_is_deleted(tmp_path, monkeypatch):
-    """The Trainer deletes as soon as it has written its own part; the weights of the objective are there by then."""
-    monkeypatch.setitem(OBJECTIVES, "scale", Scale)
-    whole = scaled_trainer(tmp_path / "whole")
-    whole.train()
     write = objective_files.save_file
-    folder = tmp_path / "broken"
-    with monkeypatch.context() as patch:
-        patch.setattr(objective_files, "save_file", on_call(2, write, half_written(write, 1, disk_full)))
-        trainer = scaled_trainer(folder)
-        with pytest.raises(OSError, match="No space left"):
-            trainer.train()
-    assert last_checkpoint(folder) == str(folder / "checkpoint-2")
-    resumed = scaled_trainer(folder)
-    resumed.train(resume_from_checkpoint=last_checkpoint(folder))
-    expected, found = whole.model.state_dict(), resumed.model.state_dict()
-    assert "objectives.scale.scale" in found and not torch.equal(found["objectives.scale.scale"], torch.ones(3))
-    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
-    names = {"config.json", "model.safetensors"}
-    assert {file.name for file in (folder / "checkpoint-6" / "objectives" / "scale").iterdir()} == names
+    monkeypatch.setattr(objective_files, "save_file", failing(write, 1, disk_full, call=2))
+    with pytest.raises(OSError, match="No space left"):
+        trainer.train()
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+    files = {file.name for file in (tmp_path / "checkpoint-2" / "objectives" / "scale").iterdir()}
+    assert files == {"config.json", "model.safetensors"}
 
 
-def test_a_stage_that_was_killed_while_it_saved_its_result_is_not_finished(tmp_path):
+def test_a_stage_that_fails_while_it_saves_its_result_is_not_finished(tmp_path):
     """`examples/train.py` takes a stage for finished by its folder `final`."""
     spec = importlib.util.spec_from_file_location("train_example", ROOT / "examples" / "train.py")
     example = importlib.util.module_from_spec(spec)
@@ -245,53 +170,22 @@ def test_a_stage_that_was_killed_while_it_saved_its_result_is_not_finished(tmp_p
 
     class Saver:
         accelerator = type("Accelerator", (), {"wait_for_everyone": staticmethod(lambda: None)})
-        files, fails = ("config.json", "model.safetensors"), True
 
         def is_world_process_zero(self):
             return True
 
         def save_model(self, folder):
             Path(folder).mkdir(parents=True)
-            (Path(folder) / self.files[0]).write_text("{}")
-            if self.fails:
-                raise DISK_FULL
-            (Path(folder) / self.files[1]).write_text("weights")
+            disk_full()
 
-    saver, final = Saver(), tmp_path / "final"
     with pytest.raises(OSError, match="No space left"):
-        example.save_whole(saver, final)
-    assert not final.exists()
-    saver.fails = False
-    example.save_whole(saver, final)
-    assert [path.name for path in tmp_path.iterdir()] == ["final"]
-    assert sorted(file.name for file in final.iterdir()) == sorted(saver.files)
+        example.save_whole(Saver(), tmp_path / "final")
+    assert not (tmp_path / "final").exists()
 
 
-def test_a_stage_that_was_copied_in_part_is_not_finished(tmp_path, monkeypatch):
-    """`benchmarks/needle_evidence.py` takes stages over from other runs; `done.json` marks a whole one."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import needle_evidence
-
-    stage = tmp_path / "source" / "0-one"
-    (stage / "weights").mkdir(parents=True)
-    (stage / needle_evidence.DONE).write_text("{}")
-    (stage / "weights" / "model.safetensors").write_text("weights")
-
-    def copy(source, target, **options):
-        if "safetensors" in str(source):
-            raise DISK_FULL
-        return shutil.copy(source, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(shutil.copytree, "__defaults__", (False, None, copy, False, False))
-        with pytest.raises(OSError, match="No space left"):
-            needle_evidence.take_over(tmp_path / "source", tmp_path / "target", 1)
-    assert not (tmp_path / "target" / "0-one" / needle_evidence.DONE).exists()
-    needle_evidence.take_over(tmp_path / "source", tmp_path / "target", 1)
-    assert digest(tmp_path / "target") == digest(tmp_path / "source")
+# ---- caches
 
 
-# --- caches --------------------------------------------------------------------------------------------------------
 class Codes:
     """A quantiser that hashes colours."""
 
@@ -301,122 +195,137 @@ class Codes:
         return np.stack([np.full((2, 2), int(np.asarray(image).sum()) % 7) for image in images])
 
 
-PICTURES = [random_image(40 + 8 * n, 50, seed=n) for n in range(5)]
-
-
 def write_features(folder, images=PICTURES, shard_bytes=1):
     """A shard an image."""
-    model, processor = slime_parts()
-    return cache_vision_features(model, processor, images, folder, shard_bytes=shard_bytes)
+    return cache_vision_features(*slime_parts(), images, folder, shard_bytes=shard_bytes)
 
 
-def write_codes(folder, images=PICTURES, shard_bytes=1):
-    """A shard an image."""
-    return cache_codes(Codes(), images, folder, batch_size=1, show_progress=False, shard_bytes=shard_bytes)
+def write_codes(folder, images=PICTURES):
+    return cache_codes(Codes(), images, folder, batch_size=1, show_progress=False)
 
 
-@pytest.mark.parametrize("write", [write_features, write_codes])
-def test_a_cache_whose_writer_was_killed_goes_on(tmp_path, monkeypatch, write):
-    """Three ways to die at the third shard: within it, behind it before the index, within the index."""
-    write(tmp_path / "whole")
-    expected = digest(tmp_path / "whole")
-    original = image_store.save_file
-    ways = {
-        "shard": (image_store, "save_file", on_call(3, original, half_written(original, 1, die))),
-        "between": (hires_lmm.files.os, "replace", on_call(5, os.replace, lambda *args: die())),
-        "index": (hires_lmm.files.os, "replace", on_call(6, os.replace, lambda *args: die())),
-    }
-    for way, (where, what, broken) in ways.items():
-        folder = tmp_path / way
-        with monkeypatch.context() as patch:
-            patch.setattr(where, what, broken)
-            assert in_a_child(lambda folder=folder: write(folder)) == -signal.SIGKILL, way
-        assert len(write(folder, PICTURES[:1])) == 2, way  # what was written is there
-        assert len(write(folder)) == 5
-        assert digest(folder) == expected, way  # not even a partial file is left
+def content(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
-def test_a_full_disk_leaves_a_cache_that_goes_on(tmp_path, monkeypatch):
-    write, original = write_codes, image_store.save_file
+@pytest.mark.parametrize("fail", [die, disk_full])
+def test_a_cache_whose_writer_failed_goes_on(tmp_path, monkeypatch, fail):
+    """At the third shard; then the cache is that of a writer that was not disturbed."""
+    write_features(tmp_path / "whole")
     with monkeypatch.context() as patch:
-        patch.setattr(image_store, "save_file", on_call(3, original, half_written(original, 1, disk_full)))
-        with pytest.raises(OSError, match="No space left"):
-            write(tmp_path)
-    assert not list(tmp_path.glob("*.partial"))
-    assert len(write(tmp_path, [])) == 2 and len(write(tmp_path)) == 5
+        write = safetensors.torch.serialize_file
+        patch.setattr(safetensors.torch, "serialize_file", failing(write, 1, fail, call=3))
+        assert in_a_child(lambda: write_features(tmp_path / "cache")) in (-signal.SIGKILL, 1)
+    assert len(write_features(tmp_path / "cache", [])) == 2
+    assert len(write_features(tmp_path / "cache")) == 5
+    assert content(tmp_path / "cache") == content(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("write", [write_features, write_codes])
+@pytest.mark.parametrize("write", [lambda *args: write_features(*args, shard_bytes=1 << 30), write_codes])
 def test_a_broken_image_is_named_and_what_came_before_it_is_kept(tmp_path, write):
     """Though its shard was not full."""
     broken = tmp_path / "broken.jpg"
     PICTURES[3].save(broken)
     os.truncate(broken, broken.stat().st_size // 2)
-    folder = tmp_path / "cache"
     with pytest.raises(ValueError, match=r"^Image 3 cannot be decoded"):
-        write(folder, [PICTURES[0], [PICTURES[1], PICTURES[2]], str(broken), PICTURES[4]], shard_bytes=1 << 30)
-    assert len(write(folder, [])) == 3
-
-
-def test_the_tower_gets_its_mode_back_whatever_happens(tmp_path):
-    model, processor = slime_parts()
-    assert model.model.vision_tower.training
-    with pytest.raises(ValueError, match="Image 0"):
-        cache_vision_features(model, processor, [str(tmp_path / "missing.png")], tmp_path / "cache")
-    assert model.model.vision_tower.training
+        write(tmp_path / "cache", [PICTURES[0], [PICTURES[1], PICTURES[2]], str(broken), PICTURES[4]])
+    assert len(write(tmp_path / "cache", [])) == 3
 
 
 def test_two_writers_of_one_cache_take_turns(tmp_path, monkeypatch):
     """Each with images of its own: all are there, and each under its own name."""
-    write = image_store.save_file
-    monkeypatch.setattr(image_store, "save_file", lambda *args: time.sleep(0.1) or write(*args))
-    halves = [PICTURES[:3], PICTURES[2:]]
+    write = safetensors.torch.serialize_file
+    monkeypatch.setattr(safetensors.torch, "serialize_file", lambda *args, **kw: time.sleep(0.1) or write(*args, **kw))
     context = multiprocessing.get_context("fork")
+    halves = (PICTURES[:3], PICTURES[2:])
     writers = [context.Process(target=write_features, args=(tmp_path, images)) for images in halves]
     for writer in writers:
         writer.start()
     for writer in writers:
         writer.join(120)
-    assert [writer.exitcode for writer in writers] == [0, 0]
-    store = VisionFeatureStore(tmp_path)  # as they left it
-    whole = write_features(tmp_path / "whole")
-    assert len(store) == 5 and store.shards.keys() == whole.shards.keys()
-    for key in whole.shards:
-        assert torch.equal(store.get(key), whole.get(key))
+    write_features(tmp_path / "whole")
+    found = [load_file(file) for file in tmp_path.glob("*.safetensors")]
+    assert sum(map(len, found)) == 5 == len(VisionFeatureStore(tmp_path))
+    whole = {key: tensor for file in tmp_path.glob("whole/*.safetensors") for key, tensor in load_file(file).items()}
+    assert all(torch.equal(tensor, whole[key]) for shard in found for key, tensor in shard.items())
 
 
 def test_a_damaged_shard_is_named(tmp_path):
-    store = write_features(tmp_path, PICTURES[:1])
-    (key,) = store.shards
-    os.truncate(tmp_path / "shard-00000.safetensors", 100)
-    with pytest.raises(ValueError, match=r"shard-00000\.safetensors' is missing or damaged.*delete"):
+    write_features(tmp_path, PICTURES[:1])
+    (shard,) = tmp_path.glob("*.safetensors")
+    (key,) = load_file(shard)
+    os.truncate(shard, 100)
+    with pytest.raises(ValueError, match=rf"{shard.name}' is missing or damaged.*delete"):
         VisionFeatureStore(tmp_path).get(key)
 
 
-# --- workers -------------------------------------------------------------------------------------------------------
-class DyingCollator(HiResLmmCollator):
-    """Kills the process that it runs in at one of its batches, if that is a worker."""
-
-    at = 4
-
-    def __call__(self, examples):
-        if get_worker_info() is not None and int(self._batches[1]) == self.at:
-            die()
-        self._batches[1] += 1
-        return super().__call__(examples)
+# ---- samples
 
 
-def test_a_worker_that_dies_ends_the_run_and_the_run_goes_on(tmp_path, uninterrupted):
-    collator = DyingCollator(slime_parts()[1], views=STAGE.views)
+@pytest.fixture(scope="module")
+def processor():
+    return slime_parts()[1]
 
-    def hang(signum, frame):
-        raise AssertionError("the run hangs")
 
-    signal.signal(signal.SIGALRM, hang)
-    signal.alarm(60)
-    try:
-        with pytest.raises(RuntimeError, match=r"DataLoader worker .*(killed|exited)"):
-            run_trainer(tmp_path, collator=collator, dataloader_num_workers=1, dataloader_prefetch_factor=1).train()
-    finally:
-        signal.alarm(0)
-    assert_goes_on(tmp_path, uninterrupted)
+@pytest.fixture
+def broken(tmp_path) -> dict:
+    """A sample with an id whose picture is cut off."""
+    random_image(80, 80).save(tmp_path / "picture.png")
+    os.truncate(tmp_path / "picture.png", 2000)
+    return {**conversation(7), "id": "seven", "images": [str(tmp_path / "picture.png")]}
+
+
+@pytest.mark.parametrize(
+    "changes, text",
+    [
+        ({}, r"picture\.png.*Image 0 cannot be decoded"),
+        ({"images": ["/nowhere.png"]}, "nowhere"),
+        ({"images": [None]}, ""),
+        ({"images": [np.full((20, 20, 3), np.nan)]}, "NaN"),
+        ({"images": [random_image(9, 9)] * 2}, "images"),
+        ({"images": None, "messages": [{"role": "user", "content": "Hello?"}]}, ""),
+        ({"messages": "not a list"}, ""),
+    ],
+)
+def test_a_broken_sample_is_named(processor, broken, changes, text):
+    with pytest.raises(ValueError, match=rf"(?s)^Sample 'seven'.*{text}") as caught:
+        HiResLmmCollator(processor)([conversation(0), {**broken, **changes}])
+    assert len(str(caught.value)) < 1500
+
+
+@pytest.mark.parametrize("sample", [None, "text", {}, {"messages": [1]}])
+def test_a_sample_of_another_type_is_named_by_its_place(processor, sample):
+    with pytest.raises(ValueError, match=r"^Sample 1 of its batch"):
+        HiResLmmCollator(processor)([conversation(0), sample])
+
+
+def test_broken_samples_may_be_left_out_and_are_counted(tmp_path, processor, broken, caplog):
+    stage = Stage("mine", TRAINABLE)
+    collator = HiResLmmCollator(processor, views=stage.views, broken="drop")
+    expected = collator([conversation(0), conversation(2)])
+    with caplog.at_level(logging.WARNING):
+        batch = collator([conversation(0), broken, None, conversation(2)])
+    assert batch.keys() == expected.keys() and all(torch.equal(batch[name], expected[name]) for name in batch)
+    assert collator.counts()["broken_samples"] == 2
+    assert "Sample 'seven'" in caplog.text and "Sample 2 of its batch" in caplog.text
+    collator = HiResLmmCollator(processor, views=stage.views, broken="drop")
+    data = [*conversations(2), broken, conversation(5)]
+    trainer = make_trainer(*slime_parts(), stage, data, tmp_path / "run", collator, max_steps=2)
+    trainer.train()
+    assert trainer.state.log_history[1]["broken_samples"] == 1
+
+
+def test_broken_lines_and_records_are_named(tmp_path):
+    record = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes"}]}
+    file = tmp_path / "data.jsonl"
+    file.write_text("\n".join([json.dumps(record), "", json.dumps({"id": "b", **record})[:-9]]))
+    for read in (LlavaConversations, lambda path: list(stream_llava(path))):
+        with pytest.raises(ValueError, match=r"Line 3 of '.*data\.jsonl' is no JSON .*cut off"):
+            read(file)
+    file = tmp_path / "data.json"
+    file.write_text(json.dumps([record, 5, {"conversations": [7]}, {**record, "image": ["a.png", None]}]))
+    dataset = LlavaConversations(file)
+    assert dataset[0]["id"] == "0"
+    for number in range(1, 4):
+        with pytest.raises(ValueError, match=f"^Record {number} "):
+            dataset[number]

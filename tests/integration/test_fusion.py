@@ -1,13 +1,12 @@
 """The preset `fusion`: blocks of queries, several turns, the kept prefix, batches and budgets."""
 
 import copy
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 from builders import GEOMETRY, make_batch, random_image
-from builders_chat import (
+from builders.chat import (
     QUESTIONS,
     blocks_of,
     chat,
@@ -136,21 +135,6 @@ def test_another_conversation_on_the_same_features_is_read_anew(setup):
     other = inputs_of(processor, 2, image, ("how many are there", "what is red here"))
     got = logits_of(model, text_only(other), mm_encoder_outputs={"image": features})
     torch.testing.assert_close(got, logits_of(model, other), atol=2e-5, rtol=1e-4)
-
-
-def test_threads_share_features(setup):
-    model, processor = setup
-    image = random_image(100, 130)
-    batches = [inputs_of(processor, 2, image, (text, QUESTIONS[1])) for text in QUESTIONS]
-    features = features_of(model, batches[0])
-    expected = [logits_of(model, batch) for batch in batches]
-    with ThreadPoolExecutor(3) as pool:
-        calls = [
-            pool.submit(logits_of, model, text_only(batch), mm_encoder_outputs={"image": features})
-            for batch in batches * 4
-        ]
-    for call, wanted in zip(calls, expected * 4, strict=True):
-        torch.testing.assert_close(call.result(), wanted, atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import reference_generation as reference
-from builders import make_batch, random_image
-from builders_chat import OTHER, QUESTIONS, chat, features_of, fusion_setup
+from builders.tiny import make_batch, random_image
+from builders.chat import OTHER, QUESTIONS, chat, features_of, fusion_setup
 
 
 NEW_TOKENS = 6

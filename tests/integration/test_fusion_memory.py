@@ -6,9 +6,8 @@ import pickle
 import pytest
 import torch
 
-from builders import GEOMETRY, make_batch, random_image
-from builders_chat import OTHER, QUESTIONS, chat, features_of, fusion_setup, inputs_of, logits_of, text_only
-from hires_lmm.modeling.blocks_hires_lmm import ImageMemory
+from builders.tiny import make_batch, random_image
+from builders.chat import OTHER, QUESTIONS, chat, features_of, fusion_setup, inputs_of, logits_of, text_only
 from hires_lmm.modeling.compat_hires_lmm import CACHE
 
 
@@ -92,21 +91,6 @@ def test_generate_reads_the_conversation_of_its_ids(setup, between, options):
     torch.testing.assert_close(found.logits[0], anew.logits[0], **CLOSE)
 
 
-def test_a_prompt_mask_goes_on_with_the_conversation(setup):
-    """It hides the second question from the queries, with and without a cache."""
-    model, processor = setup
-    first, whole = (inputs_of(processor, turns, random_image(100, 130)) for turns in (1, 2))
-    mask = torch.ones_like(whole["input_ids"]).bool()
-    mask[:, first["input_ids"].shape[1] :] = False
-    cache = model.generate(**first, **OPTIONS)[CACHE]
-    cache.crop(first["input_ids"].shape[1] - 1 - cache.get_seq_length())
-    found = model.generate(**whole, prompt_mask=mask, **{CACHE: cache}, **OPTIONS)
-    anew = model.generate(**whole, prompt_mask=mask, **OPTIONS)
-    torch.testing.assert_close(found.logits[0], anew.logits[0], **CLOSE)
-    shown = model.generate(**whole, **OPTIONS)
-    assert (shown.logits[0] - anew.logits[0]).abs().max() > 1e-3
-
-
 def test_a_cache_that_ends_within_a_block_is_an_error(setup):
     model, processor = setup
     whole = inputs_of(processor, 2, random_image(100, 130))
@@ -121,66 +105,38 @@ def test_a_batch_whose_rows_go_on_differently(setup):
     """A second turn, a first image, a turn without queries and a row of text, all after a cache."""
     model, processor = setup
     images = [random_image(60, 60), random_image(70, 300, 1), random_image(200, 90, 2)]
+    plain = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "yes"}]
 
     def text_of(messages):
         return processor.apply_chat_template(messages, add_generation_prompt=True)
 
-    plain = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "yes"}]
-    histories = [chat(2)[:2], plain, chat(2)[:2], plain]
-    texts = [text_of(chat(2)), text_of(plain + chat(1, ["x"])), text_of(chat(2)).replace("<query>", "")]
-    texts.append(text_of(plain + plain[:1]))
-    samples = [(texts[0], images[:1]), (texts[1], images[1:2]), (texts[2], images[2:]), (texts[3], [])]
-    batch = make_batch(processor, samples, padding_side="left")
-    opened = [processor.apply_chat_template(history) for history in histories]
-    starts = []
-    for row, (text, _) in enumerate(samples):
-        shown = processor(text=[opened[row]], images=samples[row][1] if "<image>" in opened[row] else None)
-        assert text.startswith(opened[row])
-        padding = int((batch["attention_mask"][row] == 0).sum())
-        starts.append(padding + len(shown["input_ids"][0]))
-    cached = min(starts)
-    answers = (batch["input_ids"][0] == processor.tokenizer.convert_tokens_to_ids("<|im_start|>")).nonzero()
-    assert int(answers[1]) + len(model.config.answer_prefix_ids) <= cached  # its first question is shown whole
-    views = {name: batch[name] for name in GEOMETRY}
-    past = {name: batch[name][:, :cached] for name in ("input_ids", "attention_mask")}
+    second = text_of(chat(2))
+    texts = [second, text_of(plain + chat(1, ["x"])), second.replace("<query>", ""), text_of(plain + plain[:1])]
+    batch = make_batch(processor, list(zip(texts, [images[:1], images[1:2], images[2:], []], strict=True)))
     placeholder = batch["input_ids"] == processor.image_token_id
-    inside = placeholder[:, cached - 1] & placeholder[:, cached]
-    assert not inside.any() and placeholder[1, :cached].sum() == 0 and placeholder[0, cached:].any()
+    cached = int(placeholder[1].nonzero()[0, 0])  # the first image of row 1 follows, and so do both later turns
+    assert placeholder[0, :cached].any() and placeholder[0, cached:].any()
+    assert not (placeholder[:, cached - 1] & placeholder[:, cached]).any()
+    features = features_of(model, batch)
+    past = {name: batch[name][:, :cached] for name in ("input_ids", "attention_mask")}
+    positions = (past["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    first = {"image": features.select_images([0, 2])}
     with torch.no_grad():
-        features = model.get_image_features(**views, return_dict=True)
-        first = features.select_images([0, 2])
-        positions = (past["attention_mask"].cumsum(1) - 1).clamp(min=0)
-        output = model(**past, position_ids=positions, mm_encoder_outputs={"image": first}, use_cache=True)
-        cache = output[CACHE]
+        cache = model(**past, position_ids=positions, mm_encoder_outputs=first, use_cache=True)[CACHE]
     found = model.generate(**text_only(batch), **{CACHE: cache}, mm_encoder_outputs={"image": features}, **OPTIONS)
     anew = model.generate(**batch, **OPTIONS)
     torch.testing.assert_close(found.logits[0], anew.logits[0], **CLOSE)
     assert torch.equal(found.sequences, anew.sequences)
 
 
-def test_known_beginnings_of_different_lengths_are_read_together(setup):
-    """Rows that share nothing, the visual tokens, one turn, everything with the conversation before."""
+def test_copies_of_features_start_anew_and_give_the_same(setup):
     model, processor = setup
-    sizes = [(60, 60), (70, 300), (200, 90), (100, 100)]
-    images = [random_image(*size, seed=number) for number, size in enumerate(sizes)]
-    asked = [(1, QUESTIONS), (2, OTHER), (3, QUESTIONS), (2, QUESTIONS)]
-
-    def batch_of(conversations):
-        texts = [processor.apply_chat_template(chat(*own), add_generation_prompt=True) for own in conversations]
-        return make_batch(processor, [(text, [image]) for text, image in zip(texts, images, strict=True)])
-
-    batch, before = batch_of(asked), batch_of([(1, OTHER), (1, QUESTIONS), (1, QUESTIONS), (2, QUESTIONS)])
-    features = features_of(model, batch)
-    logits_of(model, text_only(before), mm_encoder_outputs={"image": features})
-    features.tokens.memory[0].clear()
-    shapes, handle = watch(model)
-    found = logits_of(model, text_only(batch), mm_encoder_outputs={"image": features})
-    handle.remove()
-    assert [rows for rows, _ in shapes] == [3]
-    torch.testing.assert_close(found, logits_of(model, batch), **CLOSE)
-    again = logits_of(model, text_only(batch), mm_encoder_outputs={"image": features})
-    assert len(shapes) == 1
-    torch.testing.assert_close(again, found, **CLOSE)
+    batch = inputs_of(processor, 1, random_image(100, 130))
+    expected, features = logits_of(model, batch), features_of(model, batch)
+    logits_of(model, text_only(batch), mm_encoder_outputs={"image": features})
+    for own in (features, copy.deepcopy(features), pickle.loads(pickle.dumps(features))):
+        found = logits_of(model, text_only(batch), mm_encoder_outputs={"image": own})
+        torch.testing.assert_close(found, expected, **CLOSE)
 
 
 def test_beams_of_a_conversation_are_read_once(setup):
@@ -193,63 +149,6 @@ def test_beams_of_a_conversation_are_read_once(setup):
     model.generate(**make_batch(processor, samples), num_beams=4, max_new_tokens=3)
     handle.remove()
     assert [rows for rows, _ in shapes] == [2]
-
-
-def test_features_that_no_caller_holds_keep_nothing(setup, monkeypatch):
-    model, processor = setup
-    made = []
-    start = ImageMemory.__init__
-    monkeypatch.setattr(
-        ImageMemory, "__init__", lambda self, *args, **kw: made.append(self) or start(self, *args, **kw)
-    )
-    batch = inputs_of(processor, 1, random_image(100, 130))
-    logits_of(model, batch)
-    model.generate(**batch, max_new_tokens=2)
-    features = features_of(model, batch)
-    with torch.enable_grad():
-        model(**text_only(batch), mm_encoder_outputs={"image": features})
-    assert [memory.last for memory in made] == [None, None, None]
-    logits_of(model, text_only(batch), mm_encoder_outputs={"image": features})
-    assert features.tokens.memory[0].last is not None
-    copies = [copy.deepcopy(features), pickle.loads(pickle.dumps(features))]
-    assert [own.tokens.memory[0].last for own in copies] == [None, None]
-    expected = logits_of(model, batch)
-    for own in copies:
-        torch.testing.assert_close(
-            logits_of(model, text_only(batch), mm_encoder_outputs={"image": own}), expected, **CLOSE
-        )
-
-
-def test_with_gradients_everything_is_read_again(setup):
-    model, processor = setup
-    image = random_image(100, 130)
-    batch = inputs_of(processor, 2, image)
-    features = features_of(model, batch)
-    logits_of(model, text_only(batch), mm_encoder_outputs={"image": features})
-    shapes, handle = watch(model)
-    output = model(**text_only(batch), mm_encoder_outputs={"image": features})
-    handle.remove()
-    assert len(shapes) == 1 and shapes[0][1] > features.tokens.lengths[0]
-    output.logits.sum().backward()
-    assert model.model.connector.token_ops[0].queries.grad.abs().sum() > 0
-    model.zero_grad()
-
-
-def test_the_rows_of_the_states_are_those_of_the_batch(setup):
-    model, processor = setup
-    texts = [processor.apply_chat_template([{"role": "user", "content": "only text"}])]
-    texts += [processor.apply_chat_template(chat(turns), add_generation_prompt=True) for turns in (2, 1)]
-    samples = [(texts[0], []), (texts[1], [random_image(60, 60)]), (texts[2], [random_image(90, 60)])]
-    batch, seen = make_batch(processor, samples, padding_side="right"), []
-    hook = model.model.connector.token_ops[0].register_forward_hook(lambda *call: seen.append(call[2][0].aux))
-    model.train()
-    try:
-        model(**batch, labels=batch["input_ids"])
-    finally:
-        model.eval()
-        hook.remove()
-    assert seen[0]["fusion_rows"].tolist() == [1] * 15 + [2] * 12
-    assert seen[0]["fusion_blocks"].tolist() == [0] * 12 + [1] * 3 + [2] * 12
 
 
 def test_questions_in_another_vocabulary_in_generate(setup):

@@ -423,7 +423,7 @@ def test_prompt_lookup(case):
 
 @extra_cases
 @pytest.mark.parametrize("assistant", ["itself", "another", "text"])
-def test_assistant_model(case, assistant, deprecation_catcher):
+def test_assistant_model(case, assistant, deprecations):
     helpers = {
         "itself": lambda: build(case)[0],
         "another": lambda: build(case, 9)[0],
@@ -434,7 +434,8 @@ def test_assistant_model(case, assistant, deprecation_catcher):
     assert generate(case, (0,), assistant_model=helper) == [greedy(case, 0)]
     assert generate(case, (2,), assistant_model=helper) == [greedy(case, 2)]
     # the library's own loop calls its assistant in a way that it calls deprecated
-    assert all("Passing `generation_config` together" in line for line in deprecation_catcher.take())
+    assert all("Passing `generation_config` together" in line for line in deprecations)
+    deprecations.clear()
 
 
 @functools.cache

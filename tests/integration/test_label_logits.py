@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from builders_training import conversation, conversations, make_trainer, slime_parts
+from builders.training import conversation, conversations, make_trainer, slime_parts
 from hires_lmm.modeling.logits_hires_lmm import select_learned
 from hires_lmm.training import HiResLmmCollator, Stage
 from hires_lmm.training.plans import FORCED_EXPERT

@@ -11,8 +11,8 @@ from safetensors import safe_open
 from torch import nn
 from transformers import AutoModelForImageTextToText, TrainerCallback
 
-from builders_objectives import WIDTH, objective_trainer, reconstruction, vlsa_parts
-from builders_training import conversation, conversations, losses, slime_parts
+from builders.objectives import WIDTH, objective_trainer, reconstruction, vlsa_parts
+from builders.training import conversation, conversations, losses, slime_parts
 from hires_lmm.training import HiResLmmCollator, Stage, StageCallback
 from hires_lmm.training.objectives import OBJECTIVES, Objective, load_objectives
 from training_run import text

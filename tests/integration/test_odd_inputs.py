@@ -3,7 +3,6 @@
 import copy
 import functools
 import pickle
-import threading
 
 import pytest
 import torch
@@ -201,7 +200,7 @@ def test_a_prompt_mask_in_generate(name, options):
         model(**batch, prompt_mask=ones[:, :3])
 
 
-# --- training mode, compilation, copies, threads -------------------------------------------------------------------
+# --- training mode, compilation, copies ----------------------------------------------------------------------------
 @all_rules
 def test_generate_in_training_mode(name, training_mode):
     """Nothing is known about answers, but in `generate` there are none."""
@@ -256,22 +255,3 @@ def test_copies_of_model_and_features(name):
         given = {**text, "mm_encoder_outputs": {"image": twin}}
         assert model.generate(**given, **OPTIONS).tolist() == expected
         torch.testing.assert_close(model(**given).logits, model(**batch).logits, atol=1e-5, rtol=0)
-
-
-@all_rules
-def test_one_model_serves_many_threads(name):
-    model, processor = build(name)
-    samples = [(TEXT + " x" * i, [random_image(60 + 20 * i, 200 - 15 * i, seed=i)]) for i in range(4)]
-    batches = [make_batch(processor, [sample]) for sample in samples]
-    expected = [model.generate(**batch, **OPTIONS).tolist() for batch in batches]
-    got: dict[int, list] = {}
-
-    def work(number: int) -> None:
-        got[number] = [model.generate(**batches[number], **OPTIONS).tolist() for _ in range(2)]
-
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert [got.get(number) for number in range(4)] == [[wanted] * 2 for wanted in expected]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from builders import make_batch, random_image, tiny_config, tiny_model, tiny_processor
+from builders.tiny import make_batch, random_image, tiny_config, tiny_model, tiny_processor
 from hires_lmm.modeling.compat_hires_lmm import CACHE
 
 

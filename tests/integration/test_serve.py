@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 from PIL import Image
 
-from builders_docs import ROOT
+from builders.docs import ROOT
 from hires_lmm.serve import answer_question
 
 

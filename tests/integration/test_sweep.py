@@ -8,8 +8,8 @@ import torch
 from tokenizers.processors import TemplateProcessing
 from typer.testing import CliRunner
 
-from builders import random_image, tiny_config, tiny_model, tiny_processor
-from builders_training import COMPRESS
+from builders.tiny import random_image, tiny_config, tiny_model, tiny_processor
+from builders.training import COMPRESS
 from hires_lmm.cli import app
 from hires_lmm.evaluation import AnswerStore, SweepSetting, evaluate, expand_grid
 from hires_lmm.processing.chat_templates_hires_lmm import answer_prefix_ids, question_prefix_ids

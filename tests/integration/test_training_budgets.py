@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from builders_training import conversations, make_trainer, slime_parts
+from builders.training import conversations, make_trainer, slime_parts
 from hires_lmm.training import HiResLmmCollator, Stage
 from hires_lmm.training.collator import draw_budget
 from hires_lmm.training.plans import FORCED_EXPERT

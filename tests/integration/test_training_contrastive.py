@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 import torch
 
-from builders_fusion import tiny_text_encoder
-from builders_text import tiny_tokenizer
-from builders_training import conversation, conversations, fusion_parts, losses, slime_parts, training_arguments
+from builders.fusion import tiny_text_encoder
+from builders.text import tiny_tokenizer
+from builders.training import conversation, conversations, fusion_parts, losses, slime_parts, training_arguments
 from hires_lmm.training import HiResLmmCollator, Stage, StageCallback, set_options
 from hires_lmm.training.collator import read_messages
 from hires_lmm.training.objectives import Call, Contrastive, StepValues, load_objectives

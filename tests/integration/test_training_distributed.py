@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForImageTextToText, TrainingArguments
 
 import training_run
-from builders import random_image
-from builders_training import slime_parts
+from builders.tiny import random_image
+from builders.training import slime_parts
 from hires_lmm.training import Stage
 from hires_lmm.training.objectives import load_objectives
 from hires_lmm.training.parameters import part_name

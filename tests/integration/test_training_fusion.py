@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import Trainer
 
-from builders_fusion import tiny_text_encoder
-from builders_training import conversations, fusion_parts, training_arguments
+from builders.fusion import tiny_text_encoder
+from builders.training import conversations, fusion_parts, training_arguments
 from hires_lmm.modeling.fusion_hires_lmm import HiResLmmFusion
 from hires_lmm.training import HiResLmmCollator, StageCallback, get_plan
 from hires_lmm.training.collator import draw_budget

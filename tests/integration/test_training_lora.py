@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from builders import tiny_model
-from builders_training import conversations, make_trainer, slime_config, slime_parts
+from builders.tiny import tiny_model
+from builders.training import conversations, make_trainer, slime_config, slime_parts
 from hires_lmm.training import HiResLmmCollator, Stage, get_plan, set_options
 from hires_lmm.training.lora import LORA_TARGETS, connector_modules, lora_config, merge_lora
 from hires_lmm.training.plans import FORCED_EXPERT

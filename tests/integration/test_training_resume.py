@@ -13,7 +13,7 @@ import torch
 from transformers import TrainerCallback
 
 import training_run
-from builders_training import conversations, losses, make_trainer, slime_parts, training_arguments
+from builders.training import conversations, losses, make_trainer, slime_parts, training_arguments
 from hires_lmm.training import Alternation, Stage, alternating_scheduler, get_plan
 from hires_lmm.training.plans import FORCED_EXPERT
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import Trainer
 
-from builders_training import conversation, conversations, losses, make_trainer, slime_parts, training_arguments
+from builders.training import conversation, conversations, losses, make_trainer, slime_parts, training_arguments
 from hires_lmm.training import HiResLmmCollator, Stage, StageCallback
 from hires_lmm.training.plans import FORCED_EXPERT
 

@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 from transformers import DefaultFlowCallback, TrainerCallback, TrainingArguments
 
-from builders_training import conversation, conversations, losses, make_trainer, slime_parts, training_arguments
+from builders.training import conversation, conversations, losses, make_trainer, slime_parts, training_arguments
 from hires_lmm.training import HiResLmmCollator, Stage, StageCallback, cache_vision_features, get_plan, put_first
 from hires_lmm.training.callbacks import render_table
 from hires_lmm.training.plans import FORCED_EXPERT

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from transformers import AutoTokenizer, CLIPVisionModel, LlamaForCausalLM
 
-from builders_needle import joined
+from builders.needle import joined
 from hires_lmm import PRESETS, HiResLmmConfig, HiResLmmForConditionalGeneration, HiResLmmProcessor
 from hires_lmm.conversion import ConversionError, export
 from needle import FINE_KINDS, needle_scene, render_scene

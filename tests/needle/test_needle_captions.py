@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from builders_needle import joined, run_options, scene_set
+from builders.needle import joined, run_options, scene_set
 from hires_lmm.training import get_plan
 from needle import NeedleOptions
 from needle.runs import SceneSet, cache_scenes, near_options, small_rates, train

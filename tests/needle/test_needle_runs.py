@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from builders_needle import halves, joined, scene_set
+from builders.needle import halves, joined, scene_set
 from hires_lmm.training import HiResLmmCollator, get_plan
 from needle import needle_row
 from needle.from_halves import main, read_visits

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer
 
-from builders_needle import joined, run_options
+from builders.needle import joined, run_options
 from hires_lmm.training import get_plan
 from needle.from_halves import main
 from needle.runs import small_rates, train

@@ -2,7 +2,7 @@
 
 import pytest
 
-from builders_reload import matrix, run_worker, unlike, write_case
+from builders.reload import matrix, run_worker, unlike, write_case
 
 
 pytestmark = pytest.mark.slow

@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from builders_images import picture
-from builders_text import tiny_tokenizer
+from builders.images import picture
+from builders.text import tiny_tokenizer
 from hires_lmm.processing.image_processing_hires_lmm import HiResLmmImageProcessor
 from hires_lmm.processing.processing_hires_lmm import HiResLmmProcessor
 

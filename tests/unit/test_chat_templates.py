@@ -4,8 +4,8 @@ import pytest
 from jinja2.exceptions import TemplateError
 from transformers import AutoTokenizer
 
-from builders_images import picture
-from builders_text import tiny_tokenizer
+from builders.images import picture
+from builders.text import tiny_tokenizer
 from hires_lmm.processing.chat_templates_hires_lmm import (
     CHAT_TEMPLATES,
     VICUNA_SYSTEM,

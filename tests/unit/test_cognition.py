@@ -3,7 +3,6 @@
 import math
 import pickle
 import re
-import time
 from collections import Counter
 from random import Random
 
@@ -13,8 +12,8 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset
 
-from builders import random_image, tiny_processor
-from builders_training import conversation, slime_config
+from builders.tiny import random_image, tiny_processor
+from builders.training import conversation, slime_config
 from hires_lmm.training import HiResLmmCollator
 from hires_lmm.training.data.cognition import CodebookTask, CognitionTransform, PixelTask, with_cognition
 from hires_lmm.training.data.cognition_answers import (
@@ -93,7 +92,7 @@ def inserted(before: dict, after: dict) -> list[int]:
 # ---- answers
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(3))
 def test_codes_and_pixels_survive_the_round_trip(seed):
     rng = np.random.default_rng(seed)
     grid = tuple(rng.integers(1, 7, 2).tolist())
@@ -102,28 +101,18 @@ def test_codes_and_pixels_survive_the_round_trip(seed):
     assert (read_pixels(write_pixels(pixels), grid) == pixels).all()
     spaced = re.sub(r"\s", "\t \n", write_pixels(pixels)).replace(",", " ,\n")
     assert (read_pixels(f"\n {spaced} ", grid) == pixels).all()
-    assert (read_codes(re.sub(r"\s", " \r\n", f" {write_codes(codes)}\n\n"), grid, 1000) == codes).all()
 
 
 def test_the_form_of_the_answers():
     assert write_codes(np.array([[1, 20], [3, 4]])) == "1 20\n3 4"
     assert write_pixels(np.array([[[1, 2, 3], [0, 255, 6]]], dtype=np.uint8)) == "1,2,3 0,255,6"
+    assert read_codes("007 0 00 9", (2, 2), 10).tolist() == [[7, 0], [0, 9]]
+    assert read_pixels("0,000,255 007,8,9", (2, 1)).tolist() == [[[0, 0, 255]], [[7, 8, 9]]]
 
 
 @pytest.mark.parametrize(
     "text",
-    [
-        "",
-        "1 2 3",
-        "1 2 3 4 5",
-        "1 2 3 10",
-        "1 2 3 x",
-        "1 2 3 -1",
-        "1 2 3 4.0",
-        "1, 2, 3, 4",
-        "1 2 3 ٤",
-        "1 2 3 " + "9" * 9999,
-    ],
+    ["", "1 2 3", "1 2 3 4 5", "1 2 3 10", "1 2 3 x", "1 2 3 -1", "1 2 3 4.0", "1, 2, 3, 4", "1 2 3 ٤", "9" * 9999],
 )
 def test_what_is_not_exactly_so_many_codes_is_no_answer(text):
     assert read_codes(text, (2, 2), 10) is None
@@ -139,40 +128,11 @@ def test_what_is_not_exactly_so_many_codes_is_no_answer(text):
         "1,2,3 4,5,256",
         "1,2,3 4,5,-6",
         "1 2 3 4 5 6",
-        "1,2,3,4,5,6",
-        "1,2,3 (4,5,6)",
         "RGB: 1,2,3 4,5,6",
-        "1,2,3 4,5," + "9" * 9999,
     ],
 )
 def test_what_is_not_exactly_so_many_colours_is_no_answer(text):
     assert read_pixels(text, (1, 2)) is None
-
-
-def test_endless_digits_are_refused_at_once():
-    start = time.perf_counter()
-    assert read_pixels("9" * 100_000, (1, 2)) is None and read_codes("9" * 100_000, (1, 2), 5) is None
-    assert time.perf_counter() - start < 5
-
-
-def test_leading_zeros_and_the_ends_of_the_range_are_read():
-    assert read_codes("007 0 00 9", (2, 2), 10).tolist() == [[7, 0], [0, 9]]
-    assert read_pixels("0,000,255 007,8,9", (2, 1)).tolist() == [[[0, 0, 255]], [[7, 8, 9]]]
-
-
-@pytest.mark.parametrize("grid", [(0, 2), (2,), (2, 2, 2), (2.0, 2), (True, 2), "22", 4, None])
-def test_senseless_grids_are_refused(grid):
-    for call in (lambda: read_codes("1", grid, 5), lambda: read_pixels("1", grid), lambda: PixelTask(grid)):
-        with pytest.raises(ValueError, match="rows, columns"):
-            call()
-
-
-@pytest.mark.parametrize("bad", [np.zeros((2, 2, 3)), np.zeros((2, 2), np.uint8), np.zeros((0, 2, 3), np.uint8)])
-def test_what_is_no_grid_of_colours_is_not_written(bad):
-    with pytest.raises(ValueError, match="uint8"):
-        write_pixels(bad)
-    with pytest.raises(ValueError, match="grid of indices"):
-        write_codes(np.zeros((2, 2)))
 
 
 def test_scores():
@@ -183,9 +143,6 @@ def test_scores():
     assert pixel_error(np.array([[[13, 20, 24]]]), colours) == 3.0
     assert pixel_error(np.array([[[0, 20, 30]]], dtype=np.uint8), colours) == pytest.approx(10 / 3)
     assert pixel_error(None, colours) is None
-    for score in (code_accuracy, pixel_error):
-        with pytest.raises(ValueError, match="cannot be compared"):
-            score(np.zeros((1, 1)), target)
 
 
 # ---- tasks
@@ -206,13 +163,6 @@ def test_every_template_names_the_region_it_is_about():
     assert len(set(PIXEL_TEMPLATES)) >= 5 and len(set(CODE_TEMPLATES)) >= 5
 
 
-def test_a_one_colour_image_gives_that_colour():
-    task = PixelTask((3, 4))
-    for seed, colour in enumerate([(255, 0, 0), (1, 2, 3), (200, 201, 202)]):
-        query = task.ask(Image.new("RGB", (37, 91), colour), Random(seed))
-        assert (task.read(query.answer) == colour).all() and task.read(query.answer).shape == (3, 4, 3)
-
-
 def test_cells_are_means_of_the_pixels_under_them():
     image = random_image(200, 100, 5)
     pixels = np.asarray(image, dtype=np.float64)
@@ -225,21 +175,11 @@ def test_cells_are_means_of_the_pixels_under_them():
 
 def test_corners_reach_everywhere_and_the_region_is_a_quarter():
     task, seen = PixelTask((1, 1), ["{left} {right} {top} {bottom}"]), set()
-    for seed in range(3000):
+    for seed in range(1500):
         left, right, top, bottom = map(int, task.ask(Image.new("RGB", (4, 4)), Random(seed)).prompt.split())
         assert right - left == bottom - top == 50 and 0 <= left <= 50 and 0 <= top <= 50
         seen.add(("left", left)), seen.add(("top", top))
     assert len(seen) == 102
-
-
-@pytest.mark.parametrize("size", [(1, 1), (1, 300), (3, 2)])
-def test_images_smaller_than_the_grid_repeat_their_pixels(size):
-    image = random_image(*size)
-    colours = {tuple(pixel) for pixel in np.asarray(image).reshape(-1, 3).tolist()}
-    target = PixelTask((5, 5)).ask(image, Random(0)).target
-    if size[0] * size[1] < 10:
-        assert {tuple(pixel) for pixel in target.reshape(-1, 3).tolist()} <= colours
-    assert target.shape == (5, 5, 3)
 
 
 def test_a_labelled_codebook_gives_the_known_indices():
@@ -301,21 +241,16 @@ def test_a_quantiser_that_lies_is_found(codes, message):
 @pytest.mark.parametrize(
     "make, message",
     [
+        (lambda: PixelTask((0, 2)), "rows, columns"),
+        (lambda: PixelTask((2.0, 2)), "rows, columns"),
         (lambda: CodebookTask(Palette(), (3, 1)), "does not fit into the 2 x 3 grid"),
-        (lambda: CodebookTask(Palette(), (0, 1)), "block=.*at least 1"),
-        (lambda: CodebookTask(object()), "has no num_codes"),
-        (lambda: PixelTask(templates=[]), "templates is empty"),
-        (lambda: PixelTask(templates="one text"), "pass a list"),
-        (lambda: PixelTask(templates=["{first_row}"]), "unknown field 'first_row'; fields are image, left"),
-        (lambda: PixelTask(templates=["{"]), "cannot be read"),
-        (lambda: PixelTask(templates=["<image> {left}"]), "without <image>"),
-        (lambda: CognitionTransform({}), "must map tasks to rates"),
+        (lambda: CodebookTask(object()), "object is no quantiser"),
+        (lambda: PixelTask(templates="one text"), "list of texts"),
+        (lambda: PixelTask(templates=["{first_row}"]), "first_row.*its fields are image, left"),
+        (lambda: PixelTask(templates=["<image> {left}"]), "write {image} there"),
         (lambda: CognitionTransform({PixelTask(): 1.5}), "1.5 of the task 'pixels'"),
-        (lambda: CognitionTransform({PixelTask(): -0.1}), "-0.1"),
         (lambda: CognitionTransform({PixelTask(): float("nan")}), "nan"),
-        (lambda: CognitionTransform({PixelTask(): True}), "True"),
         (lambda: CognitionTransform({PixelTask: 0.5}), "no task"),
-        (lambda: CognitionTransform({"pixels": 0.5}), "no task"),
         (lambda: CognitionTransform({PixelTask(): 1}, places="end"), "places='end'.*any, after"),
         (lambda: with_cognition({"train": []}, CognitionTransform({PixelTask(): 1})), "dict is no dataset"),
     ],
@@ -333,7 +268,7 @@ def test_senseless_options_are_refused(make, message):
 @pytest.mark.parametrize("mark", ["<image>\n{}", "{}\n<image>", "before <image> {}"])
 def test_pairs_stay_whole_and_the_image_comes_first(parts, system, mark):
     transform = CognitionTransform({PixelTask((1, 1)): 1.0, CodebookTask(Palette(), (1, 1)): 1.0})
-    for number in range(40):
+    for number in range(15):
         before = row(number, parts=parts, system=system, mark="<image>\n{}" if parts else mark)
         kept = pickle.dumps(before)
         after = transform(before)
@@ -348,11 +283,11 @@ def test_pairs_stay_whole_and_the_image_comes_first(parts, system, mark):
 
 def test_places_are_uniform():
     transform, counts = CognitionTransform({PixelTask((1, 1)): 1.0}), Counter()
-    for number in range(2000):
+    for number in range(1200):
         before = row(number)
         counts[inserted(before, transform(before))[0]] += 1
     assert set(counts) == {0, 2, 4, 6}
-    chi = sum((count - 500) ** 2 / 500 for count in counts.values())
+    chi = sum((count - 300) ** 2 / 300 for count in counts.values())
     assert chi < 16.3  # 3 degrees of freedom, p = 0.001
 
 
@@ -423,12 +358,12 @@ def test_images_are_named_and_asked_about_evenly_where_there_are_several():
 def test_rates_are_those_of_many_rows():
     transform = CognitionTransform({PixelTask((1, 1)): 0.3, CodebookTask(Palette(), (1, 1)): 0.8})
     pixels = codes = 0
-    for number in range(2000):
+    for number in range(1000):
         new = transform(row(number))["messages"]
         answers = [message["content"] for message in new if message["role"] == "assistant"]
         pixels += sum(read_pixels(answer, (1, 1)) is not None for answer in answers)
         codes += sum(read_codes(answer, (1, 1), 5) is not None for answer in answers)
-    assert abs(pixels / 2000 - 0.3) < 0.04 and abs(codes / 2000 - 0.8) < 0.04
+    assert abs(pixels / 1000 - 0.3) < 0.05 and abs(codes / 1000 - 0.8) < 0.05
 
 
 def test_a_rate_of_zero_and_rows_without_images_change_nothing():
@@ -465,35 +400,26 @@ def test_file_names_count_and_folders_do_not(tmp_path):
 def test_images_are_read_as_the_processor_reads_them(tmp_path):
     processor = tiny_processor(slime_config(), "chatml")
     processor.image_processor.background = (0, 200, 0)
-    deep = np.full((40, 40), 40000, dtype=np.uint16)
-    turned = Image.new("RGB", (40, 20), (255, 0, 0))
+    turned, exif = Image.new("RGB", (40, 20), (255, 0, 0)), Image.Exif()
     turned.paste((0, 0, 255), (0, 0, 20, 20))  # blue left, red right
-    exif = turned.getexif()
     exif[0x0112] = 6  # turned by a quarter: blue above, red below
     turned.save(tmp_path / "turned.png", exif=exif)
     cases = [
         (Image.new("L", (30, 30), 77), (77, 77, 77)),
         (Image.new("RGBA", (30, 30), (9, 9, 9, 0)), (0, 200, 0)),
-        (Image.new("CMYK", (30, 30), (0, 255, 255, 0)), (255, 0, 0)),
-        (Image.fromarray(deep), (156, 156, 156)),
+        (Image.fromarray(np.full((40, 40), 40000, dtype=np.uint16)), (156, 156, 156)),
         (torch.full((3, 30, 30), 0.2), (51, 51, 51)),
-        (np.full((30, 30, 1), 5, np.uint8), (5, 5, 5)),
     ]
     transform = CognitionTransform({PixelTask((2, 2)): 1.0}, places="after", processor=processor)
     for image, colour in cases:
         new = transform({"messages": row(turns=1)["messages"], "images": [image]})["messages"]
         assert (read_pixels(new[-1]["content"], (2, 2)) == colour).all(), image
     transform = CognitionTransform({PixelTask((2, 1), ["{top}"]): 1.0}, places="after")
-    tops = set()
-    for seed in range(30):
-        transform.seed = seed
+    for transform.seed in range(30):
         new = transform({"messages": row(turns=1)["messages"], "images": [str(tmp_path / "turned.png")]})["messages"]
-        top = int(new[-2]["content"])
-        upper, lower = read_pixels(new[-1]["content"], (2, 1))[:, 0].tolist()
+        top, upper = int(new[-2]["content"]), read_pixels(new[-1]["content"], (2, 1))[0, 0].tolist()
         if abs(top - 25) > 2:  # a pixel belongs to the cell that its centre is in
-            assert (upper == [0, 0, 255]) == (top < 25) and (lower == [255, 0, 0]) == (top > 25)
-            tops.add(top < 25)
-    assert tops == {True, False}
+            assert (upper == [0, 0, 255]) == (top < 25)
 
 
 def test_bad_rows_are_named(tmp_path):
@@ -504,11 +430,6 @@ def test_bad_rows_are_named(tmp_path):
         transform({"messages": row()["messages"]})
     with pytest.raises(ValueError, match=r"Sample '7': .*no existing file"):
         transform({"id": "7", "messages": row()["messages"], "images": [str(tmp_path / "none.png")]})
-    random_image(50, 50).save(tmp_path / "whole.png")
-    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:2000])
-    for broken in (str(tmp_path / "cut.png"), Image.open(tmp_path / "cut.png")):
-        with pytest.raises(ValueError, match=r"Sample '7': .*cannot be decoded"):
-            transform({"id": "7", "messages": row()["messages"], "images": [broken]})
 
 
 # ---- datasets
@@ -539,24 +460,14 @@ def test_datasets_of_both_styles_give_the_same_rows_and_other_ones_in_the_next_e
     assert [texts(one) for one in loader] == [texts(mapped[number]) for number in range(6)]
 
 
-@pytest.mark.parametrize("parts", [False, True])
-def test_map_of_datasets_gives_the_same_rows(parts):
+def test_map_of_datasets_gives_the_same_rows():
     datasets = pytest.importorskip("datasets")
     transform = CognitionTransform({PixelTask((2, 2)): 0.6})
-    rows = [row(number, parts=parts) for number in range(5)]
-    features = datasets.Features(
-        {
-            "id": datasets.Value("string"),
-            "messages": datasets.Dataset.from_list([{"messages": rows[0]["messages"]}]).features["messages"],
-            "images": datasets.List(datasets.Image()),
-        }
-    )
-    whole = datasets.Dataset.from_list(rows, features=features)
+    rows = [row(number, parts=True) for number in range(5)]
+    whole = datasets.Dataset.from_list(rows).cast_column("images", datasets.List(datasets.Image()))
     expected = [texts(transform(one)) for one in whole]
-    assert [texts(one) for one in whole.map(transform)] == expected
-    assert [texts(one) for one in whole.to_iterable_dataset().map(transform)] == expected
-    assert [texts(one) for one in with_cognition(whole, transform)] == expected
-    assert [texts(one) for one in with_cognition(whole.to_iterable_dataset(), transform)] == expected
+    for mapped in (whole.map(transform), whole.to_iterable_dataset().map(transform), with_cognition(whole, transform)):
+        assert [texts(one) for one in mapped] == expected
     assert sum(len(one) > 6 for one in expected) in (2, 3, 4)
 
 

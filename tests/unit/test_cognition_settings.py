@@ -1,13 +1,12 @@
 """Cognition alignment from the plain values of a recipe."""
 
-import inspect
 from random import Random
 
 import numpy as np
 import pytest
 
-from builders import random_image
-from builders_training import conversation
+from builders.tiny import random_image
+from builders.training import conversation
 from hires_lmm.training import get_plan
 from hires_lmm.training.data.cognition import CodebookTask, CognitionTransform, PixelTask, cache_codes
 from hires_lmm.training.data.cognition_settings import TASK_KEYS, build_cognition
@@ -48,7 +47,7 @@ def test_the_rates_of_a_stage_go_before_those_of_the_settings(tmp_path):
     assert [task.grid for task in build_cognition({}, rates={"pixels": 0.5}).rates] == [(4, 4)]
     for stage in get_plan("vlsa") + get_plan("vlsa_cognition", "llama3_8b"):
         assert set(stage.cognition or {}) <= set(TASK_KEYS)
-    with pytest.raises(ValueError, match="must name either cache"):
+    with pytest.raises(ValueError, match="name either cache"):
         build_cognition({}, rates={"codebook": 0.5})
     with pytest.raises(ValueError, match="unknown key 'colour'; keys are pixels, codebook"):
         build_cognition({}, rates={"colour": 0.5})
@@ -72,27 +71,17 @@ def test_a_model_is_loaded_by_name(monkeypatch):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({}, "names no task; add pixels or codebook"),
-        ({"seed": 1}, "names no task"),
+        ({}, "must name a rate for pixels or codebook"),
         ({"pixel": {"rate": 1}}, "unknown key 'pixel'; keys are pixels, codebook, seed, places"),
         ({"pixels": {"rate": 1, "size": 3}}, "cognition.pixels has the unknown key 'size'; keys are rate, grid"),
-        ({"pixels": {"grid": [2, 2]}}, "cognition.pixels has no rate"),
-        ({"pixels": 0.5}, "cognition.pixels=0.5 must be a mapping"),
+        ({"pixels": {"grid": [2, 2]}}, "must name a rate"),
         ({"pixels": {"rate": 2}}, "The rate 2 of the task 'pixels'"),
-        ({"pixels": {"rate": 1, "grid": [0, 2]}}, "at least 1"),
         ({"codebook": {"rate": 1}}, "either cache"),
         ({"codebook": {"rate": 1, "cache": "a", "model": "b"}}, "either cache"),
         ({"codebook": {"rate": 1, "cache": "a", "image_size": 8}}, "either cache"),
-        ({"codebook": {"rate": 1, "cache": "nowhere"}}, "holds no index.json"),
         ("pixels", "must be a mapping"),
     ],
 )
 def test_senseless_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         build_cognition(settings)
-
-
-def test_the_keys_are_those_of_the_tasks():
-    for name, task in (("pixels", PixelTask), ("codebook", CodebookTask)):
-        options = set(inspect.signature(task.__init__).parameters) - {"self", "quantiser"}
-        assert options <= set(TASK_KEYS[name])

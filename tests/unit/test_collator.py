@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from builders import random_image, tiny_processor
-from builders_training import conversation, slime_config, slime_parts
+from builders.tiny import random_image, tiny_processor
+from builders.training import conversation, slime_config, slime_parts
 from hires_lmm.training import HiResLmmCollator, VisionFeatureStore, cache_vision_features
 from hires_lmm.training.image_store import pixel_key
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from builders import tiny_config
+from builders.tiny import tiny_config
 from hires_lmm import PRESETS, HiResLmmConfig
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from builders_fusion import golden_cases, golden_encoder, golden_tensors
+from builders.fusion import golden_cases, golden_encoder, golden_tensors
 from hires_lmm.training.objectives.contrastive_math import (
     compose_answers,
     contrast,

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from builders import random_image, tiny_processor
-from builders_training import slime_config
+from builders.tiny import random_image, tiny_processor
+from builders.training import slime_config
 from hires_lmm.training import HiResLmmCollator
 from hires_lmm.training.data.conversations import (
     LlavaConversations,

@@ -54,12 +54,6 @@ def writes_in_place(tree: ast.Module) -> list[int]:
     return lines
 
 
-def test_the_scan_sees_writers():
-    text = "p.write_text('x')\nopen(f, 'w')\nopen(f)\nnp.save(f, x)\nwrite_text(f, 'x')\n"
-    text += "with replacing(f) as p:\n    save_file(x, p)\nf.open('ab')\nf.open('rb')\nsave_file(x, f)\n"
-    assert writes_in_place(ast.parse(text)) == [1, 2, 4, 8, 10]
-
-
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_files_are_moved_to_their_place(folder):
     found = {}

@@ -1,4 +1,4 @@
-"""Images made to harm: what the fuzz cases of `tests/fuzz` found once, one test each."""
+"""Images made to harm, one test each."""
 
 import io
 import os
@@ -12,8 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from builders_images import picture
-from fuzz.make_images import psd
+from builders.images import picture, psd
 from hires_lmm.processing import image_input_hires_lmm as image_input
 from hires_lmm.processing.image_processing_hires_lmm import HiResLmmImageProcessor
 from hires_lmm.processing.planners_hires_lmm import PLANNERS

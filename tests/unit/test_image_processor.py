@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 from transformers import AutoImageProcessor
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
-from builders_images import FIXTURES, picture, random_sizes
+from builders.images import FIXTURES, picture, random_sizes
 from hires_lmm.processing.image_processing_hires_lmm import HiResLmmImageProcessor
 from hires_lmm.processing.planners_hires_lmm import PLANNERS
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from builders import tiny_config, tiny_model
+from builders.tiny import tiny_config, tiny_model
 from hires_lmm.modeling.logits_hires_lmm import select_positions
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import reference_routing as routing
-from builders import make_batch, random_image, tiny_config, tiny_model, tiny_processor
+from builders.tiny import make_batch, random_image, tiny_config, tiny_model, tiny_processor
 from hires_lmm.modeling.routers_hires_lmm import (
     cosine_scores,
     keep_budget,

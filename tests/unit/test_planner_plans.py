@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from builders_images import random_sizes
+from builders.images import random_sizes
 from hires_lmm.processing.planners_hires_lmm import CROPS_LIMIT, PLANNERS, PlannerLimits, View, ViewPlan
 
 

@@ -7,7 +7,7 @@ import pytest
 from transformers.image_processing_utils import get_patch_output_size, select_best_resolution
 from transformers.models.llava_next.processing_llava_next import LlavaNextProcessor
 
-from builders_images import FIXTURES, random_sizes
+from builders.images import FIXTURES, random_sizes
 from hires_lmm.processing.planners_hires_lmm import BOX_UNIT, PLANNERS, PlannerLimits
 from hires_lmm.processing.token_layout_hires_lmm import TokenLayout, count_tokens
 

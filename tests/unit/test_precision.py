@@ -8,13 +8,12 @@ and sums over many tokens that were taken in half precision are further away, an
 import copy
 import functools
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from builders import make_batch, random_image, tiny_config, tiny_model, tiny_processor, tiny_text_config
-from builders_parts import (
+from builders.tiny import make_batch, random_image, tiny_config, tiny_model, tiny_processor, tiny_text_config
+from builders.parts import (
     SLOTS_OF,
     build_part,
     make_inputs,
@@ -164,34 +163,6 @@ def test_idle_modules_add_zero_in_float16():
 
 
 # --- NaN -----------------------------------------------------------------------------------------------------------
-def broken(kind: type, value: float, dtype=None):
-    """A grey float image with one value that is no number."""
-    array = np.full((30, 40, 3), 0.5, dtype=np.float32)
-    array[3, 4, 1] = value
-    if kind is torch.Tensor:
-        return torch.from_numpy(array).to(dtype)
-    return Image.fromarray(array[:, :, 1]) if kind is Image.Image else array.astype(dtype)
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize(
-    ("kind", "dtype"),
-    [
-        (np.ndarray, np.float16),
-        (np.ndarray, np.float32),
-        (np.ndarray, np.float64),
-        (torch.Tensor, torch.float16),
-        (torch.Tensor, torch.bfloat16),
-        (torch.Tensor, torch.float64),
-        (Image.Image, None),
-    ],
-)
-def test_an_image_that_holds_no_number_is_an_error(kind, dtype, value):
-    processor = tiny_processor(tiny_config("slime"))
-    with pytest.raises(ValueError, match=r"Image 1 holds 1 values that are NaN or infinite"):
-        processor.image_processor([random_image(20, 20), broken(kind, value, dtype)])
-
-
 @functools.cache
 def parts_of(preset: str):
     """A model with few tokens and its processor."""

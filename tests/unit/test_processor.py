@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import AutoProcessor
 
-from builders_images import picture, random_sizes
-from builders_text import tiny_tokenizer
+from builders.images import picture, random_sizes
+from builders.text import tiny_tokenizer
 from hires_lmm.processing.chat_templates_hires_lmm import CHAT_TEMPLATES, answer_prefix_ids, question_prefix_ids
 from hires_lmm.processing.image_processing_hires_lmm import HiResLmmImageProcessor
 from hires_lmm.processing.planners_hires_lmm import PLANNERS

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import reference_silu as reference
-from builders import randomise, tiny_config, tiny_model
+from builders.tiny import randomise, tiny_config, tiny_model
 from hires_lmm import HiResLmmConnectorConfig
 from hires_lmm.modeling.connector_hires_lmm import HiResLmmConnector
 from hires_lmm.modeling.sa_perceiver_hires_lmm import HiResLmmSaPerceiver

@@ -5,7 +5,7 @@ import inspect
 import pytest
 import torch
 
-from builders import make_batch, random_image, tiny_config, tiny_model, tiny_processor
+from builders.tiny import make_batch, random_image, tiny_config, tiny_model, tiny_processor
 from hires_lmm.modeling.routers_hires_lmm import cosine_scores, saliency_scores
 from hires_lmm.modeling.views_hires_lmm import all_finite
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from builders import make_batch, random_image, tiny_config, tiny_model, tiny_processor, tiny_vision_config
-from builders_training import query_former_config, slime_config, slime_parts, training_arguments
+from builders.tiny import make_batch, random_image, tiny_config, tiny_model, tiny_processor, tiny_vision_config
+from builders.training import query_former_config, slime_config, slime_parts, training_arguments
 from hires_lmm.training import Alternation, Stage, alternating_scheduler, get_plan, set_options, summarise
 from hires_lmm.training.callbacks import check_optimizer
 from hires_lmm.training.objectives import gate_balance

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from builders import make_batch, random_image, tiny_config, tiny_model, tiny_processor, tiny_text_config
+from builders.tiny import make_batch, random_image, tiny_config, tiny_model, tiny_processor, tiny_text_config
 from hires_lmm import PRESETS, HiResLmmForConditionalGeneration
 from hires_lmm.modeling.attention_hires_lmm import HiResLmmQueryFormer, sincos_positions
 from reference_routing import SMALL_CONNECTORS

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from builders import random_image
+from builders.tiny import random_image
 from hires_lmm.evaluation import (
     Answer,
     AnswerStore,

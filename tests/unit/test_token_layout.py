@@ -8,7 +8,7 @@ from functools import lru_cache
 
 import pytest
 
-from builders_images import random_sizes
+from builders.images import random_sizes
 from hires_lmm.processing.planners_hires_lmm import PLANNERS, PlannerLimits
 from hires_lmm.processing.token_layout_hires_lmm import TokenCount, TokenLayout, apply_budget, count_tokens
 

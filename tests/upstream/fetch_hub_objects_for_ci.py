@@ -4,7 +4,7 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-from builders import random_image
+from builders.tiny import random_image
 
 
 @cache

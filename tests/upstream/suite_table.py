@@ -2,7 +2,7 @@
 
 from fnmatch import filter as matching
 
-from skips import ROWS, rows_of
+from skips import README, ROWS, rows_of, with_table
 
 
 def test_every_pattern_matches_a_test(collected):
@@ -16,3 +16,8 @@ def test_every_pattern_matches_a_test(collected):
 
 def test_no_test_has_two_rows(collected):
     assert not [test for test in collected if len(rows_of(*test)) > 1]
+
+
+def test_the_page_shows_the_table():
+    text = README.read_text(encoding="utf-8")
+    assert text == with_table(text), "run: python tests/upstream/skips.py"

@@ -4,7 +4,7 @@ import copy
 from contextlib import contextmanager
 from functools import cache
 
-from builders import make_batch, random_image, tiny_config, tiny_processor, tiny_text_config, tiny_vision_config
+from builders.tiny import make_batch, random_image, tiny_config, tiny_processor, tiny_text_config, tiny_vision_config
 from hires_lmm import HiResLmmConfig, HiResLmmForConditionalGeneration
 from reference_routing import SMALL_CONNECTORS
 

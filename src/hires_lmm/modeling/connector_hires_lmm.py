@@ -143,7 +143,7 @@ class HiResLmmConnector(PreTrainedModel):
 
         Args:
             views (`ViewFeatures`): Features of any one image with a global view and a crop.
-            embeddings (`nn.Embedding`): Token embeddings of the language model.
+            embed (`Callable`): Ids to embeddings of the language model.
 
         Returns:
             A scalar zero that depends on every parameter of the connector.

@@ -64,21 +64,13 @@ class CognitionTransform:
     Source: VLSA, OpenReview RLhEGWt94S. The paper inserts at random positions and gives no rates.
     """
 
-    def __init__(
-        self,
-        rates: Mapping[Any, float],
-        seed: int = 0,
-        places: str = "any",
-        processor: Any = None,
-    ):
-        if not isinstance(rates, Mapping) or not rates:
-            raise ValueError(f"rates={rates!r} must map tasks to rates, such as {{PixelTask(): 0.5}}.")
+    def __init__(self, rates: Mapping[Any, float], seed: int = 0, places: str = "any", processor: Any = None):
         for task, rate in rates.items():
-            if isinstance(task, type) or not (hasattr(task, "ask") and hasattr(task, "name")):
+            if isinstance(task, type) or not hasattr(task, "ask"):
                 raise ValueError(
                     f"rates has the key {task!r}, which is no task; use PixelTask() or CodebookTask(...)."
                 )
-            if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate <= 1:
+            if not 0 <= rate <= 1:
                 raise ValueError(f"The rate {rate!r} of the task {task.name!r} must be a number from 0 to 1.")
         if places not in PLACES:
             raise ValueError(f"places={places!r} is unknown; use one of {', '.join(PLACES)}.")
@@ -89,11 +81,7 @@ class CognitionTransform:
         self.pixel_limit = DEFAULT_PIXEL_LIMIT if options is None else options.pixel_limit
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the pass over the data: another one, other questions.
-
-        Args:
-            epoch (`int`): Number of the pass, from 0.
-        """
+        """Choose the pass over the data, from 0: another one, other questions."""
         self.epoch = epoch
 
     def __call__(self, row: dict) -> dict:
@@ -140,12 +128,7 @@ class CognitionTransform:
 
 
 class CognitionDataset(Dataset):
-    """A map-style dataset whose rows pass through a transform when they are read.
-
-    Args:
-        dataset: Rows by number: a torch or `datasets` one, or a list.
-        transform (`CognitionTransform`): The transform.
-    """
+    """A map-style dataset whose rows pass through a transform when they are read."""
 
     def __init__(self, dataset: Any, transform: CognitionTransform):
         self.dataset, self.transform = dataset, transform
@@ -162,12 +145,7 @@ class CognitionDataset(Dataset):
 
 
 class CognitionStream(IterableDataset):
-    """A streamed dataset whose rows pass through a transform when they are read.
-
-    Args:
-        dataset: Rows one after another: a torch or `datasets` iterable dataset.
-        transform (`CognitionTransform`): The transform.
-    """
+    """A streamed dataset whose rows pass through a transform when they are read."""
 
     def __init__(self, dataset: Any, transform: CognitionTransform):
         super().__init__()
@@ -194,11 +172,10 @@ def with_cognition(dataset: Any, transform: CognitionTransform) -> Any:
     Raises:
         ValueError: If it is no dataset.
     """
-    if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__") and not isinstance(dataset, dict):
-        return CognitionDataset(dataset, transform)
-    if hasattr(dataset, "__iter__") and not isinstance(dataset, dict):
-        return CognitionStream(dataset, transform)
-    raise ValueError(f"{type(dataset).__name__} is no dataset; pass one split of rows, a list or a stream.")
+    if isinstance(dataset, dict) or (not hasattr(dataset, "__iter__") and not hasattr(dataset, "__getitem__")):
+        raise ValueError(f"{type(dataset).__name__} is no dataset; pass one split of rows, a list or a stream.")
+    is_mapped = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
+    return (CognitionDataset if is_mapped else CognitionStream)(dataset, transform)
 
 
 def _pass_on_epoch(wrapper: Any, epoch: int) -> None:

@@ -29,26 +29,11 @@ class Quantiser(Protocol):
 
 
 def nearest_codes(vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
-    """Index of the nearest codebook vector.
-
-    Args:
-        vectors (`torch.Tensor` of shape `(..., d)`): Vectors.
-        codebook (`torch.Tensor` of shape `(K, d)`): Codebook.
-
-    Returns:
-        `torch.Tensor` (...) int64; the lowest index among equals.
-
-    Raises:
-        ValueError: If the widths differ, or a vector is NaN or infinite.
+    """Index of the nearest vector of a codebook `(K, d)` for vectors `(..., d)`; the lowest index among equals.
 
     Source: VLSA, OpenReview RLhEGWt94S, eq. 5, which prints the argmin of a similarity; this is the argmin of the
     Euclidean distance, as VQ models define their codes.
     """
-    if codebook.ndim != 2 or vectors.shape[-1] != codebook.shape[1] or not len(codebook):
-        raise ValueError(
-            f"Vectors of shape {tuple(vectors.shape)} have no nearest one in a codebook of {tuple(codebook.shape)}; "
-            "both must end in the same width."
-        )
     centre = codebook.float().mean(dim=0)  # distances do not change, and rounding matters less
     codes = codebook.float() - centre
     flat = vectors.float().flatten(0, -2) - centre
@@ -75,8 +60,6 @@ class VqQuantiser:
     """
 
     def __init__(self, model: Any, image_size: int = 256):
-        if isinstance(image_size, bool) or not isinstance(image_size, int) or image_size < 1:
-            raise ValueError(f"image_size={image_size!r} must be a whole number of pixels of at least 1, such as 256.")
         if not hasattr(model, "encode") or not hasattr(getattr(model, "quantize", None), "embedding"):
             raise ValueError(
                 f"{type(model).__name__} has no encode or no quantize.embedding; pass a diffusers VQModel, or any "
@@ -106,14 +89,7 @@ class VqQuantiser:
 
     @torch.no_grad()
     def __call__(self, images: list[Image.Image]) -> np.ndarray:
-        """Indices of images.
-
-        Args:
-            images (`list[Image.Image]`): n RGB images of any size.
-
-        Returns:
-            `np.ndarray` (n, rows, cols) int64.
-        """
+        """Indices `(n, rows, cols)` int64 of n RGB images of any size."""
         side = (self.image_size, self.image_size)
         arrays = [np.asarray(image.resize(side, Image.Resampling.BICUBIC), dtype=np.float32) for image in images]
         pixels = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2) / 127.5 - 1
@@ -141,19 +117,7 @@ def load_quantiser(name_or_path: str, image_size: int = 256, **kwargs: Any) -> V
 
 
 def check_codes(codes: Any, quantiser: Quantiser, number: int) -> np.ndarray:
-    """Check what a quantiser gave.
-
-    Args:
-        codes: Its result for `number` images.
-        quantiser (`Quantiser`): The quantiser.
-        number (`int`): Images.
-
-    Returns:
-        `np.ndarray` (number, rows, cols) int64.
-
-    Raises:
-        ValueError: If shape, type or range are not as announced.
-    """
+    """Codes `(number, rows, cols)` int64 of so many images, in shape, type and range what the quantiser announces."""
     array = np.asarray(codes)
     shape = (number, *quantiser.grid)
     if array.shape != shape or array.dtype.kind not in "iu":

@@ -8,28 +8,14 @@ from .conversations import IMAGE_MARK
 
 @dataclass(frozen=True)
 class Place:
-    """Where a pair may be put.
-
-    Args:
-        index (`int`): The message that it is put before; the number of messages means the end.
-        moves (`bool`): Whether the image of that message moves to the new question.
-    """
+    """The message that a pair is put before, or the end, and whether the image of that message moves to the pair."""
 
     index: int
     moves: bool = False
 
 
 def find_places(messages: list[dict], image: int, before: bool = True) -> list[Place]:
-    """Places where a question about an image and its answer may stand.
-
-    Args:
-        messages (`list[dict]`): `role` and `content`, a text with `<image>` marks or a list of parts.
-        image (`int`): Number of the image in the conversation, from 0.
-        before (`bool`): Whether the place before the image's turn counts, where the image can move.
-
-    Returns:
-        The places, in order; none if no turn may begin after the image.
-    """
+    """Places, in order, for a question about an image; `before`: also the one where the image would have to move."""
     counts = [_count_images(message["content"]) for message in messages]
     holder = next(index for index in range(len(messages)) if sum(counts[: index + 1]) > image)
     roles = [message["role"] for message in messages]
@@ -41,17 +27,7 @@ def find_places(messages: list[dict], image: int, before: bool = True) -> list[P
 
 
 def insert_pair(messages: list[dict], place: Place, prompt: str, answer: str) -> list[dict]:
-    """Put a question and its answer into messages.
-
-    Args:
-        messages (`list[dict]`): Messages; contents are texts or lists of parts.
-        place (`Place`): One of `find_places`.
-        prompt (`str`): The question.
-        answer (`str`): The answer.
-
-    Returns:
-        New messages; those that do not change are the same objects.
-    """
+    """New messages with a question and its answer, in the form of those beside it; the others are the same objects."""
     neighbour = messages[place.index if place.moves else place.index - 1]
     as_parts = not isinstance(neighbour["content"], str)
     rest = list(messages[place.index :])

@@ -39,44 +39,33 @@ def build_cognition(
     for name in TASK_KEYS:
         _check_keys(f"cognition.{name}", settings.get(name, {}), TASK_KEYS[name])
     if rates is None:
-        rates = {name: _own_rate(name, settings[name]) for name in TASK_KEYS if name in settings}
+        rates = {name: settings[name].get("rate") for name in TASK_KEYS if name in settings}
     _check_keys("The rates of cognition", rates, tuple(TASK_KEYS))
-    if not rates:
-        raise ValueError(f"cognition={settings!r} names no task; add {' or '.join(TASK_KEYS)} with a rate.")
-    makers: dict[str, Callable[[dict], Any]] = {"pixels": lambda options: PixelTask(**options), "codebook": _codebook}
+    if not rates or None in rates.values():
+        raise ValueError(f"cognition={settings!r} must name a rate for pixels or codebook, such as rate: 0.5.")
+    makers: dict[str, Callable] = {"pixels": PixelTask, "codebook": _codebook}
     tasks = {}
     for name, rate in rates.items():
         values = {key: value for key, value in settings.get(name, {}).items() if key != "rate"}
-        tasks[makers[name](values)] = rate
+        tasks[makers[name](**values)] = rate
     options = {key: settings[key] for key in TRANSFORM_KEYS if key in settings}
     return CognitionTransform(tasks, processor=processor, **options)
 
 
-def _own_rate(name: str, values: dict[str, Any]) -> float:
-    """The rate that a task's settings name."""
-    if "rate" not in values:
-        raise ValueError(f"cognition.{name} has no rate; add one from 0 to 1, such as rate: 0.5.")
-    return values["rate"]
-
-
-def _codebook(options: dict[str, Any]) -> CodebookTask:
+def _codebook(cache: str | None = None, model: str | None = None, **options: Any) -> CodebookTask:
     """The task with its quantiser, from a cache or from a model."""
-    loading = {key: options[key] for key in ("image_size", "subfolder") if key in options}
-    rest = {key: value for key, value in options.items() if key in ("block", "templates")}
-    if ("cache" in options) == ("model" in options) or ("cache" in options and loading):
+    loading = {key: options.pop(key) for key in ("image_size", "subfolder") if key in options}
+    if (cache is None) == (model is None) or (cache is not None and loading):
         raise ValueError(
-            f"cognition.codebook={options!r} must name either cache, a folder of cache_codes, or model, a VQ model of "
-            "diffusers, with image_size and subfolder where needed."
+            f"cognition.codebook has cache={cache!r} and model={model!r}; name either cache, a folder of cache_codes, "
+            "or model, a VQ model of diffusers, with image_size and subfolder where needed."
         )
-    quantiser: Quantiser
-    if "cache" in options:
-        quantiser = CachedCodes(options["cache"])
-    else:
-        quantiser = load_quantiser(options["model"], **loading)
-    return CodebookTask(quantiser, **rest)
+    quantiser: Quantiser = load_quantiser(model, **loading) if model is not None else CachedCodes(str(cache))
+    return CodebookTask(quantiser, **options)
 
 
 def _check_keys(where: str, values: Any, known: tuple[str, ...]) -> None:
+    """A mapping with no other keys."""
     if not isinstance(values, dict):
         raise ValueError(f"{where}={values!r} must be a mapping with the keys {', '.join(known)}.")
     unknown = [key for key in values if key not in known]

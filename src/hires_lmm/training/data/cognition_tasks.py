@@ -66,16 +66,7 @@ class PixelTask:
         self.templates = check_templates(templates, PIXEL_FIELDS)
 
     def ask(self, image: Image.Image, rng: Random, image_name: str = IMAGE_NAME) -> CognitionQuery:
-        """Ask about a random region.
-
-        Args:
-            image (`Image.Image`): An upright RGB image.
-            rng (`Random`): Chooses corner and wording.
-            image_name (`str`): What the question calls the image.
-
-        Returns:
-            The question; its target is `(rows, cols, 3)` uint8.
-        """
+        """A question about a random region of an upright RGB image; its target is `(rows, cols, 3)` uint8."""
         left, top = rng.randint(0, 100 - HALF), rng.randint(0, 100 - HALF)
         target = region_colours(image, left, top, self.grid)
         prompt = rng.choice(self.templates).format(
@@ -90,15 +81,11 @@ class PixelTask:
         return CognitionQuery(self.name, prompt, write_pixels(target), target)
 
     def read(self, text: str) -> np.ndarray | None:
-        """The colours `(rows, cols, 3)` of an answer, or None; see `read_pixels`."""
+        """The colours `(rows, cols, 3)` of an answer, or None where it is not exactly that."""
         return read_pixels(text, self.grid)
 
     def score(self, texts: Sequence[str], queries: Sequence[CognitionQuery]) -> dict[str, float]:
-        """Score answers.
-
-        Args:
-            texts (sequence of `str`): Answers of a model.
-            queries (sequence of `CognitionQuery`): What was asked, as many.
+        """Score the answers of a model to queries.
 
         Returns:
             `parsed`, the share of answers that are so many colours, and `error`, the mean absolute difference of a
@@ -133,11 +120,10 @@ class CodebookTask:
         block: Sequence[int] | None = (4, 4),
         templates: Iterable[str] = CODE_TEMPLATES,
     ):
-        missing = [name for name in ("num_codes", "grid", "__call__") if not hasattr(quantiser, name)]
-        if missing:
+        if not (hasattr(quantiser, "num_codes") and hasattr(quantiser, "grid")):
             raise ValueError(
-                f"The quantiser {type(quantiser).__name__} has no {missing[0]}; wrap a VQModel in VqQuantiser, or "
-                "give your object num_codes, grid and a call."
+                f"{type(quantiser).__name__} is no quantiser; wrap a VQModel in VqQuantiser, or give your object "
+                "num_codes, grid and a call."
             )
         self.quantiser = quantiser
         self.grid = check_grid(quantiser.grid, "quantiser.grid")
@@ -150,19 +136,7 @@ class CodebookTask:
         self.templates = check_templates(templates, CODE_FIELDS)
 
     def ask(self, image: Image.Image, rng: Random, image_name: str = IMAGE_NAME) -> CognitionQuery:
-        """Ask about a random block.
-
-        Args:
-            image (`Image.Image`): An upright RGB image.
-            rng (`Random`): Chooses block and wording.
-            image_name (`str`): What the question calls the image.
-
-        Returns:
-            The question; its target is `(rows, cols)` int64.
-
-        Raises:
-            ValueError: If the quantiser gives codes that it did not announce.
-        """
+        """A question about a random block of cells of an upright RGB image; its target is `(rows, cols)` int64."""
         rows, cols = self.block
         row, col = rng.randint(0, self.grid[0] - rows), rng.randint(0, self.grid[1] - cols)
         codes = check_codes(self.quantiser([image]), self.quantiser, 1)[0]
@@ -183,15 +157,11 @@ class CodebookTask:
         return CognitionQuery(self.name, prompt, write_codes(target), target)
 
     def read(self, text: str) -> np.ndarray | None:
-        """The indices `(rows, cols)` of an answer, or None; see `read_codes`."""
+        """The indices `(rows, cols)` of an answer, or None where it is not exactly that."""
         return read_codes(text, self.block, self.quantiser.num_codes)
 
     def score(self, texts: Sequence[str], queries: Sequence[CognitionQuery]) -> dict[str, float]:
-        """Score answers.
-
-        Args:
-            texts (sequence of `str`): Answers of a model.
-            queries (sequence of `CognitionQuery`): What was asked, as many.
+        """Score the answers of a model to queries.
 
         Returns:
             `parsed`, the share of answers that are so many indices, and `accuracy`, the share of right cells, in
@@ -203,17 +173,7 @@ class CodebookTask:
 
 
 def region_colours(image: Image.Image, left: int, top: int, grid: tuple[int, int]) -> np.ndarray:
-    """Mean colours of the cells of a quarter of an image.
-
-    Args:
-        image (`Image.Image`): An RGB image.
-        left (`int`): Left border, per cent of the width, 0 to 50.
-        top (`int`): Upper border, per cent of the height, 0 to 50.
-        grid (`tuple[int, int]`): Rows and columns of cells.
-
-    Returns:
-        `np.ndarray` (rows, cols, 3) uint8. Where cells are smaller than pixels they repeat them.
-    """
+    """Mean colours `(rows, cols, 3)` uint8 of the cells of a quarter of an RGB image; `left` and `top` in per cent."""
     width, height = image.size
     box = (left * width / 100, top * height / 100, (left + HALF) * width / 100, (top + HALF) * height / 100)
     return np.asarray(image.resize((grid[1], grid[0]), Image.Resampling.BOX, box=box))

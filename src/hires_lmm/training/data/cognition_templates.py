@@ -1,24 +1,14 @@
 """How the questions of cognition alignment are worded, and which fields a wording may use."""
 
 from collections.abc import Iterable, Sequence
-from string import Formatter
 
 from .conversations import IMAGE_MARK
 
 
 PIXEL_FIELDS = ("image", "left", "right", "top", "bottom", "rows", "cols")
 CODE_FIELDS = (
-    "image",
-    "num_codes",
-    "last_code",
-    "grid_rows",
-    "grid_cols",
-    "first_row",
-    "last_row",
-    "first_col",
-    "last_col",
-    "rows",
-    "cols",
+    *("image", "num_codes", "last_code", "grid_rows", "grid_cols"),
+    *("first_row", "last_row", "first_col", "last_col", "rows", "cols"),
 )
 
 PIXEL_TEMPLATES = (
@@ -61,33 +51,16 @@ CODE_TEMPLATES = (
 
 
 def check_templates(templates: Iterable[str], fields: Sequence[str]) -> tuple[str, ...]:
-    """Check that wordings can be filled.
-
-    Args:
-        templates (iterable of `str`): Texts with `{field}` places.
-        fields (sequence of `str`): The fields that exist.
-
-    Returns:
-        The templates.
-
-    Raises:
-        ValueError: If there is none, one names an unknown field, or one holds the mark of an image.
-    """
-    if isinstance(templates, str):
-        raise ValueError(f"templates={templates!r} is one text; pass a list of texts.")
-    checked = tuple(templates)
-    if not checked:
-        raise ValueError("templates is empty; pass at least one text, or leave it out for those of the package.")
+    """Wordings as a tuple; each can be filled from the fields and holds no mark of an image."""
+    if isinstance(templates, str) or not (checked := tuple(templates)):
+        raise ValueError(f"templates={templates!r} must be a list of texts; leave it out for those of the package.")
     for template in checked:
-        if not isinstance(template, str) or IMAGE_MARK in template:
-            raise ValueError(f"The template {template!r} must be a text without {IMAGE_MARK}; write {{image}} there.")
+        if IMAGE_MARK in template:
+            raise ValueError(f"The template {template!r} holds {IMAGE_MARK}; write {{image}} there.")
         try:
-            named = [name for _, name, _, _ in Formatter().parse(template) if name is not None]
-        except ValueError as error:
-            raise ValueError(f"The template {template!r} cannot be read ({error}); write {{{{ for a brace.") from error
-        unknown = [name for name in named if name not in fields]
-        if unknown:
+            template.format(**dict.fromkeys(fields, 0))
+        except (KeyError, IndexError, ValueError) as error:
             raise ValueError(
-                f"The template {template!r} has the unknown field {unknown[0]!r}; fields are {', '.join(fields)}."
-            )
+                f"The template {template!r} cannot be filled ({error}); its fields are {', '.join(fields)}."
+            ) from error
     return checked

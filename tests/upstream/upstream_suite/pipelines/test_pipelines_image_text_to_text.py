@@ -3,7 +3,7 @@
 import torch
 from transformers import pipeline
 
-from builders import random_image
+from builders.tiny import random_image
 
 
 CHAT = [

@@ -1,0 +1,43 @@
+"""Seeded sizes and pictures for tests."""
+
+import random
+import struct
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+
+
+def random_sizes(count: int, seed: int = 0) -> list[tuple[int, int]]:
+    """Seeded (height, width) from 1x1 to 10000x300, small and large ones alike, in both orientations."""
+    generator = random.Random(seed)
+    sizes = [(1, 1), (10000, 300), (300, 10000), (1, 10000), (10000, 1)]
+    while len(sizes) < count:
+        size = (int(10 ** generator.uniform(0, 4)), int(10 ** generator.uniform(0, 2.5)))
+        sizes.append(size if generator.random() < 0.5 else size[::-1])
+    return sizes
+
+
+def picture(height: int, width: int, seed: int = 0) -> Image.Image:
+    """A picture of seeded noise."""
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def psd(array: np.ndarray, layers: int, depth: int = 8, mode: int = 3) -> bytes:
+    """A layered file: raw channels of the whole picture, and layers of one pixel each."""
+    height, width = array.shape[:2]
+    records, data = b"", b""
+    for _ in range(layers):
+        channels = b"".join(struct.pack(">hI", channel, 3) for channel in range(3))
+        records += struct.pack(">iiiiH", 0, 0, 1, 1, 3) + channels + b"8BIMnorm\xff\0\0\0" + struct.pack(">I", 12)
+        records += struct.pack(">II", 0, 0) + b"\3abc"
+        data += (b"\0\0" + b"\x80") * 3
+    info = struct.pack(">h", layers) + records + data
+    info += b"\0" * (len(info) % 2)
+    section = struct.pack(">I", len(info)) + info + struct.pack(">I", 0) if layers else b""
+    header = b"8BPS\0\1" + b"\0" * 6 + struct.pack(">HIIHH", 3, height, width, depth, mode)
+    body = b"\0\0" + b"".join(array[:, :, channel].tobytes() for channel in range(3))
+    return header + struct.pack(">II", 0, 0) + struct.pack(">I", len(section)) + section + body
