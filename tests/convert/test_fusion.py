@@ -17,12 +17,14 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokeniz
 from typer.testing import CliRunner
 
 from builders_fusion import golden_cases, golden_encoder, golden_tensors
+from hires_lmm import HiResLmmConfig
 from hires_lmm.cli import app
 from hires_lmm.conversion import ConversionError, convert_fusion
-from hires_lmm.conversion.checkpoint import model_config, model_shapes
-from hires_lmm.conversion.fusion import add_unused_norm, key_table, settings_of
+from hires_lmm.conversion.configs import model_shapes
+from hires_lmm.conversion.fusion import key_table, settings_of, unused_norm
 from hires_lmm.conversion.fusion_source import question_tokens, read_released
 from hires_lmm.conversion.mapping import check_complete, map_backward, map_forward
+from hires_lmm.conversion.pipeline import add_tensors
 from hires_lmm.conversion.tensors import Entry, entry_of
 from hires_lmm.training.objectives import Call, Contrastive, StepValues
 from hires_lmm.training.objectives.contrastive import AnswerColumn
@@ -133,8 +135,8 @@ def test_every_key_is_used_once_and_fits_at_true_sizes(num_queries, tmp_path):
     write_json(tmp_path / "config.json", values)
     released = read_released(tmp_path)
     rules = key_table([*range(49408, 49408 + num_queries - 1), 49407])
-    config = model_config(
-        torch.bfloat16,
+    config = HiResLmmConfig(
+        dtype=torch.bfloat16,
         vision_config=released.vision_config,
         text_config=released.text_config,
         image_token_id=31999,
@@ -142,7 +144,7 @@ def test_every_key_is_used_once_and_fits_at_true_sizes(num_queries, tmp_path):
     )
     mapped = map_forward(rules, entries)
     back = map_backward(rules, dict(mapped.entries))
-    add_unused_norm(mapped, config)
+    add_tensors(mapped, unused_norm(config))
     check_complete(mapped, model_shapes(config), rules)
     assert sorted(record["source"] for record in mapped.records if record["source"]) == sorted(entries)
     targets = [target for record in mapped.records for target in record["targets"]]

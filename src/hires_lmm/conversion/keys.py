@@ -5,7 +5,7 @@ are carried over to the other side.
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -23,19 +23,16 @@ class Rename:
     source: str
     target: str
 
-    @property
-    def targets(self) -> tuple[str, ...]:
-        """Names in our checkpoint."""
-        return (self.target,)
-
     kind = "rename"
 
+    @property
+    def targets(self) -> tuple[str, ...]:
+        return (self.target,)
+
     def forward(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """Foreign tensor -> our tensors."""
         return [tensor]
 
     def backward(self, tensors: list[torch.Tensor]) -> torch.Tensor:
-        """Our tensors -> foreign tensor."""
         return tensors[0]
 
 
@@ -54,18 +51,12 @@ class SplitRows:
     kind = "split rows"
 
     def forward(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """Foreign tensor -> our tensors.
-
-        Raises:
-            ValueError: If the rows cannot be divided evenly.
-        """
         rows = tensor.shape[0] if tensor.ndim else 0
         if not rows or rows % len(self.targets):
             raise ValueError(f"{self.source} has {rows} rows, which {len(self.targets)} does not divide.")
-        return [part.contiguous() for part in tensor.chunk(len(self.targets))]
+        return list(tensor.chunk(len(self.targets)))
 
     def backward(self, tensors: list[torch.Tensor]) -> torch.Tensor:
-        """Our tensors -> foreign tensor."""
         return torch.cat(tensors)
 
 
@@ -83,31 +74,24 @@ class Squeeze:
     target: str
     axes: int
 
-    @property
-    def targets(self) -> tuple[str, ...]:
-        """Names in our checkpoint."""
-        return (self.target,)
-
     kind = "leading axes removed"
 
-    def forward(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """Foreign tensor -> our tensors.
+    @property
+    def targets(self) -> tuple[str, ...]:
+        return (self.target,)
 
-        Raises:
-            ValueError: If the axes are longer than one.
-        """
+    def forward(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         if tensor.ndim < self.axes or any(size != 1 for size in tensor.shape[: self.axes]):
             raise ValueError(f"{self.source} has the shape {tuple(tensor.shape)}; its first {self.axes} must be 1.")
         return [tensor.reshape(tensor.shape[self.axes :])]
 
     def backward(self, tensors: list[torch.Tensor]) -> torch.Tensor:
-        """Our tensors -> foreign tensor."""
         return tensors[0][(None,) * self.axes]
 
 
 @dataclass(frozen=True)
 class TakeRows:
-    """One table that becomes a table, and a second one of some of its rows.
+    """One table that becomes a table, and a second one of some of its rows; backwards these rows are written over it.
 
     Args:
         source (`str`): Name in the foreign checkpoint.
@@ -122,18 +106,12 @@ class TakeRows:
     kind = "table and chosen rows"
 
     def forward(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """Foreign tensor -> our tensors.
-
-        Raises:
-            ValueError: If the table has too few rows.
-        """
         rows = tensor.shape[0] if tensor.ndim else 0
         if max(self.rows) >= rows:
             raise ValueError(f"{self.source} has {rows} rows, so no row {max(self.rows)}.")
         return [tensor, tensor[list(self.rows)]]
 
     def backward(self, tensors: list[torch.Tensor]) -> torch.Tensor:
-        """Our tensors -> foreign tensor; the chosen rows are written into the table."""
         table = tensors[0].clone()
         table[list(self.rows)] = tensors[1]
         return table
@@ -157,22 +135,16 @@ class Constant:
     targets = ()
 
     def forward(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """Check the value; nothing is written.
-
-        Raises:
-            ValueError: If the value differs.
-        """
         if not tensor.is_meta and tensor.float().flatten().tolist() != list(self.value):
             raise ValueError(f"{self.source} holds {tensor.tolist()}, expected {list(self.value)}.")
         return []
 
     def backward(self, tensors: list[torch.Tensor]) -> torch.Tensor:
-        """The constant."""
         return torch.tensor(self.value, dtype=self.dtype)
 
 
 @dataclass(frozen=True)
-class Aside:
+class Unused:
     """A tensor that our model does not use; where there is a way back, a side file keeps it.
 
     Args:
@@ -185,19 +157,15 @@ class Aside:
     targets = ()
 
     def forward(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """Nothing of ours."""
         return []
 
     def backward(self, tensors: list[torch.Tensor]) -> torch.Tensor:
-        """There is nothing to make it from.
-
-        Raises:
-            ValueError: Always.
-        """
         raise ValueError(f"{self.source} can only come from the side file of a conversion.")
 
 
-Rule = Rename | SplitRows | Squeeze | TakeRows | Constant | Aside
+Rule = Rename | SplitRows | Squeeze | TakeRows | Constant | Unused
+"""`forward`: foreign tensor -> our tensors, a ValueError where its shape or value does not fit; `backward`: the way
+back. Both run on meta tensors too."""
 
 
 @dataclass(frozen=True)
@@ -213,20 +181,6 @@ class KeyMatch:
     source: str
     targets: tuple[str, ...]
     rule: Rule
-
-
-def _pattern(name: str) -> re.Pattern:
-    """A regular expression with one group a wildcard."""
-    pieces = re.split(r"(\{\}|\*\*)", name)
-    return re.compile(
-        "".join({"{}": r"([^.]+)", "**": r"(.+)"}.get(piece, re.escape(piece)) for piece in pieces) + r"\Z"
-    )
-
-
-def _fill(name: str, values: Iterable[str]) -> str:
-    """Put the values of wildcards into a name."""
-    iterator = iter(values)
-    return re.sub(r"\{\}|\*\*", lambda _: next(iterator), name)
 
 
 def match_sources(rules: list[Rule], keys: Iterable[str]) -> tuple[list[KeyMatch], list[str]]:
@@ -278,17 +232,15 @@ def match_targets(rules: list[Rule], keys: Iterable[str]) -> tuple[list[KeyMatch
     return list(matches.values()), unknown
 
 
-def convert_tensors(
-    matches: list[KeyMatch], read: Callable[[str], torch.Tensor]
-) -> Iterator[tuple[KeyMatch, list[tuple[str, torch.Tensor]]]]:
-    """Convert matched tensors one after another.
+def _pattern(name: str) -> re.Pattern:
+    """A regular expression with one group a wildcard."""
+    pieces = re.split(r"(\{\}|\*\*)", name)
+    return re.compile(
+        "".join({"{}": r"([^.]+)", "**": r"(.+)"}.get(piece, re.escape(piece)) for piece in pieces) + r"\Z"
+    )
 
-    Args:
-        matches (`list[KeyMatch]`): From `match_sources`.
-        read (`Callable`): Foreign key -> tensor.
 
-    Returns:
-        An iterator over the matches with the names and tensors of ours.
-    """
-    for match in matches:
-        yield match, list(zip(match.targets, match.rule.forward(read(match.source)), strict=True))
+def _fill(name: str, values: Iterable[str]) -> str:
+    """Put the values of wildcards into a name."""
+    iterator = iter(values)
+    return re.sub(r"\{\}|\*\*", lambda _: next(iterator), name)

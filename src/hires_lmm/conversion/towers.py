@@ -5,10 +5,10 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from .checkpoint import BOOKKEEPING, build_config
-from .errors import ConversionError
-from .hub import expanded, resolve_folder
-from .tensors import Entries, folder_entries, read_json, read_object, shown
+from .configs import known_fields
+from .errors import ConversionError, readable
+from .hub import resolve_folder
+from .tensors import Entries, folder_entries, read_json
 
 
 KNOWN_TOWERS = {
@@ -44,18 +44,15 @@ def tower_config(values: dict, name: str) -> Any:
         ConversionError: If it belongs to no family with a tower for views of one size.
     """
     model_type = values.get("model_type")
-    if not isinstance(model_type, str):
-        raise ConversionError(f"{name} has model_type={shown(model_type)}, which names no family of models.")
     if model_type in COMPOSITES:
         projection = {key: values[key] for key in ("projection_dim",) if key in values and model_type == "clip"}
-        values = {**projection, **read_object(values, "vision_config", name), "model_type": COMPOSITES[model_type]}
-        model_type = values["model_type"]
+        model_type = COMPOSITES[model_type]
+        values = {**projection, **(values.get("vision_config") or {})}
     if model_type not in COMPOSITES.values():
         known = ", ".join([*COMPOSITES.values(), *COMPOSITES])
         raise ConversionError(f"{name} describes a model of type {model_type!r}; vision towers can be: {known}.")
-    known_fields = {*AutoConfig.for_model(model_type).to_dict(), "vision_use_head"}
-    fields = {key: value for key, value in values.items() if key in known_fields - BOOKKEEPING}
-    return build_config(AutoConfig.for_model, "The vision tower's configuration", model_type=model_type, **fields)
+    with readable(f"The vision tower's configuration in {name}"):
+        return AutoConfig.for_model(model_type, **known_fields(values, model_type, "vision_use_head"))
 
 
 def tower_entries(folder: Path) -> Entries:
@@ -70,8 +67,7 @@ def tower_entries(folder: Path) -> Entries:
     entries = folder_entries(folder)
     inside = {key.removeprefix("vision_model."): entry for key, entry in entries.items() if key.startswith("vision_")}
     inside = {key: entry for key, entry in inside.items() if f"vision_model.{key}" in entries}
-    found = inside or entries
-    found = {key: entry for key, entry in found.items() if not key.startswith(_UNREAD)}
+    found = {key: entry for key, entry in (inside or entries).items() if not key.startswith(_UNREAD)}
     if "embeddings.patch_embedding.weight" not in found:
         raise ConversionError(f"{folder.name} holds no vision tower: it has no embeddings.patch_embedding.weight.")
     return found
@@ -91,15 +87,14 @@ def find_tower(choice: str | Path | None, name: str | None, folder: Path) -> tup
     Raises:
         ConversionError: If nothing tells which tower it is.
     """
-    if choice is not None and expanded(choice).is_file():
-        return tower_config(read_json(expanded(choice).resolve()), str(choice)), None
-    if name is not None and not isinstance(name, str):
-        raise ConversionError(f"mm_vision_tower={shown(name)} of the released configuration names no vision tower.")
+    if choice is not None and Path(choice).expanduser().is_file():
+        return tower_config(read_json(Path(choice).expanduser()), str(choice)), None
     if choice is None and (folder / "vision_config.json").is_file():
         return tower_config(read_json(folder / "vision_config.json"), "vision_config.json"), None
     if choice is None and name in KNOWN_TOWERS:
         return tower_config(dict(KNOWN_TOWERS[name]), name), None
-    if choice is None and name is None:
+    chosen = choice if choice is not None else name
+    if chosen is None:
         raise ConversionError("The released configuration names no mm_vision_tower; pass vision_config.")
-    tower = resolve_folder(str(choice if choice is not None else name), "The vision tower")
+    tower = resolve_folder(chosen, "The vision tower")
     return tower_config(read_json(tower / "config.json"), tower.name), tower
