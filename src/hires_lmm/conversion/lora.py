@@ -89,10 +89,10 @@ def merge_adapter(entries: Entries, adapter: Entries, config: dict) -> Entries:
         elif key not in entries:
             problems.append(("missing", key, "the adapter changes it, but the base does not have it"))
         else:
-            weight, down, up = entries[key], sides["A"].meta(), sides["B"].meta()
-            shape = _product_shape(down, up, config)
+            weight, down, up = entries[key], sides["A"], sides["B"]
+            shape = _product_shape(down.shape, up.shape, config)
             if shape == weight.shape:
-                merged[key] = _merged(weight, sides["A"], sides["B"], config)
+                merged[key] = _merged(weight, down, up, config)
             else:
                 wrong = f"{weight.shape}, but B A gives {shape}" if shape else f"A is {down.shape} and B is {up.shape}"
                 problems.append(("mis-shaped", key, wrong))
@@ -101,12 +101,11 @@ def merge_adapter(entries: Entries, adapter: Entries, config: dict) -> Entries:
     return merged
 
 
-def _product_shape(down: torch.Tensor, up: torch.Tensor, config: dict) -> tuple[int, ...] | None:
+def _product_shape(down: tuple[int, ...], up: tuple[int, ...], config: dict) -> tuple[int, ...] | None:
     """The shape of B A, turned where the base keeps its weights so; None where there is no product."""
-    if down.ndim != 2 or up.ndim != 2 or up.shape[1] != down.shape[0]:
+    if len(down) != 2 or len(up) != 2 or up[1] != down[0]:
         return None
-    shape = (up.shape[0], down.shape[1])
-    return shape[::-1] if config.get("fan_in_fan_out") else shape
+    return (down[1], up[0]) if config.get("fan_in_fan_out") else (up[0], down[1])
 
 
 def _merged(weight: Entry, down: Entry, up: Entry, config: dict) -> Entry:

@@ -9,8 +9,8 @@ from .keys import Constant, KeyMatch, Rule, Unused, match_sources, match_targets
 from .tensors import Entries, Entry
 
 
-MEAN_ROWS = 4096
-"""Rows of a table of embeddings that are widened to float32 at a time."""
+ROWS = 16384
+"""Rows of a table of embeddings that are copied at a time."""
 
 
 @dataclass
@@ -132,10 +132,13 @@ def grow_rows(entry: Entry, rows: int) -> Entry:
         return entry
 
     def read() -> torch.Tensor:
-        table = entry.read()
-        total = sum(part.float().sum(dim=0) for part in table.split(MEAN_ROWS))
-        grown = table.new_empty((rows, *table.shape[1:]))
-        grown[:old], grown[old:] = table, total / old
+        grown = torch.empty((rows, *entry.shape[1:]), dtype=entry.dtype)
+        total = torch.zeros(entry.shape[1:])
+        for start in range(0, old, ROWS):  # read anew each time, so that no other rows of the file stay in memory
+            part = entry.read()[start : start + ROWS]
+            grown[start : start + len(part)] = part
+            total += part.float().sum(dim=0)
+        grown[old:] = total / old
         return grown
 
     note = "; ".join(filter(None, [entry.note, f"{rows - old} row(s) added for the image token"]))

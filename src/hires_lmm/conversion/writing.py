@@ -95,8 +95,8 @@ def write_tensors(
 
 
 def _alone(tensor: torch.Tensor, others: dict[str, torch.Tensor]) -> torch.Tensor:
-    """A tensor with memory of its own, as safetensors wants it."""
-    tensor = tensor.detach().contiguous()
-    storage = tensor.untyped_storage()
-    shared = any(storage.data_ptr() == other.untyped_storage().data_ptr() for other in others.values())
-    return tensor.clone() if shared or storage.nbytes() > tensor.nbytes else tensor
+    """A tensor that shares no memory with others of its shard, as safetensors wants it."""
+    tensor = tensor.contiguous()
+    start = tensor.untyped_storage().data_ptr()
+    shared = any(start == other.untyped_storage().data_ptr() for other in others.values())
+    return tensor.clone() if shared else tensor
