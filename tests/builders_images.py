@@ -1,13 +1,9 @@
 """Seeded sizes and pictures for tests."""
 
 import random
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
-
-
-FIXTURES = Path(__file__).parent / "fixtures"
 
 
 def random_sizes(count: int, seed: int = 0) -> list[tuple[int, int]]:

@@ -24,11 +24,12 @@ from convert_tools import (
     write_released,
     write_tower,
 )
-from fusion_tools import released_config, write_released_fusion
 from safetensors.torch import load_file, save_file
 from test_llava_next import save_source, their_model
 
 from builders import tiny_config, tiny_model, tiny_processor
+from golden.fusion import released_config
+from golden.fusion import write_released as write_released_fusion
 from hires_lmm.conversion import (
     ConversionError,
     convert_fusion,
