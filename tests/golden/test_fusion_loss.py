@@ -91,7 +91,7 @@ def test_loss_and_gradients_as_pure_functions():
     found = measure(MODEL, GOLDEN.under("weight."), GOLDEN.tensors, states, slots, LOSS)
     assert torch.equal(found["cl.text_outlier_mask"], GOLDEN["output.cl.text_outlier_mask"])
     for name, value in found.items():
-        GOLDEN.close(value, f"output.{name}", atol=1e-5)
+        GOLDEN.close(value, f"output.{name}", atol=1e-5, rtol=1e-4 if ".grad." in name else 0)
     for name, key in (("contrastive", "loss_contrastive"), ("identity", "loss_identity"), ("total", "loss")):
         assert found[f"cl.{key}"].item() == pytest.approx(LOSS[name], abs=1e-5)
 
@@ -109,7 +109,7 @@ def test_answers_are_composed_as_released():
 def test_loss_and_gradients_of_the_objective_on_the_model():
     weights = {**released_weights(), **GOLDEN.under("weight.")}
     for name, value in objective_on_model(MODEL, weights, GOLDEN.tensors, LOSS).items():
-        GOLDEN.close(value, f"output.{name}")
+        GOLDEN.close(value, f"output.{name}", rtol=0)
 
 
 # ---- for a set at other sizes

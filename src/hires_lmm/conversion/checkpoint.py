@@ -27,16 +27,7 @@ LIBRARIES = ("torch", "transformers", "safetensors", "huggingface_hub")
 
 
 def save_assets(folder: Path, config: Any, assets: PromptAssets) -> HiResLmmImageProcessor:
-    """Save processor and generation configuration.
-
-    Args:
-        folder (`Path`): The checkpoint.
-        config (`HiResLmmConfig`): Its configuration.
-        assets (`PromptAssets`): Tokenizer, numbers of the tower, generation defaults.
-
-    Returns:
-        The image processor; it is all that is saved where there is no tokenizer.
-    """
+    """Save processor and generation configuration; without a tokenizer the image processor is the processor."""
     if assets.generation is not None:
         with readable("The generation configuration"):
             GenerationConfig(**assets.generation).save_pretrained(folder)
@@ -81,16 +72,7 @@ def versions() -> dict[str, str]:
 
 
 def finish_report(report: dict, mapped: Mapped, entries: Entries) -> dict:
-    """Complete a report with one record a source tensor.
-
-    Args:
-        report (`dict`): What the conversion says about itself.
-        mapped (`Mapped`): Its table.
-        entries (`Entries`): The tensors of ours as they are written.
-
-    Returns:
-        The report.
-    """
+    """Complete a report with one record a source tensor; `entries` are the tensors of ours as they are written."""
     tensors = []
     for record in mapped.records:
         found = {name: entries[name] for name in record["targets"]}

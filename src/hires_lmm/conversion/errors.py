@@ -13,14 +13,7 @@ class ConversionError(ValueError):
 
 @contextmanager
 def readable(what: str) -> Iterator[None]:
-    """Turn what libraries and readers raise over a foreign file, errors of many types, into one that names it.
-
-    Args:
-        what (`str`): What is read or built, as the beginning of a sentence.
-
-    Raises:
-        ConversionError: In place of every other exception.
-    """
+    """Turn what libraries and readers raise over a foreign file, errors of many types, into one that names it."""
     try:
         yield
     except ConversionError:

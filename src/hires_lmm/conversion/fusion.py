@@ -28,14 +28,7 @@ UNUSED_NORM = "model.vision_tower.post_layernorm."
 
 
 def key_table(slots: list[int]) -> list[Rule]:
-    """The key table of a released checkpoint.
-
-    Args:
-        slots (`list[int]`): Row of each slot in the released table of word embeddings.
-
-    Returns:
-        Rules that cover every tensor of the checkpoint.
-    """
+    """The key table of a released checkpoint, whose slots stand in these rows of its table of words."""
     words = TakeRows(
         f"{_FUSION}embed_tokens.weight", (f"{_OP}model.embed_tokens.weight", f"{_OP}queries"), tuple(slots)
     )

@@ -36,14 +36,9 @@ TOWER_SWITCHES = {
 class Released:
     """The configuration of a released checkpoint, read.
 
-    Args:
-        vision_config: The tower.
-        text_config: The language model.
-        fusion (`dict`): Sizes of the fusion transformer, by their names in a Llama configuration.
-        num_queries (`int`): Slots of the block of the first turn, the end slot included.
-        later_queries (`int`): Slots of the block of later turns.
-        has_placeholders (`bool`): Whether every slot has a token of its own; otherwise all are the padding token.
-        max_crops (`int`): Most crops of an image.
+    `fusion` has the sizes of the fusion transformer by their names in a Llama configuration; `num_queries` and
+    `later_queries` are the slots of the first turn's block and of later ones, the end slot counted.
+    `has_placeholders`: every slot has a token of its own; otherwise all are the padding token.
     """
 
     vision_config: Any
@@ -56,14 +51,7 @@ class Released:
 
 
 def read_released(folder: Path) -> Released:
-    """Read the configuration of a released checkpoint.
-
-    Args:
-        folder (`Path`): The checkpoint.
-
-    Raises:
-        ConversionError: If it is of another class, or uses an option without a counterpart here.
-    """
+    """Read the configuration of a released checkpoint; options without a counterpart here are refused."""
     values = read_json(folder / "config.json")
     inner = values.get("imgque_config") or {}
     found = (values.get("model_type"), inner.get("model_type"), values.get("fusion_name"))
@@ -126,18 +114,7 @@ def _fusion_sizes(inner: dict) -> dict:
 
 
 def question_tokens(folder: Path, released: Released) -> tuple[Any, list[int]]:
-    """The tokenizer of questions and the ids of the slots.
-
-    Args:
-        folder (`Path`): The checkpoint, with the folder `clip`.
-        released (`Released`): Its configuration.
-
-    Returns:
-        The tokenizer, and one id a slot: those of the placeholders, or of the padding token, and the end token last.
-
-    Raises:
-        ConversionError: If there is no such tokenizer, or it has fewer tokens than the slots need.
-    """
+    """The tokenizer of questions and one id a slot: placeholders (or the padding token), and the end token last."""
     tokenizer = load_tokenizer(folder / QUESTION_FOLDER)
     if tokenizer is None:
         raise ConversionError(

@@ -18,19 +18,7 @@ def is_repository(name: str | Path | None) -> bool:
 
 
 def resolve_folder(name: str | Path, what: str) -> Path:
-    """Find a checkpoint.
-
-    Args:
-        name (`str` or `Path`): A folder, or a repository on the Hub; pickles are fetched only where there is nothing
-            else.
-        what (`str`): What it is, for messages.
-
-    Returns:
-        The folder.
-
-    Raises:
-        ConversionError: If it is neither, or cannot be downloaded.
-    """
+    """The folder of a checkpoint, downloaded if it is a repository; pickles only where there is nothing else."""
     if Path(name).expanduser().is_dir():
         return Path(name).expanduser()
     if not is_repository(name):

@@ -1,7 +1,7 @@
 """Key tables: which tensor of one checkpoint becomes which tensor of another, in both directions.
 
-A table is a list of rules. In a name, `{}` stands for one piece between dots and `**` for the rest of the key; both
-are carried over to the other side.
+A table is a list of rules, each from a `source`, the name in the foreign checkpoint, to names in ours. In a name, `{}`
+stands for one piece between dots and `**` for the rest of the key; both are carried over to the other side.
 """
 
 import re
@@ -13,12 +13,7 @@ import torch
 
 @dataclass(frozen=True)
 class Rename:
-    """One tensor, other name.
-
-    Args:
-        source (`str`): Name in the foreign checkpoint.
-        target (`str`): Name in ours.
-    """
+    """One tensor, other name."""
 
     source: str
     target: str
@@ -38,12 +33,7 @@ class Rename:
 
 @dataclass(frozen=True)
 class SplitRows:
-    """One tensor whose rows are several tensors stacked, such as a fused attention projection.
-
-    Args:
-        source (`str`): Name in the foreign checkpoint.
-        targets (`tuple[str]`): Names in ours, in row order; all of equal size.
-    """
+    """One tensor whose rows are several tensors of equal size stacked, such as a fused attention projection."""
 
     source: str
     targets: tuple[str, ...]
@@ -62,13 +52,7 @@ class SplitRows:
 
 @dataclass(frozen=True)
 class Squeeze:
-    """One tensor without its leading axes of length one.
-
-    Args:
-        source (`str`): Name in the foreign checkpoint.
-        target (`str`): Name in ours.
-        axes (`int`): How many axes go.
-    """
+    """One tensor without its leading axes of length one."""
 
     source: str
     target: str
@@ -91,13 +75,7 @@ class Squeeze:
 
 @dataclass(frozen=True)
 class TakeRows:
-    """One table that becomes a table, and a second one of some of its rows; backwards these rows are written over it.
-
-    Args:
-        source (`str`): Name in the foreign checkpoint.
-        targets (`tuple[str, str]`): Names in ours: the whole table, and the chosen rows.
-        rows (`tuple[int]`): The chosen rows, in order.
-    """
+    """One table that becomes a table and a second one of some of its rows; backwards these are written over it."""
 
     source: str
     targets: tuple[str, str]
@@ -119,13 +97,7 @@ class TakeRows:
 
 @dataclass(frozen=True)
 class Constant:
-    """A tensor that every foreign checkpoint holds with the same value and that ours does not need.
-
-    Args:
-        source (`str`): Name in the foreign checkpoint.
-        value (`tuple[float]`): Its elements.
-        dtype (`torch.dtype`): Its dtype.
-    """
+    """A tensor that every foreign checkpoint holds with the same value and that ours does not need."""
 
     source: str
     value: tuple[float, ...]
@@ -145,11 +117,7 @@ class Constant:
 
 @dataclass(frozen=True)
 class Unused:
-    """A tensor that our model does not use; where there is a way back, a side file keeps it.
-
-    Args:
-        source (`str`): Name in the foreign checkpoint.
-    """
+    """A tensor that our model does not use; where there is a way back, a side file keeps it."""
 
     source: str
 
@@ -170,13 +138,7 @@ back. Both run on meta tensors too."""
 
 @dataclass(frozen=True)
 class KeyMatch:
-    """A rule applied to one concrete key.
-
-    Args:
-        source (`str`): Concrete foreign key.
-        targets (`tuple[str]`): Concrete keys of ours.
-        rule (`Rule`): The rule.
-    """
+    """A rule applied to one concrete key: its names without wildcards."""
 
     source: str
     targets: tuple[str, ...]
@@ -184,15 +146,7 @@ class KeyMatch:
 
 
 def match_sources(rules: list[Rule], keys: Iterable[str]) -> tuple[list[KeyMatch], list[str]]:
-    """Apply a table to the keys of a foreign checkpoint.
-
-    Args:
-        rules (`list[Rule]`): The table; the first rule that fits a key wins.
-        keys (`Iterable[str]`): Foreign keys.
-
-    Returns:
-        The matches in the order of the keys, and the keys that no rule knows.
-    """
+    """Apply a table to foreign keys (the first rule that fits wins); returns matches, and keys that no rule knows."""
     patterns = [(_pattern(rule.source), rule) for rule in rules]
     matches, unknown = [], []
     for key in keys:
@@ -207,15 +161,7 @@ def match_sources(rules: list[Rule], keys: Iterable[str]) -> tuple[list[KeyMatch
 
 
 def match_targets(rules: list[Rule], keys: Iterable[str]) -> tuple[list[KeyMatch], list[str]]:
-    """Apply a table backwards, to the keys of our checkpoint.
-
-    Args:
-        rules (`list[Rule]`): The table; the first rule that fits a key wins.
-        keys (`Iterable[str]`): Our keys.
-
-    Returns:
-        One match a foreign tensor, in the order of the keys, and our keys that no rule knows.
-    """
+    """Apply a table backwards to our keys; returns one match a foreign tensor, and keys that no rule knows."""
     patterns = [(_pattern(name), rule) for rule in rules for name in rule.targets]
     matches: dict[str, KeyMatch] = {}
     unknown = []

@@ -122,18 +122,7 @@ def plain_head(text_config: Any) -> None:
 
 
 def settings_of(theirs: Any, folder: Path) -> dict:
-    """Read the multimodal options of a LLaVA-NeXT configuration.
-
-    Args:
-        theirs (`LlavaNextConfig`): The configuration.
-        folder (`Path`): Its folder, whose image processor must agree.
-
-    Returns:
-        Fields of `HiResLmmConfig`.
-
-    Raises:
-        ConversionError: If an option has no counterpart here.
-    """
+    """The multimodal options as fields of `HiResLmmConfig`; the image processor in the folder must agree with them."""
     tower = theirs.vision_config.model_type
     if tower not in PREFIX_TOKENS:
         raise ConversionError(f"The tower {tower!r} is not supported; known are {', '.join(PREFIX_TOKENS)}.")
@@ -173,12 +162,7 @@ def _compare_processor(folder: Path, pinpoints: list, image_size: int) -> None:
 
 
 def tie_rules(theirs: Any, entries: Entries) -> list[Rule]:
-    """The key table; where input and output embeddings are one tensor, a second copy of it is not used.
-
-    Args:
-        theirs (`LlavaNextConfig`): The configuration; `text_config.tie_word_embeddings` is set to what holds.
-        entries (`Entries`): The tensors.
-    """
+    """The key table; where both embeddings are one tensor, a second copy is unused (and `text_config` is told so)."""
     text = theirs.text_config
     has_head = any(name in entries for name in HEADS)
     tied = theirs.tie_word_embeddings or (text.tie_word_embeddings and not has_head)

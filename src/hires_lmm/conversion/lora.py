@@ -59,19 +59,7 @@ def adapter_entries(folder: Path) -> Entries:
 
 
 def merge_adapter(entries: Entries, adapter: Entries, config: dict) -> Entries:
-    """Add an adapter to the weights it belongs to.
-
-    Args:
-        entries (`Entries`): The base weights.
-        adapter (`Entries`): `….lora_A.weight` and `….lora_B.weight`, without the prefix of peft.
-        config (`dict`): `adapter_config.json`.
-
-    Returns:
-        All entries, the adapted ones merged.
-
-    Raises:
-        ConversionError: With a table of tensors that do not belong together.
-    """
+    """Add an adapter (`….lora_A.weight`, `….lora_B.weight`) to the weights it belongs to."""
     problems = []
     pairs: dict[str, dict[str, Entry]] = {}
     for key, entry in adapter.items():

@@ -15,14 +15,7 @@ ROWS = 16384
 
 @dataclass
 class Mapped:
-    """A key table applied to a checkpoint.
-
-    Args:
-        entries (`Entries`): The tensors of the new checkpoint.
-        unused (`Entries`): Foreign tensors that the new checkpoint does not use.
-        records (`list[dict]`): One record a source tensor, for the report.
-        problems (`list[tuple[str, str, str]]`): Rows for an error table.
-    """
+    """A key table applied to a checkpoint: its tensors, those it has no use for, and what report and error say."""
 
     entries: Entries = field(default_factory=dict)
     unused: Entries = field(default_factory=dict)
@@ -31,15 +24,7 @@ class Mapped:
 
 
 def map_forward(rules: list[Rule], entries: Entries) -> Mapped:
-    """Apply a table to a foreign checkpoint.
-
-    Args:
-        rules (`list[Rule]`): The table.
-        entries (`Entries`): The foreign tensors.
-
-    Returns:
-        Our tensors in the order of the source, with a problem for each key that no rule knows or that does not fit.
-    """
+    """Apply a table to a foreign checkpoint; what does not fit becomes a problem. Our tensors keep its order."""
     matches, unknown = match_sources(rules, entries)
     mapped = Mapped(problems=[("unexpected", key, _describe(entries[key])) for key in unknown])
     for match in matches:
@@ -61,15 +46,7 @@ def map_forward(rules: list[Rule], entries: Entries) -> Mapped:
 
 
 def map_backward(rules: list[Rule], entries: Entries) -> Mapped:
-    """Apply a table backwards to our checkpoint.
-
-    Args:
-        rules (`list[Rule]`): The table.
-        entries (`Entries`): Our tensors.
-
-    Returns:
-        The foreign tensors, constants included, with a problem for each key that no rule knows or that lacks a part.
-    """
+    """Apply a table to our checkpoint; what does not fit becomes a problem. Constants are made anew."""
     matches, unknown = match_targets(rules, entries)
     matches += [KeyMatch(rule.source, (), rule) for rule in rules if isinstance(rule, Constant)]
     mapped = Mapped(problems=[("unexpected", key, _describe(entries[key])) for key in unknown])
@@ -87,17 +64,7 @@ def map_backward(rules: list[Rule], entries: Entries) -> Mapped:
 def check_complete(
     mapped: Mapped, expected: dict[str, tuple[int, ...]], rules: list[Rule], what: str = "the checkpoint"
 ) -> None:
-    """Compare mapped tensors with those a model has.
-
-    Args:
-        mapped (`Mapped`): The tensors.
-        expected (`dict[str, tuple[int]]`): Shapes by name.
-        rules (`list[Rule]`): The table, to name the source of what is missing.
-        what (`str`): Name of the source, for the message.
-
-    Raises:
-        ConversionError: With a table of missing, unexpected and mis-shaped tensors.
-    """
+    """Refuse tensors that are not those of the model; the rules tell which source tensor is missing."""
     problems = list(mapped.problems)
     sources, unknown = match_targets(rules, [name for name in expected if name not in mapped.entries])
     problems += [

@@ -27,13 +27,7 @@ FALLBACK_PAD_TOKENS = ("<|end_of_text|>", "<|endoftext|>")
 
 @dataclass
 class PromptAssets:
-    """What belongs to a model besides its weights; each may be None.
-
-    Args:
-        tokenizer: The tokenizer, with image token and chat template.
-        image_stats (`dict`): Mean, standard deviation and filter of the vision tower.
-        generation (`dict`): Fields of the generation configuration.
-    """
+    """What belongs to a model besides its weights: tokenizer, numbers of the tower, generation defaults."""
 
     tokenizer: Any | None = None
     image_stats: dict | None = None
@@ -96,15 +90,7 @@ def source_template(folder: Path) -> str | None:
 
 
 def prompt_settings(tokenizer: Any | None, chat_template: str | None) -> dict[str, Any]:
-    """Set the chat template and read from it what opens answers and questions.
-
-    Args:
-        tokenizer (*optional*): The tokenizer; it is changed.
-        chat_template (`str`, *optional*): A name in `CHAT_TEMPLATES` or a Jinja text; by default the tokenizer's own.
-
-    Returns:
-        The fields `answer_prefix_ids` and `question_prefix_ids` of the configuration, as far as they can be told.
-    """
+    """Set the chat template, and read `answer_prefix_ids` and `question_prefix_ids` from it, as far as it shows them."""
     if tokenizer is None:
         return {}
     if chat_template is not None:
@@ -142,17 +128,7 @@ class _ReadsParts:
 
 
 def generation_defaults(folder: Path | None, config: Any, tokenizer: Any | None, chat_template: str | None) -> dict:
-    """The generation configuration of a converted model.
-
-    Args:
-        folder (`Path`, *optional*): A checkpoint whose `generation_config.json` is taken over.
-        config (`HiResLmmConfig`): The configuration.
-        tokenizer (*optional*): The tokenizer.
-        chat_template (`str`, *optional*): Name of the template.
-
-    Returns:
-        Fields of `GenerationConfig`; the image token is suppressed, and Llama-3 turns end the answer.
-    """
+    """Fields of `GenerationConfig`: those of a folder; the image token is suppressed, Llama-3's turns end answers."""
     values = read_if_present(folder / "generation_config.json") if folder is not None else {}
     left_out = {"_from_model_config", "transformers_version", *(() if values.get("do_sample") else SAMPLING_OPTIONS)}
     values = {name: value for name, value in values.items() if name not in left_out}

@@ -87,18 +87,7 @@ ADAPTERS: dict[str, list[Rule]] = {
 
 
 def key_table(adapter: str, resampler: str | None = "cosine") -> list[Rule]:
-    """The key table of a released checkpoint.
-
-    Args:
-        adapter (`str`): `mm_projector_type` of its configuration.
-        resampler (`str`, *optional*): `mm_resampler_type` of its configuration.
-
-    Returns:
-        Rules that cover every tensor of the checkpoint.
-
-    Raises:
-        ValueError: If the adapter type is unknown.
-    """
+    """The key table of a released checkpoint with this `mm_projector_type` and `mm_resampler_type`."""
     if adapter not in ADAPTERS:
         raise ValueError(f"mm_projector_type {adapter!r} is not known; known types: {', '.join(ADAPTERS)}.")
     rules = [*_UNUSED, *_LANGUAGE, *_TOWER, *ADAPTERS[adapter]]

@@ -79,17 +79,7 @@ def option_notes(config: dict) -> dict[str, str]:
 
 
 def connector_settings(config: dict) -> dict:
-    """Read the multimodal options of a released configuration.
-
-    Args:
-        config (`dict`): The released `config.json`.
-
-    Returns:
-        Fields of `HiResLmmConfig`: `planner`, `connector_config`, `question_scope` and `vision_feature_layer`.
-
-    Raises:
-        ConversionError: If an option is unknown or has a value that has no counterpart here.
-    """
+    """The options of a released `config.json` as fields of `HiResLmmConfig`; others are refused."""
     options = {key: config.get(key, default) for key, default in DEFAULTS.items()}
     _check_options(config, options)
     router = _router(options)
@@ -181,17 +171,7 @@ def _layout(options: dict, routed: bool) -> dict:
 
 
 def released_options(config: Any) -> dict:
-    """The way back: multimodal options that make the released code compute what a model of ours does.
-
-    Args:
-        config (`HiResLmmConfig`): The configuration.
-
-    Returns:
-        `mm_*` and the other multimodal options.
-
-    Raises:
-        ConversionError: If the model has parts that the released code does not have.
-    """
+    """The way back: the released options that compute what a model of ours does."""
     connector = config.connector_config
     routers = [op for op in connector.token_ops if op.get("part") == "router"]
     router = routers[0] if routers else {"score": None, "keep": {}}

@@ -29,14 +29,7 @@ PROJECTOR_FILE, SAMPLER_FILE, TRAINED_FILE = "mm_projector.bin", "sampler.bin", 
 
 @dataclass
 class Released:
-    """The tensors of a released checkpoint.
-
-    Args:
-        form (`str`): `"full"`, `"lora"` or `"stage files"`.
-        entries (`Entries`): All tensors, named as in a full checkpoint.
-        base (`Path`, *optional*): Folder of the language model it builds on.
-        base_name (`str`, *optional*): Its repository, where it came from the Hub.
-    """
+    """The tensors of a released checkpoint, named as in a full one, and the language model it builds on."""
 
     form: str
     entries: Entries
@@ -118,20 +111,7 @@ def read_slime(source: str | Path, vision_config: str | Path | None, base: str |
 def add_tower(
     entries: Entries, config: dict, choice: str | Path | None, folder: Path
 ) -> tuple[Any, Path | None, Entries]:
-    """Find the tower's configuration, and its weights where the checkpoint does not hold them.
-
-    Args:
-        entries (`Entries`): The tensors of the checkpoint.
-        config (`dict`): Its `config.json`.
-        choice (`str` or `Path`, *optional*): The caller's choice.
-        folder (`Path`): Folder of the checkpoint.
-
-    Returns:
-        Configuration, folder of the tower where there is one, and all tensors.
-
-    Raises:
-        ConversionError: If they are nowhere.
-    """
+    """The tower's configuration, its folder, and all tensors with those of the tower."""
     name = config.get("mm_vision_tower")
     vision_config, tower = find_tower(choice, name, folder)
     if vision_config.model_type != "clip_vision_model":
@@ -152,17 +132,7 @@ def add_tower(
 
 
 def read_released(folder: Path, config: dict, base: str | Path | None) -> Released:
-    """Read the tensors of a released checkpoint of any form.
-
-    Args:
-        folder (`Path`): The checkpoint.
-        config (`dict`): Its `config.json`.
-        base (`str` or `Path`, *optional*): The language model under a LoRA or under stage files; by default the one
-            the checkpoint names.
-
-    Raises:
-        ConversionError: If files are absent, damaged or contradict each other.
-    """
+    """The tensors of a released checkpoint of any form; `base` is the language model under a LoRA or stage files."""
     if (folder / ADAPTER_CONFIG).is_file():
         return _read_lora(folder, config, base)
     if weight_files(folder)[0]:

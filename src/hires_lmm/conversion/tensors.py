@@ -35,15 +35,7 @@ SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.")
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor that can be read when it is needed.
-
-    Args:
-        shape (`tuple[int]`): Its shape.
-        dtype (`torch.dtype`): Its dtype.
-        read (`Callable`): Returns the tensor.
-        origin (`str`): Name of the file it comes from, for reports.
-        note (`str`): What was done to it, for reports.
-    """
+    """One tensor that can be read when it is needed; file it comes from and what was done to it are for reports."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -100,17 +92,7 @@ def file_entries(path: Path) -> Entries:
 
 
 def folder_entries(folder: Path) -> Entries:
-    """All tensors of a checkpoint folder.
-
-    Args:
-        folder (`Path`): The folder.
-
-    Returns:
-        Name -> entry, in the order of the files.
-
-    Raises:
-        ConversionError: If there are no weights, a file is damaged, or index and files contradict each other.
-    """
+    """All tensors of a checkpoint folder, in the order of the files, which must agree with the index."""
     files, index = weight_files(folder)
     if not files:
         raise ConversionError(f"{folder.name} has no model*.safetensors and no pytorch_model*.bin.")
@@ -183,7 +165,6 @@ def _safetensors_entries(path: Path) -> Entries:
 
 def _pickle_entries(path: Path) -> Entries:
     """Each tensor maps the file anew, so that no other page of it stays in memory; formats too old for that stay."""
-
     is_mapped = zipfile.is_zipfile(path)
 
     def entry(key: str, tensor: torch.Tensor) -> Entry:

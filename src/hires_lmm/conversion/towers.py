@@ -31,19 +31,8 @@ _UNREAD = ("embeddings.position_ids", "head.")
 
 
 def tower_config(values: dict, name: str) -> Any:
-    """Build the configuration of a vision tower.
-
-    Args:
-        values (`dict`): A `config.json` of the tower alone, or of a model of image and text.
-        name (`str`): Where it comes from, for messages.
-
-    Returns:
-        The configuration of the tower alone.
-
-    Raises:
-        ConversionError: If it belongs to no family with a tower for views of one size.
-    """
-    model_type = values.get("model_type")
+    """The configuration of a tower alone, from its `config.json` or that of a model of image and text."""
+    model_type = str(values.get("model_type"))
     if model_type in COMPOSITES:
         projection = {key: values[key] for key in ("projection_dim",) if key in values and model_type == "clip"}
         model_type = COMPOSITES[model_type]
@@ -56,14 +45,7 @@ def tower_config(values: dict, name: str) -> Any:
 
 
 def tower_entries(folder: Path) -> Entries:
-    """The weights of a vision tower, named as in the tower alone, without a pooling head.
-
-    Args:
-        folder (`Path`): A tower, or a model of image and text, whose text side is left out.
-
-    Raises:
-        ConversionError: If there are no such weights.
-    """
+    """The weights of a tower, named as in the tower alone; a model of image and text loses its text side."""
     entries = folder_entries(folder)
     inside = {key.removeprefix("vision_model."): entry for key, entry in entries.items() if key.startswith("vision_")}
     inside = {key: entry for key, entry in inside.items() if f"vision_model.{key}" in entries}
@@ -74,19 +56,7 @@ def tower_entries(folder: Path) -> Entries:
 
 
 def find_tower(choice: str | Path | None, name: str | None, folder: Path) -> tuple[Any, Path | None]:
-    """Find the tower a released checkpoint names.
-
-    Args:
-        choice (`str` or `Path`, *optional*): The caller's choice: a configuration file, a folder or a repository.
-        name (`str`, *optional*): Name in the released configuration.
-        folder (`Path`): The released checkpoint, which may hold a `vision_config.json`.
-
-    Returns:
-        The configuration, and the folder with the tower's files if one was chosen or is needed for it.
-
-    Raises:
-        ConversionError: If nothing tells which tower it is.
-    """
+    """The tower that the caller chose (file, folder, repository) or the checkpoint names: configuration and folder."""
     if choice is not None and Path(choice).expanduser().is_file():
         return tower_config(read_json(Path(choice).expanduser()), str(choice)), None
     if choice is None and (folder / "vision_config.json").is_file():

@@ -23,17 +23,7 @@ Progress = Callable[[int, int, str], None]
 
 @contextmanager
 def new_folder(destination: str | Path) -> Iterator[Path]:
-    """Fill a folder beside the destination and rename it at the end; on any failure it is removed.
-
-    Args:
-        destination (`str` or `Path`): The folder to make; it must not exist, or be empty.
-
-    Yields:
-        The folder to write into, named `DESTINATION.incomplete-…`.
-
-    Raises:
-        ConversionError: If the destination exists and is not empty.
-    """
+    """Fill a folder named `DESTINATION.incomplete-…` and rename it at the end; on any failure it is removed."""
     target = Path(destination).expanduser()
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise ConversionError(f"{target} exists and is no folder; choose another destination.")
@@ -59,17 +49,9 @@ def write_tensors(
     progress: Progress | None = None,
     stem: str = "model",
 ) -> None:
-    """Write tensors in their order: one file, or shards with an index.
+    """Write tensors in their order, as one file or shards with an index; those of a shard are read, written, given up.
 
-    Args:
-        folder (`Path`): Where to.
-        entries (`Entries`): The tensors; those of a shard are read, written and given up.
-        max_bytes (`int`): Most bytes of tensors in one file; a larger tensor gets a file of its own.
-        progress (`Callable`, *optional*): Called with tensors done, tensors in all and the name of the last one.
-        stem (`str`): Beginning of the file names.
-
-    Raises:
-        ConversionError: If the disk is too small or a file of the source cannot be read.
+    `progress` is called with tensors done, tensors in all and the name of the last one.
     """
     needed, free = sum(entry.num_bytes for entry in entries.values()), shutil.disk_usage(folder).free
     if needed > free:
