@@ -160,12 +160,12 @@ def test_the_attention_router_scores_as_released(tmp_path):
 def test_unused_tensors_of_the_attention_router_come_back(tmp_path):
     _, tensors = attention_checkpoint(tmp_path / "source")
     report = convert_slime(tmp_path / "source", tmp_path / "out")
-    assert "model.sampler.selector.query" in report["kept_aside"]
+    assert "model.sampler.selector.query" in report["unused"]
     convert_to_slime(tmp_path / "out", tmp_path / "back")
     back = tensors_of(tmp_path / "back")
     assert set(back) == set(tensors)
     assert all(torch.equal(back[key], tensors[key]) for key in tensors)
-    (tmp_path / "out" / "conversion_leftovers.safetensors").unlink()
+    (tmp_path / "out" / "conversion_unused.safetensors").unlink()
     with pytest.raises(ConversionError, match="never uses"):
         convert_to_slime(tmp_path / "out", tmp_path / "again")
     assert not (tmp_path / "again").exists()

@@ -6,9 +6,10 @@ import pytest
 import torch
 from convert_tools import golden_config
 
-from hires_lmm.conversion.checkpoint import model_config, model_shapes, text_config_of
-from hires_lmm.conversion.convert_slime import grown
+from hires_lmm import HiResLmmConfig
+from hires_lmm.conversion.configs import model_shapes, text_config_of
 from hires_lmm.conversion.mapping import check_complete, map_backward, map_forward
+from hires_lmm.conversion.pipeline import grow_embeddings
 from hires_lmm.conversion.slime import key_table
 from hires_lmm.conversion.slime_options import connector_settings
 from hires_lmm.conversion.tensors import Entry, entry_of
@@ -125,15 +126,15 @@ def test_every_key_is_used_once_and_fits(size, tmp_path):
     assert folder is None  # the sizes of the published tower are known without a network
     text_config = text_config_of(released, "llama")
     text_config.vocab_size += 1
-    config = model_config(
-        torch.bfloat16,
+    config = HiResLmmConfig(
         vision_config=vision_config,
         text_config=text_config,
         image_token_id=text_config.vocab_size - 1,
         **connector_settings(released),
     )
     rules = key_table(released["mm_projector_type"], released["mm_resampler_type"])
-    mapped = grown(map_forward(rules, entries), 1)
+    mapped = map_forward(rules, entries)
+    grow_embeddings(mapped, 1)
     check_complete(mapped, model_shapes(config), rules)
     assert sorted(record["source"] for record in mapped.records) == sorted(entries)
     targets = [target for record in mapped.records for target in record["targets"]]

@@ -84,3 +84,26 @@ def test_ties_of_the_language_model_are_kept():
 def test_a_tower_for_images_of_any_shape_is_refused():
     with pytest.raises(ValueError, match="siglip2_vision_model read patches of images of any shape"):
         HiResLmmConfig(vision_config={"model_type": "siglip2_vision_model"})
+
+
+@pytest.mark.parametrize(
+    "half, changes, text",
+    [
+        ("vision_config", {"patch_size": 0}, r"vision_config.patch_size=0"),
+        ("vision_config", {"image_size": 10**6, "patch_size": 1}, "1 to 1024 patches a side"),
+        ("vision_config", {"image_size": 7, "patch_size": 14}, "1 to 1024 patches a side"),
+        (
+            "vision_config",
+            {"num_hidden_layers": 10**9},
+            "vision_config.num_hidden_layers=1000000000 is more than 1000",
+        ),
+        ("text_config", {"num_hidden_layers": 10**9}, "text_config.num_hidden_layers=1000000000 is more than 1000"),
+        ("text_config", {"vocab_size": -1}, "text_config.vocab_size=-1"),
+        ("vision_config", {"model_type": "bert"}, "vision_config.image_size=None of a 'bert'"),
+    ],
+)
+def test_halves_that_cannot_be_built(half, changes, text):
+    values = tiny_config("llava_next").to_dict()
+    values[half] = changes if "model_type" in changes else {**values[half], **changes}
+    with pytest.raises(ValueError, match=text):
+        HiResLmmConfig(**{key: values[key] for key in ("vision_config", "text_config", "connector_config", "planner")})

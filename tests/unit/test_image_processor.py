@@ -2,18 +2,15 @@
 
 import contextlib
 import io
-import json
 
 import numpy as np
-import PIL
 import pytest
 import torch
 from PIL import Image
-from safetensors.numpy import load_file
 from transformers import AutoImageProcessor
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
-from builders.images import FIXTURES, picture, random_sizes
+from builders.images import picture, random_sizes
 from hires_lmm.processing.image_processing_hires_lmm import HiResLmmImageProcessor
 from hires_lmm.processing.planners_hires_lmm import PLANNERS
 
@@ -31,11 +28,6 @@ SIZES += [
     (123, 456),
     (500, 7),
 ]
-
-
-# The published numbers were made with Pillow 13; older ones resize in another order and round a few pixels otherwise.
-SAME_PILLOW = int(PIL.__version__.split(".")[0]) >= 13
-SAMPLE_BOUND, MEAN_BOUND, SUM_BOUND = (1e-4, 1e-5, 0.1) if SAME_PILLOW else (0.1, 1e-3, 5.0)
 
 
 def small(**changes) -> HiResLmmImageProcessor:
@@ -67,38 +59,6 @@ def test_rescale_and_normalise_switches_equal_transformers():
         reference = LlavaNextImageProcessorPil(size=size, crop_size=size, image_grid_pinpoints=pinpoints, **changes)
         expected = reference(picture(30, 40), return_tensors="np")["pixel_values"][0]
         assert np.allclose(found, expected, rtol=1e-6, atol=1e-5)
-
-
-def test_slime_release_pixels():
-    expected = load_file(FIXTURES / "slime_tiny/expected.safetensors")
-    processor = HiResLmmImageProcessor(planner="slime_release")
-    for index, case in enumerate(json.loads((FIXTURES / "slime_tiny/cases.json").read_text())):
-        batch = processor(Image.open(FIXTURES / "slime_tiny" / case["image"]))
-        pixels, positions = batch["pixel_values"], batch["view_positions"]
-        assert len(pixels) == case["crops"] and positions[0, 1:3].tolist() == [case["grid_h"], case["grid_w"]]
-        name = f"case{index}.pixel_values"
-        assert np.abs(pixels.mean((2, 3)) - expected[f"{name}_mean"]).max() <= MEAN_BOUND
-        assert np.abs(pixels[0, :, ::16, ::16] - expected[f"{name}_crop0"]).max() <= SAMPLE_BOUND
-        assert np.abs(pixels[-1, :, ::16, ::16] - expected[f"{name}_last"]).max() <= SAMPLE_BOUND
-        assert pixels.sum(dtype=np.float64) == pytest.approx(case["pixel_sum"], abs=SUM_BOUND)
-
-
-def fusion_picture(size, seed) -> Image.Image:
-    x, y, c = np.arange(size[0])[None, :, None], np.arange(size[1])[:, None, None], np.arange(3)[None, None]
-    return Image.fromarray(((x * (3 + 2 * c) + y * (5 + c) + 7 * ((x * y) % 11) + seed) % 256).astype(np.uint8))
-
-
-def test_hd_pixels():
-    """All crops and global views: of an image that shrinks, of a square one, of a small one."""
-    expected = load_file(FIXTURES / "fusion/rendered_views.safetensors")
-    cases = json.loads((FIXTURES / "fusion/cases.json").read_text())["rendered_views"]["cases"]
-    processor = HiResLmmImageProcessor(planner="hd")
-    for case in cases:
-        pixels = processor(fusion_picture(case["size"], case["formula_seed"]))["pixel_values"]
-        assert len(pixels) == case["num_views"]
-        name = f"output.{case['name']}.views"
-        assert np.abs(pixels[:, :, 8::48, 8::48] - expected[f"{name}_sub"]).max() <= SAMPLE_BOUND
-        assert np.abs(pixels.mean((2, 3)) - expected[f"{name}_mean"]).max() <= MEAN_BOUND
 
 
 @pytest.mark.parametrize("size", [(700, 700), (97, 97), (60, 41), (20, 56), (56, 56), (1, 1)])

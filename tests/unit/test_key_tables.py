@@ -10,14 +10,12 @@ from hires_lmm.conversion.compose import VISION
 from hires_lmm.conversion.errors import ConversionError
 from hires_lmm.conversion.fusion import key_table as fusion_table
 from hires_lmm.conversion.keys import (
-    Aside,
     Constant,
-    KeyMatch,
     Rename,
     SplitRows,
     Squeeze,
     TakeRows,
-    convert_tensors,
+    Unused,
     match_sources,
     match_targets,
 )
@@ -257,7 +255,7 @@ def test_wildcards():
 
 
 def test_the_first_rule_that_fits_wins():
-    rules = [Aside("a.skip"), Rename("a.**", "b.**"), Rename("a.{}", "c.{}")]
+    rules = [Unused("a.skip"), Rename("a.**", "b.**"), Rename("a.{}", "c.{}")]
     matches, unknown = match_sources(rules, ["a.1", "q", "a.skip", "r"])
     assert [(match.source, match.targets, match.rule) for match in matches] == [
         ("a.1", ("b.1",), rules[1]),
@@ -329,20 +327,11 @@ def test_constant():
         rule.forward(torch.tensor([0.0, 2.0]))
 
 
-def test_aside():
-    rule = Aside("a")
+def test_unused():
+    rule = Unused("a")
     assert rule.targets == () and rule.forward(torch.ones(2)) == []
     with pytest.raises(ValueError, match="a can only come from the side file"):
         rule.backward([])
-
-
-def test_tensors_are_converted_one_after_another():
-    tensors = {"a": torch.arange(4.0), "b": torch.ones(2)}
-    matches = [KeyMatch("a", ("q", "k"), SplitRows("a", ("q", "k"))), KeyMatch("b", ("c",), Rename("b", "c"))]
-    found = [
-        (match.source, {n: t.tolist() for n, t in parts}) for match, parts in convert_tensors(matches, tensors.get)
-    ]
-    assert found == [("a", {"q": [0, 1], "k": [2, 3]}), ("b", {"c": [1, 1]})]
 
 
 # ---- tables applied to entries
@@ -361,7 +350,7 @@ RULES = [
     Squeeze("line", "mark", axes=1),
     TakeRows("words", ("table", "chosen"), (1,)),
     Constant("std", (1.0,), torch.float32),
-    Aside("unused"),
+    Unused("unused"),
 ]
 
 
@@ -383,7 +372,7 @@ def test_entries_are_mapped_without_being_read():
         "table": ((4, 2), torch.float32),
         "chosen": ((1, 2), torch.float32),
     }
-    assert list(mapped.aside) == ["unused"] and mapped.aside["unused"] is source["unused"]
+    assert list(mapped.unused) == ["unused"] and mapped.unused["unused"] is source["unused"]
     assert {entry.origin for entry in mapped.entries.values()} == {"file.bin"}
     assert mapped.entries["our_norm"].note == "merged"
     assert mapped.records[0] == {
@@ -492,15 +481,11 @@ def test_an_incomplete_checkpoint_is_one_table():
 
 def test_cast():
     single, whole = torch.tensor([1.0, 1 / 3]), torch.tensor([3])
-    tail = lambda table: table[:1] * 2  # noqa: E731
-    entries = {"a": Entry((3,), torch.float32, lambda: single, "", "", tail), "b": entry_of(whole, "")}
+    entries = {"a": entry_of(single), "b": entry_of(whole)}
     half = cast(entries, torch.float16)
-    assert half["b"] is entries["b"] and half["a"].dtype == torch.float16
-    assert [part.dtype for part in half["a"].parts()] == [torch.float16] * 2
-    assert torch.cat(list(half["a"].parts())).tolist() == [1.0, single[1].half().item(), 2.0]
+    assert half["b"] is entries["b"] and half["a"].dtype == half["a"].read().dtype == torch.float16
+    assert half["a"].read().tolist() == [1.0, single[1].half().item()]
     assert cast(entries, None)["a"] is entries["a"] and cast(entries, torch.float32)["a"] is entries["a"]
-    plain = cast({"c": entry_of(single, "")}, torch.float64)["c"]
-    assert plain.tail is None and plain.read().dtype == torch.float64
 
 
 @pytest.mark.parametrize("rows", [3, 5000])
@@ -508,7 +493,7 @@ def test_new_rows_are_the_mean(rows):
     table = torch.randn(rows, 2, dtype=torch.float64).to(torch.bfloat16)
     grown = grow_rows(entry_of(table, "f", "merged"), rows + 2)
     assert (grown.shape, grown.note) == ((rows + 2, 2), "merged; 2 row(s) added for the image token")
-    old, new = grown.parts()
+    old, new = grown.read().split([rows, 2])
     assert torch.equal(old, table) and new.shape == (2, 2) and new.dtype == torch.bfloat16
     torch.testing.assert_close(new.double(), table.double().mean(0).expand(2, 2), atol=1e-3, rtol=1e-2)
     assert grow_rows(entry_of(table, "f"), rows + 1).note == "1 row(s) added for the image token"

@@ -1,11 +1,11 @@
 """Checkpoints in and out: one key table a format, read in both directions."""
 
 from .compose import compose
-from .convert_slime import convert_slime
 from .errors import ConversionError
 from .exporting import export
 from .fusion import convert_fusion
 from .llava_next import convert_llava_next
+from .slime_source import convert_slime
 from .to_slime import convert_to_slime
 
 

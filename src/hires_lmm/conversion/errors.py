@@ -1,6 +1,7 @@
-"""The error of all conversions, and the tables it shows."""
+"""The error of all conversions, and what it shows."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 MAX_TABLE_ROWS = 40
@@ -10,25 +11,20 @@ class ConversionError(ValueError):
     """A checkpoint that cannot be converted; the message says why and what to do."""
 
 
-def is_panic(error: BaseException) -> bool:
-    """Whether a library written in Rust gave up, which Python reports as no ordinary exception.
-
-    Args:
-        error (`BaseException`): What was raised.
-    """
-    return type(error).__module__ == "pyo3_runtime"
+@contextmanager
+def readable(what: str) -> Iterator[None]:
+    """Turn what libraries and readers raise over a foreign file, errors of many types, into one that names it."""
+    try:
+        yield
+    except ConversionError:
+        raise
+    except Exception as error:
+        text = " ".join(f"{type(error).__name__}: {error}".split())[:1000]
+        raise ConversionError(f"{what} cannot be used ({text}); correct or replace it.") from error
 
 
 def problem_table(title: str, rows: Iterable[tuple[str, str, str]]) -> str:
-    """Lay out problems with tensors.
-
-    Args:
-        title (`str`): First line.
-        rows (`Iterable[tuple[str, str, str]]`): Problem, name of the tensor, detail.
-
-    Returns:
-        The title and one aligned line a problem; beyond 40 lines only their number is given.
-    """
+    """A title and one aligned line a problem (kind, name of the tensor, detail); beyond 40 only their number."""
     lines = list(rows)
     shown = lines[:MAX_TABLE_ROWS]
     widths = [max((len(row[column]) for row in shown), default=0) for column in range(2)]

@@ -3,22 +3,21 @@
 Source: github.com/tenghuilee/ScalingCapFusedVisionLM at 42a2596.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .checkpoint import Speech, common_dtype, model_config, model_shapes, parse_dtype, write_checkpoint
-from .convert_slime import grown, model_order
 from .errors import ConversionError
 from .fusion_source import QUESTION_FOLDER, Released, question_tokens, read_released
 from .fusion_template import LLAMA2_VISION
 from .hub import is_repository, resolve_folder
-from .keys import Aside, Rename, Rule, Squeeze, TakeRows
-from .mapping import Mapped, cast, check_complete, map_forward
-from .prompts import generation_defaults, image_stats_of, load_tokenizer, place_image_token, prompt_settings
-from .tensors import Entries, entry_of, folder_entries, read_json, release
-from .writing import MAX_SHARD_BYTES, Progress, new_folder
+from .keys import Rename, Rule, Squeeze, TakeRows, Unused
+from .pipeline import Source, convert
+from .prompts import image_stats_of, load_tokenizer
+from .tensors import Entries, entry_of, folder_entries, read_json
+from .writing import MAX_SHARD_BYTES, Progress
 
 
 _VISION = "imgque_backbone.clip_model.vision_model."
@@ -29,21 +28,14 @@ UNUSED_NORM = "model.vision_tower.post_layernorm."
 
 
 def key_table(slots: list[int]) -> list[Rule]:
-    """The key table of a released checkpoint.
-
-    Args:
-        slots (`list[int]`): Row of each slot in the released table of word embeddings.
-
-    Returns:
-        Rules that cover every tensor of the checkpoint.
-    """
+    """The key table of a released checkpoint, whose slots stand in these rows of its table of words."""
     words = TakeRows(
         f"{_FUSION}embed_tokens.weight", (f"{_OP}model.embed_tokens.weight", f"{_OP}queries"), tuple(slots)
     )
     return [
-        Aside(f"{_VISION}embeddings.position_ids"),
-        Aside("llm_backbone.model.layers.{}.self_attn.rotary_emb.inv_freq"),
-        Aside(f"{_FUSION}layers.{{}}.self_attn.rotary_emb.inv_freq"),
+        Unused(f"{_VISION}embeddings.position_ids"),
+        Unused("llm_backbone.model.layers.{}.self_attn.rotary_emb.inv_freq"),
+        Unused(f"{_FUSION}layers.{{}}.self_attn.rotary_emb.inv_freq"),
         Squeeze(f"{_VISION}token_LF", f"{_OURS}layout.view_end", axes=2),
         Rename(f"{_VISION}pos_layrnorm.{{}}", f"{_OURS}view_ops.0.norm.{{}}"),
         Rename(f"{_VISION}vision_embed_merge.weight", f"{_OURS}view_ops.0.conv.weight"),
@@ -57,18 +49,60 @@ def key_table(slots: list[int]) -> list[Rule]:
     ]
 
 
-def settings_of(released: Released) -> dict:
-    """The multimodal options of a released checkpoint.
+def convert_fusion(
+    source: str | Path,
+    destination: str | Path,
+    dtype: str | torch.dtype | None = None,
+    progress: Progress | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> dict:
+    """Convert a released checkpoint of the token-scaling paper.
 
     Args:
-        released (`Released`): Its configuration.
+        source (`str` or `Path`): A folder, with the tokenizer of questions in its folder `clip`.
+        destination (`str` or `Path`): The folder to make; it appears only when it is whole.
+        dtype (`str` or `torch.dtype`, *optional*): Dtype of all weights; by default every tensor keeps its own.
+        progress (`Callable`, *optional*): Called with tensors done, tensors in all and a description.
+        max_shard_bytes (`int`): Most bytes of tensors in one file.
 
     Returns:
-        Fields of `HiResLmmConfig`.
+        The report, which is also saved as `conversion_report.json`.
 
     Raises:
-        ConversionError: If widths do not fit.
+        ConversionError: If the checkpoint uses an option without a counterpart here, or is damaged.
     """
+    return convert(partial(read_fusion, source), destination, dtype, progress, max_shard_bytes)
+
+
+def read_fusion(source: str | Path) -> Source:
+    """Read a released checkpoint."""
+    folder = resolve_folder(source, "The source")
+    values, released = read_json(folder / "config.json"), read_released(folder)
+    question_tokenizer, slots = question_tokens(folder, released)
+    return Source(
+        format="fusion",
+        name=folder.name,
+        summary=f"A fusion model in the format of hires_lmm, {released.num_queries} tokens an image that have read "
+        "the question, converted from a checkpoint in the released format.",
+        entries=folder_entries(folder),
+        rules=key_table(slots),
+        vision_config=released.vision_config,
+        text_config=released.text_config,
+        settings=settings_of(released),
+        dtype=values.get("torch_dtype"),
+        tokenizer=load_tokenizer(folder),
+        chat_template=LLAMA2_VISION,
+        image_stats=image_stats_of(folder),
+        generation=folder,
+        new_tensors=unused_norm,
+        tokenizers={QUESTION_FOLDER: question_tokenizer},
+        bases=[{"part": "whole model", "name": str(source)}] if is_repository(source) else [],
+        report={"slots": slots, "source_config": values},
+    )
+
+
+def settings_of(released: Released) -> dict:
+    """The multimodal options of a released checkpoint, as fields of `HiResLmmConfig`."""
     sizes, width = released.fusion, released.vision_config.hidden_size
     if sizes["hidden_size"] != width:
         raise ConversionError(
@@ -97,105 +131,8 @@ def settings_of(released: Released) -> dict:
     }
 
 
-def add_unused_norm(mapped: Mapped, config: Any) -> None:
-    """Give the tower the last norm that its class has and that only its pooled output passes.
-
-    Args:
-        mapped (`Mapped`): The tensors; changed in place.
-        config (`HiResLmmConfig`): The configuration.
-    """
-    width, dtype = config.vision_config.hidden_size, config.dtype
-    for name, tensor in (("weight", torch.ones(width)), ("bias", torch.zeros(width))):
-        key = UNUSED_NORM + name
-        mapped.entries[key] = entry_of(tensor.to(dtype), "")
-        mapped.records.append(
-            {
-                "source": None,
-                "file": "",
-                "shape": [width],
-                "dtype": str(dtype).removeprefix("torch."),
-                "targets": [key],
-                "transformation": "the release has none; it is not used",
-            }
-        )
-
-
-def convert_fusion(
-    source: str | Path,
-    destination: str | Path,
-    dtype: str | torch.dtype | None = None,
-    progress: Progress | None = None,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-) -> dict:
-    """Convert a released checkpoint of the token-scaling paper.
-
-    Args:
-        source (`str` or `Path`): A folder, with the tokenizer of questions in its folder `clip`.
-        destination (`str` or `Path`): The folder to make; it appears only when it is whole.
-        dtype (`str` or `torch.dtype`, *optional*): Dtype of all weights; by default every tensor keeps its own.
-        progress (`Callable`, *optional*): Called with tensors done, tensors in all and a description.
-        max_shard_bytes (`int`): Most bytes of tensors in one file.
-
-    Returns:
-        The report, which is also saved as `conversion_report.json`.
-
-    Raises:
-        ConversionError: If the checkpoint uses an option without a counterpart here, or is damaged.
-    """
-    wanted = parse_dtype(dtype)
-    with new_folder(destination) as work:
-        try:
-            folder = resolve_folder(source, "The source")
-            return _convert(folder, work, str(source), wanted, progress, max_shard_bytes, Path(destination).name)
-        finally:
-            release()
-
-
-def _convert(
-    folder: Path,
-    work: Path,
-    source: str,
-    dtype: torch.dtype | None,
-    progress: Progress | None,
-    max_shard_bytes: int,
-    name: str,
-) -> dict:
-    values, released = read_json(folder / "config.json"), read_released(folder)
-    question_tokenizer, slots = question_tokens(folder, released)
-    entries = folder_entries(folder)
-    tokenizer, text_config = load_tokenizer(folder), released.text_config
-    image_token_id, rows = place_image_token(tokenizer, text_config.vocab_size)
-    added = rows - text_config.vocab_size
-    text_config.vocab_size = rows
-    ours = model_config(
-        dtype or common_dtype(entries, values.get("torch_dtype")),
-        vision_config=released.vision_config,
-        text_config=text_config,
-        image_token_id=image_token_id,
-        **prompt_settings(tokenizer, LLAMA2_VISION),
-        **settings_of(released),
-    )
-    rules = key_table(slots)
-    mapped = grown(map_forward(rules, entries), added)
-    ordered: Entries = {key: mapped.entries[key] for key in model_order(mapped, entries)}
-    add_unused_norm(mapped, ours)
-    check_complete(mapped, model_shapes(ours), rules, f"the source {folder.name}")
-    ordered |= {key: entry for key, entry in mapped.entries.items() if key not in ordered}
-    mapped.aside.clear()
-    speech = Speech(tokenizer, image_stats_of(folder), generation_defaults(folder, ours, tokenizer, LLAMA2_VISION))
-    report = {
-        "conversion": "fusion",
-        "source": folder.name,
-        "image_token_id": image_token_id,
-        "added_rows": added,
-        "slots": slots,
-        "source_config": values,
-    }
-    card = {
-        "title": name,
-        "summary": f"A fusion model in the format of hires_lmm, {released.num_queries} tokens an image that have read "
-        "the question, converted from a checkpoint in the released format.",
-        "bases": [{"part": "whole model", "name": source}] if is_repository(source) and folder != Path(source) else [],
-    }
-    question_tokenizer.save_pretrained(work / QUESTION_FOLDER)
-    return write_checkpoint(work, ours, mapped, cast(ordered, dtype), speech, report, card, max_shard_bytes, progress)
+def unused_norm(config: Any) -> Entries:
+    """The last norm that the tower's class has and that only its pooled output passes."""
+    width, note = config.vision_config.hidden_size, "the release has none; it is not used"
+    values = {"weight": torch.ones(width), "bias": torch.zeros(width)}
+    return {UNUSED_NORM + name: entry_of(value.to(config.dtype), note=note) for name, value in values.items()}

@@ -1,11 +1,11 @@
 """Key tables: which tensor of one checkpoint becomes which tensor of another, in both directions.
 
-A table is a list of rules. In a name, `{}` stands for one piece between dots and `**` for the rest of the key; both
-are carried over to the other side.
+A table is a list of rules, each from a `source`, the name in the foreign checkpoint, to names in ours. In a name, `{}`
+stands for one piece between dots and `**` for the rest of the key; both are carried over to the other side.
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -13,40 +13,27 @@ import torch
 
 @dataclass(frozen=True)
 class Rename:
-    """One tensor, other name.
-
-    Args:
-        source (`str`): Name in the foreign checkpoint.
-        target (`str`): Name in ours.
-    """
+    """One tensor, other name."""
 
     source: str
     target: str
 
-    @property
-    def targets(self) -> tuple[str, ...]:
-        """Names in our checkpoint."""
-        return (self.target,)
-
     kind = "rename"
 
+    @property
+    def targets(self) -> tuple[str, ...]:
+        return (self.target,)
+
     def forward(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """Foreign tensor -> our tensors."""
         return [tensor]
 
     def backward(self, tensors: list[torch.Tensor]) -> torch.Tensor:
-        """Our tensors -> foreign tensor."""
         return tensors[0]
 
 
 @dataclass(frozen=True)
 class SplitRows:
-    """One tensor whose rows are several tensors stacked, such as a fused attention projection.
-
-    Args:
-        source (`str`): Name in the foreign checkpoint.
-        targets (`tuple[str]`): Names in ours, in row order; all of equal size.
-    """
+    """One tensor whose rows are several tensors of equal size stacked, such as a fused attention projection."""
 
     source: str
     targets: tuple[str, ...]
@@ -54,66 +41,41 @@ class SplitRows:
     kind = "split rows"
 
     def forward(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """Foreign tensor -> our tensors.
-
-        Raises:
-            ValueError: If the rows cannot be divided evenly.
-        """
         rows = tensor.shape[0] if tensor.ndim else 0
         if not rows or rows % len(self.targets):
             raise ValueError(f"{self.source} has {rows} rows, which {len(self.targets)} does not divide.")
-        return [part.contiguous() for part in tensor.chunk(len(self.targets))]
+        return list(tensor.chunk(len(self.targets)))
 
     def backward(self, tensors: list[torch.Tensor]) -> torch.Tensor:
-        """Our tensors -> foreign tensor."""
         return torch.cat(tensors)
 
 
 @dataclass(frozen=True)
 class Squeeze:
-    """One tensor without its leading axes of length one.
-
-    Args:
-        source (`str`): Name in the foreign checkpoint.
-        target (`str`): Name in ours.
-        axes (`int`): How many axes go.
-    """
+    """One tensor without its leading axes of length one."""
 
     source: str
     target: str
     axes: int
 
-    @property
-    def targets(self) -> tuple[str, ...]:
-        """Names in our checkpoint."""
-        return (self.target,)
-
     kind = "leading axes removed"
 
-    def forward(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """Foreign tensor -> our tensors.
+    @property
+    def targets(self) -> tuple[str, ...]:
+        return (self.target,)
 
-        Raises:
-            ValueError: If the axes are longer than one.
-        """
+    def forward(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         if tensor.ndim < self.axes or any(size != 1 for size in tensor.shape[: self.axes]):
             raise ValueError(f"{self.source} has the shape {tuple(tensor.shape)}; its first {self.axes} must be 1.")
         return [tensor.reshape(tensor.shape[self.axes :])]
 
     def backward(self, tensors: list[torch.Tensor]) -> torch.Tensor:
-        """Our tensors -> foreign tensor."""
         return tensors[0][(None,) * self.axes]
 
 
 @dataclass(frozen=True)
 class TakeRows:
-    """One table that becomes a table, and a second one of some of its rows.
-
-    Args:
-        source (`str`): Name in the foreign checkpoint.
-        targets (`tuple[str, str]`): Names in ours: the whole table, and the chosen rows.
-        rows (`tuple[int]`): The chosen rows, in order.
-    """
+    """One table that becomes a table and a second one of some of its rows; backwards these are written over it."""
 
     source: str
     targets: tuple[str, str]
@@ -122,18 +84,12 @@ class TakeRows:
     kind = "table and chosen rows"
 
     def forward(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """Foreign tensor -> our tensors.
-
-        Raises:
-            ValueError: If the table has too few rows.
-        """
         rows = tensor.shape[0] if tensor.ndim else 0
         if max(self.rows) >= rows:
             raise ValueError(f"{self.source} has {rows} rows, so no row {max(self.rows)}.")
         return [tensor, tensor[list(self.rows)]]
 
     def backward(self, tensors: list[torch.Tensor]) -> torch.Tensor:
-        """Our tensors -> foreign tensor; the chosen rows are written into the table."""
         table = tensors[0].clone()
         table[list(self.rows)] = tensors[1]
         return table
@@ -141,13 +97,7 @@ class TakeRows:
 
 @dataclass(frozen=True)
 class Constant:
-    """A tensor that every foreign checkpoint holds with the same value and that ours does not need.
-
-    Args:
-        source (`str`): Name in the foreign checkpoint.
-        value (`tuple[float]`): Its elements.
-        dtype (`torch.dtype`): Its dtype.
-    """
+    """A tensor that every foreign checkpoint holds with the same value and that ours does not need."""
 
     source: str
     value: tuple[float, ...]
@@ -157,27 +107,17 @@ class Constant:
     targets = ()
 
     def forward(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """Check the value; nothing is written.
-
-        Raises:
-            ValueError: If the value differs.
-        """
         if not tensor.is_meta and tensor.float().flatten().tolist() != list(self.value):
             raise ValueError(f"{self.source} holds {tensor.tolist()}, expected {list(self.value)}.")
         return []
 
     def backward(self, tensors: list[torch.Tensor]) -> torch.Tensor:
-        """The constant."""
         return torch.tensor(self.value, dtype=self.dtype)
 
 
 @dataclass(frozen=True)
-class Aside:
-    """A tensor that our model does not use; where there is a way back, a side file keeps it.
-
-    Args:
-        source (`str`): Name in the foreign checkpoint.
-    """
+class Unused:
+    """A tensor that our model does not use; where there is a way back, a side file keeps it."""
 
     source: str
 
@@ -185,60 +125,28 @@ class Aside:
     targets = ()
 
     def forward(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """Nothing of ours."""
         return []
 
     def backward(self, tensors: list[torch.Tensor]) -> torch.Tensor:
-        """There is nothing to make it from.
-
-        Raises:
-            ValueError: Always.
-        """
         raise ValueError(f"{self.source} can only come from the side file of a conversion.")
 
 
-Rule = Rename | SplitRows | Squeeze | TakeRows | Constant | Aside
+Rule = Rename | SplitRows | Squeeze | TakeRows | Constant | Unused
+"""`forward`: foreign tensor -> our tensors, a ValueError where its shape or value does not fit; `backward`: the way
+back. Both run on meta tensors too."""
 
 
 @dataclass(frozen=True)
 class KeyMatch:
-    """A rule applied to one concrete key.
-
-    Args:
-        source (`str`): Concrete foreign key.
-        targets (`tuple[str]`): Concrete keys of ours.
-        rule (`Rule`): The rule.
-    """
+    """A rule applied to one concrete key: its names without wildcards."""
 
     source: str
     targets: tuple[str, ...]
     rule: Rule
 
 
-def _pattern(name: str) -> re.Pattern:
-    """A regular expression with one group a wildcard."""
-    pieces = re.split(r"(\{\}|\*\*)", name)
-    return re.compile(
-        "".join({"{}": r"([^.]+)", "**": r"(.+)"}.get(piece, re.escape(piece)) for piece in pieces) + r"\Z"
-    )
-
-
-def _fill(name: str, values: Iterable[str]) -> str:
-    """Put the values of wildcards into a name."""
-    iterator = iter(values)
-    return re.sub(r"\{\}|\*\*", lambda _: next(iterator), name)
-
-
 def match_sources(rules: list[Rule], keys: Iterable[str]) -> tuple[list[KeyMatch], list[str]]:
-    """Apply a table to the keys of a foreign checkpoint.
-
-    Args:
-        rules (`list[Rule]`): The table; the first rule that fits a key wins.
-        keys (`Iterable[str]`): Foreign keys.
-
-    Returns:
-        The matches in the order of the keys, and the keys that no rule knows.
-    """
+    """Apply a table to foreign keys (the first rule that fits wins); returns matches, and keys that no rule knows."""
     patterns = [(_pattern(rule.source), rule) for rule in rules]
     matches, unknown = [], []
     for key in keys:
@@ -253,15 +161,7 @@ def match_sources(rules: list[Rule], keys: Iterable[str]) -> tuple[list[KeyMatch
 
 
 def match_targets(rules: list[Rule], keys: Iterable[str]) -> tuple[list[KeyMatch], list[str]]:
-    """Apply a table backwards, to the keys of our checkpoint.
-
-    Args:
-        rules (`list[Rule]`): The table; the first rule that fits a key wins.
-        keys (`Iterable[str]`): Our keys.
-
-    Returns:
-        One match a foreign tensor, in the order of the keys, and our keys that no rule knows.
-    """
+    """Apply a table backwards to our keys; returns one match a foreign tensor, and keys that no rule knows."""
     patterns = [(_pattern(name), rule) for rule in rules for name in rule.targets]
     matches: dict[str, KeyMatch] = {}
     unknown = []
@@ -278,17 +178,15 @@ def match_targets(rules: list[Rule], keys: Iterable[str]) -> tuple[list[KeyMatch
     return list(matches.values()), unknown
 
 
-def convert_tensors(
-    matches: list[KeyMatch], read: Callable[[str], torch.Tensor]
-) -> Iterator[tuple[KeyMatch, list[tuple[str, torch.Tensor]]]]:
-    """Convert matched tensors one after another.
+def _pattern(name: str) -> re.Pattern:
+    """A regular expression with one group a wildcard."""
+    pieces = re.split(r"(\{\}|\*\*)", name)
+    return re.compile(
+        "".join({"{}": r"([^.]+)", "**": r"(.+)"}.get(piece, re.escape(piece)) for piece in pieces) + r"\Z"
+    )
 
-    Args:
-        matches (`list[KeyMatch]`): From `match_sources`.
-        read (`Callable`): Foreign key -> tensor.
 
-    Returns:
-        An iterator over the matches with the names and tensors of ours.
-    """
-    for match in matches:
-        yield match, list(zip(match.targets, match.rule.forward(read(match.source)), strict=True))
+def _fill(name: str, values: Iterable[str]) -> str:
+    """Put the values of wildcards into a name."""
+    iterator = iter(values)
+    return re.sub(r"\{\}|\*\*", lambda _: next(iterator), name)

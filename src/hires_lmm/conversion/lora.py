@@ -8,11 +8,10 @@ from pathlib import Path
 import torch
 
 from .errors import ConversionError, problem_table
-from .tensors import Entries, Entry, file_entries, read_json, shown
+from .tensors import Entries, Entry, file_entries, read_json
 
 
 ADAPTER_CONFIG = "adapter_config.json"
-ALPHA_LIMIT = 1e6
 _PREFIX = "base_model.model."
 _KEY = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
 _NEUTRAL: dict[str, tuple] = {
@@ -31,58 +30,26 @@ _NEUTRAL: dict[str, tuple] = {
 
 
 def plain_key(key: str) -> str:
-    """The name a tensor has without the wrapping of peft.
-
-    Args:
-        key (`str`): Name in a file of the trainer.
-    """
+    """The name a tensor has without the wrapping of peft."""
     while key.startswith(_PREFIX):
         key = key.removeprefix(_PREFIX)
     return key.replace(".base_layer.", ".").removeprefix("base_model.")
 
 
-def adapter_scale(config: dict, rank: int) -> float:
-    """The factor before B A.
-
-    Args:
-        config (`dict`): `adapter_config.json`.
-        rank (`int`): Rows of A.
-    """
-    alpha = config["lora_alpha"]
-    return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-
-
 def read_adapter_config(folder: Path) -> dict:
-    """Read `adapter_config.json` and refuse adapters that are more than a low-rank sum.
-
-    Args:
-        folder (`Path`): The LoRA folder.
-
-    Raises:
-        ConversionError: If an option asks for more.
-    """
+    """Read `adapter_config.json` and refuse adapters that are more than a low-rank sum."""
     config = read_json(folder / ADAPTER_CONFIG)
     for name, allowed in _NEUTRAL.items():
         if config.get(name, allowed[-1]) not in allowed:
             raise ConversionError(
-                f"{ADAPTER_CONFIG} has {name}={shown(config[name])}; only plain LoRA (and rslora) is merged here. "
+                f"{ADAPTER_CONFIG} has {name}={config[name]!r}; only plain LoRA (and rslora) is merged here. "
                 "Merge it with peft (merge_and_unload), save the full model and convert that."
             )
-    alpha = config.get("lora_alpha")
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not abs(alpha) < ALPHA_LIMIT:
-        raise ConversionError(f"{ADAPTER_CONFIG} has lora_alpha={shown(alpha)}; a number is expected.")
     return config
 
 
 def adapter_entries(folder: Path) -> Entries:
-    """The tensors of `adapter_model.safetensors` or `adapter_model.bin`, without the prefix of peft.
-
-    Args:
-        folder (`Path`): The LoRA folder.
-
-    Raises:
-        ConversionError: If there is none.
-    """
+    """The tensors of `adapter_model.safetensors` or `adapter_model.bin`, without the prefix of peft."""
     for name in ("adapter_model.safetensors", "adapter_model.bin"):
         if (folder / name).is_file():
             return {plain_key(key): entry for key, entry in file_entries(folder / name).items()}
@@ -91,33 +58,8 @@ def adapter_entries(folder: Path) -> Entries:
     )
 
 
-def _merged(weight: Entry, down: Entry, up: Entry, scale: float, transposed: bool) -> Entry:
-    """One weight with its adapter added, computed in float32 and rounded once."""
-
-    def read() -> torch.Tensor:
-        table = weight.read()
-        delta = up.read().float() @ down.read().float()
-        delta = delta.T if transposed else delta
-        return delta.mul_(scale).add_(table).to(table.dtype)
-
-    note = "; ".join(filter(None, [weight.note, f"LoRA of rank {down.shape[0]} merged"]))
-    return replace(weight, read=read, note=note)
-
-
 def merge_adapter(entries: Entries, adapter: Entries, config: dict) -> Entries:
-    """Add an adapter to the weights it belongs to.
-
-    Args:
-        entries (`Entries`): The base weights.
-        adapter (`Entries`): `….lora_A.weight` and `….lora_B.weight`, without the prefix of peft.
-        config (`dict`): `adapter_config.json`.
-
-    Returns:
-        All entries, the adapted ones merged.
-
-    Raises:
-        ConversionError: With a table of tensors that do not belong together.
-    """
+    """Add an adapter (`….lora_A.weight`, `….lora_B.weight`) to the weights it belongs to."""
     problems = []
     pairs: dict[str, dict[str, Entry]] = {}
     for key, entry in adapter.items():
@@ -127,24 +69,43 @@ def merge_adapter(entries: Entries, adapter: Entries, config: dict) -> Entries:
             problems.append(("unexpected", key, reason))
         else:
             pairs.setdefault(match["module"], {})[match["side"]] = entry
-    transposed = bool(config.get("fan_in_fan_out"))
     merged = dict(entries)
     for module, sides in pairs.items():
-        weight, key = entries.get(f"{module}.weight"), f"{module}.weight"
+        key = f"{module}.weight"
         if set(sides) != {"A", "B"}:
             problems.append(("missing", module, "lora_A and lora_B do not come in pairs"))
-        elif weight is None:
+        elif key not in entries:
             problems.append(("missing", key, "the adapter changes it, but the base does not have it"))
         else:
-            down, up = sides["A"], sides["B"]
-            if len(down.shape) != 2 or len(up.shape) != 2 or not down.shape[0]:
-                problems.append(("mis-shaped", key, f"A is {down.shape} and B is {up.shape}; two tables are expected"))
-                continue
-            shape = (up.shape[0], down.shape[-1])
-            if (shape[::-1] if transposed else shape) != weight.shape or up.shape[-1] != down.shape[0]:
-                problems.append(("mis-shaped", key, f"{weight.shape}, but B A gives {shape}"))
-                continue
-            merged[key] = _merged(weight, down, up, adapter_scale(config, down.shape[0]), transposed)
+            weight, down, up = entries[key], sides["A"], sides["B"]
+            shape = _product_shape(down.shape, up.shape, config)
+            if shape == weight.shape:
+                merged[key] = _merged(weight, down, up, config)
+            else:
+                wrong = f"{weight.shape}, but B A gives {shape}" if shape else f"A is {down.shape} and B is {up.shape}"
+                problems.append(("mis-shaped", key, wrong))
     if problems:
         raise ConversionError(problem_table("The adapter does not fit its base:", problems))
     return merged
+
+
+def _product_shape(down: tuple[int, ...], up: tuple[int, ...], config: dict) -> tuple[int, ...] | None:
+    """The shape of B A, turned where the base keeps its weights so; None where there is no product."""
+    if len(down) != 2 or len(up) != 2 or up[1] != down[0]:
+        return None
+    return (down[1], up[0]) if config.get("fan_in_fan_out") else (up[0], down[1])
+
+
+def _merged(weight: Entry, down: Entry, up: Entry, config: dict) -> Entry:
+    """One weight with its adapter added, computed in float32 and rounded once."""
+    rank = down.shape[0]
+    scale = config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+    def read() -> torch.Tensor:
+        table = weight.read()
+        delta = up.read().float() @ down.read().float()
+        delta = delta.T if config.get("fan_in_fan_out") else delta
+        return delta.mul_(scale).add_(table).to(table.dtype)
+
+    note = "; ".join(filter(None, [weight.note, f"LoRA of rank {rank} merged"]))
+    return replace(weight, read=read, note=note)

@@ -2,16 +2,15 @@
 
 import torch
 
-from .keys import Aside, Constant, Rename, Rule, SplitRows
-from .slime_options import connector_settings
+from .keys import Constant, Rename, Rule, SplitRows, Unused
 
 
 _MM = "model.mm_projector."
 _SAMPLER = "model.sampler."
 _OURS = "model.connector."
 _UNUSED = [
-    Aside("model.layers.{}.self_attn.rotary_emb.inv_freq"),
-    Aside("model.vision_tower.vision_tower.vision_model.embeddings.position_ids"),
+    Unused("model.layers.{}.self_attn.rotary_emb.inv_freq"),
+    Unused("model.vision_tower.vision_tower.vision_model.embeddings.position_ids"),
 ]
 _LANGUAGE = [
     Rename("model.embed_tokens.weight", "model.language_model.embed_tokens.weight"),
@@ -68,8 +67,8 @@ def _selector() -> list[Rule]:
     """Rules of the attention router; the released forward pass uses neither its query nor its self-attention."""
     source, target = _SAMPLER + "selector.", _OURS + "token_ops.0.attention_score."
     return [
-        Aside(source + "query"),
-        Aside(source + "self_attn.**"),
+        Unused(source + "query"),
+        Unused(source + "self_attn.**"),
         *_attention(source + "cross_attn.", target + "attention."),
         Rename(source + "ln_q.{}", target + "image_norm.{}"),
         Rename(source + "ln_kv.{}", target + "text_norm.{}"),
@@ -88,24 +87,10 @@ ADAPTERS: dict[str, list[Rule]] = {
 
 
 def key_table(adapter: str, resampler: str | None = "cosine") -> list[Rule]:
-    """The key table of a released checkpoint.
-
-    Args:
-        adapter (`str`): `mm_projector_type` of its configuration.
-        resampler (`str`, *optional*): `mm_resampler_type` of its configuration.
-
-    Returns:
-        Rules that cover every tensor of the checkpoint.
-
-    Raises:
-        ValueError: If the adapter type is unknown.
-    """
+    """The key table of a released checkpoint with this `mm_projector_type` and `mm_resampler_type`."""
     if adapter not in ADAPTERS:
         raise ValueError(f"mm_projector_type {adapter!r} is not known; known types: {', '.join(ADAPTERS)}.")
     rules = [*_UNUSED, *_LANGUAGE, *_TOWER, *ADAPTERS[adapter]]
     if resampler not in (None, "identity"):
         rules += _query_former(_SAMPLER + "post_qformer.", _OURS + "view_ops.0.query_former.")
     return rules + (_selector() if resampler == "qformer" else [])
-
-
-__all__ = ["ADAPTERS", "connector_settings", "key_table"]

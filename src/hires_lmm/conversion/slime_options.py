@@ -4,7 +4,6 @@ from typing import Any
 
 from ..modeling.routers_hires_lmm import KeepOptions
 from .errors import ConversionError
-from .tensors import shown
 
 
 DEFAULTS: dict[str, Any] = {
@@ -44,14 +43,20 @@ IRRELEVANT = {
 }
 """Options without influence on what a converted model computes, with the reason."""
 
-KINDS: dict[str, tuple[type, ...]] = {
-    **{key: (type(value),) for key, value in DEFAULTS.items()},
+KINDS: dict[str, type | tuple[type, ...]] = {
+    **{key: type(value) for key, value in DEFAULTS.items()},
     "mm_resampler_type": (str, type(None)),
     "mm_resampler_topp": (float, int),
     "mm_resampler_temp": (float, int),
-    "mm_learnable_gated": (int, bool),
 }
-"""Types of the options; the integers are checked apart."""
+
+FIXED = {
+    "mm_vision_select_feature": ("patch", "views are grids of patches here, without the class token"),
+    "image_aspect_ratio": ("anyres", "only 'anyres', the published rule, has a planner here"),
+    "mm_use_im_start_end": (False, "no published model was trained with tokens around the image"),
+    "use_mm_proj": (True, "a model without an adapter sees no images"),
+}
+"""Options of which the parts here can express one value, and why."""
 
 ROUTERS = {"cosine": "cosine", "qformer": "attention"}
 NO_ROUTER = (None, "identity")
@@ -62,65 +67,21 @@ REFUSED_ADAPTERS = {
 
 
 def refuse(option: str, value: Any, reason: str) -> ConversionError:
-    """The error for a value that has no counterpart here.
-
-    Args:
-        option (`str`): Name of the option.
-        value: Its value.
-        reason (`str`): Why, as the end of a sentence.
-    """
-    return ConversionError(f"{option}={shown(value)} of the released configuration cannot be converted: {reason}.")
-
-
-def check_known(config: dict) -> None:
-    """Refuse multimodal options that nobody here knows.
-
-    Args:
-        config (`dict`): The released `config.json`.
-
-    Raises:
-        ConversionError: If there is an `mm_*` option without a known meaning.
-    """
-    unknown = sorted(
-        key for key in config if key.startswith("mm_") and key not in {*DEFAULTS, *ELSEWHERE, *IRRELEVANT}
-    )
-    if unknown:
-        raise ConversionError(
-            f"The released configuration has the unknown option {unknown[0]!r} (value {config[unknown[0]]!r}); the "
-            "converter does not guess what it means."
-        )
+    """The error for a value that has no counterpart here."""
+    return ConversionError(f"{option}={value!r} of the released configuration cannot be converted: {reason}.")
 
 
 def option_notes(config: dict) -> dict[str, str]:
-    """How each multimodal option was taken, for the report.
-
-    Args:
-        config (`dict`): The released `config.json`.
-
-    Returns:
-        Option -> `read`, `default …` or the reason why it does not matter.
-    """
+    """How each multimodal option was taken, for the report: `read`, `absent; …` or why it does not matter."""
     notes = {key: "read" if key in config else f"absent; taken as {value!r}" for key, value in DEFAULTS.items()}
     notes.update({key: text for key, text in {**ELSEWHERE, **IRRELEVANT}.items() if key in config})
     return notes
 
 
 def connector_settings(config: dict) -> dict:
-    """Read the multimodal options of a released configuration.
-
-    Args:
-        config (`dict`): The released `config.json`.
-
-    Returns:
-        Fields of `HiResLmmConfig`: `planner`, `connector_config`, `question_scope` and `vision_feature_layer`.
-
-    Raises:
-        ConversionError: If an option is unknown or has a value that has no counterpart here.
-    """
-    check_known(config)
+    """The options of a released `config.json` as fields of `HiResLmmConfig`; others are refused."""
     options = {key: config.get(key, default) for key, default in DEFAULTS.items()}
-    _check_types(options)
-    _check_fixed(options)
+    _check_options(config, options)
     router = _router(options)
     compressor = {"part": "query_compressor", "on": "crops", "num_queries": options["mm_resampler_dim"]}
     return {
@@ -129,42 +90,28 @@ def connector_settings(config: dict) -> dict:
         "vision_feature_layer": options["mm_vision_select_layer"],
         "connector_config": {
             "view_ops": [compressor] if router else [],
-            "adapter": adapter_settings(options),
+            "adapter": _adapter(options),
             "layout": _layout(options, bool(router)),
             "token_ops": [router] if router else [],
         },
     }
 
 
-def _check_types(options: dict) -> None:
-    """Options of another type than the released code writes."""
+def _check_options(config: dict, options: dict) -> None:
+    """Refuse options that nobody here knows, that are of another type, or that have no counterpart."""
+    known = {*DEFAULTS, *ELSEWHERE, *IRRELEVANT}
+    unknown = sorted(key for key in config if key.startswith("mm_") and key not in known)
+    if unknown:
+        raise ConversionError(
+            f"The released configuration has the unknown option {unknown[0]!r} (value {config[unknown[0]]!r}); the "
+            "converter does not guess what it means."
+        )
     for name, value in options.items():
-        if not isinstance(value, KINDS[name]) or (isinstance(value, bool) and bool not in KINDS[name]):
-            kinds = " or ".join(kind.__name__ for kind in KINDS[name])
-            raise refuse(name, value, f"a value of type {kinds} is expected")
-
-
-def _check_fixed(options: dict) -> None:
-    """Options that have one value the parts here can express."""
-    if options["mm_vision_select_feature"] != "patch":
-        raise refuse(
-            "mm_vision_select_feature",
-            options["mm_vision_select_feature"],
-            "views are grids of patches here, without the class token",
-        )
-    if options["image_aspect_ratio"] != "anyres":
-        raise refuse(
-            "image_aspect_ratio",
-            options["image_aspect_ratio"],
-            "only 'anyres', the published rule, has a planner here",
-        )
-    if options["mm_use_im_start_end"]:
-        raise refuse("mm_use_im_start_end", True, "no published model was trained with tokens around the image")
-    if not options["use_mm_proj"]:
-        raise refuse("use_mm_proj", options["use_mm_proj"], "a model without an adapter sees no images")
-    for name in ("mm_vision_select_layer", "seperator", "mm_resampler_dim"):
-        if not abs(options[name]) < 1 << 31:
-            raise refuse(name, options[name], "it is out of range")
+        if not isinstance(value, KINDS[name]) or (isinstance(value, bool) and KINDS[name] is not bool):
+            raise refuse(name, value, f"a value such as {DEFAULTS[name]!r} is expected")
+    for name, (value, reason) in FIXED.items():
+        if options[name] != value:
+            raise refuse(name, options[name], reason)
 
 
 def _planner(options: dict) -> dict:
@@ -178,18 +125,7 @@ def _planner(options: dict) -> dict:
     return planner
 
 
-def adapter_settings(options: dict) -> dict:
-    """The adapter that `mm_projector_type` and `mm_learnable_gated` name.
-
-    Args:
-        options (`dict`): The released options, complete.
-
-    Returns:
-        The `adapter` entry of `connector_config`.
-
-    Raises:
-        ConversionError: If there is no such adapter here.
-    """
+def _adapter(options: dict) -> dict:
     kind = options["mm_projector_type"]
     if kind in REFUSED_ADAPTERS:
         raise refuse("mm_projector_type", kind, REFUSED_ADAPTERS[kind])
@@ -200,7 +136,7 @@ def adapter_settings(options: dict) -> dict:
         known = ", ".join([*plain, "gated"])
         raise refuse("mm_projector_type", kind, f"the known types are {known}")
     forced = options["mm_learnable_gated"]
-    if isinstance(forced, bool) or not isinstance(forced, int) or forced not in (-1, 0, 1):
+    if forced not in (-1, 0, 1):
         raise refuse("mm_learnable_gated", forced, "-1 mixes, 0 and 1 name one of two experts")
     if options["mm_resampler_type"] in NO_ROUTER and forced != 0:
         raise refuse("mm_projector_type", kind, "without a sampler it mixes on crops too; here on one kind of view")
@@ -235,17 +171,7 @@ def _layout(options: dict, routed: bool) -> dict:
 
 
 def released_options(config: Any) -> dict:
-    """The way back: multimodal options that make the released code compute what a model of ours does.
-
-    Args:
-        config (`HiResLmmConfig`): The configuration.
-
-    Returns:
-        `mm_*` and the other multimodal options.
-
-    Raises:
-        ConversionError: If the model has parts that the released code does not have.
-    """
+    """The way back: the released options that compute what a model of ours does."""
     connector = config.connector_config
     routers = [op for op in connector.token_ops if op.get("part") == "router"]
     router = routers[0] if routers else {"score": None, "keep": {}}
@@ -286,18 +212,16 @@ def _check_way_back(config: Any, options: dict) -> None:
             "The released SliME code has no counterpart to the adapter "
             f"{config.connector_config.adapter['part']!r} with question_scope={config.question_scope!r}."
         )
-    again = connector_settings(options)
-    other = type(config.connector_config)(**again["connector_config"])
-    for name, own_parts, other_parts in zip(
-        ("view_ops", "adapter", "token_ops", "layout"), _plain(config.connector_config), _plain(other), strict=True
-    ):
-        if own_parts != other_parts:
+    again = type(config.connector_config)(**connector_settings(options)["connector_config"])
+    ours, theirs = _plain(config.connector_config), _plain(again)
+    for name, values in ours.items():
+        if values != theirs[name]:
             raise ConversionError(
-                f"The released SliME code cannot express {name} of this model (views={views!r}): {own_parts!r}."
+                f"The released SliME code cannot express {name} of this model (views={views!r}): {values!r}."
             )
 
 
-def _plain(connector: Any) -> tuple:
+def _plain(connector: Any) -> dict[str, Any]:
     """All options of a connector with their defaults filled in."""
     chain = connector.resolve()
 
@@ -305,9 +229,9 @@ def _plain(connector: Any) -> tuple:
         values = {"part": part.part.__name__, **vars(part.options)}
         return {**values, "keep": vars(KeepOptions(**values["keep"]))} if "keep" in values else values
 
-    return (
-        [options(op) for op in chain.view_ops],
-        options(chain.adapter),
-        [options(op) for op in chain.token_ops],
-        vars(chain.layout),
-    )
+    return {
+        "view_ops": [options(op) for op in chain.view_ops],
+        "adapter": options(chain.adapter),
+        "token_ops": [options(op) for op in chain.token_ops],
+        "layout": vars(chain.layout),
+    }

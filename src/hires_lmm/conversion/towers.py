@@ -5,10 +5,10 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from .checkpoint import BOOKKEEPING, build_config
-from .errors import ConversionError
-from .hub import expanded, resolve_folder
-from .tensors import Entries, folder_entries, read_json, read_object, shown
+from .configs import known_fields
+from .errors import ConversionError, readable
+from .hub import resolve_folder
+from .tensors import Entries, folder_entries, read_json
 
 
 KNOWN_TOWERS = {
@@ -31,75 +31,40 @@ _UNREAD = ("embeddings.position_ids", "head.")
 
 
 def tower_config(values: dict, name: str) -> Any:
-    """Build the configuration of a vision tower.
-
-    Args:
-        values (`dict`): A `config.json` of the tower alone, or of a model of image and text.
-        name (`str`): Where it comes from, for messages.
-
-    Returns:
-        The configuration of the tower alone.
-
-    Raises:
-        ConversionError: If it belongs to no family with a tower for views of one size.
-    """
-    model_type = values.get("model_type")
-    if not isinstance(model_type, str):
-        raise ConversionError(f"{name} has model_type={shown(model_type)}, which names no family of models.")
+    """The configuration of a tower alone, from its `config.json` or that of a model of image and text."""
+    model_type = str(values.get("model_type"))
     if model_type in COMPOSITES:
         projection = {key: values[key] for key in ("projection_dim",) if key in values and model_type == "clip"}
-        values = {**projection, **read_object(values, "vision_config", name), "model_type": COMPOSITES[model_type]}
-        model_type = values["model_type"]
+        model_type = COMPOSITES[model_type]
+        values = {**projection, **(values.get("vision_config") or {})}
     if model_type not in COMPOSITES.values():
         known = ", ".join([*COMPOSITES.values(), *COMPOSITES])
         raise ConversionError(f"{name} describes a model of type {model_type!r}; vision towers can be: {known}.")
-    known_fields = {*AutoConfig.for_model(model_type).to_dict(), "vision_use_head"}
-    fields = {key: value for key, value in values.items() if key in known_fields - BOOKKEEPING}
-    return build_config(AutoConfig.for_model, "The vision tower's configuration", model_type=model_type, **fields)
+    with readable(f"The vision tower's configuration in {name}"):
+        return AutoConfig.for_model(model_type, **known_fields(values, model_type, "vision_use_head"))
 
 
 def tower_entries(folder: Path) -> Entries:
-    """The weights of a vision tower, named as in the tower alone, without a pooling head.
-
-    Args:
-        folder (`Path`): A tower, or a model of image and text, whose text side is left out.
-
-    Raises:
-        ConversionError: If there are no such weights.
-    """
+    """The weights of a tower, named as in the tower alone; a model of image and text loses its text side."""
     entries = folder_entries(folder)
     inside = {key.removeprefix("vision_model."): entry for key, entry in entries.items() if key.startswith("vision_")}
     inside = {key: entry for key, entry in inside.items() if f"vision_model.{key}" in entries}
-    found = inside or entries
-    found = {key: entry for key, entry in found.items() if not key.startswith(_UNREAD)}
+    found = {key: entry for key, entry in (inside or entries).items() if not key.startswith(_UNREAD)}
     if "embeddings.patch_embedding.weight" not in found:
         raise ConversionError(f"{folder.name} holds no vision tower: it has no embeddings.patch_embedding.weight.")
     return found
 
 
 def find_tower(choice: str | Path | None, name: str | None, folder: Path) -> tuple[Any, Path | None]:
-    """Find the tower a released checkpoint names.
-
-    Args:
-        choice (`str` or `Path`, *optional*): The caller's choice: a configuration file, a folder or a repository.
-        name (`str`, *optional*): Name in the released configuration.
-        folder (`Path`): The released checkpoint, which may hold a `vision_config.json`.
-
-    Returns:
-        The configuration, and the folder with the tower's files if one was chosen or is needed for it.
-
-    Raises:
-        ConversionError: If nothing tells which tower it is.
-    """
-    if choice is not None and expanded(choice).is_file():
-        return tower_config(read_json(expanded(choice).resolve()), str(choice)), None
-    if name is not None and not isinstance(name, str):
-        raise ConversionError(f"mm_vision_tower={shown(name)} of the released configuration names no vision tower.")
+    """The tower that the caller chose (file, folder, repository) or the checkpoint names: configuration and folder."""
+    if choice is not None and Path(choice).expanduser().is_file():
+        return tower_config(read_json(Path(choice).expanduser()), str(choice)), None
     if choice is None and (folder / "vision_config.json").is_file():
         return tower_config(read_json(folder / "vision_config.json"), "vision_config.json"), None
     if choice is None and name in KNOWN_TOWERS:
         return tower_config(dict(KNOWN_TOWERS[name]), name), None
-    if choice is None and name is None:
+    chosen = choice if choice is not None else name
+    if chosen is None:
         raise ConversionError("The released configuration names no mm_vision_tower; pass vision_config.")
-    tower = resolve_folder(str(choice if choice is not None else name), "The vision tower")
+    tower = resolve_folder(chosen, "The vision tower")
     return tower_config(read_json(tower / "config.json"), tower.name), tower

@@ -1,4 +1,7 @@
-"""Runs in a process without the package: `python -I golden_worker.py FOLDER GOLDEN CASES`; prints one JSON a case."""
+"""Runs in a process without the package: `python -I slime_worker.py CHECKPOINT SET`; prints one JSON a case.
+
+What a converted checkpoint gives through its own code, compared with the set: see `test_slime.py`.
+"""
 
 import json
 import sys
@@ -21,9 +24,6 @@ from safetensors.torch import load_file  # noqa: E402
 from transformers import AutoImageProcessor, AutoModelForImageTextToText  # noqa: E402
 
 
-FORCED_STEPS = 12
-
-
 def difference(found: torch.Tensor, wanted: torch.Tensor) -> float:
     assert found.shape == wanted.shape, (found.shape, wanted.shape)
     return (found.float() - wanted.float()).abs().max().item()
@@ -33,14 +33,14 @@ def forced_steps(model, ids: torch.Tensor, views: dict, steps: torch.Tensor) -> 
     """Logits of forced tokens: through `generate` with a cache, and without a cache from the whole sequence."""
 
     def force(_, sequence):
-        return [int(steps[min(len(sequence) - ids.shape[1], FORCED_STEPS - 1)])]
+        return [int(steps[min(len(sequence) - ids.shape[1], len(steps) - 1)])]
 
     rows = []
     for use_cache in (True, False):
         out = model.generate(
             input_ids=ids,
             **views,
-            max_new_tokens=FORCED_STEPS,
+            max_new_tokens=len(steps),
             do_sample=False,
             prefix_allowed_tokens_fn=force,
             use_cache=use_cache,
@@ -54,7 +54,7 @@ def forced_steps(model, ids: torch.Tensor, views: dict, steps: torch.Tensor) -> 
 
 
 @torch.no_grad()
-def main(folder: Path, golden: Path, count: int) -> None:
+def main(folder: Path, golden: Path) -> None:
     model, info = AutoModelForImageTextToText.from_pretrained(
         folder, trust_remote_code=True, dtype=torch.float32, output_loading_info=True
     )
@@ -63,33 +63,33 @@ def main(folder: Path, golden: Path, count: int) -> None:
     processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)
     expected = load_file(golden / "expected.safetensors")
     image_id = model.config.image_token_id
-    for number, case in enumerate(json.loads((golden / "cases.json").read_text())[:count]):
+    for number, case in enumerate(json.loads((golden / "cases.json").read_text())):
         views = processor(Image.open(golden / case["image"]), return_tensors="pt")
         placeholders = [image_id] * int(views["view_positions"][0, 5])
         ids = torch.tensor([[i for token in case["input_ids"] for i in (placeholders if token == -200 else [token])]])
-
-        def want(name, number=number):
-            return expected[f"case{number}.{name}"]
-
+        want = {name.removeprefix(f"case{number}."): v for name, v in expected.items() if f"case{number}." in name}
         output = model(input_ids=ids, **views, output_token_map=True)
         local = output.token_map.kind == 1
-        vocabulary = want("logits_last").shape[-1]
+        vocabulary = want["logits_last"].shape[-1]
         logits = output.logits[0, :, :vocabulary]
-        steps = torch.arange(FORCED_STEPS) * 37 + 11 * number + 3
+        steps = (torch.arange(12) * 37 + 11 * number + 3) % vocabulary
         cached, plain = forced_steps(model, ids, views, steps)
-        generated = model.generate(input_ids=ids, **views, max_new_tokens=12, do_sample=False, eos_token_id=None)
+        greedy = case["generated"][1:]
+        generated = model.generate(
+            input_ids=ids, **views, max_new_tokens=len(greedy), do_sample=False, eos_token_id=None
+        )
         result = {
-            "pixels": difference(views["pixel_values"].mean((2, 3)), want("pixel_values_mean")),
-            "scores": difference(output.token_map.score[local], want("router_scores")),
-            "selected": torch.equal(output.token_map.kept[local].nonzero()[:, 0], want("selected")),
-            "last": difference(logits[-1], want("logits_last").reshape(-1)),
-            "text": difference(logits[-len(want("logits_text")) :], want("logits_text")),
-            "first_step": difference(cached[0, :vocabulary], want("logits_last").reshape(-1)),
+            "pixels": difference(views["pixel_values"].mean((2, 3)), want["pixel_values_mean"]),
+            "scores": difference(output.token_map.score[local], want["router_scores"]),
+            "selected": torch.equal(output.token_map.kept[local].nonzero()[:, 0], want["selected"]),
+            "last": difference(logits[-1], want["logits_last"].reshape(-1)),
+            "text": difference(logits[-len(want["logits_text"]) :], want["logits_text"]),
+            "first_step": difference(cached[0, :vocabulary], want["logits_last"].reshape(-1)),
             "cache": difference(cached, plain),
             "moves": (cached[1:] - cached[:-1]).abs().max().item(),
-            "greedy": generated[0, ids.shape[1] :].tolist() == case["generated"][1:],
+            "greedy": generated[0, ids.shape[1] :].tolist() == greedy,
         }
         sys.stdout.write(json.dumps(result) + "\n")
 
 
-main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))
+main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,10 +1,10 @@
-"""The golden checkpoint, converted from every released form, gives the published numbers without the package."""
+"""A released checkpoint gives the same weights from every form: shards, pickles, a separate tower, LoRA, stage files.
+
+That they give the published numbers is seen in `tests/golden/test_slime.py`.
+"""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -25,38 +25,12 @@ from safetensors.torch import save_file
 from hires_lmm.conversion import convert_slime
 
 
-WORKER = Path(__file__).with_name("golden_worker.py")
-CASES = 5
-
-
-def run_golden(folder: Path, work: Path, count: int = CASES) -> list[dict]:
-    """Results of the first cases in an isolated process."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "HF_", "COV"))}
-    environment = {**kept, "HF_HOME": str(work / "hf_home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-I", str(WORKER), str(folder), str(GOLDEN), str(count)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=environment, stdin=subprocess.DEVNULL, timeout=600
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
-
-
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory) -> Path:
     """The golden checkpoint, converted as it is."""
     folder = tmp_path_factory.mktemp("golden") / "out"
     convert_slime(GOLDEN, folder)
     return folder
-
-
-def test_the_numbers_of_the_released_code(converted, tmp_path):
-    results = run_golden(converted, tmp_path)
-    assert len(results) == CASES
-    for result in results:
-        assert result["pixels"] < 1e-5 and result["selected"] and result["greedy"]
-        assert max(result[name] for name in ("last", "text", "first_step")) <= 1e-4, result
-        assert result["scores"] <= 2e-4  # sums of up to 22 cosines
-        assert result["cache"] <= 1e-4 and result["moves"] > 1e-2
 
 
 def same_weights(folder: Path, converted: Path) -> None:
@@ -157,9 +131,6 @@ def test_lora_split_of_the_same_weights(converted, tmp_path, rslora):
     assert set(ours) == set(wanted)
     for key, value in wanted.items():
         torch.testing.assert_close(ours[key].float(), value.float(), atol=1e-6, rtol=0, msg=key)
-    if not rslora:
-        for result in run_golden(tmp_path / "out", tmp_path, count=1):
-            assert max(result[name] for name in ("last", "text", "cache")) <= 1e-4 and result["selected"]
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning:transformers")  # peft still asks for an old property
