@@ -6,12 +6,14 @@ from .errors import ConversionError
 from .exporting import export
 from .fusion import convert_fusion
 from .llava_next import convert_llava_next
+from .random_model import compose_random
 from .to_slime import convert_to_slime
 
 
 __all__ = [
     "ConversionError",
     "compose",
+    "compose_random",
     "convert_fusion",
     "convert_llava_next",
     "convert_slime",

@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import GenerationConfig
 
+from ..folders import TOKENIZER_FILES
 from ..modeling.configuration_hires_lmm import AUTO_MAP, HiResLmmConfig
 from ..modeling.tower_hires_lmm import POOLING_HEAD
 from ..processing.processing_hires_lmm import HiResLmmProcessor
@@ -23,9 +24,9 @@ from .checkpoint import (
     versions,
 )
 from .errors import ConversionError
-from .hub import is_repository, resolve_folder
+from .hub import resolve_folder
 from .mapping import Mapped, check_complete
-from .prompts import TOKENIZER_FILES, check_vocabulary, image_stats_of, load_tokenizer
+from .prompts import check_vocabulary, image_stats_of, load_tokenizer
 from .tensors import folder_entries, read_json, release, safe_path
 from .writing import MAX_SHARD_BYTES, Progress, new_folder, write_tensors
 
@@ -78,17 +79,16 @@ def _export(folder: Path, name: str, work: Path, progress: Progress | None, max_
             lambda: GenerationConfig.from_pretrained(folder).save_pretrained(work), "The generation configuration"
         )
     save_code(work, config)
-    for kept in (REPORT_NAME, ASIDE_NAME, "README.md"):
+    for kept in (REPORT_NAME, ASIDE_NAME):
         if (folder / kept).is_file():
             shutil.copyfile(safe_path(folder, kept), work / kept)
-    if not (work / "README.md").is_file():
-        facts = {
-            "chat": any((folder / file).is_file() for file in TOKENIZER_FILES),
-            "versions": versions(),
-            "title": Path(name).name,
-            **({"repository": name} if is_repository(name) and not Path(name).is_dir() else {}),
-        }
-        write_card(work, config, image_processor, facts)
+    facts = {
+        "chat": any((folder / file).is_file() for file in TOKENIZER_FILES),
+        "versions": versions(),
+        "title": Path(name).name,
+    }
+    earlier = safe_path(folder, "README.md") if (folder / "README.md").is_file() else None
+    write_card(work, config, image_processor, facts, earlier)
 
 
 def _copy_processor(folder: Path, work: Path, config: Any) -> Any:
