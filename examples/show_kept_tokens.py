@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from hires_lmm.demo import build_demo_checkpoint
+from hires_lmm.conversion import compose_random
 from hires_lmm.visualize import draw_token_map
 
 
@@ -59,4 +59,4 @@ if __name__ == "__main__":
         main(sys.argv[1], target)
     else:
         with tempfile.TemporaryDirectory() as temporary:
-            main(build_demo_checkpoint(temporary), target)
+            main(compose_random(temporary), target)

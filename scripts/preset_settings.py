@@ -1,6 +1,6 @@
 """Write the settings by which `hires-lmm tokens PRESET` counts without torch, after a preset was added or changed.
 
-    python scripts/preset_settings.py
+python scripts/preset_settings.py
 """
 
 import json
@@ -11,7 +11,17 @@ from hires_lmm.conversion.random_model import random_processor
 
 
 FILE = Path(__file__).parents[1] / "src" / "hires_lmm" / "preset_settings.json"
-NAMES = ("planner", "view_size", "patch_size", "max_crops", "pinpoints", "unpad", "global_view", "views", "token_layout")
+NAMES = (
+    "planner",
+    "view_size",
+    "patch_size",
+    "max_crops",
+    "pinpoints",
+    "unpad",
+    "global_view",
+    "views",
+    "token_layout",
+)
 
 
 def settings_of(preset: str) -> dict:

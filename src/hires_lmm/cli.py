@@ -236,7 +236,7 @@ def _tokens(
 ) -> None:
     """Count views and visual tokens from image sizes.
 
-    Needs neither images nor weights. The last column is LLaVA-NeXT's count of the same image with its released settings.
+    Needs neither images nor weights. The last column is LLaVA-NeXT's count of the same image, settings as released.
     """
     pairs = [_parse_size(size) for size in sizes]
     with one_line_errors():
@@ -346,7 +346,9 @@ def _compose(
     Both are pretrained; the parts between them are new and untrained.
     """
     if random != (vision is None and text is None) or (vision is None) != (text is None):
-        raise typer.BadParameter("give --vision and --text, or --random alone.", param_hint="--vision, --text, --random")
+        raise typer.BadParameter(
+            "give --vision and --text, or --random alone.", param_hint="--vision, --text, --random"
+        )
     if random and (dtype is not None or chat_template is not None):
         raise typer.BadParameter("a random model is float32 and speaks chatml.", param_hint="--dtype, --chat-template")
     with one_line_errors():

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from threading import Thread
 from typing import Any
 
@@ -168,7 +167,9 @@ def find_unknown_words(tokenizer: Any, text: str) -> list[str]:
     if backend is None or not isinstance(backend.model, WordLevel):
         return []
     text = text if backend.normalizer is None else backend.normalizer.normalize_str(text)
-    words = [text] if backend.pre_tokenizer is None else [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(text)]
+    words = (
+        [text] if backend.pre_tokenizer is None else [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(text)]
+    )
     vocabulary = tokenizer.get_vocab()
     return list(dict.fromkeys(word for word in words if word not in vocabulary))
 

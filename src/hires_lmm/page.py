@@ -88,7 +88,9 @@ def build_page(model: Any, processor: Any, name: str, note: str | None = None) -
             with gradio.Column(scale=2):
                 image = gradio.Image(type="pil", label="Image", sources=["upload", "clipboard"], height=320)
                 question = gradio.Textbox(label="Question", placeholder="What do you want to know?", lines=2)
-                budget = gradio.Slider(0, HIGHEST_BUDGET, value=0, step=1, label="Budget: visual tokens kept (0 = no budget)")
+                budget = gradio.Slider(
+                    0, HIGHEST_BUDGET, value=0, step=1, label="Budget: visual tokens kept (0 = no budget)"
+                )
                 max_crops = gradio.Slider(0, MOST_CROPS, value=0, step=1, label="Most crops (0 = the checkpoint's)")
                 length = gradio.Slider(1, MAX_NEW_TOKENS, value=64, step=1, label="Most tokens of the answer")
                 button = gradio.Button("Ask", variant="primary", elem_id="ask")

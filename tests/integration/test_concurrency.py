@@ -17,7 +17,7 @@ from torch import nn
 import reference_routing as routing
 from builders import GEOMETRY, make_batch, random_image, tiny_config, tiny_model, tiny_processor
 from hires_lmm.inference import encode_images, map_tokens, prepare, stream_answer
-from hires_lmm.serve import answer_question
+from hires_lmm.page import answer_question
 
 
 THREADS = 4

@@ -26,9 +26,9 @@ SCRIPT = ROOT / "scripts" / "doc_tables.py"
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    from hires_lmm.demo import build_demo_checkpoint
+    from hires_lmm.conversion import compose_random
 
-    return build_demo_checkpoint(tmp_path_factory.mktemp("docs") / "demo-checkpoint")
+    return compose_random(tmp_path_factory.mktemp("docs") / "random-checkpoint")
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def clone(tmp_path, monkeypatch, checkpoint):
     """A working folder that looks like a clone with a demo checkpoint in it."""
     for name in ("examples", "checkpoints"):
         os.symlink(ROOT / name, tmp_path / name)
-    shutil.copytree(checkpoint, tmp_path / "demo-checkpoint")
+    shutil.copytree(checkpoint, tmp_path / "random-checkpoint")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

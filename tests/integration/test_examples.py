@@ -20,9 +20,9 @@ NAMES = sorted(path.stem for path in EXAMPLES.glob("*.py"))
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    from hires_lmm.demo import build_demo_checkpoint
+    from hires_lmm.conversion import compose_random
 
-    return str(build_demo_checkpoint(tmp_path_factory.mktemp("examples")))
+    return str(compose_random(tmp_path_factory.mktemp("examples")))
 
 
 def run(name: str, *arguments: str, monkeypatch, capsys) -> str:

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from builders_docs import ROOT
-from hires_lmm.serve import answer_question
+from hires_lmm.page import answer_question
 
 
 BOARD = ROOT / "examples" / "images" / "harbour_board.png"
@@ -16,10 +16,10 @@ BOARD = ROOT / "examples" / "images" / "harbour_board.png"
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory):
-    from hires_lmm.demo import build_demo_checkpoint
+    from hires_lmm.conversion import compose_random
     from hires_lmm.inference import load_model, load_processor
 
-    folder = str(build_demo_checkpoint(tmp_path_factory.mktemp("serve")))
+    folder = str(compose_random(tmp_path_factory.mktemp("serve")))
     return load_model(folder), load_processor(folder)
 
 
@@ -55,7 +55,7 @@ def test_mistakes_are_told(loaded, image, question, budget, message):
 def test_without_gradio_the_remedy_is_named(loaded, monkeypatch):
     import sys
 
-    from hires_lmm.serve import build_page
+    from hires_lmm.page import build_page
 
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(ImportError, match=r"pip install -e"):
@@ -66,7 +66,7 @@ def test_without_gradio_the_remedy_is_named(loaded, monkeypatch):
 def test_the_server_answers(loaded, monkeypatch):
     pytest.importorskip("gradio", reason="the extra `demo` is not installed")
     monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
-    from hires_lmm.serve import build_page
+    from hires_lmm.page import build_page
 
     page = build_page(*loaded, "small")
     _, address, _ = page.launch(server_name="127.0.0.1", server_port=None, prevent_thread_lock=True, quiet=True)

@@ -115,8 +115,8 @@ def carry_card(card: str, fresh: str, folder: Path) -> str:
         folder (`Path`): The new folder.
 
     Returns:
-        The card with the code of its section *Use* and its section *Versions* as in `fresh`; links that lead to no file
-        of the folder are plain text.
+        The card with the code of its section *Use* and its section *Versions* as in `fresh`; links that lead to no
+        file of the folder are plain text.
     """
     new = {section.partition("\n")[0]: section for section in _sections(fresh)}
     code = CODE.search(new["## Use"])
@@ -151,8 +151,8 @@ def write_card(
         image_processor (`HiResLmmImageProcessor`): Its image processor.
         facts (`dict`): `title`, `summary`, `bases` (part, name, optionally licence), `training`, `chat`, `versions`,
             `repository`; absent ones are left out of the card.
-        earlier (`Path`, *optional*): A card to carry over, see `carry_card`. The text of the `widget` in its front matter
-            is the question of the example.
+        earlier (`Path`, *optional*): A card to carry over, see `carry_card`. The text of the `widget` in its front
+            matter is the question of the example.
     """
     connector = config.connector_config
     card = earlier.read_text(encoding="utf-8") if earlier is not None else None
