@@ -12,7 +12,7 @@ from .processing.token_layout_hires_lmm import TokenLayout, apply_budget, count_
 PRESET_SETTINGS: dict[str, dict[str, Any]] = json.loads(
     Path(__file__).with_name("preset_settings.json").read_text(encoding="utf-8")
 )
-"""Preset -> settings of its image processor over CLIP ViT-L/14 at 336 pixels; written by `scripts/preset_settings.py`."""
+"""Preset -> settings of its image processor over CLIP ViT-L/14 at 336 pixels, by `scripts/preset_settings.py`."""
 
 
 @dataclass(frozen=True)

@@ -462,7 +462,7 @@ def _sweep(
         str, typer.Argument(help="needle, needle:test, ..., or a .json or .jsonl file.", show_default=False)
     ],
     out: Annotated[Path, typer.Option(help="Folder of answers and results; goes on there.", show_default=False)],
-    tokens: Annotated[str | None, typer.Option(help="Budgets, such as 64,256,default (default = all tokens).")] = None,
+    tokens: Annotated[str | None, typer.Option(help="Budgets, such as 100,150,default (default = no budget).")] = None,
     gamma: Annotated[str | None, typer.Option(help="Thresholds of the router, such as 0.5,0.75,1.")] = None,
     max_crops: Annotated[str | None, typer.Option(help="Most crops, such as 4,16,default.")] = None,
     image_size: Annotated[str | None, typer.Option(help="Longest sides of images, pixels.")] = None,

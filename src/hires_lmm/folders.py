@@ -18,8 +18,8 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 """A folder without any of them has no tokenizer."""
 
 TOKENIZER_REMEDY = (
-    "Put the tokenizer files of its language model (tokenizer.json or tokenizer.model, tokenizer_config.json) into the "
-    "folder that it was converted from, and convert again."
+    "Put the tokenizer files of its language model (tokenizer.json or tokenizer.model, tokenizer_config.json) into "
+    "the folder that it was converted from, and convert again."
 )
 
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")

@@ -16,7 +16,7 @@ from torch import nn
 
 import reference_routing as routing
 from builders import GEOMETRY, make_batch, random_image, tiny_config, tiny_model, tiny_processor
-from hires_lmm.inference import encode_images, map_tokens, prepare, stream_answer
+from hires_lmm.inference import AnswerStream, map_tokens, prepare
 from hires_lmm.page import answer_question
 
 
@@ -358,17 +358,16 @@ def test_a_process_that_is_forked_within_a_call_can_tokenise():
 
 # --- answers -------------------------------------------------------------------------------------------------------
 def test_streams_and_pages_in_threads():
-    """What `serve` and the command line do, on one model: pieces, maps of tokens and pictures of each alone."""
+    """What the page and the command line do, on one model: pieces, maps of tokens and pictures of each alone."""
     model, processor = shared("slime")
     pictures = [random_image(60 + 20 * number, 150, seed=number) for number in range(THREADS)]
 
     def work(number: int):
         prepared = prepare(processor, [pictures[number]], QUESTIONS[number], max_crops=2 + number)
-        features = encode_images(model, prepared)
-        text = "".join(stream_answer(model, processor, prepared, 6, features))
-        kept = map_tokens(model, prepared, features).kept.tolist()
+        text = "".join(AnswerStream(model, processor, prepared, 6))
+        kept = map_tokens(model, prepared).kept.tolist()
         page = list(answer_question(model, processor, pictures[number], QUESTIONS[number], 0, 2, 4))
-        return text, kept, [(answer, account) for answer, _, account in page], fingerprint(page[0][1].tobytes())
+        return text, kept, [(answer, account) for answer, _, account in page], fingerprint(page[-1][1].tobytes())
 
     expected = [work(number) for number in range(THREADS)]
     assert len({answer[0] for answer in expected}) > 1
@@ -394,7 +393,7 @@ def test_a_stream_that_cannot_decode_ends_with_the_error(monkeypatch):
 
     def read():
         try:
-            list(stream_answer(model, processor, prepared, 4))
+            list(AnswerStream(model, processor, prepared, 4))
         except RuntimeError as error:
             errors.append(str(error))
 
@@ -408,16 +407,16 @@ def test_a_visitor_who_leaves_and_one_who_errs_disturb_nobody():
     model, processor = shared("slime")
     picture = Image.new("RGB", (90, 60), (200, 30, 30))
     prepared = prepare(processor, [picture], QUESTIONS[0])
-    expected = "".join(stream_answer(model, processor, prepared, 6))
+    expected = "".join(AnswerStream(model, processor, prepared, 6))
     running = threading.active_count()
-    leaving = stream_answer(model, processor, prepared, 6)
+    leaving = iter(AnswerStream(model, processor, prepared, 6))
     first = next(leaving)
     leaving.close()
     broken = copy.copy(prepared)
     broken.inputs = {**prepared.inputs, "input_ids": prepared.inputs["input_ids"][:, 3:-3][:, :5]}
     with pytest.raises(ValueError, match="do not match"):
-        list(stream_answer(model, processor, broken, 6))
-    assert "".join(stream_answer(model, processor, prepared, 6)) == expected and expected.startswith(first)
+        list(AnswerStream(model, processor, broken, 6))
+    assert "".join(AnswerStream(model, processor, prepared, 6)) == expected and expected.startswith(first)
     for _ in range(200):
         if threading.active_count() <= running:
             break
