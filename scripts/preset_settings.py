@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from hires_lmm import PRESETS
-from hires_lmm.conversion.random_model import random_processor
+from hires_lmm.conversion import preset_processor
 
 
 FILE = Path(__file__).parents[1] / "src" / "hires_lmm" / "preset_settings.json"
@@ -26,7 +26,7 @@ NAMES = (
 
 def settings_of(preset: str) -> dict:
     """What counts, of the image processor of a preset, as JSON values."""
-    saved = random_processor(preset).image_processor.to_dict()
+    saved = preset_processor(preset).image_processor.to_dict()
     layout = {name: value for name, value in saved["token_layout"].items() if value is not None}
     settings = {name: saved.get(name) for name in NAMES} | {"token_layout": layout}
     return json.loads(json.dumps({name: value for name, value in settings.items() if value is not None}))

@@ -80,7 +80,7 @@ def account_image(
 
 def _plan(settings: dict[str, Any], height: int, width: int, changes: dict[str, Any]) -> tuple[Any, TokenLayout]:
     """The views of an image and the order of its tokens."""
-    planner = settings.get("planner")
+    planner = settings["planner"]
     if planner not in PLANNERS:
         raise ValueError(f"planner={planner!r} is unknown; choose one of {', '.join(PLANNERS)}.")
     given = {**settings, **changes}

@@ -27,7 +27,6 @@ from hires_lmm.conversion import (
 )
 from hires_lmm.conversion.rendering import foreign_template
 from hires_lmm.conversion.tensors import read_json, safe_path
-from hires_lmm.inference import load_processor
 
 
 @pytest.fixture
@@ -328,14 +327,3 @@ def test_an_id_far_above_the_vocabulary(tmp_path, ours):
     vocabulary[next(reversed(vocabulary))] = 2**31
     file.write_text(json.dumps(values))
     refused(tmp_path, export, ours, "has the id 2147483648; ids can be at most 16777216")
-
-
-@pytest.mark.parametrize(
-    "name", ["chat_template.jinja", "processor_config.json", "additional_chat_templates/other.jinja"]
-)
-def test_an_enormous_text_is_not_read_by_our_loaders(ours, name):
-    (ours / name).parent.mkdir(exist_ok=True)
-    with (ours / name).open("ab") as file:
-        file.truncate(200_000_000)
-    with pytest.raises(ValueError, match=f"{name} has 200000000 bytes, more than 100000000; replace it"):
-        load_processor(str(ours))

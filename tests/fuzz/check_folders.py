@@ -29,7 +29,8 @@ from hires_lmm.conversion import (
     rendering,
 )
 from hires_lmm.conversion.errors import is_panic
-from hires_lmm.inference import load_image_processor, load_model, load_processor
+from hires_lmm.folders import read_image_settings
+from hires_lmm.inference import load_model, load_processor
 
 
 CONVERSIONS: dict[str, Callable[[Path, Path], Any]] = {
@@ -143,7 +144,7 @@ LOADERS: dict[str, Callable[[Path], Any]] = {
 }
 OUR_LOADERS: dict[str, Callable[[str], Any]] = {
     "load_processor": load_processor,
-    "load_image_processor": load_image_processor,
+    "read_image_settings": read_image_settings,
     "load_model": lambda folder: load_model(folder, device="cpu"),
 }
 

@@ -292,6 +292,10 @@ def files(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text('{"model_type": "gpt2"}')
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "config.json").write_text('{"model_type": "hires_lmm"}')
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text('{"model_type": "hires')
     return tmp_path
 
 
@@ -307,6 +311,12 @@ FAILURES = {
     "too many crops": (["tokens", "CKPT", "90x90", "--max-crops", "99"], "takes from 1 to 36"),
     "no such device": (["ask", "CKPT", BOARD, *QUESTION, "--device", "toaster"], "cannot be used"),
     "no folder for the picture": (["show", "CKPT", BOARD, *QUESTION, "--out", "FILES/no/x.png"], "There is no folder"),
+    "no processor": (
+        ["tokens", "FILES/bare", "30x30"],
+        "Neither processor_config.json nor preprocessor_config.json of",
+    ),
+    "a broken file": (["tokens", "FILES/broken", "30x30"], "config.json of FILES/broken cannot be read as JSON"),
+    "a Hub that cannot be reached": (["tokens", "owner/name", "30x30"], ""),
     "nothing to convert": (["convert", "slime", "FILES/empty", "FILES/new"], ""),
     "nothing to export": (["export", "FILES/empty", "FILES/new"], ""),
 }
@@ -318,6 +328,7 @@ def test_failed_work_is_one_line_and_status_1(name: str, checkpoint, files):
     places = {"CKPT": checkpoint, "FILES": str(files)}
     for key, place in places.items():
         arguments = [argument.replace(key, place) for argument in arguments]
+        message = message.replace(key, place)
     result = run(*arguments)
     assert result.exit_code == 1, result.output
     assert result.stdout == ""

@@ -6,7 +6,7 @@ from .errors import ConversionError
 from .exporting import export
 from .fusion import convert_fusion
 from .llava_next import convert_llava_next
-from .random_model import compose_random
+from .random_model import compose_random, preset_processor
 from .to_slime import convert_to_slime
 
 
@@ -19,4 +19,5 @@ __all__ = [
     "convert_slime",
     "convert_to_slime",
     "export",
+    "preset_processor",
 ]

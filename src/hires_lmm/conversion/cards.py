@@ -10,7 +10,7 @@ from PIL import Image
 
 from ..folders import read_image_settings
 from ..modeling.configuration_hires_lmm import HiResLmmConfig
-from ..processing.chat_templates_hires_lmm import CHAT_TEMPLATES
+from ..processing.chat_templates_hires_lmm import CHAT_TEMPLATES, add_queries
 
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
@@ -94,13 +94,14 @@ def describe_choices(folder: Path) -> dict[str, str]:
     """
     path = folder / "chat_template.jinja"
     text = path.read_text(encoding="utf-8") if path.is_file() else None
-    named = next((f"`{name}`" for name, known in CHAT_TEMPLATES.items() if known == text), "the source's own")
+    known = {text: name for name, plain in CHAT_TEMPLATES.items() for text in (plain, add_queries(plain))}
+    named = f"`{known[text]}`" if text in known else "none" if text is None else "the source's own"
     settings = read_image_settings(str(folder))
     mean, std = ([round(number, 4) for number in settings[name]] for name in ("image_mean", "image_std"))
     resample = settings.get("resample")
     filtered = "the planner's filters" if resample is None else Image.Resampling(resample).name.lower()
     return {
-        "chat template": "none" if text is None else named,
+        "chat template": named,
         "layer of the vision tower": str(HiResLmmConfig.from_pretrained(folder).vision_feature_layer),
         "pixels": f"mean {mean}, deviation {std}, {filtered}",
     }

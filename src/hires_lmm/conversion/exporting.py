@@ -8,7 +8,6 @@ from typing import Any
 
 from transformers import GenerationConfig
 
-from ..folders import TOKENIZER_FILES
 from ..modeling.configuration_hires_lmm import AUTO_MAP, HiResLmmConfig
 from ..modeling.tower_hires_lmm import POOLING_HEAD
 from ..processing.processing_hires_lmm import HiResLmmProcessor
@@ -26,7 +25,7 @@ from .checkpoint import (
 from .errors import ConversionError
 from .hub import resolve_folder
 from .mapping import Mapped, check_complete
-from .prompts import check_vocabulary, image_stats_of, load_tokenizer
+from .prompts import TOKENIZER_FILES, check_vocabulary, image_stats_of, load_tokenizer
 from .tensors import folder_entries, read_json, release, safe_path
 from .writing import MAX_SHARD_BYTES, Progress, new_folder, write_tensors
 

@@ -12,7 +12,6 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoTokenizer
 
-from ..folders import TOKENIZER_FILES
 from ..processing.chat_templates_hires_lmm import CHAT_TEMPLATES, answer_prefix_ids, question_prefix_ids
 from ..processing.processing_hires_lmm import TEMPLATE_BY_TOKEN
 from .errors import ConversionError, is_panic
@@ -24,6 +23,7 @@ from .tensors import check_texts, read_json, read_object, read_text, safe_path, 
 logger = logging.getLogger(__name__)
 
 IMAGE_TOKEN = "<image>"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 SAMPLING_OPTIONS = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 LLAMA3_HEADER, LLAMA3_END = "<|start_header_id|>", "<|eot_id|>"
 OWN_TEMPLATES = (*CHAT_TEMPLATES.values(), LLAMA2_VISION)

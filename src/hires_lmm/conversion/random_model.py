@@ -60,7 +60,7 @@ def compose_random(destination: str | Path, preset: str = "slime", seed: int = 0
     return Path(destination)
 
 
-def random_processor(preset: str = "slime") -> HiResLmmProcessor:
+def preset_processor(preset: str = "slime") -> HiResLmmProcessor:
     """The processor of a preset over a tower with the geometry of CLIP ViT-L/14 at 336 pixels, for counting tokens.
 
     Args:

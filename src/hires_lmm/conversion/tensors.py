@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..folders import JSON_LIMIT, TEXTS
 from .errors import ConversionError, problem_table
 
 
@@ -34,6 +33,12 @@ DTYPES = {
 """Names of dtypes in safetensors headers."""
 
 READ_ERRORS = (SafetensorError, RuntimeError, pickle.UnpicklingError, EOFError, OSError, KeyError, ValueError)
+
+JSON_LIMIT = 100_000_000
+"""Most bytes of a JSON or text file; a hundred times what configurations and indexes have."""
+
+TEXTS = (".json", ".jinja", ".txt", ".model")
+"""Endings of the files that libraries read as a whole."""
 
 SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.")
 
