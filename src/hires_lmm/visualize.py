@@ -105,7 +105,7 @@ def draw_token_map(
     Returns:
         An RGB picture: the source with the grid of crops, kept tokens bright and dropped ones dim; the same with the
         scores as heat, where tokens were scored; the global view as an inset; a legend of what there is. Grey areas
-        around the image are padding.
+        around the image are padding. Tokens of no place in it (marks, queries that read all of it) are counted only.
 
     Raises:
         ValueError: If the image cannot be read, the index is out of range, or the picture is too narrow.
@@ -117,7 +117,7 @@ def draw_token_map(
     crops, inset = (_Tokens.select(token_map, image_index, kind) for kind in (KIND_CROP, KIND_GLOBAL))
     marks = int(((token_map.image == image_index) & (token_map.kind == KIND_MARK)).sum())
     account = f"{source.width} x {source.height} pixels: {kept} of {total} visual tokens kept"
-    account += f", {marks} of them marks" if marks else ""
+    account += f", {marks} of them of no place in the image" if marks else ""
     room = width - 2 * MARGIN
     pieces = [_wrapped(title, room, TITLE, INK)] if title else []
     pieces.append(_wrapped(account, room, TITLE - 2, MUTED))

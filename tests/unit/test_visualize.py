@@ -91,6 +91,15 @@ def test_padding_is_drawn_around_the_image_and_named_in_the_legend():
     assert pixels_near(swatch, grey, 1) == 30 * 22
 
 
+def test_tokens_of_no_place_are_counted_and_nothing_is_drawn():
+    """Queries that have read the whole image, as those of fusion."""
+    whole = make_map(marks=256)
+    queries = TokenMap(**{name: value[-256:] for name, value in vars(whole).items()})
+    picture = draw_token_map(plain(), queries, title="Where?", width=1000)
+    assert count_kept(queries) == (256, 256) and picture.width == 1000
+    assert pixels_near(picture, ORANGE) == 0 and picture.height < 250
+
+
 def legend_of(picture: Image.Image) -> Image.Image:
     """The last row of a picture."""
     return picture.crop((0, picture.height - 32 - 17 - 24, picture.width, picture.height))
