@@ -194,21 +194,21 @@ def _ask(
             if not as_json:
                 sys.stdout.write(piece)
                 sys.stdout.flush()
-        records = []
+        records: list[dict[str, Any]] = []
         for index, (name, image) in enumerate(zip(images, prepared.images, strict=True)):
-            kept, total = count_kept(pieces.token_map, index)
-            sizes = {"height": image.height, "width": image.width, "visual_tokens": total, "kept_tokens": kept}
+            used, total = count_kept(pieces.token_map, index)
+            sizes = {"height": image.height, "width": image.width, "visual_tokens": total, "kept_tokens": used}
             records.append({"image": name, **sizes})
         if as_json:
-            record = {"question": question, "unknown_words": prepared.unknown_words, "answer": answer}
-            _write_json({**record, "images": records})
+            said = {"question": question, "unknown_words": prepared.unknown_words, "answer": answer}
+            _write_json({**said, "images": records})
             return
         sys.stdout.write("\n")
         sys.stdout.flush()
-        for record in records:
-            size = f"{record['width']} x {record['height']} pixels (width x height)"
-            kept = f"{record['kept_tokens']} of {record['visual_tokens']} visual tokens kept"
-            notes.print(f"[dim]{_escape(record['image'])}: {size}, {kept}[/]")
+        for each in records:
+            size = f"{each['width']} x {each['height']} pixels (width x height)"
+            kept = f"{each['kept_tokens']} of {each['visual_tokens']} visual tokens kept"
+            notes.print(f"[dim]{_escape(str(each['image']))}: {size}, {kept}[/]")
 
 
 def _write_json(value: Any) -> None:

@@ -206,15 +206,12 @@ class AnswerStream:
         prepared (`Prepared`): From `prepare`.
         max_new_tokens (`int`): Most tokens of the answer.
 
-    Attributes:
-        token_map (`TokenMap`, *optional*): Which visual tokens were kept; None until the last piece was read.
-
     Raises:
         ValueError: What `generate` raises, where the pieces are read.
     """
 
     def __init__(self, model: Any, processor: Any, prepared: Prepared, max_new_tokens: int = 128):
-        self.token_map: TokenMap | None = None
+        self._token_map: TokenMap | None = None
         self._error: BaseException | None = None
         self._pieces = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         options = {
@@ -234,9 +231,16 @@ class AnswerStream:
         if self._error is not None:
             raise self._error
 
+    @property
+    def token_map(self) -> TokenMap:
+        """Which visual tokens were kept, once all pieces were read."""
+        if self._token_map is None:
+            raise ValueError("The answer is not complete; read its pieces to the end first.")
+        return self._token_map
+
     def _generate(self, generate: Callable, options: dict) -> None:
         try:
-            self.token_map = generate(**options).token_map
+            self._token_map = generate(**options).token_map
         except BaseException as error:  # raised again where the pieces are read
             self._error = error
         finally:  # not end(), which decodes first and may fail as well
