@@ -31,7 +31,7 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from hires_lmm import PRESETS, HiResLmmConfig, HiResLmmForConditionalGeneration, HiResLmmProcessor
-from hires_lmm.demo import build_byte_tokenizer
+from hires_lmm.conversion.random_model import build_byte_tokenizer
 from hires_lmm.modeling.configuration_hires_lmm import LLAVA_NEXT_GRIDS
 
 

@@ -151,7 +151,7 @@ def sweep_table(sweeps: dict[str, list[dict[str, Any]]], name: str, axis: str) -
             ]
         )
     groups = [group for group in GROUPS if group in sweeps[name][0]["scores"]]
-    return markdown([axis, "visual tokens", *(NAMES[group] for group in groups)], lines)
+    return markdown([axis, "kept tokens", *(NAMES[group] for group in groups)], lines)
 
 
 def swept(score: dict[str, Any]) -> str:
@@ -225,7 +225,7 @@ def plot_runs(results: dict[str, list[dict[str, Any]]], runs: Sequence[str], fil
 
 
 def plot_sweep(sweeps: dict[str, list[dict[str, Any]]], names: Sequence[str], file: Path) -> None:
-    """Accuracy over the visual tokens that reached the language model.
+    """Accuracy over the kept tokens.
 
     Args:
         sweeps (`dict`): From `read_sweeps`.
@@ -248,7 +248,7 @@ def plot_sweep(sweeps: dict[str, list[dict[str, Any]]], names: Sequence[str], fi
             above = [100 * score["wilson"][1] - value for value, score in zip(middle, scores, strict=True)]
             tokens = [entry["tokens"] for entry in entries]
             axis.errorbar(tokens, middle, (below, above), marker="o", markersize=4, capsize=3, label=NAMES[group])
-        axis.set(xlabel="visual tokens, mean", title=name.split("-")[0].replace("_", " "), ylim=(0, 100))
+        axis.set(xlabel="kept tokens, mean", title=name.split("-")[0].replace("_", " "), ylim=(0, 100))
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("right, %")
     axes[0][0].legend(fontsize=8)

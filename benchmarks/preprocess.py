@@ -38,7 +38,7 @@ from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3I
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from hires_lmm.accounting import preset_processor
+from hires_lmm.conversion import preset_processor
 
 
 SIZES = {"1.0 MP": (1024, 1024), "2.1 MP": (1024, 2048), "4.2 MP": (2048, 2048), "8.3 MP": (2160, 3840)}

@@ -35,7 +35,7 @@ from record import write_result
 from shapes import IMAGE_TOKEN, SHAPES, TEXT_LENGTH, build, rows_of_ids
 
 from hires_lmm import HiResLmmConfig, HiResLmmForConditionalGeneration, HiResLmmProcessor
-from hires_lmm.demo import build_byte_tokenizer
+from hires_lmm.conversion.random_model import build_byte_tokenizer
 from hires_lmm.training import get_plan
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from hires_lmm.demo import build_demo_checkpoint
+from hires_lmm.conversion import compose_random
 
 
 BOARD = Path(__file__).parent / "images" / "harbour_board.png"
@@ -71,4 +71,4 @@ if __name__ == "__main__":
         main(sys.argv[1])
     else:
         with tempfile.TemporaryDirectory() as folder:
-            main(build_demo_checkpoint(folder))
+            main(compose_random(folder))

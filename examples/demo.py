@@ -6,7 +6,7 @@
 
 Exports checkpoints/needle-slime with its code, loads that as a stranger would, with the code that lies beside the
 weights, and prints five questions about five committed scenes of 1536 x 1536 pixels, the answers, and the right ones.
-Writes the visual tokens that reached the language model as outputs/demo/kept_tokens.png.
+Writes the kept visual tokens, those that reached the language model, as outputs/demo/kept_tokens.png.
 
     python examples/demo.py [OUTPUT] [--checkpoint FOLDER]
 """
@@ -90,9 +90,7 @@ def main() -> None:
         say(f"   {entry['image']} ({image.width} x {image.height})")
         say(f"     question: {entry['question']}")
         say(f"     answer:   {answer}   {'right' if is_right else 'wrong: ' + entry['answer']}")
-        say(
-            f"     visual tokens that reached the language model: {int(token_map.kept.sum())} of {len(token_map.kept)}"
-        )
+        say(f"     {int(token_map.kept.sum())} of {len(token_map.kept)} visual tokens kept")
     say(f"   {right} of {len(entries)} right")
 
     from hires_lmm.visualize import draw_token_map

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from hires_lmm.demo import build_demo_checkpoint
+from hires_lmm.conversion import compose_random
 
 
 IMAGE = Path(__file__).parent / "images" / "harbour_board.png"
@@ -80,4 +80,4 @@ if __name__ == "__main__":
         main(sys.argv[1])
     else:
         with tempfile.TemporaryDirectory() as folder:
-            main(build_demo_checkpoint(folder, preset="fusion"))
+            main(compose_random(folder, preset="fusion"))

@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments
 
-from hires_lmm.demo import build_demo_checkpoint
+from hires_lmm.conversion import compose_random
 from hires_lmm.training import HiResLmmCollator, Stage, StageCallback
 from hires_lmm.training.data.cognition import CodebookTask, CognitionTransform, PixelTask, with_cognition
 
@@ -98,4 +98,4 @@ if __name__ == "__main__":
         main(sys.argv[1])
     else:
         with tempfile.TemporaryDirectory() as folder:
-            main(build_demo_checkpoint(folder, preset="llava_next"))
+            main(compose_random(folder, preset="llava_next"))

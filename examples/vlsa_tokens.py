@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from hires_lmm.demo import build_demo_checkpoint
+from hires_lmm.conversion import compose_random
 
 
 IMAGE = Path(__file__).parent / "images" / "harbour_board.png"
@@ -68,4 +68,4 @@ if __name__ == "__main__":
         main(sys.argv[1])
     else:
         with tempfile.TemporaryDirectory() as folder:
-            main(build_demo_checkpoint(folder, preset="vlsa"))
+            main(compose_random(folder, preset="vlsa"))

@@ -3,8 +3,8 @@
     python scripts/doc_tables.py            writes
     python scripts/doc_tables.py --check    exits 1 if a table is not current
 
-Token counts: each preset by its own processor over CLIP ViT-L/14 at 336 pixels with at most 6 crops, LLaVA-NeXT by
-transformers' processor with its released settings. Everything measured: from benchmarks/results/*.json.
+Token counts: each preset over CLIP ViT-L/14 at 336 pixels with at most 6 crops. Everything measured: from
+benchmarks/results/*.json.
 """
 
 import json
@@ -14,8 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hires_lmm import PRESETS
-from hires_lmm.accounting import count_llava_next, preset_processor
+from hires_lmm.accounting import PRESET_SETTINGS, account_image
 
 
 ROOT = Path(__file__).parents[1]
@@ -123,11 +122,10 @@ GPU_ONLY = {"milliseconds", "images_per_second", "tokens_per_second", "seconds",
 def token_table() -> str:
     """Tokens of images of some sizes, one row a preset, in Markdown."""
     rows = []
-    for preset in PRESETS:
-        processor = preset_processor(preset)
-        rows.append([f"`{preset}`", *(str(processor.image_tokens(*size, max_crops=MAX_CROPS)) for size in SIZES)])
-    rows.append(["LLaVA-NeXT in transformers", *(str(count_llava_next(*size)) for size in SIZES)])
-    return markdown(["tokens of an image", *(f"{height} × {width}" for height, width in SIZES)], rows)
+    for preset, settings in PRESET_SETTINGS.items():
+        accounts = [account_image(settings, *size, max_crops=MAX_CROPS) for size in SIZES]
+        rows.append([f"`{preset}`", *(str(account.visual_tokens) for account in accounts)])
+    return markdown(["visual tokens", *(f"{height} × {width}" for height, width in SIZES)], rows)
 
 
 def kept_share_table() -> str:

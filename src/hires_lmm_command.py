@@ -1,19 +1,18 @@
 """Starts the command line without `hires_lmm/__init__.py`, which takes seconds: it imports torch and transformers."""
 
-from importlib.util import module_from_spec, spec_from_file_location
+import sys
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
 
-def _load_cli() -> ModuleType:
-    spec = spec_from_file_location("hires_lmm_cli", Path(__file__).parent / "hires_lmm" / "cli.py")
-    if spec is None or spec.loader is None:
-        raise ImportError("hires_lmm/cli.py is missing; install hires-lmm again.")
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+LIGHT = "hires_lmm_light"
+"""The package under another name and without its `__init__`; `cli` imports from it what needs no torch."""
 
 
 def main() -> None:
     """Run the command line."""
-    _load_cli().app(prog_name="hires-lmm")
+    package = ModuleType(LIGHT)
+    package.__path__ = [str(Path(__file__).parent / "hires_lmm")]
+    sys.modules[LIGHT] = package
+    import_module(f"{LIGHT}.cli").app(prog_name="hires-lmm")

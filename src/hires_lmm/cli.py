@@ -1,7 +1,7 @@
 """The command line. Exit status: 0 done, 1 the work failed, 2 wrong usage.
 
-Nothing heavy is imported before a command runs. Imports inside commands are absolute, since `hires_lmm_command` loads
-this file without the package around it.
+Nothing heavy is imported before a command runs: `hires_lmm_command` loads this file without the package's `__init__`.
+So imports inside commands are absolute, but for what needs no torch, which is imported from beside this file.
 """
 
 import json
@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from enum import Enum
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,6 +34,22 @@ app.add_typer(convert_app, name="convert")
 output, notes = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False, soft_wrap=True)
 
 
+def _show_versions(wanted: bool) -> None:
+    if wanted:
+        named = ", ".join(f"{name} {version(name)}" for name in ("hires-lmm", "transformers", "torch"))
+        output.print(f"{named}, Python {sys.version.split()[0]}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    wanted: Annotated[
+        bool, typer.Option("--version", help="Show versions and exit.", callback=_show_versions, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
 def _checked_question(text: str) -> str:
     if not text.strip():
         raise typer.BadParameter("The question is empty.")
@@ -49,7 +66,7 @@ class Dtype(str, Enum):
 
 
 Checkpoint = Annotated[str, typer.Argument(help="Folder or Hub id of a hires_lmm checkpoint.", show_default=False)]
-Budget = Annotated[int | None, typer.Option(min=1, help="Budget: most tokens of one image, exact.")]
+Budget = Annotated[int | None, typer.Option(min=1, help="Budget: visual tokens kept of one image, exactly.")]
 MaxCrops = Annotated[
     int | None, typer.Option(min=1, help="Most crops of one image. [default: as the checkpoint has it]")
 ]
@@ -138,8 +155,11 @@ def _images_kwargs(max_crops: int | None, max_image_tokens: int | None) -> dict[
     return {name: value for name, value in options.items() if value is not None}
 
 
-def _describe(image: Any, name: str, num_tokens: int, full_tokens: int) -> str:
-    return f"{name}: {image.width} x {image.height} pixels (width x height), {num_tokens} of {full_tokens} tokens"
+def _warn_unknown(words: list[str]) -> None:
+    from hires_lmm.inference import describe_unknown
+
+    if words:
+        notes.print(f"[bold yellow]warning:[/] {_escape(describe_unknown(words))}")
 
 
 @app.command("ask")
@@ -157,32 +177,38 @@ def _ask(
 ) -> None:
     """Ask about images.
 
-    The answer streams to standard output, notes go to standard error.
+    The answer streams to standard output; what was kept goes to standard error.
     """
     with one_line_errors():
         _quiet()
-        from hires_lmm.inference import load_model, load_processor, prepare, stream_answer
+        from hires_lmm.inference import AnswerStream, load_model, load_processor, prepare
+        from hires_lmm.visualize import count_kept
 
         processor = load_processor(_existing(checkpoint), trust_remote_code)
         prepared = prepare(processor, images, question, **_images_kwargs(max_crops, max_image_tokens))
-        accounts = list(zip(images, prepared.images, prepared.num_tokens, prepared.full_tokens, strict=True))
-        for name, image, num_tokens, full_tokens in accounts:
-            notes.print(f"[dim]{_escape(_describe(image, name, num_tokens, full_tokens))}[/]")
+        _warn_unknown(prepared.unknown_words)
         model = load_model(checkpoint, dtype.value, device, trust_remote_code)
-        pieces = []
-        for piece in stream_answer(model, processor, prepared, max_new_tokens):
-            pieces.append(piece)
+        pieces, answer = AnswerStream(model, processor, prepared, max_new_tokens), ""
+        for piece in pieces:
+            answer += piece
             if not as_json:
                 sys.stdout.write(piece)
                 sys.stdout.flush()
-        if not as_json:
-            sys.stdout.write("\n")
+        records: list[dict[str, Any]] = []
+        for index, (name, image) in enumerate(zip(images, prepared.images, strict=True)):
+            used, total = count_kept(pieces.token_map, index)
+            sizes = {"height": image.height, "width": image.width, "visual_tokens": total, "kept_tokens": used}
+            records.append({"image": name, **sizes})
+        if as_json:
+            said = {"question": question, "unknown_words": prepared.unknown_words, "answer": answer}
+            _write_json({**said, "images": records})
             return
-        records = [
-            {"image": name, "height": image.height, "width": image.width, "tokens": used, "full_tokens": full}
-            for name, image, used, full in accounts
-        ]
-        _write_json({"question": question, "answer": "".join(pieces), "images": records})
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+        for each in records:
+            size = f"{each['width']} x {each['height']} pixels (width x height)"
+            kept = f"{each['kept_tokens']} of {each['visual_tokens']} visual tokens kept"
+            notes.print(f"[dim]{_escape(str(each['image']))}: {size}, {kept}[/]")
 
 
 def _write_json(value: Any) -> None:
@@ -206,37 +232,33 @@ def _tokens(
     ],
     max_image_tokens: Budget = None,
     max_crops: MaxCrops = None,
-    trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
-    """Count views and tokens from image sizes.
+    """Count views and visual tokens from image sizes.
 
-    Needs neither images nor weights. The last column is LLaVA-NeXT's count of the same image, by transformers' own
-    processor with its released settings.
+    Needs neither images nor weights. The last column is LLaVA-NeXT's count of the same image, settings as released.
     """
     pairs = [_parse_size(size) for size in sizes]
     with one_line_errors():
-        _quiet()
-        from hires_lmm import PRESETS
-        from hires_lmm.accounting import account_image, preset_processor
-        from hires_lmm.inference import load_image_processor
+        from .accounting import PRESET_SETTINGS, account_image
+        from .folders import read_image_settings
 
-        if checkpoint in PRESETS and not Path(checkpoint).exists():
-            image_processor = preset_processor(checkpoint).image_processor
+        if checkpoint in PRESET_SETTINGS and not Path(checkpoint).exists():
+            settings = PRESET_SETTINGS[checkpoint]
         else:
-            image_processor = load_image_processor(_existing(checkpoint, PRESETS), trust_remote_code)
+            settings = read_image_settings(_existing(checkpoint, PRESET_SETTINGS))
         options = _images_kwargs(max_crops, None)
-        accounts = [account_image(image_processor, *pair, max_image_tokens, **options) for pair in pairs]
+        accounts = [account_image(settings, *pair, max_image_tokens, **options) for pair in pairs]
         if as_json:
             _write_json([{**account.to_dict(), **options} for account in accounts])
             return
-        output.print(_token_table(accounts, max_image_tokens), crop=False, overflow="ignore")
+        output.print(_token_table(accounts), crop=False, overflow="ignore")
 
 
-def _token_table(accounts: list[Any], max_image_tokens: int | None) -> Table:
+def _token_table(accounts: list[Any]) -> Table:
     table = Table(title_justify="left")
-    columns = ["height x width", "views", "crops", "patches", "tokens"]
-    columns += [f"budget {max_image_tokens}"] if max_image_tokens is not None else []
+    has_budget = accounts[0].kept_tokens is not None
+    columns = ["height x width", "views", "crops", "patches", "visual tokens", *(["kept"] if has_budget else [])]
     for column in [*columns, "LLaVA-NeXT"]:
         table.add_column(column, justify="right", no_wrap=True)
     for account in accounts:
@@ -244,10 +266,10 @@ def _token_table(accounts: list[Any], max_image_tokens: int | None) -> Table:
             f"{account.height} x {account.width}",
             str(account.views),
             f"{account.crop_rows} x {account.crop_cols}",
-            str(account.patch_tokens),
-            str(account.tokens),
+            str(account.patches),
+            str(account.visual_tokens),
+            *([str(account.kept_tokens)] if has_budget else []),
         ]
-        cells += [str(account.budget_tokens)] if max_image_tokens is not None else []
         table.add_row(*cells, str(account.llava_next))
     return table
 
@@ -277,18 +299,20 @@ def _show(
             raise ValueError(f"There is no folder {out.parent}; create it first.")
         _quiet()
         from hires_lmm.inference import load_model, load_processor, map_tokens, prepare
-        from hires_lmm.visualize import draw_token_map
+        from hires_lmm.visualize import count_kept, draw_token_map
 
         processor = load_processor(_existing(checkpoint), trust_remote_code)
         prepared = prepare(processor, [image], question, **_images_kwargs(max_crops, max_image_tokens))
+        _warn_unknown(prepared.unknown_words)
         model = load_model(checkpoint, dtype.value, device, trust_remote_code)
         token_map = map_tokens(model, prepared)
         draw_token_map(prepared.images[0], token_map, title=question, width=width).save(out)
-        kept = int(token_map.kept.sum())
+        kept, total = count_kept(token_map)
         if as_json:
-            _write_json({"picture": str(out), "tokens": len(token_map.kept), "kept": kept})
+            record = {"picture": str(out), "visual_tokens": total, "kept_tokens": kept}
+            _write_json({**record, "unknown_words": prepared.unknown_words})
             return
-        output.print(f"{_escape(str(out))}: {kept} of {len(token_map.kept)} visual tokens kept")
+        output.print(f"{_escape(str(out))}: {kept} of {total} visual tokens kept")
 
 
 @app.command("export")
@@ -308,27 +332,53 @@ def _export(checkpoint: Checkpoint, destination: Destination) -> None:
 
 @app.command("compose")
 def _compose(
-    vision: Annotated[str, typer.Option(help="Folder or Hub id of a CLIP or SigLIP tower.", show_default=False)],
-    text: Annotated[str, typer.Option(help="Folder or Hub id of a causal language model.", show_default=False)],
     destination: Destination,
+    vision: Annotated[str | None, typer.Option(help="Folder or Hub id of a CLIP or SigLIP tower.")] = None,
+    text: Annotated[str | None, typer.Option(help="Folder or Hub id of a causal language model.")] = None,
     preset: Annotated[str, typer.Option(help="How the parts between them are put together.")] = "slime",
     dtype: SaveDtype = None,
     chat_template: Annotated[str | None, typer.Option(help="llama3, vicuna, chatml, plain or a Jinja text.")] = None,
+    random: Annotated[bool, typer.Option("--random", help="A small model with random weights instead.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the random weights.")] = 0,
 ) -> None:
     """Join a vision tower and a language model.
 
     Both are pretrained; the parts between them are new and untrained.
     """
+    if random != (vision is None and text is None) or (vision is None) != (text is None):
+        raise typer.BadParameter(
+            "give --vision and --text, or --random alone.", param_hint="--vision, --text, --random"
+        )
+    if random and (dtype is not None or chat_template is not None):
+        raise typer.BadParameter("a random model is float32 and speaks chatml.", param_hint="--dtype, --chat-template")
     with one_line_errors():
         _quiet()
         from hires_lmm import PRESETS
-        from hires_lmm.conversion import compose
+        from hires_lmm.conversion import compose, compose_random
 
         if preset not in PRESETS:
             raise typer.BadParameter(f"{preset!r} is none of {', '.join(PRESETS)}.", param_hint="--preset")
+        if vision is None or text is None:
+            compose_random(destination, preset, seed)
+            output.print(f"wrote {_escape(str(destination))}; its weights are random")
+            return
         with _progress() as progress:
             compose(vision, text, preset, destination, dtype=dtype, chat_template=chat_template, progress=progress)
         output.print(f"wrote {_escape(str(destination))}; its new parts are untrained")
+        _show_choices(destination)
+
+
+def _show_choices(folder: Path) -> None:
+    """What a conversion chose, and what the folder lacks."""
+    from hires_lmm.conversion.cards import describe_choices
+    from hires_lmm.folders import check_tokenizer
+
+    for name, choice in describe_choices(folder).items():
+        notes.print(f"{name}: {_escape(choice)}")
+    try:
+        check_tokenizer(str(folder))
+    except ValueError as error:
+        notes.print(f"[bold yellow]warning:[/] {_escape(str(error))}")
 
 
 @convert_app.command("slime")
@@ -347,6 +397,7 @@ def _convert_slime(
         with _progress() as progress:
             convert_slime(source, destination, vision_config=vision_config, base=base, dtype=dtype, progress=progress)
         output.print(f"wrote {_escape(str(destination))}")
+        _show_choices(destination)
 
 
 @convert_app.command("llava-next")
@@ -359,6 +410,7 @@ def _convert_llava_next(source: Source, destination: Destination, dtype: SaveDty
         with _progress() as progress:
             convert_llava_next(source, destination, dtype=dtype, progress=progress)
         output.print(f"wrote {_escape(str(destination))}")
+        _show_choices(destination)
 
 
 @convert_app.command("fusion")
@@ -371,6 +423,7 @@ def _convert_fusion(source: Source, destination: Destination, dtype: SaveDtype =
         with _progress() as progress:
             convert_fusion(source, destination, dtype=dtype, progress=progress)
         output.print(f"wrote {_escape(str(destination))}")
+        _show_choices(destination)
 
 
 @convert_app.command("to-slime")
@@ -421,7 +474,7 @@ def _sweep(
         typer.Argument(help="A .json or .jsonl file, or NAME[:SPLIT] of a registered set.", show_default=False),
     ],
     out: Annotated[Path, typer.Option(help="Folder of answers and results; goes on there.", show_default=False)],
-    tokens: Annotated[str | None, typer.Option(help="Budgets, such as 64,256,default (default = all tokens).")] = None,
+    tokens: Annotated[str | None, typer.Option(help="Budgets, such as 100,150,default (default = no budget).")] = None,
     gamma: Annotated[str | None, typer.Option(help="Thresholds of the router, such as 0.5,0.75,1.")] = None,
     max_crops: Annotated[str | None, typer.Option(help="Most crops, such as 4,16,default.")] = None,
     image_size: Annotated[str | None, typer.Option(help="Longest sides of images, pixels.")] = None,
@@ -510,8 +563,8 @@ def _reconstruct(
     notes.print(f"wrote {_escape(str(out))}")
 
 
-@app.command("serve-demo")
-def _serve_demo(
+@app.command("demo")
+def _demo(
     checkpoint: Checkpoint,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 7860,
@@ -519,19 +572,19 @@ def _serve_demo(
     device: Device = None,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Serve a page for trying a checkpoint.
+    """Open a page for trying a checkpoint.
 
     Image, question and budget go in; answer and picture of the kept tokens come out. Needs the extra `demo`.
     """
     with one_line_errors():
         _quiet()
         from hires_lmm.inference import load_model, load_processor
-        from hires_lmm.serve import build_page
+        from hires_lmm.page import build_page
 
         processor = load_processor(_existing(checkpoint), trust_remote_code)
         model = load_model(checkpoint, dtype.value, device, trust_remote_code)
         page = build_page(model, processor, Path(checkpoint).name)
-        notes.print(f"serving on http://{host}:{port} (stop with Ctrl-C)")
+        notes.print(f"the page is at http://{host}:{port} (stop with Ctrl-C)")
         page.launch(server_name=host, server_port=port, quiet=True, show_error=True)
 
 

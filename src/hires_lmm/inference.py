@@ -1,4 +1,4 @@
-"""From a checkpoint to an answer: load it, pose a question about images, stream the answer, see what was kept."""
+"""From a checkpoint to an answer: load it, ask a question about images, stream the answer, see what was kept."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,20 +8,14 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    BatchFeature,
-    TextIteratorStreamer,
-)
+from tokenizers.models import WordLevel
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BatchFeature, TextIteratorStreamer
 
-from .modeling.outputs_hires_lmm import HiResLmmImageFeatures, TokenMap
+from .folders import check_tokenizer
+from .modeling.outputs_hires_lmm import TokenMap
 from .processing.image_input_hires_lmm import open_image, to_rgb
 
 
-IMAGE_INPUTS = ("pixel_values", "view_positions", "view_boxes", "view_spans")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -32,14 +26,12 @@ class Prepared:
     Args:
         inputs (`BatchFeature`): Tensors of one row.
         images (`list[PIL.Image.Image]`): The images, upright, RGB.
-        num_tokens (`list[int]`): Placeholders of each image.
-        full_tokens (`list[int]`): Tokens of each image without a budget.
+        unknown_words (`list[str]`): See `find_unknown_words`.
     """
 
     inputs: BatchFeature
     images: list[Image.Image]
-    num_tokens: list[int]
-    full_tokens: list[int]
+    unknown_words: list[str]
 
 
 def load_processor(checkpoint: str, trust_remote_code: bool = False) -> Any:
@@ -53,24 +45,13 @@ def load_processor(checkpoint: str, trust_remote_code: bool = False) -> Any:
         The processor.
 
     Raises:
-        ValueError: If the checkpoint is of another kind of model.
+        ValueError: If the checkpoint is of another kind of model, damaged, or has no tokenizer.
         OSError: If it does not exist.
     """
     with _clear_errors(checkpoint):
         _check_kind(checkpoint, trust_remote_code)
+        check_tokenizer(checkpoint)
         return AutoProcessor.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
-
-
-def load_image_processor(checkpoint: str, trust_remote_code: bool = False) -> Any:
-    """Load the image processor of a checkpoint, which may have no tokenizer. Args and errors as in `load_processor`.
-
-    Args:
-        checkpoint (`str`): Folder or Hub id.
-        trust_remote_code (`bool`): Whether code that comes with the checkpoint may run.
-    """
-    with _clear_errors(checkpoint):
-        _check_kind(checkpoint, trust_remote_code)
-        return AutoImageProcessor.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
 
 
 @contextmanager
@@ -151,16 +132,11 @@ def prepare(processor: Any, sources: list[Any], question: str, **images_kwargs: 
         images_kwargs: Call-time options: `max_image_tokens`, `max_crops`, `views`, ...
 
     Returns:
-        Inputs, images and token counts.
+        Inputs, images, and the words of the question that the tokenizer does not know.
 
     Raises:
-        ValueError: If an image or option is wrong, or the question contains the token that stands for an image.
+        ValueError: If an image or option is wrong.
     """
-    if processor.image_token in question:
-        raise ValueError(
-            f"The question contains {processor.image_token!r}, which stands for an image; write it another way, such "
-            f"as {' '.join((processor.image_token[0], processor.image_token[1:]))!r}."
-        )
     images = open_images(sources)
     content: list[dict] = [{"type": "image", "image": image} for image in images]
     content.append({"type": "text", "text": question})
@@ -172,104 +148,107 @@ def prepare(processor: Any, sources: list[Any], question: str, **images_kwargs: 
         return_tensors="pt",
         processor_kwargs=dict(images_kwargs),
     )
-    unlimited = {**images_kwargs, "max_image_tokens": None}
-    positions = inputs["view_positions"]
-    return Prepared(
-        inputs=inputs,
-        images=images,
-        num_tokens=positions[positions[:, 0] == 0, 5].tolist(),
-        full_tokens=[processor.image_tokens(image.height, image.width, **unlimited) for image in images],
-    )
+    return Prepared(inputs, images, find_unknown_words(processor.tokenizer, question))
 
 
-@torch.inference_mode()
-def encode_images(model: Any, prepared: Prepared) -> HiResLmmImageFeatures:
-    """Run the vision tower and what follows it up to the question, once for `map_tokens` and `stream_answer`.
+def find_unknown_words(tokenizer: Any, text: str) -> list[str]:
+    """The words of a text for which a word-level tokenizer has no id but that of an unknown word.
 
     Args:
-        model (`HiResLmmForConditionalGeneration`): The model.
-        prepared (`Prepared`): From `prepare`.
+        tokenizer: Of the checkpoint.
+        text (`str`): What is asked.
 
     Returns:
-        The features of the images.
+        Each word once, as the tokenizer splits and spells it; none for tokenizers of pieces or bytes.
     """
-    tensors = {name: prepared.inputs[name].to(model.device) for name in IMAGE_INPUTS}
-    return model.get_image_features(**tensors, return_dict=True)
+    backend = tokenizer.backend_tokenizer if tokenizer.is_fast else None
+    if backend is None or not isinstance(backend.model, WordLevel):
+        return []
+    text = text if backend.normalizer is None else backend.normalizer.normalize_str(text)
+    words = (
+        [text] if backend.pre_tokenizer is None else [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(text)]
+    )
+    vocabulary = tokenizer.get_vocab()
+    return list(dict.fromkeys(word for word in words if word not in vocabulary))
+
+
+def describe_unknown(words: list[str]) -> str:
+    """What the tokenizer does not know, as a sentence; empty if it knows all.
+
+    Args:
+        words (`list[str]`): From `find_unknown_words`.
+    """
+    if not words:
+        return ""
+    return f"The tokenizer does not know {', '.join(map(repr, words))}: the model is asked without these words."
 
 
 @torch.inference_mode()
-def map_tokens(model: Any, prepared: Prepared, features: HiResLmmImageFeatures | None = None) -> TokenMap:
-    """Find out which visual tokens reach the language model.
+def map_tokens(model: Any, prepared: Prepared) -> TokenMap:
+    """Find out which visual tokens reach the language model, without an answer.
 
     Args:
         model (`HiResLmmForConditionalGeneration`): The model.
         prepared (`Prepared`): From `prepare`.
-        features (`HiResLmmImageFeatures`, *optional*): From `encode_images`; computed where missing.
 
     Returns:
         One record a visual token.
     """
-    features = encode_images(model, prepared) if features is None else features
-    output = model(
-        **_text_inputs(model, prepared),
-        mm_encoder_outputs={"image": features},
-        output_token_map=True,
-        logits_to_keep=1,
-    )
-    return output.token_map
+    return model(**_on_device(model, prepared), output_token_map=True, logits_to_keep=1).token_map
 
 
-def stream_answer(
-    model: Any,
-    processor: Any,
-    prepared: Prepared,
-    max_new_tokens: int = 128,
-    features: HiResLmmImageFeatures | None = None,
-) -> Iterator[str]:
-    """Generate an answer greedily, piece by piece.
+class AnswerStream:
+    """A greedy answer while it is generated: an iterator over its pieces of text, once.
 
     Args:
         model (`HiResLmmForConditionalGeneration`): The model.
         processor (`HiResLmmProcessor`): Of the checkpoint.
         prepared (`Prepared`): From `prepare`.
         max_new_tokens (`int`): Most tokens of the answer.
-        features (`HiResLmmImageFeatures`, *optional*): From `encode_images`; computed where missing.
-
-    Returns:
-        An iterator over pieces of text.
 
     Raises:
-        ValueError: What `generate` raises, in the caller's thread.
+        ValueError: What `generate` raises, where the pieces are read.
     """
-    features = encode_images(model, prepared) if features is None else features
-    streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    options = {
-        **_text_inputs(model, prepared),
-        "mm_encoder_outputs": {"image": features},
-        "max_new_tokens": max_new_tokens,
-        "do_sample": False,
-        "streamer": streamer,
-    }
-    errors: list[BaseException] = []
-    worker = Thread(target=_generate, args=(model.generate, options, streamer, errors), daemon=True)
-    worker.start()
-    yield from (piece for piece in streamer if piece)
-    worker.join()
-    if errors:
-        raise errors[0]
+
+    def __init__(self, model: Any, processor: Any, prepared: Prepared, max_new_tokens: int = 128):
+        self._token_map: TokenMap | None = None
+        self._error: BaseException | None = None
+        self._pieces = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        options = {
+            **_on_device(model, prepared),
+            "max_new_tokens": max_new_tokens,
+            "do_sample": False,
+            "streamer": self._pieces,
+            "output_token_map": True,
+            "return_dict_in_generate": True,
+        }
+        self._worker = Thread(target=self._generate, args=(model.generate, options), daemon=True)
+
+    def __iter__(self) -> Iterator[str]:
+        self._worker.start()
+        yield from (piece for piece in self._pieces if piece)
+        self._worker.join()
+        if self._error is not None:
+            raise self._error
+
+    @property
+    def token_map(self) -> TokenMap:
+        """Which visual tokens were kept, once all pieces were read."""
+        if self._token_map is None:
+            raise ValueError("The answer is not complete; read its pieces to the end first.")
+        return self._token_map
+
+    def _generate(self, generate: Callable, options: dict) -> None:
+        try:
+            self._token_map = generate(**options).token_map
+        except BaseException as error:  # raised again where the pieces are read
+            self._error = error
+        finally:  # not end(), which decodes first and may fail as well
+            self._pieces.on_finalized_text("", stream_end=True)
 
 
-def _generate(generate: Callable, options: dict, streamer: TextIteratorStreamer, errors: list[BaseException]) -> None:
-    try:
-        generate(**options)
-    except BaseException as error:  # raised again where the pieces are read
-        errors.append(error)
-    finally:  # not end(), which decodes first and may fail as well
-        streamer.on_finalized_text("", stream_end=True)
-
-
-def _text_inputs(model: Any, prepared: Prepared) -> dict[str, torch.Tensor]:
-    return {name: prepared.inputs[name].to(model.device) for name in ("input_ids", "attention_mask")}
+def _on_device(model: Any, prepared: Prepared) -> dict[str, torch.Tensor]:
+    return {name: tensor.to(model.device) for name, tensor in prepared.inputs.items()}
 
 
 def _checked_device(device: str | None) -> torch.device:

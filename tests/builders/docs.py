@@ -57,12 +57,7 @@ def read_session(text: str) -> list[tuple[str, str]]:
 def check_command(command: str, expected: str, where: str) -> None:
     """Run one command in this process and compare its standard output, where the page shows any."""
     words = shlex.split(command)
-    if words[:3] == ["python", "-m", "hires_lmm.demo"]:
-        from hires_lmm.demo import main
-
-        assert main(words[3:]) == 0, where
-        got = ""
-    elif words[0] == "hires-lmm":
+    if words[0] == "hires-lmm":
         from hires_lmm.cli import app
 
         result = CliRunner().invoke(app, words[1:])

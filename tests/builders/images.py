@@ -2,13 +2,9 @@
 
 import random
 import struct
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
-
-
-FIXTURES = Path(__file__).parents[1] / "fixtures"
 
 
 def random_sizes(count: int, seed: int = 0) -> list[tuple[int, int]]:

@@ -28,8 +28,7 @@ from builders import (
     tiny_vision_config,
 )
 from hires_lmm import PRESETS
-from hires_lmm.accounting import preset_processor
-from hires_lmm.conversion import ConversionError, compose, convert_slime, export
+from hires_lmm.conversion import ConversionError, compose, convert_slime, export, preset_processor
 from hires_lmm.conversion.cards import TEMPLATE, token_table
 
 

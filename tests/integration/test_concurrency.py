@@ -14,7 +14,7 @@ from torch import nn
 
 import reference_routing as routing
 from builders import GEOMETRY, make_batch, random_image, tiny_config, tiny_model, tiny_processor
-from hires_lmm.inference import encode_images, map_tokens, prepare, stream_answer
+from hires_lmm.inference import AnswerStream, map_tokens, prepare
 
 
 THREADS = 4
@@ -324,9 +324,8 @@ def test_streams_in_threads():
 
     def work(number: int):
         prepared = prepare(processor, [pictures[number]], QUESTIONS[number], max_crops=2 + number)
-        features = encode_images(model, prepared)
-        text = "".join(stream_answer(model, processor, prepared, 6, features))
-        return text, map_tokens(model, prepared, features).kept.tolist()
+        text = "".join(AnswerStream(model, processor, prepared, 6))
+        return text, map_tokens(model, prepared).kept.tolist()
 
     expected = [work(number) for number in range(THREADS)]
     assert len({answer[0] for answer in expected}) > 1
@@ -359,7 +358,7 @@ def test_a_stream_that_cannot_decode_ends_with_the_error(monkeypatch):
 
     def read():
         try:
-            list(stream_answer(model, processor, prepared, 4))
+            list(AnswerStream(model, processor, prepared, 4))
         except RuntimeError as error:
             errors.append(str(error))
 

@@ -3,13 +3,13 @@
 import importlib.util
 import os
 import re
-import shutil
 from pathlib import Path
 
 import pytest
 
 from builders.docs import ROOT, run_page
 from hires_lmm import PRESETS
+from hires_lmm.accounting import PRESET_SETTINGS
 from hires_lmm.modeling.parts_hires_lmm import ADAPTERS, TOKEN_OPS, VIEW_OPS
 from hires_lmm.processing.planners_hires_lmm import PLANNERS
 
@@ -22,19 +22,11 @@ NEEDS = {  # page -> modules of the extras `train` and `reconstruction`
 SCRIPT = ROOT / "scripts" / "doc_tables.py"
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    from hires_lmm.demo import build_demo_checkpoint
-
-    return build_demo_checkpoint(tmp_path_factory.mktemp("docs") / "demo-checkpoint")
-
-
 @pytest.fixture
-def clone(tmp_path, monkeypatch, checkpoint):
-    """A working folder that looks like a clone with a demo checkpoint in it."""
+def clone(tmp_path, monkeypatch):
+    """A working folder that looks like a clone."""
     for name in ("examples", "checkpoints"):
         os.symlink(ROOT / name, tmp_path / name)
-    shutil.copytree(checkpoint, tmp_path / "demo-checkpoint")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -45,6 +37,21 @@ def test_code_of_the_page_runs(page: Path, clone):
     for module in NEEDS.get(page.name, ()):
         pytest.importorskip(module)
     run_page(page.read_text(encoding="utf-8"), page.name)
+
+
+def test_the_first_example_prints_the_right_answer(clone, capsys):
+    block = next(block for block in read_blocks((ROOT / "README.md").read_text()) if block.info == "python")
+    assert "checkpoints/needle-slime" in block.text and block.text.endswith("# 3\n")
+    run_page(f"```python\n{block.text}```\n", "README.md")
+    assert capsys.readouterr().out == "3\n"
+
+
+def test_the_counts_of_presets_are_those_of_their_processors(monkeypatch):
+    """`hires-lmm tokens` reads them from a file, to do without torch."""
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    settings_of = importlib.import_module("preset_settings").settings_of
+    wanted = {preset: settings_of(preset) for preset in PRESETS}
+    assert wanted == PRESET_SETTINGS, "run: python scripts/preset_settings.py"
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,14 @@
 """The evaluator against one question at a time through processor and `generate`; resuming; the command."""
 
 import json
+import re
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from builders.tiny import random_image, tiny_config, tiny_model, tiny_processor
@@ -351,6 +354,27 @@ def test_the_command_asks_about_needle_scenes(checkpoint, tmp_path):
     assert all(entry["questions"] == 4 for entry in record["settings"])
     assert {entry["setting"]["tokens"]: entry["tokens"] for entry in record["settings"]} == {20: 20, 22: 22, 24: 24}
     assert (tmp_path / "sweep.png").stat().st_size > 5000
+
+
+def test_budgets_that_are_too_small_are_all_named_before_the_first_answer(parts, tmp_path):
+    """4 x 4 patches of the global view are protected, so 17 is the smallest."""
+    model, processor = parts
+    store = AnswerStore(tmp_path / "answers.jsonl", {})
+    settings = [SweepSetting(), *(SweepSetting(tokens=tokens) for tokens in (20, 16, 3))]
+    with pytest.raises(ValueError, match=r"Leave out tokens=3,16\. .* the smallest value for this image is 17"):
+        evaluate(model, processor, rows(), settings, store=store)
+    assert not (tmp_path / "answers.jsonl").exists()
+    evaluate(model, processor, rows(), [SweepSetting(tokens=17)])
+
+
+def test_the_budgets_of_the_help_work_with_the_shipped_checkpoint():
+    option = next(each for each in get_command(app).commands["sweep"].params if each.name == "tokens")
+    budgets = re.findall(r"\d+", option.help)
+    assert len(budgets) == 2
+    folder = Path(__file__).parents[2] / "checkpoints" / "needle-slime"
+    for budget in budgets:
+        result = CliRunner().invoke(app, ["tokens", str(folder), "384x384", "--max-image-tokens", budget, "--json"])
+        assert json.loads(result.stdout)[0]["kept_tokens"] == int(budget)
 
 
 @pytest.mark.parametrize(

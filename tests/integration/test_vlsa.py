@@ -12,7 +12,7 @@ import torch
 
 from builders import geometry_of, make_batch, random_image, tiny_config, tiny_model, tiny_processor, tiny_vision_config
 from hires_lmm import HiResLmmForConditionalGeneration
-from hires_lmm.accounting import preset_processor
+from hires_lmm.conversion import preset_processor
 
 
 TOKENS = 16  # of the tiny tower; 576 of the real one

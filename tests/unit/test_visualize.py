@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from hires_lmm.modeling.outputs_hires_lmm import TokenMap
-from hires_lmm.visualize import _Frame, draw_token_map, heat_colors
+from hires_lmm.visualize import _Frame, count_kept, draw_token_map, heat_colors
 
 
 ORANGE, BLUE = (230, 140, 40), (40, 120, 230)
@@ -85,8 +85,69 @@ def test_frame_places_the_corners_of_the_source_exactly():
 
 def test_padding_is_drawn_around_the_image_and_named_in_the_legend():
     without, padded = (draw_token_map(plain(), make_map(padding=padding), width=1000) for padding in (0, 60))
-    hatch = (214, 214, 210)
-    assert pixels_near(padded, hatch, 2) > 20 * max(pixels_near(without, hatch, 2), 1)
+    grey = (207, 207, 203)
+    assert pixels_near(padded, grey, 1) > 20 * max(pixels_near(without, grey, 1), 1)
+    swatch = padded.crop((0, padded.height - 75, padded.width, padded.height))
+    assert pixels_near(swatch, grey, 1) == 30 * 22
+
+
+def test_tokens_of_no_place_are_counted_and_nothing_is_drawn():
+    """Queries that have read the whole image, as those of fusion."""
+    whole = make_map(marks=256)
+    queries = TokenMap(**{name: value[-256:] for name, value in vars(whole).items()})
+    picture = draw_token_map(plain(), queries, title="Where?", width=1000)
+    assert count_kept(queries) == (256, 256) and picture.width == 1000
+    assert pixels_near(picture, ORANGE) == 0 and picture.height < 250
+
+
+def legend_of(picture: Image.Image) -> Image.Image:
+    """The last row of a picture."""
+    return picture.crop((0, picture.height - 32 - 17 - 24, picture.width, picture.height))
+
+
+@pytest.mark.parametrize("kept", ["all", "left", "none"])
+def test_the_legend_shows_the_colours_of_the_picture_and_no_others(kept):
+    """Swatches are pieces of the picture: orange where the orange half was kept, its dim form where it was dropped."""
+    chosen = {"all": lambda left: True, "left": lambda left: left, "none": lambda left: False}[kept]
+
+    def keep(rows):
+        return torch.tensor([kind == 2 or chosen(box[3] <= 151) for _, _, kind, box, _ in rows])
+
+    legend = legend_of(draw_token_map(plain(), make_map(grid=(0, 1), kept=keep, scored=False), width=1000))
+    dim_blue, dim_orange, edge = (51, 59, 75), (68, 62, 62), (255, 196, 0)
+    swatch = 0.9 * 30 * 22
+    assert (pixels_near(legend, ORANGE) > swatch) == (kept != "none")
+    assert (pixels_near(legend, dim_blue, 3) > swatch) == (kept == "left")
+    assert (pixels_near(legend, dim_orange, 3) > swatch) == (kept == "none")
+    assert (pixels_near(legend, edge) > 0) == (kept == "left")
+    assert pixels_near(legend, BLUE) == 0
+
+
+def test_the_scale_of_scores_is_in_the_legend_where_tokens_were_scored():
+    scored, plain_map = (
+        legend_of(draw_token_map(plain(), make_map(scored=flag), width=1400)) for flag in (True, False)
+    )
+    assert (
+        pixels_near(scored, heat_colors(np.array(0.5)), 4) > 22
+        and pixels_near(plain_map, heat_colors(np.array(0.5)), 4) == 0
+    )
+
+
+def test_kept_tokens_are_counted_with_marks_and_by_image():
+    def left_half(rows):
+        return torch.tensor([kind == 2 or box[3] <= 151 for _, _, kind, box, _ in rows])
+
+    one, two = (
+        make_map(kept=left_half),
+        make_map(marks=5),
+    )  # 7 views of 16 tokens; half of the crops and half of the rest
+    fields = {name: torch.cat([getattr(one, name), getattr(two, name)]) for name in vars(one)}
+    fields["image"] = torch.cat([one.image, two.image + 1])
+    both = TokenMap(**fields)
+    assert count_kept(both) == count_kept(one) == (8 + 48 + 2, 7 * 16 + 2)
+    assert count_kept(both, 1) == (7 * 16 + 5, 7 * 16 + 5)
+    with pytest.raises(ValueError, match="holds 2 images"):
+        count_kept(both, 2)
 
 
 def test_panels_follow_what_there_is():
@@ -123,7 +184,7 @@ def test_the_source_may_be_a_path_with_orientation(tmp_path):
     exif[0x0112] = 6  # shown turned by 90 degrees
     plain((300, 200)).save(tmp_path / "turned.jpg", exif=exif)
     picture = draw_token_map(tmp_path / "turned.jpg", make_map(size=(200, 300)), width=1000)
-    assert pixels_near(picture, (214, 214, 210), 2) < 300  # the upright size is that of the map: no padding
+    assert pixels_near(picture, (207, 207, 203), 1) < 300  # the upright size is that of the map: no padding
 
 
 @pytest.mark.parametrize("width", [599, True, 800.0, "800"])

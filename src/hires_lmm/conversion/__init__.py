@@ -5,6 +5,7 @@ from .errors import ConversionError
 from .exporting import export
 from .fusion import convert_fusion
 from .llava_next import convert_llava_next
+from .random_model import compose_random, preset_processor
 from .slime_source import convert_slime
 from .to_slime import convert_to_slime
 
@@ -12,9 +13,11 @@ from .to_slime import convert_to_slime
 __all__ = [
     "ConversionError",
     "compose",
+    "compose_random",
     "convert_fusion",
     "convert_llava_next",
     "convert_slime",
     "convert_to_slime",
     "export",
+    "preset_processor",
 ]

@@ -51,13 +51,13 @@ def export(
             with readable("The generation configuration"):
                 GenerationConfig.from_pretrained(folder).save_pretrained(work)
         save_code(work, config)
-        for kept in (REPORT_NAME, UNUSED_NAME, "README.md"):
+        for kept in (REPORT_NAME, UNUSED_NAME):
             if (folder / kept).is_file():
                 shutil.copyfile(folder / kept, work / kept)
-        if not (work / "README.md").is_file():
-            facts = {"chat": has_tokenizer(folder), "versions": versions(), "title": Path(checkpoint).name}
-            repository = {"repository": str(checkpoint)} if is_repository(checkpoint) else {}
-            write_card(work, config, image_processor, {**facts, **repository})
+        facts = {"chat": has_tokenizer(folder), "versions": versions(), "title": Path(checkpoint).name}
+        repository = {"repository": str(checkpoint)} if is_repository(checkpoint) else {}
+        earlier = folder / "README.md" if (folder / "README.md").is_file() else None
+        write_card(work, config, image_processor, {**facts, **repository}, earlier)
     return Path(destination)
 
 

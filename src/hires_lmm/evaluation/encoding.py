@@ -1,5 +1,6 @@
 """Images of a few questions: opened once, seen by the vision tower once, cut and counted as each setting asks."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +44,28 @@ class ImageEncoder:
         self.base, self.processor, self.sources = base, processor, sources
         self._pictures: dict[int | None, list[Image.Image]] = {}
         self._seen: dict[tuple, torch.Tensor] = {}
+
+    def check_budgets(self, settings: Sequence[SweepSetting]) -> None:
+        """Refuse budgets that are too small for one of the images.
+
+        Args:
+            settings (sequence of `SweepSetting`): How they will be asked about.
+
+        Raises:
+            ValueError: If there are any; the message names them all, and the smallest budget that is large enough.
+        """
+        refused = {}
+        for setting in settings:
+            if setting.tokens is None or setting.views == "none":
+                continue
+            sizes = [(picture.height, picture.width) for picture in self._resized(setting.image_size)]
+            options = {"views": setting.views, "max_image_tokens": setting.tokens, "max_crops": setting.max_crops}
+            try:
+                self.processor.image_processor.count_images(sizes, **options)
+            except ValueError as error:
+                refused[setting.tokens] = error
+        if refused:
+            raise ValueError(f"Leave out tokens={','.join(map(str, sorted(refused)))}. {refused[max(refused)]}")
 
     @torch.inference_mode()
     def encode(self, setting: SweepSetting) -> EncodedImages:

@@ -51,7 +51,7 @@ class SweepResult:
         )
 
     def mean_tokens(self, setting: SweepSetting) -> float:
-        """Mean number of visual tokens that reached the language model."""
+        """Mean number of kept tokens, those that reached the language model, a question."""
         tokens = [answer.tokens for answer in self.answers if answer.setting == setting]
         return sum(tokens) / len(tokens)
 
@@ -133,8 +133,10 @@ def evaluate(
     found = {answer.key: answer for answer in known}
     total = len(questions) * len(settings)
     done = sum((setting, row.index) in found for setting in settings for row in questions)
-    for chunk in _chunks(questions, batch_size):
+    for number, chunk in enumerate(_chunks(questions, batch_size)):
         encoder = ImageEncoder(find_base(model), processor, _distinct_images(chunk))
+        if number == 0:  # said before the first answer; later images are checked as they come
+            encoder.check_budgets(settings)
         for setting in settings:
             waiting = [row for row in chunk if (setting, row.index) not in found]
             if progress is not None:
@@ -312,7 +314,7 @@ def _threshold(model: Any, gamma: float | None) -> Iterator[None]:
 
 @contextmanager
 def _count_tokens(model: Any, image_token_id: int) -> Iterator[list[int]]:
-    """A list that holds, after one `generate`, the visual tokens of each row that reached the language model."""
+    """A list that holds, after one `generate`, the kept tokens of each row."""
     counts: list[int] = []
 
     def read(module: Any, arguments: tuple, options: dict[str, Any], output: Any) -> None:

@@ -10,7 +10,7 @@ from .settings import SweepSetting, swept_axes
 
 NUMBER_AXES = ("tokens", "gamma", "max_crops", "image_size")
 AXIS_TITLES = {
-    "tokens": "visual tokens that reached the language model, mean",
+    "tokens": "kept tokens, mean",
     "gamma": "gamma, the softmax mass that the router keeps",
     "max_crops": "most crops",
     "image_size": "longest side of the image, pixels",

@@ -100,7 +100,7 @@ def _table(result: SweepResult, settings: Sequence[SweepSetting]) -> Table:
         floors = [_percent(first.chance), _percent(first.constant)]
         table.add_row(name, str(first.questions), *floors, *(_cell(scores[name]) for scores in columns))
     tokens = (f"{result.mean_tokens(setting):.1f}" for setting in settings)
-    table.add_row("visual tokens, mean", "", "", "", *tokens)
+    table.add_row("kept tokens, mean", "", "", "", *tokens)
     return table
 
 

@@ -15,7 +15,7 @@ class SweepSetting:
     """One way of asking. `None` leaves a choice to the checkpoint.
 
     Args:
-        tokens (`int`, *optional*): Budget: most visual tokens of one image, the processor's `max_image_tokens`.
+        tokens (`int`, *optional*): Budget: visual tokens kept of one image, the processor's `max_image_tokens`.
         gamma (`float`, *optional*): Softmax mass that the router's threshold rule keeps, in (0, 1].
         max_crops (`int`, *optional*): Most crops of one image.
         image_size (`int`, *optional*): Longest side that images are resized to before they are cut, pixels.

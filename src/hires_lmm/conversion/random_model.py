@@ -1,21 +1,22 @@
-"""A small random checkpoint for demonstrations, tests and documentation; its answers mean nothing.
+"""`compose --random`: a small checkpoint with random weights, for trying things out; its answers mean nothing.
 
 It has the geometry of a CLIP ViT-L/14 at 336 pixels, so its token counts are those of a real model, and almost no
-width, so it loads and runs in seconds on a CPU. `python -m hires_lmm.demo FOLDER` writes one.
+width, so it loads and runs in seconds on a CPU.
 """
 
-import argparse
-import sys
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import CLIPVisionConfig, GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
-from .modeling.configuration_hires_lmm import PRESETS, HiResLmmConfig
-from .modeling.modeling_hires_lmm import HiResLmmForConditionalGeneration
-from .processing.chat_templates_hires_lmm import CHAT_TEMPLATES
-from .processing.processing_hires_lmm import HiResLmmProcessor
+from ..modeling.configuration_hires_lmm import PRESETS, HiResLmmConfig
+from ..modeling.modeling_hires_lmm import HiResLmmForConditionalGeneration
+from ..processing.chat_templates_hires_lmm import CHAT_TEMPLATES
+from ..processing.processing_hires_lmm import HiResLmmProcessor
+from .cards import write_card
+from .checkpoint import versions
+from .writing import new_folder
 
 
 SPECIAL_TOKENS = ("<s>", "</s>", "<pad>", "<image>", "<|im_start|>", "<|im_end|>")
@@ -24,6 +25,55 @@ SPACE = "Ġ"
 
 LOCAL_ATTENTION = 3.0
 """Gain of the queries and keys of a compressor: each query attends to the patches around its place."""
+
+
+def compose_random(destination: str | Path, preset: str = "slime", seed: int = 0) -> Path:
+    """Write a small random checkpoint: weights, code, processor, tokenizer and card.
+
+    Args:
+        destination (`str` or `Path`): The folder to make; it must not exist, or be empty.
+        preset (`str`): A name in `hires_lmm.PRESETS`.
+        seed (`int`): Seed of the weights; the same seed gives the same files.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ConversionError: If the destination is not empty.
+        ValueError: If the preset is unknown.
+    """
+    tokenizer = build_byte_tokenizer()
+    config = _random_config(tokenizer, preset)
+    processor = HiResLmmProcessor.from_config(config, tokenizer)
+    model = HiResLmmForConditionalGeneration(config).eval()
+    _randomise(model, seed)
+    model.generation_config = _printable_generation(tokenizer)
+    with new_folder(destination) as work:
+        model.save_pretrained(work)
+        processor.save_pretrained(work)
+        facts = {
+            "title": Path(destination).name,
+            "summary": f"A small model of the preset `{preset}` with random weights; its answers mean nothing.",
+            "versions": versions(),
+        }
+        write_card(work, config, processor.image_processor, facts)
+    return Path(destination)
+
+
+def preset_processor(preset: str = "slime") -> HiResLmmProcessor:
+    """The processor of a preset over a tower with the geometry of CLIP ViT-L/14 at 336 pixels, for counting tokens.
+
+    Args:
+        preset (`str`): A name in `hires_lmm.PRESETS`.
+
+    Returns:
+        The processor; its tokenizer is `build_byte_tokenizer`.
+
+    Raises:
+        ValueError: If the preset is unknown.
+    """
+    tokenizer = build_byte_tokenizer()
+    return HiResLmmProcessor.from_config(_random_config(tokenizer, preset), tokenizer)
 
 
 def build_byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -49,16 +99,8 @@ def build_byte_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def demo_config(tokenizer: PreTrainedTokenizerFast, preset: str = "slime") -> HiResLmmConfig:
-    """The configuration of the demo model.
-
-    Args:
-        tokenizer: Its vocabulary and special tokens are taken over.
-        preset (`str`): Name of the preset.
-
-    Returns:
-        A configuration with views of 336 pixels and 24 x 24 patches, and widths of 64.
-    """
+def _random_config(tokenizer: PreTrainedTokenizerFast, preset: str) -> HiResLmmConfig:
+    """Views of 336 pixels, 24 x 24 patches, and widths of 64."""
     vision_config = CLIPVisionConfig(
         image_size=336,
         patch_size=14,
@@ -79,39 +121,13 @@ def demo_config(tokenizer: PreTrainedTokenizerFast, preset: str = "slime") -> Hi
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    image_token_id = tokenizer.convert_tokens_to_ids("<image>")
-    changes: dict = {"image_token_id": image_token_id}
+    changes: dict = {"image_token_id": tokenizer.convert_tokens_to_ids("<image>")}
     layout = PRESETS.get(preset, {}).get("connector_config", {}).get("layout", {})
     marks = {name: mark for name, mark in layout.items() if isinstance(mark, int) and not isinstance(mark, bool)}
     if marks:  # ids of the released tokenizer, which the small vocabulary does not have
         stand_in = tokenizer.convert_tokens_to_ids(SPACE)
         changes["connector_config"] = {"layout": {**layout, **dict.fromkeys(marks, stand_in)}}
     return HiResLmmConfig.from_preset(preset, vision_config=vision_config, text_config=text_config, **changes)
-
-
-def build_demo_checkpoint(folder: str | Path, preset: str = "slime", seed: int = 0) -> Path:
-    """Write a small random checkpoint: weights, code, processor and tokenizer.
-
-    Args:
-        folder (`str` or `Path`): Where to; created if missing.
-        preset (`str`): Name of the preset.
-        seed (`int`): Seed of the weights; the same seed gives the same files.
-
-    Returns:
-        The folder.
-
-    Raises:
-        ValueError: If the preset is unknown.
-    """
-    tokenizer = build_byte_tokenizer()
-    config = demo_config(tokenizer, preset)
-    processor = HiResLmmProcessor.from_config(config, tokenizer)
-    model = HiResLmmForConditionalGeneration(config).eval()
-    _randomise(model, seed)
-    model.generation_config = _printable_generation(tokenizer)
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return Path(folder)
 
 
 def _printable_generation(tokenizer: PreTrainedTokenizerFast) -> GenerationConfig:
@@ -143,29 +159,3 @@ def _randomise(model: HiResLmmForConditionalGeneration, seed: int) -> None:
         parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
         if "query_former" in name and name.endswith(("q_proj.weight", "k_proj.weight")):
             parameter.copy_(torch.eye(len(parameter)) * LOCAL_ATTENTION)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Write a demo checkpoint from the command line.
-
-    Args:
-        arguments (`list[str]`, *optional*): As in `sys.argv[1:]`.
-
-    Returns:
-        The exit status.
-    """
-    parser = argparse.ArgumentParser(prog="python -m hires_lmm.demo", description="Write a small random checkpoint.")
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--preset", default="slime")
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args(arguments)
-    try:
-        build_demo_checkpoint(options.folder, options.preset, options.seed)
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -5,8 +5,8 @@ from typing import Any
 
 from PIL import Image
 
-from .inference import encode_images, map_tokens, prepare, stream_answer
-from .visualize import draw_token_map
+from .inference import AnswerStream, describe_unknown, prepare
+from .visualize import count_kept, draw_token_map
 
 
 MOST_CROPS = 36
@@ -20,19 +20,19 @@ Shown = tuple[str, Image.Image | None, str]
 def answer_question(
     model: Any, processor: Any, image: Image.Image | None, question: str, budget: int, max_crops: int, length: int
 ) -> Iterator[Shown]:
-    """Answer a question about an image and draw what was kept.
+    """Answer a question about an image, then draw what was kept.
 
     Args:
         model (`HiResLmmForConditionalGeneration`): The model.
         processor (`HiResLmmProcessor`): Of the checkpoint.
         image (`PIL.Image.Image`, *optional*): What the visitor gave.
         question (`str`): The visitor's text.
-        budget (`int`): Most tokens of the image; 0 = no budget.
+        budget (`int`): Visual tokens that are kept, at most; 0 = no budget.
         max_crops (`int`): Most crops; 0 = as the checkpoint has it.
         length (`int`): Most tokens of the answer.
 
     Returns:
-        An iterator over (answer so far, picture or `None`, account of tokens).
+        An iterator over (answer so far, picture, account of tokens); the last one has picture and account.
 
     Raises:
         ValueError: If something is missing or the budget too small.
@@ -44,16 +44,16 @@ def answer_question(
     limits = {"max_crops": int(max_crops), "max_image_tokens": int(budget)}
     options = {name: value for name, value in limits.items() if value}
     prepared = prepare(processor, [image], question, **options)
-    features = encode_images(model, prepared)
-    token_map = map_tokens(model, prepared, features)
-    picture = draw_token_map(prepared.images[0], token_map, title=question, width=PICTURE_WIDTH)
-    kept, total = int(token_map.kept.sum()), len(token_map.kept)
-    account = f"{image.width} x {image.height} pixels: {total} visual tokens, {kept} read by the language model."
+    note = describe_unknown(prepared.unknown_words)
     answer = ""
-    yield answer, picture, account
-    for piece in stream_answer(model, processor, prepared, int(length), features):
+    pieces = AnswerStream(model, processor, prepared, int(length))
+    for piece in pieces:
         answer += piece
-        yield answer, picture, account
+        yield answer, None, note
+    kept, total = count_kept(pieces.token_map)
+    account = f"{image.width} x {image.height} pixels, {kept} of {total} visual tokens kept. {note}"
+    picture = draw_token_map(prepared.images[0], pieces.token_map, title=question, width=PICTURE_WIDTH)
+    yield answer, picture, account.strip()
 
 
 def build_page(model: Any, processor: Any, name: str, note: str | None = None) -> Any:
@@ -88,7 +88,9 @@ def build_page(model: Any, processor: Any, name: str, note: str | None = None) -
             with gradio.Column(scale=2):
                 image = gradio.Image(type="pil", label="Image", sources=["upload", "clipboard"], height=320)
                 question = gradio.Textbox(label="Question", placeholder="What do you want to know?", lines=2)
-                budget = gradio.Slider(0, HIGHEST_BUDGET, value=0, step=1, label="Token budget (0 = none)")
+                budget = gradio.Slider(
+                    0, HIGHEST_BUDGET, value=0, step=1, label="Budget: visual tokens kept (0 = no budget)"
+                )
                 max_crops = gradio.Slider(0, MOST_CROPS, value=0, step=1, label="Most crops (0 = the checkpoint's)")
                 length = gradio.Slider(1, MAX_NEW_TOKENS, value=64, step=1, label="Most tokens of the answer")
                 button = gradio.Button("Ask", variant="primary", elem_id="ask")
