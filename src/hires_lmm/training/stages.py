@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..modeling.adapters_hires_lmm import HiResLmmMixtureAdapter
+from ..modeling.noise_hires_lmm import HiResLmmNoise
 
 
 VIEWS = ("all", "global", "crops")
@@ -92,6 +93,8 @@ class Stage:
         question (`bool`, *optional*): Whether the fusion transformer reads the question. None leaves it as it is.
         after (`str`, *optional*): Stage whose weights this one starts from, for recipes; the one before by default.
         cognition (`dict[str, float]`, *optional*): Rates of the cognition tasks by name, for the data of recipes.
+        noise (`bool`, *optional*): Whether gates and routers add their noise while training. None leaves it as it is:
+            on in a new model.
 
     Raises:
         ValueError: If a value is unknown or nothing is trainable.
@@ -110,6 +113,7 @@ class Stage:
     question: bool | None = None
     after: str | None = None
     cognition: dict | None = None
+    noise: bool | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.alternation, dict):
@@ -204,6 +208,8 @@ class Stage:
         base = find_base(model)
         base.connector.training_views = self.views
         base.config.training_stage = self.name
+        if self.noise is not None:
+            set_noise(base, self.noise)
         if self.expert is not None:
             self._check_saved_expert(base, model)
             set_expert(base, self.expert)
@@ -332,6 +338,18 @@ def set_expert(model: nn.Module, expert: str) -> None:
     for config in (base.config.connector_config, base.connector.config):
         options = {key: value for key, value in config.adapter.items() if key != "forced_expert"}
         config.adapter = options if forced is None else {**options, "forced_expert": forced}
+
+
+def set_noise(model: nn.Module, noise: bool) -> None:
+    """Switch the noise that gates and routers add while training; dropout stays as it is.
+
+    Args:
+        model (`nn.Module`): Any model; one without noise is left as it is.
+        noise (`bool`): Whether noise is added.
+    """
+    for module in model.modules():
+        if type(module).__name__ == HiResLmmNoise.__name__:  # by name, as below
+            module.p = 1.0 if noise else 0.0
 
 
 def _is_mixture(module: nn.Module) -> bool:
