@@ -486,7 +486,8 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
         """Zero, computed from the visual modules of the stage, so that they train on every rank alike."""
         side, (rows, cols) = self.config.view_size, self.config.patch_grid
         if use_tower:
-            pixels = torch.zeros(1, self.config.vision_config.num_channels, side, side, device=device)
+            shape = (1, self.config.vision_config.num_channels, side, side)
+            pixels = torch.zeros(shape, device=device, dtype=self.vision_tower.dtype)
             features, _ = self.encode_views(pixels)
         else:
             shape = (1, rows * cols, self.config.vision_config.hidden_size)

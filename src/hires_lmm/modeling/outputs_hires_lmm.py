@@ -184,7 +184,7 @@ def build_token_map(tokens: VisualTokens, view_boxes: torch.Tensor | None) -> To
         cell=tokens.cell,
         kind=tokens.kind,
         box=torch.from_numpy(cell_boxes(tokens, view_boxes)).float(),
-        score=torch.full((count,), float("nan")) if score is None else score.detach().float().cpu(),
+        score=torch.full((count,), float("nan"), dtype=torch.float32) if score is None else score.detach().float().cpu(),
         kept=torch.ones(count, dtype=torch.bool) if tokens.kept is None else tokens.kept.cpu(),
     )
 
