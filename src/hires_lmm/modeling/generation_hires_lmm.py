@@ -8,6 +8,10 @@ from transformers import GenerationConfig, GenerationMixin
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 from transformers.utils import ModelOutput
 
 from .compat_hires_lmm import CACHE
@@ -71,6 +75,15 @@ def images_after(placeholder: torch.Tensor, lengths: list[int], position: int) -
 
 class HiResLmmGenerationMixin(GenerationMixin):
     """The stock `generate` with hooks for encoded images, beams, masks and positions."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Write the name into the two tables by which the library knows what a class predicts and reads.
+
+        The Trainer shifts the labels that it smooths for classes of the first alone; every token would learn itself.
+        """
+        super().__init_subclass__(**kwargs)
+        for table in (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES):
+            table.setdefault(cls.__name__, cls.__name__)
 
     def _maybe_prepare_encoder_kwargs_for_generation(
         self,

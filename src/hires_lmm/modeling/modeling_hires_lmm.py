@@ -21,6 +21,7 @@ from .outputs_hires_lmm import (
     HiResLmmCausalLMOutputWithPast,
     HiResLmmImageFeatures,
     HiResLmmModelOutputWithPast,
+    HiResLmmTrainingOutput,
     build_token_map,
     check_call,
     check_placeholders,
@@ -486,9 +487,8 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
         """Zero, computed from the visual modules of the stage, so that they train on every rank alike."""
         side, (rows, cols) = self.config.view_size, self.config.patch_grid
         if use_tower:
-            shape = (1, self.config.vision_config.num_channels, side, side)
-            pixels = torch.zeros(shape, device=device, dtype=self.vision_tower.dtype)
-            features, _ = self.encode_views(pixels)
+            pixels = torch.zeros(1, self.config.vision_config.num_channels, side, side, device=device)
+            features, _ = self.encode_views(pixels.to(self.vision_tower.dtype))
         else:
             shape = (1, rows * cols, self.config.vision_config.hidden_size)
             features = torch.zeros(shape, device=device, dtype=self.vision_tower.dtype)
@@ -551,10 +551,10 @@ class HiResLmmForConditionalGeneration(HiResLmmPreTrainedModel, HiResLmmGenerati
             labels (`torch.Tensor` of shape `(B, S)`, *optional*): Targets; -100 where nothing is learned.
             logits_to_keep (`int` or `torch.Tensor`): Positions whose logits are wanted, see `select_positions`.
             return_logits (`bool`): In training mode, make and return the logits of all positions beside the loss;
-                otherwise the head sees the positions with a label only and `logits` is None.
+                otherwise the head sees the positions with a label only and the output has no logits.
 
         Returns:
-            `HiResLmmCausalLMOutputWithPast`.
+            `HiResLmmCausalLMOutputWithPast`, or `HiResLmmTrainingOutput` where it has no logits.
 
         Raises:
             ValueError: If inputs contradict each other.
@@ -593,11 +593,10 @@ class HiResLmmForConditionalGeneration(HiResLmmPreTrainedModel, HiResLmmGenerati
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
-        return HiResLmmCausalLMOutputWithPast(
-            loss=loss,
-            logits=None if learned is not None else logits,
-            **{name: value for name, value in outputs.items() if name != "last_hidden_state"},
-        )
+        others = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
+        if learned is not None:
+            return HiResLmmTrainingOutput(loss=loss, **others)
+        return HiResLmmCausalLMOutputWithPast(loss=loss, logits=logits, **others)
 
 
 __all__ = ["HiResLmmForConditionalGeneration", "HiResLmmModel", "HiResLmmPreTrainedModel"]

@@ -2,7 +2,7 @@
 
 import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
@@ -177,14 +177,14 @@ def build_token_map(tokens: VisualTokens, view_boxes: torch.Tensor | None) -> To
     if view_boxes is None:
         raise ValueError("output_token_map=True needs view_boxes; pass the tensor that the processor returns.")
     count = len(tokens.view)
-    score = tokens.scores.get("router")
+    score = tokens.scores.get("router", torch.full((count,), float("nan"), dtype=torch.float32))
     return TokenMap(
         image=torch.repeat_interleave(torch.arange(tokens.num_images), torch.tensor(tokens.lengths, dtype=torch.long)),
         view=tokens.view,
         cell=tokens.cell,
         kind=tokens.kind,
         box=torch.from_numpy(cell_boxes(tokens, view_boxes)).float(),
-        score=torch.full((count,), float("nan"), dtype=torch.float32) if score is None else score.detach().float().cpu(),
+        score=score.detach().float().cpu(),
         kept=torch.ones(count, dtype=torch.bool) if tokens.kept is None else tokens.kept.cpu(),
     )
 
@@ -218,8 +218,7 @@ class HiResLmmCausalLMOutputWithPast(CausalLMOutputWithPast):
 
     Args:
         loss (`torch.Tensor` of shape `()`, *optional*): Next-token loss, with `labels`.
-        logits (`torch.Tensor` of shape `(B, S, vocabulary)`, *optional*): Scores of the input length; None in training
-            mode with `labels`, unless asked for.
+        logits (`torch.Tensor` of shape `(B, S, vocabulary)`): Scores of the input length.
         cache (`Cache`, *optional*): See `HiResLmmModelOutputWithPast`, as all that follow.
         hidden_states (`tuple[torch.Tensor]`, *optional*): As above.
         attentions (`tuple[torch.Tensor]`, *optional*): As above.
@@ -235,3 +234,37 @@ class HiResLmmCausalLMOutputWithPast(CausalLMOutputWithPast):
     packed_attention_mask: torch.Tensor | None = None
     num_drafted: int | None = None
     token_map: TokenMap | None = None
+
+
+class NoLogitsError(AttributeError, LookupError):
+    """Somebody reads the logits of a training step, which has none."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "A training step with labels makes the logits of the positions that are learned and returns none. Call "
+            "the model with return_logits=True to have them all, or in evaluation mode."
+        )
+
+
+def refuse_logits(output: Any) -> Any:
+    """Raise in place of the logits."""
+    raise NoLogitsError
+
+
+@dataclass
+class HiResLmmTrainingOutput(HiResLmmCausalLMOutputWithPast):
+    """The output of a training step with labels: as above but without logits, and whoever reads them is told so."""
+
+    logits: ClassVar[property] = property(refuse_logits)  # a field no longer
+
+    def __getitem__(self, key: Any) -> Any:
+        """The value under a name or a number."""
+        if key == "logits" or (key == 1 and isinstance(key, int)):  # behind the loss
+            raise NoLogitsError
+        return super().__getitem__(key)
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        """The value under a name, or the default."""
+        if key == "logits":
+            raise NoLogitsError
+        return super().get(key, default)

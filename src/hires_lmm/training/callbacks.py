@@ -278,13 +278,13 @@ def check_arguments(args: Any, stage: Stage) -> None:
         stage (`Stage`): The stage.
 
     Raises:
-        ValueError: For label smoothing, `remove_unused_columns`, callbacks rebuilt from a checkpoint, and auxiliary
-            losses under TRL's trainer.
+        ValueError: For `remove_unused_columns`; for label smoothing, callbacks rebuilt from a checkpoint and TRL's
+            trainer beside auxiliary losses.
     """
-    if args.label_smoothing_factor:
+    if args.label_smoothing_factor and stage.loss_weights:
         raise ValueError(
-            f"label_smoothing_factor={args.label_smoothing_factor} is refused: the Trainer smooths labels of models "
-            "outside transformers without shifting them, so every token would learn to repeat itself. Set it to 0."
+            f"label_smoothing_factor={args.label_smoothing_factor} is refused: the Trainer computes smoothed losses "
+            f"itself, outside of the model, which adds the losses that stage {stage.name!r} weighs. Set it to 0."
         )
     if args.remove_unused_columns:
         raise ValueError("Set remove_unused_columns=False: the collator reads columns that the model does not know.")
