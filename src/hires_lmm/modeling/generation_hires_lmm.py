@@ -73,6 +73,12 @@ def images_after(placeholder: torch.Tensor, lengths: list[int], position: int) -
     return chosen
 
 
+def mask_length(length: int, model_kwargs: dict[str, Any], generation_config: GenerationConfig) -> int:
+    """Positions of the attention mask of `generate`; the library drops a mask of ones and notes its length."""
+    mask = model_kwargs.get("attention_mask")
+    return mask.shape[1] if mask is not None else vars(generation_config).get("_mask_length", length)
+
+
 class HiResLmmGenerationMixin(GenerationMixin):
     """The stock `generate` with hooks for encoded images, beams, masks and positions."""
 
@@ -136,6 +142,7 @@ class HiResLmmGenerationMixin(GenerationMixin):
             if cached and model_kwargs.get("prompt_mask") is not None:
                 model_kwargs["prompt_mask"] = model_kwargs["prompt_mask"][:, cached:]
             image.pooler_output, image.prompt_length = list(image.pooler_output), inputs_tensor.shape[1] - cached
+            image.mask_length = mask_length(inputs_tensor.shape[1], model_kwargs, generation_config)
             image.is_unpadded, image.is_right_padded = map(bool, flags) if flags else (None, False)
             model_kwargs["mm_encoder_outputs"]["image"] = image if image.pooler_output else None
         return model_kwargs
@@ -178,13 +185,13 @@ class HiResLmmGenerationMixin(GenerationMixin):
     ) -> int:
         """Positions of the prompt that the caller's cache already holds; 0 if only new ids were passed.
 
-        As in the library, a mask longer than the ids says that they are new; it drops a mask of ones and notes its
-        length. What an assistant drafts is checked by the main model, so it may go on with a packed cache.
+        As in the library, a mask longer than the ids says that they are new. What an assistant drafts is checked by
+        the main model, so it may go on with a packed cache.
         """
-        cache, mask = model_kwargs.get(CACHE), model_kwargs.get("attention_mask")
+        cache = model_kwargs.get(CACHE)
         past = cache.get_seq_length() if isinstance(cache, Cache) else 0
-        mask_length = mask.shape[1] if mask is not None else vars(generation_config).get("_mask_length", length)
-        if not past or mask_length != length or generation_config.is_assistant:
+        is_new = mask_length(length, model_kwargs, generation_config) != length
+        if not past or is_new or generation_config.is_assistant:
             return 0
         if not self.model.connector.is_count_static and bool(placeholder.any()):
             raise ValueError(

@@ -29,7 +29,7 @@ from .outputs_hires_lmm import (
     placeholders_per_image,
 )
 from .packing_hires_lmm import expand, pack, plan_batch
-from .question_hires_lmm import PromptText, build_question
+from .question_hires_lmm import PromptText, build_question, recover_text
 from .tower_hires_lmm import POOLING_HEAD, run_tower
 from .views_hires_lmm import (
     ImageGeometry,
@@ -44,6 +44,9 @@ from .views_hires_lmm import (
     padding_flags,
     read_geometry,
 )
+
+
+PEFT_EMBEDDINGS = "embeddings.word_embeddings"
 
 
 class HiResLmmPreTrainedModel(HiResLmmLoadingMixin, PreTrainedModel):
@@ -65,6 +68,13 @@ class HiResLmmPreTrainedModel(HiResLmmLoadingMixin, PreTrainedModel):
         super().post_init()
         present = {type(module).__name__ for module in self.modules()}
         self._no_split_modules = {name for name in self._no_split_modules if name in present}
+
+    def get_submodule(self, target: str) -> nn.Module:
+        """A module by its path; under the name that PEFT's prompt tuning asks for, the word embeddings.
+
+        It would take the first table of as many rows as the vocabulary, which may be that of a part.
+        """
+        return self.get_input_embeddings() if target == PEFT_EMBEDDINGS else super().get_submodule(target)
 
     def _resize_token_embeddings(
         self, new_num_tokens: int | None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
@@ -331,7 +341,10 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
                 in_generate = getattr(features, "prompt_length", None) is not None
                 packing, attention_mask, position_ids = plan_batch(kept, attention_mask, past, in_generate)
                 inputs_embeds = pack(inputs_embeds, packing)
-                extra["packed_attention_mask"] = attention_mask
+                virtual = 0  # positions that PEFT put in front, and will put in front of the mask again
+                if getattr(features, "mask_length", None) is not None:
+                    virtual = max(past + kept.shape[1] - extra["num_drafted"] - cast("int", features.mask_length), 0)
+                extra["packed_attention_mask"] = attention_mask[:, virtual:]
             elif getattr(features, "is_unpadded", False) and (position_ids is None or cache is not None):
                 attention_mask = None  # all ones: the language model need not look
         elif self.training and cache is None:
@@ -428,6 +441,8 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
     ) -> tuple[torch.Tensor, torch.Tensor, list | None, dict]:
         """Write visual tokens over placeholders: embeddings, kept positions `(B, S)`, what was read, more outputs."""
         prompt_length, inputs_embeds = getattr(features, "prompt_length", None), text.embeds
+        if prompt_length is not None and text.ids is None:  # PEFT puts virtual tokens before what generate was given
+            prompt_length = inputs_embeds.shape[1]
         placeholder = self.get_placeholder_mask(text.ids, inputs_embeds, prompt_length)
         tokens, kept = getattr(features, "tokens", None), None
         if not self.connector.is_done_early:
@@ -470,6 +485,9 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
             prompt_length (`int`, *optional*): Set by `generate`: positions beyond it are generated.
             past (`int`): Positions in the cache.
         """
+        if text.ids is None and self.connector.reads_question:
+            vocabulary = self.get_input_embeddings().num_embeddings
+            text = recover_text(text, placeholder, self._embed_token, vocabulary)
         return build_question(
             text,
             placeholder,

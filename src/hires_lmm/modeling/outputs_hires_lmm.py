@@ -25,6 +25,7 @@ class HiResLmmImageFeatures(BaseModelOutputWithPooling):
         tokens (`VisualTokens`): The same tokens before selection, with their geometry.
         view_boxes (`torch.Tensor` of shape `(V, 4)`, *optional*): Boxes of the views in 1/256 source pixel.
         prompt_length (`int`, *optional*): Set by `generate`: input positions that belong to the prompt.
+        mask_length (`int`, *optional*): Set by `generate`: positions of its attention mask.
         is_right_padded (`bool`, *optional*): Set by `generate`: rows end in padding, which leaves before new tokens
             follow.
         is_unpadded (`bool`, *optional*): Known to come with an attention mask of ones.
@@ -35,6 +36,7 @@ class HiResLmmImageFeatures(BaseModelOutputWithPooling):
     tokens: VisualTokens | None = None
     view_boxes: torch.Tensor | None = None
     prompt_length: int | None = None
+    mask_length: int | None = None
     is_right_padded: bool | None = None
     is_unpadded: bool | None = None
     earlier: list | None = None
