@@ -91,6 +91,29 @@ class HiResLmmGenerationMixin(GenerationMixin):
         for table in (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES):
             table.setdefault(cls.__name__, cls.__name__)
 
+    def generate(self, *args: Any, output_token_map: bool = False, **kwargs: Any) -> Any:
+        """The stock `generate`, which can also tell what became of every visual token.
+
+        Args:
+            args, kwargs: As in transformers.
+            output_token_map (`bool`): Add `token_map`, a `TokenMap` of the images as passed, to the dict that
+                `return_dict_in_generate=True` returns; None without images. Needs `view_boxes`.
+
+        Returns:
+            As in transformers.
+
+        Raises:
+            ValueError: If a token map is asked for and no dict is returned that could hold it.
+        """
+        if not output_token_map:
+            return super().generate(*args, **kwargs)
+        found: list = []
+        output = super().generate(*args, output_token_map=found, **kwargs)
+        if not isinstance(output, ModelOutput):
+            raise ValueError("output_token_map=True needs return_dict_in_generate=True, or there is no place for it.")
+        output["token_map"] = found[0] if found else None
+        return output
+
     def _maybe_prepare_encoder_kwargs_for_generation(
         self,
         inputs_tensor: torch.Tensor,
@@ -100,6 +123,7 @@ class HiResLmmGenerationMixin(GenerationMixin):
     ) -> dict[str, Any]:
         """Encode images once; work on a copy of the caller's features and note where the prompt ends."""
         model_kwargs["mm_encoder_outputs"] = check_encoder_outputs(model_kwargs.get("mm_encoder_outputs"))
+        token_maps = model_kwargs.pop("output_token_map", None)  # here, or an assistant would get it too
         ids = inputs_tensor if inputs_tensor.ndim == 2 else model_kwargs.get("input_ids")
         has_ids, has_pixels = ids is not None and ids.shape[1] > 0, model_kwargs.get("pixel_values") is not None
         has_images = has_pixels or model_kwargs["mm_encoder_outputs"].get("image") is not None
@@ -142,6 +166,7 @@ class HiResLmmGenerationMixin(GenerationMixin):
             if cached and model_kwargs.get("prompt_mask") is not None:
                 model_kwargs["prompt_mask"] = model_kwargs["prompt_mask"][:, cached:]
             image.pooler_output, image.prompt_length = list(image.pooler_output), inputs_tensor.shape[1] - cached
+            image.token_maps = token_maps
             image.mask_length = mask_length(inputs_tensor.shape[1], model_kwargs, generation_config)
             image.is_unpadded, image.is_right_padded = map(bool, flags) if flags else (None, False)
             model_kwargs["mm_encoder_outputs"]["image"] = image if image.pooler_output else None
@@ -224,8 +249,7 @@ class HiResLmmGenerationMixin(GenerationMixin):
             inputs_embeds=inputs_embeds,
         )
         order = [int(stand_in[0, 0]) for stand_in in regrouped["image"].pooler_output]
-        expanded = image.select_images(order)
-        return {**mm_encoder_output, "image": expanded}
+        return {**mm_encoder_output, "image": image.select_images(order)}
 
     @staticmethod
     def create_masks_for_generate(*, attention_mask: Any, is_first_iteration: bool = False, **kwargs: Any) -> Any:

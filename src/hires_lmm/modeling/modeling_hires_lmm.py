@@ -467,10 +467,14 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
         extra: dict[str, Any] = {"image_hidden_states": placed, "kept_mask": kept_positions}
         if prompt_length is not None:
             extra["num_drafted"] = placeholder.shape[1] - prompt_length
-        if output_token_map:
+        wanted = getattr(features, "token_maps", None)
+        if output_token_map or wanted is not None:
             if tokens is None:
                 raise ValueError("output_token_map=True needs the features that get_image_features returned.")
             extra["token_map"] = build_token_map(tokens, features.view_boxes)
+            if wanted == []:
+                sources = features.sources or range(tokens.num_images)
+                wanted.append(extra["token_map"].merge_images(sources))
         return spliced, kept_positions, None if tokens is None else tokens.read, extra
 
     def read_question(

@@ -1,6 +1,7 @@
 """What the model returns: image features that can be cached, hidden states, logits, and the token map."""
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -29,6 +30,8 @@ class HiResLmmImageFeatures(BaseModelOutputWithPooling):
         is_right_padded (`bool`, *optional*): Set by `generate`: rows end in padding, which leaves before new tokens
             follow.
         is_unpadded (`bool`, *optional*): Known to come with an attention mask of ones.
+        sources (`list[int]`, *optional*): Image of the caller that each one is, where images were chosen or repeated.
+        token_maps (`list`, *optional*): Set by `generate`: takes the token map of the prompt.
         earlier (`list[tuple]`, *optional*): Set by `generate`: what was asked about each image in the part of the
             conversation that the cache holds.
     """
@@ -39,6 +42,8 @@ class HiResLmmImageFeatures(BaseModelOutputWithPooling):
     mask_length: int | None = None
     is_right_padded: bool | None = None
     is_unpadded: bool | None = None
+    sources: list[int] | None = None
+    token_maps: list | None = None
     earlier: list | None = None
 
     def keep_nothing(self) -> None:
@@ -58,6 +63,8 @@ class HiResLmmImageFeatures(BaseModelOutputWithPooling):
         selected = copy.copy(self)
         selected.pooler_output = [self.pooler_output[index] for index in indices]
         selected.tokens = None if self.tokens is None else self.tokens.select_images(indices)
+        sources = range(len(self.pooler_output)) if self.sources is None else self.sources
+        selected.sources = [sources[index] for index in indices]
         selected.earlier = None if self.earlier is None else [self.earlier[index] for index in indices]
         return selected
 
@@ -161,6 +168,18 @@ class TokenMap:
     box: torch.Tensor
     score: torch.Tensor
     kept: torch.Tensor
+
+    def merge_images(self, sources: Sequence[int]) -> "TokenMap":
+        """The records under the numbers of the caller's images, without those of repeated ones.
+
+        Args:
+            sources (`Sequence[int]`): Image of the caller that each image of the map is.
+        """
+        first = {source: index for index, source in reversed(list(enumerate(sources)))}
+        number = torch.tensor([source if first[source] == index else -1 for index, source in enumerate(sources)])
+        image = number[self.image]
+        fields = {name: value[image >= 0] for name, value in vars(self).items()}
+        return TokenMap(**{**fields, "image": image[image >= 0]})
 
 
 def build_token_map(tokens: VisualTokens, view_boxes: torch.Tensor | None) -> TokenMap:
