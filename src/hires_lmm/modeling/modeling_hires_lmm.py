@@ -91,7 +91,7 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
         config (`HiResLmmConfig`): The configuration.
     """
 
-    _keys_to_ignore_on_load_unexpected = [r"^lm_head", POOLING_HEAD]
+    _keys_to_ignore_on_load_unexpected = [POOLING_HEAD]  # no pattern of the head: vLLM loads nothing that one matches
 
     def __init__(self, config: HiResLmmConfig):
         super().__init__(config)
@@ -106,6 +106,11 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
         self.language_model = AutoModel.from_config(config.text_config)
         check_fit(config, self.language_model)
         self.post_init()
+
+    def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
+        """Leave the head out of what is reported: this class has none."""
+        super()._adjust_missing_and_unexpected_keys(loading_info)
+        loading_info.unexpected_keys = {key for key in loading_info.unexpected_keys if not key.startswith("lm_head.")}
 
     def encode_views(
         self, pixel_values: torch.Tensor, layer: int | None = None, chunk_size: int | None = None, **wanted: Any
@@ -615,10 +620,10 @@ class HiResLmmForConditionalGeneration(HiResLmmPreTrainedModel, HiResLmmGenerati
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
-        others = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
+        others = {name: value for name, value in outputs.items() if name not in ("last_hidden_state", CACHE)}
         if learned is not None:
-            return HiResLmmTrainingOutput(loss=loss, **others)
-        return HiResLmmCausalLMOutputWithPast(loss=loss, logits=logits, **others)
+            return HiResLmmTrainingOutput(loss=loss, cache=outputs.get(CACHE), **others)
+        return HiResLmmCausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: outputs.get(CACHE)}, **others)
 
 
 __all__ = ["HiResLmmForConditionalGeneration", "HiResLmmModel", "HiResLmmPreTrainedModel"]

@@ -14,16 +14,16 @@ class HiResLmmNoise(nn.Dropout):
     def __init__(self) -> None:
         super().__init__(p=1.0)
 
-    def forward(self, input: torch.Tensor, scale: torch.Tensor | float = 1.0) -> torch.Tensor:
+    def forward(self, scores: torch.Tensor, scale: torch.Tensor | float = 1.0) -> torch.Tensor:
         """Add noise of mean zero to scores.
 
         Args:
-            input (`torch.Tensor` of any shape): Scores.
+            scores (`torch.Tensor` of any shape): Scores.
             scale (`torch.Tensor` or `float`): Standard deviation; broadcasts.
 
         Returns:
             The scores with noise; out of training mode the scores themselves.
         """
         if not self.training:
-            return input
-        return input + (torch.randn_like(input) if self.p else torch.zeros_like(input)) * scale
+            return scores
+        return scores + (torch.randn_like(scores) if self.p else torch.zeros_like(scores)) * scale

@@ -3,10 +3,12 @@
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
+from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.utils import ModelOutput
 
 from .views_hires_lmm import KIND_GLOBAL, NUM_POSITION_FIELDS, VisualTokens, cell_boxes
 
@@ -267,16 +269,38 @@ class NoLogitsError(AttributeError, LookupError):
         )
 
 
-def refuse_logits(output: Any) -> Any:
-    """Raise in place of the logits."""
-    raise NoLogitsError
-
-
 @dataclass
-class HiResLmmTrainingOutput(HiResLmmCausalLMOutputWithPast):
-    """The output of a training step with labels: as above but without logits, and whoever reads them is told so."""
+class HiResLmmTrainingOutput(ModelOutput):
+    """The output of a training step with labels: no logits, and whoever reads them is told so.
 
-    logits: ClassVar[property] = property(refuse_logits)  # a field no longer
+    No field has their name, so that what copies, gathers or shards outputs field by field passes them over.
+
+    Args:
+        loss (`torch.Tensor` of shape `()`): Next-token loss.
+        cache (`Cache`, *optional*): See `HiResLmmModelOutputWithPast`, as all that follow.
+        hidden_states (`tuple[torch.Tensor]`, *optional*): As above.
+        attentions (`tuple[torch.Tensor]`, *optional*): As above.
+        image_hidden_states (`torch.Tensor`, *optional*): As above.
+        kept_mask (`torch.Tensor`, *optional*): As above.
+        packed_attention_mask (`torch.Tensor`, *optional*): As above.
+        num_drafted (`int`, *optional*): As above.
+        token_map (`TokenMap`, *optional*): As above.
+    """
+
+    loss: torch.Tensor | None = None
+    cache: Cache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    image_hidden_states: torch.Tensor | None = None
+    kept_mask: torch.Tensor | None = None
+    packed_attention_mask: torch.Tensor | None = None
+    num_drafted: int | None = None
+    token_map: TokenMap | None = None
+
+    @property
+    def logits(self) -> torch.Tensor:
+        """Not made; raises."""
+        raise NoLogitsError
 
     def __getitem__(self, key: Any) -> Any:
         """The value under a name or a number."""

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -347,7 +347,7 @@ def set_noise(model: nn.Module, noise: bool) -> None:
         model (`nn.Module`): Any model; one without noise is left as it is.
         noise (`bool`): Whether noise is added.
     """
-    for module in model.modules():
+    for module in cast("list[HiResLmmNoise]", list(model.modules())):
         if type(module).__name__ == HiResLmmNoise.__name__:  # by name, as below
             module.p = 1.0 if noise else 0.0
 
