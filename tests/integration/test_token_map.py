@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import LlamaForCausalLM
 
 import reference_generation as reference
 import reference_routing as routing
@@ -260,3 +261,61 @@ def test_a_token_is_computed_from_the_view_that_the_map_names(preset):
         after = model.get_image_features(**changed, return_dict=True).tokens.features
         moved = (after - before).abs().amax(1) > 1e-3
         assert torch.equal(moved, found.view == view)
+
+
+# --- from generate -------------------------------------------------------------------------------------------------
+MODES = {
+    "greedy": {},
+    "sampled": {"do_sample": True, "num_return_sequences": 2},
+    "beams": {"num_beams": 3, "num_return_sequences": 2},
+    "lookup": {"prompt_lookup_num_tokens": 2},
+    "without cache": {"use_cache": False},
+    "static": {"cache_implementation": "static"},
+}
+
+
+def same_map(found, wanted) -> None:
+    for name, value in vars(wanted).items():
+        torch.testing.assert_close(getattr(found, name), value, atol=1e-5, rtol=0, equal_nan=True, msg=name)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("preset, rule", [("slime", None), ("llava_next", routing.Rule("cosine", "budget", on="all"))])
+@torch.no_grad()
+def test_generate_returns_the_map_of_the_images_as_passed(preset, rule, mode):
+    model, processor = build(preset, rule)
+    counts = [1] if mode == "lookup" else [2, 0, 1]  # images a row
+    samples = [
+        ("<image> A boat? " * count + "USER: Why?", [random_image(100, 90 + 40 * i)] * count)
+        for i, count in enumerate(counts)
+    ]
+    batch = make_batch(processor, samples, padding_side="left", **({} if rule is None else {"max_image_tokens": 30}))
+    wanted = model(**batch, output_token_map=True).token_map
+    assert 0 < int(wanted.kept.sum()) < len(wanted.kept) and wanted.image.unique().tolist() == list(range(sum(counts)))
+    options = {"max_new_tokens": 3, "return_dict_in_generate": True, **MODES[mode]}
+    output = model.generate(**batch, **options, output_token_map=True)
+    same_map(output.token_map, wanted)
+    assert output["token_map"] is output.token_map
+    if mode != "sampled":
+        assert torch.equal(output.sequences, model.generate(**batch, **options).sequences)
+
+
+@torch.no_grad()
+def test_an_assistant_of_text_alone_is_not_asked_for_a_map(deprecation_catcher):
+    model, processor = build("slime")
+    batch = make_batch(processor, [(TEXT, [random_image(100, 90)])])
+    helper = LlamaForCausalLM(model.config.text_config).eval()
+    options = {"max_new_tokens": 3, "return_dict_in_generate": True, "output_token_map": True}
+    output = model.generate(**batch, **options, assistant_model=helper)
+    same_map(output.token_map, model(**batch, output_token_map=True).token_map)
+    deprecation_catcher.take()  # the library's own loop calls its assistant in a way that it calls deprecated
+
+
+def test_generate_has_no_place_for_a_map_in_a_tensor():
+    model, processor = build("slime")
+    batch = make_batch(processor, [(TEXT, [random_image(100, 90)])])
+    with pytest.raises(ValueError, match="return_dict_in_generate=True"):
+        model.generate(**batch, max_new_tokens=1, output_token_map=True)
+    text = processor(text="A boat?", return_tensors="pt")
+    options = {"max_new_tokens": 1, "return_dict_in_generate": True}
+    assert model.generate(**text, **options, output_token_map=True).token_map is None

@@ -22,7 +22,7 @@ CONFIGS = {"slime": slime_config, "query_former": query_former_config, "end_to_e
 
 def unset(stage: Stage) -> list[str]:
     """Fields that most plans leave alone and the golden data leaves out."""
-    return [name for name in ("max_image_tokens", "after", "cognition") if getattr(stage, name) is None]
+    return [name for name in ("max_image_tokens", "after", "cognition", "noise") if getattr(stage, name) is None]
 
 
 def describe(plan: str, column: str) -> list[dict]:

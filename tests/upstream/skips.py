@@ -150,12 +150,6 @@ ROWS = [
         fails="two bool tensors is not supported",
     ),
     Row(
-        "test_inputs_embeds*",
-        "Fusion reads the question as ids.",
-        fails="fusion reads questions as ids, and inputs_embeds has none",
-        presets=("fusion",),
-    ),
-    Row(
         "test_internal_model_config_and_subconfig_are_same",
         "The transformer of fusion is a Llama with a configuration of its own; the test takes any Llama for the "
         "language model.",

@@ -10,6 +10,7 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 
 from .attention_hires_lmm import HiResLmmQueryFormer, square_side
+from .noise_hires_lmm import HiResLmmNoise
 from .views_hires_lmm import KIND_CROP, KIND_GLOBAL, PartContext
 
 
@@ -199,6 +200,7 @@ class HiResLmmGate(nn.Module):
         self.rule = rule
         self.gate_weight = nn.Parameter(torch.empty(width, 2))
         self.noise_weight = nn.Parameter(torch.empty(width, 2))
+        self.noise = HiResLmmNoise()
 
     def init_weights(self) -> None:
         """Start from an even mixture."""
@@ -216,8 +218,8 @@ class HiResLmmGate(nn.Module):
         """
         logits = features @ self.gate_weight.to(features.dtype)
         if self.training:
-            noise = logits if self.rule == "release" else features @ self.noise_weight.to(features.dtype)
-            logits = logits + torch.randn_like(logits) * (nn.functional.softplus(noise) + self.NOISE_FLOOR)
+            spread = logits if self.rule == "release" else features @ self.noise_weight.to(features.dtype)
+            logits = self.noise(logits, nn.functional.softplus(spread) + self.NOISE_FLOOR)
         gates = logits.softmax(dim=-1)
         if self.rule == "release":
             gates = gates / (gates.sum(dim=-1, keepdim=True) + self.RENORMALISATION)

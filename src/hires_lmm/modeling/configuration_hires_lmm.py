@@ -9,8 +9,6 @@ from transformers import PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 from transformers.models.auto import AutoConfig
 
-from .parts_hires_lmm import ResolvedChain, resolve_chain
-
 
 AUTO_MAP = {
     "AutoConfig": "configuration_hires_lmm.HiResLmmConfig",
@@ -140,8 +138,13 @@ class HiResLmmConnectorConfig(PreTrainedConfig):
         self.layout = self.layout if self.layout is not None else {}
         self.resolve()
 
-    def resolve(self) -> ResolvedChain:
-        """Classes and checked options of all parts."""
+    def resolve(self) -> Any:
+        """Classes and checked options of all parts, a `ResolvedChain`.
+
+        Imported here: vLLM sends the class to its workers by value, with all that its module names.
+        """
+        from .parts_hires_lmm import resolve_chain
+
         return resolve_chain(
             self.view_ops or [], self.adapter or {"part": "mlp"}, self.token_ops or [], self.layout or {}
         )

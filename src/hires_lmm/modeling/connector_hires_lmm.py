@@ -50,7 +50,8 @@ class HiResLmmConnector(PreTrainedModel):
         grids = chain.grids_before(patch_grid)
 
         def context(position: int, entering: int = width) -> PartContext:
-            return PartContext(config, entering, text_width, *grids[position], patch_grid, vocab_size)
+            glob, crop = grids[position]
+            return PartContext(config, entering, text_width, glob, crop, patch_grid, vocab_size)
 
         self.view_ops = nn.ModuleList(op.part(context(i), op.options) for i, op in enumerate(chain.view_ops))
         self.adapter = chain.adapter.part(context(-2), chain.adapter.options)

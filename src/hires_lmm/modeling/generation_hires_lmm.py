@@ -8,6 +8,10 @@ from transformers import GenerationConfig, GenerationMixin
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 from transformers.utils import ModelOutput
 
 from .compat_hires_lmm import CACHE
@@ -69,8 +73,46 @@ def images_after(placeholder: torch.Tensor, lengths: list[int], position: int) -
     return chosen
 
 
+def mask_length(length: int, model_kwargs: dict[str, Any], generation_config: GenerationConfig) -> int:
+    """Positions of the attention mask of `generate`; the library drops a mask of ones and notes its length."""
+    mask = model_kwargs.get("attention_mask")
+    return mask.shape[1] if mask is not None else vars(generation_config).get("_mask_length", length)
+
+
 class HiResLmmGenerationMixin(GenerationMixin):
     """The stock `generate` with hooks for encoded images, beams, masks and positions."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Write the name into the two tables by which the library knows what a class predicts and reads.
+
+        The Trainer shifts the labels that it smooths for classes of the first alone; every token would learn itself.
+        """
+        super().__init_subclass__(**kwargs)
+        for table in (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES):
+            table.setdefault(cls.__name__, cls.__name__)
+
+    def generate(self, *args: Any, output_token_map: bool = False, **kwargs: Any) -> Any:
+        """The stock `generate`, which can also tell what became of every visual token.
+
+        Args:
+            args, kwargs: As in transformers.
+            output_token_map (`bool`): Add `token_map`, a `TokenMap` of the images as passed, to the dict that
+                `return_dict_in_generate=True` returns; None without images. Needs `view_boxes`.
+
+        Returns:
+            As in transformers.
+
+        Raises:
+            ValueError: If a token map is asked for and no dict is returned that could hold it.
+        """
+        if not output_token_map:
+            return super().generate(*args, **kwargs)
+        found: list = []
+        output = super().generate(*args, output_token_map=found, **kwargs)
+        if not isinstance(output, ModelOutput):
+            raise ValueError("output_token_map=True needs return_dict_in_generate=True, or there is no place for it.")
+        output["token_map"] = found[0] if found else None
+        return output
 
     def _maybe_prepare_encoder_kwargs_for_generation(
         self,
@@ -81,6 +123,7 @@ class HiResLmmGenerationMixin(GenerationMixin):
     ) -> dict[str, Any]:
         """Encode images once; work on a copy of the caller's features and note where the prompt ends."""
         model_kwargs["mm_encoder_outputs"] = check_encoder_outputs(model_kwargs.get("mm_encoder_outputs"))
+        token_maps = model_kwargs.pop("output_token_map", None)  # here, or an assistant would get it too
         ids = inputs_tensor if inputs_tensor.ndim == 2 else model_kwargs.get("input_ids")
         has_ids, has_pixels = ids is not None and ids.shape[1] > 0, model_kwargs.get("pixel_values") is not None
         has_images = has_pixels or model_kwargs["mm_encoder_outputs"].get("image") is not None
@@ -123,6 +166,8 @@ class HiResLmmGenerationMixin(GenerationMixin):
             if cached and model_kwargs.get("prompt_mask") is not None:
                 model_kwargs["prompt_mask"] = model_kwargs["prompt_mask"][:, cached:]
             image.pooler_output, image.prompt_length = list(image.pooler_output), inputs_tensor.shape[1] - cached
+            image.token_maps = token_maps
+            image.mask_length = mask_length(inputs_tensor.shape[1], model_kwargs, generation_config)
             image.is_unpadded, image.is_right_padded = map(bool, flags) if flags else (None, False)
             model_kwargs["mm_encoder_outputs"]["image"] = image if image.pooler_output else None
         return model_kwargs
@@ -165,13 +210,13 @@ class HiResLmmGenerationMixin(GenerationMixin):
     ) -> int:
         """Positions of the prompt that the caller's cache already holds; 0 if only new ids were passed.
 
-        As in the library, a mask longer than the ids says that they are new; it drops a mask of ones and notes its
-        length. What an assistant drafts is checked by the main model, so it may go on with a packed cache.
+        As in the library, a mask longer than the ids says that they are new. What an assistant drafts is checked by
+        the main model, so it may go on with a packed cache.
         """
-        cache, mask = model_kwargs.get(CACHE), model_kwargs.get("attention_mask")
+        cache = model_kwargs.get(CACHE)
         past = cache.get_seq_length() if isinstance(cache, Cache) else 0
-        mask_length = mask.shape[1] if mask is not None else vars(generation_config).get("_mask_length", length)
-        if not past or mask_length != length or generation_config.is_assistant:
+        is_new = mask_length(length, model_kwargs, generation_config) != length
+        if not past or is_new or generation_config.is_assistant:
             return 0
         if not self.model.connector.is_count_static and bool(placeholder.any()):
             raise ValueError(
@@ -204,8 +249,7 @@ class HiResLmmGenerationMixin(GenerationMixin):
             inputs_embeds=inputs_embeds,
         )
         order = [int(stand_in[0, 0]) for stand_in in regrouped["image"].pooler_output]
-        expanded = image.select_images(order)
-        return {**mm_encoder_output, "image": expanded}
+        return {**mm_encoder_output, "image": image.select_images(order)}
 
     @staticmethod
     def create_masks_for_generate(*, attention_mask: Any, is_first_iteration: bool = False, **kwargs: Any) -> Any:

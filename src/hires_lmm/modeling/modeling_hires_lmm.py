@@ -21,6 +21,7 @@ from .outputs_hires_lmm import (
     HiResLmmCausalLMOutputWithPast,
     HiResLmmImageFeatures,
     HiResLmmModelOutputWithPast,
+    HiResLmmTrainingOutput,
     build_token_map,
     check_call,
     check_placeholders,
@@ -28,7 +29,7 @@ from .outputs_hires_lmm import (
     placeholders_per_image,
 )
 from .packing_hires_lmm import expand, pack, plan_batch
-from .question_hires_lmm import PromptText, build_question
+from .question_hires_lmm import PromptText, build_question, recover_text
 from .tower_hires_lmm import POOLING_HEAD, run_tower
 from .views_hires_lmm import (
     ImageGeometry,
@@ -43,6 +44,9 @@ from .views_hires_lmm import (
     padding_flags,
     read_geometry,
 )
+
+
+PEFT_EMBEDDINGS = "embeddings.word_embeddings"
 
 
 class HiResLmmPreTrainedModel(HiResLmmLoadingMixin, PreTrainedModel):
@@ -65,6 +69,13 @@ class HiResLmmPreTrainedModel(HiResLmmLoadingMixin, PreTrainedModel):
         present = {type(module).__name__ for module in self.modules()}
         self._no_split_modules = {name for name in self._no_split_modules if name in present}
 
+    def get_submodule(self, target: str) -> nn.Module:
+        """A module by its path; under the name that PEFT's prompt tuning asks for, the word embeddings.
+
+        It would take the first table of as many rows as the vocabulary, which may be that of a part.
+        """
+        return self.get_input_embeddings() if target == PEFT_EMBEDDINGS else super().get_submodule(target)
+
     def _resize_token_embeddings(
         self, new_num_tokens: int | None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
     ) -> nn.Embedding:
@@ -80,7 +91,7 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
         config (`HiResLmmConfig`): The configuration.
     """
 
-    _keys_to_ignore_on_load_unexpected = [r"^lm_head", POOLING_HEAD]
+    _keys_to_ignore_on_load_unexpected = [POOLING_HEAD]  # no pattern of the head: vLLM loads nothing that one matches
 
     def __init__(self, config: HiResLmmConfig):
         super().__init__(config)
@@ -95,6 +106,11 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
         self.language_model = AutoModel.from_config(config.text_config)
         check_fit(config, self.language_model)
         self.post_init()
+
+    def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
+        """Leave the head out of what is reported: this class has none."""
+        super()._adjust_missing_and_unexpected_keys(loading_info)
+        loading_info.unexpected_keys = {key for key in loading_info.unexpected_keys if not key.startswith("lm_head.")}
 
     def encode_views(
         self, pixel_values: torch.Tensor, layer: int | None = None, chunk_size: int | None = None, **wanted: Any
@@ -330,7 +346,10 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
                 in_generate = getattr(features, "prompt_length", None) is not None
                 packing, attention_mask, position_ids = plan_batch(kept, attention_mask, past, in_generate)
                 inputs_embeds = pack(inputs_embeds, packing)
-                extra["packed_attention_mask"] = attention_mask
+                virtual = 0  # positions that PEFT put in front, and will put in front of the mask again
+                if getattr(features, "mask_length", None) is not None:
+                    virtual = max(past + kept.shape[1] - extra["num_drafted"] - cast("int", features.mask_length), 0)
+                extra["packed_attention_mask"] = attention_mask[:, virtual:]
             elif getattr(features, "is_unpadded", False) and (position_ids is None or cache is not None):
                 attention_mask = None  # all ones: the language model need not look
         elif self.training and cache is None:
@@ -427,6 +446,8 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
     ) -> tuple[torch.Tensor, torch.Tensor, list | None, dict]:
         """Write visual tokens over placeholders: embeddings, kept positions `(B, S)`, what was read, more outputs."""
         prompt_length, inputs_embeds = getattr(features, "prompt_length", None), text.embeds
+        if prompt_length is not None and text.ids is None:  # PEFT puts virtual tokens before what generate was given
+            prompt_length = inputs_embeds.shape[1]
         placeholder = self.get_placeholder_mask(text.ids, inputs_embeds, prompt_length)
         tokens, kept = getattr(features, "tokens", None), None
         if not self.connector.is_done_early:
@@ -451,10 +472,14 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
         extra: dict[str, Any] = {"image_hidden_states": placed, "kept_mask": kept_positions}
         if prompt_length is not None:
             extra["num_drafted"] = placeholder.shape[1] - prompt_length
-        if output_token_map:
+        wanted = getattr(features, "token_maps", None)
+        if output_token_map or wanted is not None:
             if tokens is None:
                 raise ValueError("output_token_map=True needs the features that get_image_features returned.")
             extra["token_map"] = build_token_map(tokens, features.view_boxes)
+            if wanted == []:
+                sources = features.sources or range(tokens.num_images)
+                wanted.append(extra["token_map"].merge_images(sources))
         return spliced, kept_positions, None if tokens is None else tokens.read, extra
 
     def read_question(
@@ -469,6 +494,9 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
             prompt_length (`int`, *optional*): Set by `generate`: positions beyond it are generated.
             past (`int`): Positions in the cache.
         """
+        if text.ids is None and self.connector.reads_question:
+            vocabulary = self.get_input_embeddings().num_embeddings
+            text = recover_text(text, placeholder, self._embed_token, vocabulary)
         return build_question(
             text,
             placeholder,
@@ -487,7 +515,7 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
         side, (rows, cols) = self.config.view_size, self.config.patch_grid
         if use_tower:
             pixels = torch.zeros(1, self.config.vision_config.num_channels, side, side, device=device)
-            features, _ = self.encode_views(pixels)
+            features, _ = self.encode_views(pixels.to(self.vision_tower.dtype))
         else:
             shape = (1, rows * cols, self.config.vision_config.hidden_size)
             features = torch.zeros(shape, device=device, dtype=self.vision_tower.dtype)
@@ -550,10 +578,10 @@ class HiResLmmForConditionalGeneration(HiResLmmPreTrainedModel, HiResLmmGenerati
             labels (`torch.Tensor` of shape `(B, S)`, *optional*): Targets; -100 where nothing is learned.
             logits_to_keep (`int` or `torch.Tensor`): Positions whose logits are wanted, see `select_positions`.
             return_logits (`bool`): In training mode, make and return the logits of all positions beside the loss;
-                otherwise the head sees the positions with a label only and `logits` is None.
+                otherwise the head sees the positions with a label only and the output has no logits.
 
         Returns:
-            `HiResLmmCausalLMOutputWithPast`.
+            `HiResLmmCausalLMOutputWithPast`, or `HiResLmmTrainingOutput` where it has no logits.
 
         Raises:
             ValueError: If inputs contradict each other.
@@ -592,11 +620,10 @@ class HiResLmmForConditionalGeneration(HiResLmmPreTrainedModel, HiResLmmGenerati
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
-        return HiResLmmCausalLMOutputWithPast(
-            loss=loss,
-            logits=None if learned is not None else logits,
-            **{name: value for name, value in outputs.items() if name != "last_hidden_state"},
-        )
+        others = {name: value for name, value in outputs.items() if name not in ("last_hidden_state", CACHE)}
+        if learned is not None:
+            return HiResLmmTrainingOutput(loss=loss, cache=outputs.get(CACHE), **others)
+        return HiResLmmCausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: outputs.get(CACHE)}, **others)
 
 
 __all__ = ["HiResLmmForConditionalGeneration", "HiResLmmModel", "HiResLmmPreTrainedModel"]

@@ -1,11 +1,14 @@
 """What the model returns: image features that can be cached, hidden states, logits, and the token map."""
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.utils import ModelOutput
 
 from .views_hires_lmm import KIND_GLOBAL, NUM_POSITION_FIELDS, VisualTokens, cell_boxes
 
@@ -25,9 +28,12 @@ class HiResLmmImageFeatures(BaseModelOutputWithPooling):
         tokens (`VisualTokens`): The same tokens before selection, with their geometry.
         view_boxes (`torch.Tensor` of shape `(V, 4)`, *optional*): Boxes of the views in 1/256 source pixel.
         prompt_length (`int`, *optional*): Set by `generate`: input positions that belong to the prompt.
+        mask_length (`int`, *optional*): Set by `generate`: positions of its attention mask.
         is_right_padded (`bool`, *optional*): Set by `generate`: rows end in padding, which leaves before new tokens
             follow.
         is_unpadded (`bool`, *optional*): Known to come with an attention mask of ones.
+        sources (`list[int]`, *optional*): Image of the caller that each one is, where images were chosen or repeated.
+        token_maps (`list`, *optional*): Set by `generate`: takes the token map of the prompt.
         earlier (`list[tuple]`, *optional*): Set by `generate`: what was asked about each image in the part of the
             conversation that the cache holds.
     """
@@ -35,8 +41,11 @@ class HiResLmmImageFeatures(BaseModelOutputWithPooling):
     tokens: VisualTokens | None = None
     view_boxes: torch.Tensor | None = None
     prompt_length: int | None = None
+    mask_length: int | None = None
     is_right_padded: bool | None = None
     is_unpadded: bool | None = None
+    sources: list[int] | None = None
+    token_maps: list | None = None
     earlier: list | None = None
 
     def keep_nothing(self) -> None:
@@ -56,6 +65,8 @@ class HiResLmmImageFeatures(BaseModelOutputWithPooling):
         selected = copy.copy(self)
         selected.pooler_output = [self.pooler_output[index] for index in indices]
         selected.tokens = None if self.tokens is None else self.tokens.select_images(indices)
+        sources = range(len(self.pooler_output)) if self.sources is None else self.sources
+        selected.sources = [sources[index] for index in indices]
         selected.earlier = None if self.earlier is None else [self.earlier[index] for index in indices]
         return selected
 
@@ -160,6 +171,18 @@ class TokenMap:
     score: torch.Tensor
     kept: torch.Tensor
 
+    def merge_images(self, sources: Sequence[int]) -> "TokenMap":
+        """The records under the numbers of the caller's images, without those of repeated ones.
+
+        Args:
+            sources (`Sequence[int]`): Image of the caller that each image of the map is.
+        """
+        first = {source: index for index, source in reversed(list(enumerate(sources)))}
+        number = torch.tensor([source if first[source] == index else -1 for index, source in enumerate(sources)])
+        image = number[self.image]
+        fields = {name: value[image >= 0] for name, value in vars(self).items()}
+        return TokenMap(**{**fields, "image": image[image >= 0]})
+
 
 def build_token_map(tokens: VisualTokens, view_boxes: torch.Tensor | None) -> TokenMap:
     """Collect the records of a batch on the CPU.
@@ -177,14 +200,14 @@ def build_token_map(tokens: VisualTokens, view_boxes: torch.Tensor | None) -> To
     if view_boxes is None:
         raise ValueError("output_token_map=True needs view_boxes; pass the tensor that the processor returns.")
     count = len(tokens.view)
-    score = tokens.scores.get("router")
+    score = tokens.scores.get("router", torch.full((count,), float("nan"), dtype=torch.float32))
     return TokenMap(
         image=torch.repeat_interleave(torch.arange(tokens.num_images), torch.tensor(tokens.lengths, dtype=torch.long)),
         view=tokens.view,
         cell=tokens.cell,
         kind=tokens.kind,
         box=torch.from_numpy(cell_boxes(tokens, view_boxes)).float(),
-        score=torch.full((count,), float("nan")) if score is None else score.detach().float().cpu(),
+        score=score.detach().float().cpu(),
         kept=torch.ones(count, dtype=torch.bool) if tokens.kept is None else tokens.kept.cpu(),
     )
 
@@ -218,8 +241,7 @@ class HiResLmmCausalLMOutputWithPast(CausalLMOutputWithPast):
 
     Args:
         loss (`torch.Tensor` of shape `()`, *optional*): Next-token loss, with `labels`.
-        logits (`torch.Tensor` of shape `(B, S, vocabulary)`, *optional*): Scores of the input length; None in training
-            mode with `labels`, unless asked for.
+        logits (`torch.Tensor` of shape `(B, S, vocabulary)`): Scores of the input length.
         cache (`Cache`, *optional*): See `HiResLmmModelOutputWithPast`, as all that follow.
         hidden_states (`tuple[torch.Tensor]`, *optional*): As above.
         attentions (`tuple[torch.Tensor]`, *optional*): As above.
@@ -235,3 +257,59 @@ class HiResLmmCausalLMOutputWithPast(CausalLMOutputWithPast):
     packed_attention_mask: torch.Tensor | None = None
     num_drafted: int | None = None
     token_map: TokenMap | None = None
+
+
+class NoLogitsError(AttributeError, LookupError):
+    """Somebody reads the logits of a training step, which has none."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "A training step with labels makes the logits of the positions that are learned and returns none. Call "
+            "the model with return_logits=True to have them all, or in evaluation mode."
+        )
+
+
+@dataclass
+class HiResLmmTrainingOutput(ModelOutput):
+    """The output of a training step with labels: no logits, and whoever reads them is told so.
+
+    No field has their name, so that what copies, gathers or shards outputs field by field passes them over.
+
+    Args:
+        loss (`torch.Tensor` of shape `()`): Next-token loss.
+        cache (`Cache`, *optional*): See `HiResLmmModelOutputWithPast`, as all that follow.
+        hidden_states (`tuple[torch.Tensor]`, *optional*): As above.
+        attentions (`tuple[torch.Tensor]`, *optional*): As above.
+        image_hidden_states (`torch.Tensor`, *optional*): As above.
+        kept_mask (`torch.Tensor`, *optional*): As above.
+        packed_attention_mask (`torch.Tensor`, *optional*): As above.
+        num_drafted (`int`, *optional*): As above.
+        token_map (`TokenMap`, *optional*): As above.
+    """
+
+    loss: torch.Tensor | None = None
+    cache: Cache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    image_hidden_states: torch.Tensor | None = None
+    kept_mask: torch.Tensor | None = None
+    packed_attention_mask: torch.Tensor | None = None
+    num_drafted: int | None = None
+    token_map: TokenMap | None = None
+
+    @property
+    def logits(self) -> torch.Tensor:
+        """Not made; raises."""
+        raise NoLogitsError
+
+    def __getitem__(self, key: Any) -> Any:
+        """The value under a name or a number."""
+        if key == "logits" or (key == 1 and isinstance(key, int)):  # behind the loss
+            raise NoLogitsError
+        return super().__getitem__(key)
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        """The value under a name, or the default."""
+        if key == "logits":
+            raise NoLogitsError
+        return super().get(key, default)

@@ -1,5 +1,6 @@
 """Which text an image may be routed by."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -89,6 +90,34 @@ class PromptText(NamedTuple):
     asked: torch.Tensor | None = None
 
 
+def recover_text(
+    text: PromptText, placeholder: torch.Tensor, embed: Callable[[torch.Tensor], torch.Tensor], vocabulary: int
+) -> PromptText:
+    """Look up the ids of a call that passed embeddings, as PEFT's prompt tuning does.
+
+    Args:
+        text (`PromptText`): The text of the call, without ids. A shorter prompt mask leaves out what stands in front.
+        placeholder (`torch.Tensor` of shape `(B, S)`): True at image placeholders.
+        embed (`Callable`): Looks up token embeddings.
+        vocabulary (`int`): Tokens of the language model.
+
+    Returns:
+        The text with ids, -1 where an embedding is none of the vocabulary: a virtual token, which nobody reads. None
+        instead of ids where no embedding is known.
+    """
+    prompt_mask = text.prompt_mask
+    if prompt_mask is not None:
+        front = max(placeholder.shape[1] - prompt_mask.shape[1], 0)
+        prompt_mask = torch.nn.functional.pad(prompt_mask.bool(), (front, 0))
+    table = embed(torch.arange(vocabulary, device=placeholder.device)).detach()
+    given = text.embeds.detach()[~placeholder]
+    distance = table.float().square().sum(dim=1) - 2 * given.float() @ table.float().T
+    nearest = distance.argmin(dim=1)
+    found = torch.where((table[nearest] == given).all(dim=1), nearest, -1)
+    ids = torch.full_like(placeholder, -1, dtype=torch.long).masked_scatter(~placeholder, found)
+    return text._replace(ids=ids if bool((found >= 0).any()) else None, prompt_mask=prompt_mask)
+
+
 def find_readable(
     text: PromptText, placeholder: torch.Tensor, prompt_length: int | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -109,6 +138,8 @@ def find_readable(
     mask, prompt_mask = text.attention_mask, text.prompt_mask
     if isinstance(mask, torch.Tensor) and mask.ndim == 2:
         readable = readable & mask[:, -length:].bool()
+    if text.ids is not None:
+        readable = readable & (text.ids >= 0)
     if prompt_length is not None:
         readable = readable & (torch.arange(length, device=placeholder.device) < prompt_length)
         if prompt_mask is not None:  # `generate` does not lengthen it

@@ -8,6 +8,7 @@ from huggingface_hub.dataclasses import strict
 from torch import nn
 
 from .attention_hires_lmm import HiResLmmCrossAttention, default_num_heads
+from .noise_hires_lmm import HiResLmmNoise
 from .views_hires_lmm import PartContext, Question, VisualTokens
 
 
@@ -184,6 +185,7 @@ class HiResLmmRouter(nn.Module):
         super().__init__()
         self.options = options
         self.keep = KeepOptions(**options.keep)
+        self.noise = HiResLmmNoise()
         if options.score == "attention":
             self.attention_score = HiResLmmAttentionScore(context, options.num_heads)
 
@@ -244,12 +246,12 @@ class HiResLmmRouter(nn.Module):
             Tokens with `kept` and `scores["router"]` filled, and the question unchanged.
         """
         mask = question.image_mask() if question is not None and self.options.score != "saliency" else None
-        scores = torch.full(tokens.features.shape[:1], float("nan"), device=tokens.features.device)
+        scores = tokens.features.new_full(tokens.features.shape[:1], float("nan"), dtype=torch.float32)
         kept = torch.ones_like(scores, dtype=torch.bool)
         for image, index in enumerate(tokens.rows(self.options.on)):
             image_scores = self._score(tokens.features[index], image, question, mask)
-            if self.training and self.options.noise:
-                image_scores = image_scores + torch.randn_like(image_scores) * self.options.noise
+            if self.options.noise:
+                image_scores = self.noise(image_scores, self.options.noise)
             scores = scores.index_copy(0, index, image_scores.detach())
             surplus = tokens.num_tokens[image] - tokens.lengths[image]
             kept = kept.index_copy(0, index, self._keep(image_scores, surplus))

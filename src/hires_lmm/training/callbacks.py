@@ -248,10 +248,10 @@ def check_collator(collator: HiResLmmCollator | None, stage: Stage, carried: Car
 
 def check_arguments(args: Any, stage: Stage) -> None:
     """Refuse arguments that would train something else in silence."""
-    if args.label_smoothing_factor:
+    if args.label_smoothing_factor and stage.loss_weights:
         raise ValueError(
-            f"label_smoothing_factor={args.label_smoothing_factor} is refused: the Trainer smooths labels of models "
-            "outside transformers without shifting them, so every token would learn to repeat itself. Set it to 0."
+            f"label_smoothing_factor={args.label_smoothing_factor} is refused: the Trainer computes smoothed losses "
+            f"itself, outside of the model, which adds the losses that stage {stage.name!r} weighs. Set it to 0."
         )
     if args.remove_unused_columns:
         raise ValueError("Set remove_unused_columns=False: the collator reads columns that the model does not know.")

@@ -329,7 +329,10 @@ def read_messages(example: dict) -> list[dict]:
     if not isinstance(example, Mapping):
         raise ValueError(f"An example is a {type(example).__name__}; it must be a dict with messages.")
     if not example.get("messages"):
-        raise ValueError(f"An example has the keys {', '.join(example)}, but no messages; see load_conversations.")
+        raise ValueError(
+            f"An example has the keys {', '.join(example)}, but no messages; see load_conversations. Where the "
+            "Trainer drops them, set remove_unused_columns=False."
+        )
     images = example.get("images")
     return attach_images(example["messages"], example.get("image") if images is None else images)
 

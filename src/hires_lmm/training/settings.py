@@ -1,10 +1,11 @@
 """Options of parts that may change in a live model."""
 
 from copy import deepcopy
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
+from ..modeling.noise_hires_lmm import HiResLmmNoise
 from ..modeling.parts_hires_lmm import SLOTS
 from .parameters import find_base
 
@@ -58,3 +59,15 @@ def find_switches(base: Any, config: Any) -> dict[str, tuple[Any, str, dict]]:
         for place, part in parts.items()
         for name in getattr(part, "switches", ())
     }
+
+
+def set_noise(model: nn.Module, noise: bool) -> None:
+    """Switch the noise that gates and routers add while training; dropout stays as it is.
+
+    Args:
+        model (`nn.Module`): Any model; one without noise is left as it is.
+        noise (`bool`): Whether noise is added.
+    """
+    for module in model.modules():
+        if type(module).__name__ == HiResLmmNoise.__name__:  # by name: remote code brings a class of its own
+            cast("HiResLmmNoise", module).p = 1.0 if noise else 0.0

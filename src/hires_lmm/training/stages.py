@@ -10,7 +10,7 @@ from torch import nn
 from .objectives.registry import GENERATION, OBJECTIVES
 from .optimization import build_optimizer, parameter_groups
 from .parameters import VIEWS, find_base, learnable_parameters, list_parts, matches, part_name, part_of, place_of
-from .settings import set_options
+from .settings import set_noise, set_options
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,8 @@ class Stage:
             is drawn for each optimizer step.
         after (`str`, *optional*): Stage whose weights this one starts from, for recipes; the one before by default.
         cognition (`dict[str, float]`, *optional*): Rates of the cognition tasks by name, for the data of recipes.
+        noise (`bool`, *optional*): Whether gates and routers add their noise while training. None leaves it as it is:
+            on in a new model.
 
     Raises:
         ValueError: If a value is unknown or nothing is trainable.
@@ -80,6 +82,7 @@ class Stage:
     max_image_tokens: int | list | None = None
     after: str | None = None
     cognition: dict | None = None
+    noise: bool | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.alternation, dict):
@@ -167,6 +170,8 @@ class Stage:
         base.connector.training_views = self.views
         base.config.training_stage = self.name
         set_options(model, self.settings)
+        if self.noise is not None:
+            set_noise(base, self.noise)
 
     def optimizer(self, model: nn.Module, args: Any) -> torch.optim.Optimizer:
         """The optimizer for `Trainer(..., optimizers=(stage.optimizer(model, args), None))`, one named group a part.

@@ -79,7 +79,7 @@ def identity_term(slots: torch.Tensor, blocks: torch.Tensor | None = None) -> to
     the end slots; the paper speaks of the other slots only.
     """
     unit = functional.normalize(slots.float(), dim=-1)
-    distance = (unit @ unit.T - torch.eye(len(unit), device=unit.device)).square()
+    distance = (unit @ unit.T - torch.eye(len(unit), device=unit.device, dtype=unit.dtype)).square()
     return distance.mean() if blocks is None else distance[blocks[:, None] == blocks[None, :]].mean()
 
 
@@ -163,7 +163,8 @@ def lengthen_positions(encoder: Any, length: int, seed: int = 0) -> None:
         return
     deviation, mean = torch.std_mean(old.detach().float())
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randn(length - len(old), old.shape[1], generator=generator) * deviation.cpu() + mean.cpu()
+    drawn = torch.randn(length - len(old), old.shape[1], generator=generator, dtype=torch.float32)
+    drawn = drawn * deviation.cpu() + mean.cpu()
     table = nn.Embedding(length, old.shape[1], device=old.device, dtype=old.dtype)
     table.weight = nn.Parameter(torch.cat([old.detach(), drawn.to(old)]), requires_grad=old.requires_grad)
     holder.position_embedding = table

@@ -205,7 +205,7 @@ class Reconstruction(Objective):
         tokens, embedding = read_views(step.calls["layout"][-1].args[0])
         images = step.columns.get(SOURCE_IMAGES)
         if images is None and not step.has_images:
-            images = torch.zeros(len(tokens), 3, self.image_size, self.image_size, device=tokens.device)
+            images = tokens.new_zeros(len(tokens), 3, self.image_size, self.image_size, dtype=torch.float32)
         if images is None or len(images) != len(tokens):
             found = "no" if images is None else len(images)
             raise ValueError(
@@ -316,7 +316,8 @@ class Reconstruction(Objective):
         prompt, pooled = self.epigone(tokens, embedding)
         side = self.image_size // 2 ** (len(self.vae.config.block_out_channels) - 1)
         shape = (len(tokens), self.denoiser.config.in_channels, side, side)
-        latents = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(tokens.device)
+        latents = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
+        latents = latents.to(tokens.device)
         scheduler = copy.deepcopy(self.scheduler)
         scheduler.set_timesteps(steps, device=tokens.device)
         for done, timestep in enumerate(scheduler.timesteps):
