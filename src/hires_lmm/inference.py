@@ -163,13 +163,8 @@ def prepare(processor: Any, sources: list[Any], question: str, **images_kwargs: 
         Inputs, images and token counts.
 
     Raises:
-        ValueError: If an image or option is wrong, or the question contains the token that stands for an image.
+        ValueError: If an image or option is wrong.
     """
-    if processor.image_token in question:
-        raise ValueError(
-            f"The question contains {processor.image_token!r}, which stands for an image; write it another way, such "
-            f"as {' '.join((processor.image_token[0], processor.image_token[1:]))!r}."
-        )
     images = open_images(sources)
     content: list[dict] = [{"type": "image", "image": image} for image in images]
     content.append({"type": "text", "text": question})

@@ -10,6 +10,7 @@ from builders import GEOMETRY, make_batch, random_image
 from builders_chat import OTHER, QUESTIONS, chat, features_of, fusion_setup, inputs_of, logits_of, text_only
 from hires_lmm.modeling.blocks_hires_lmm import ImageMemory
 from hires_lmm.modeling.compat_hires_lmm import CACHE
+from hires_lmm.processing.messages_hires_lmm import QUERY_TOKEN
 
 
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}
@@ -127,7 +128,7 @@ def test_a_batch_whose_rows_go_on_differently(setup):
 
     plain = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "yes"}]
     histories = [chat(2)[:2], plain, chat(2)[:2], plain]
-    texts = [text_of(chat(2)), text_of(plain + chat(1, ["x"])), text_of(chat(2)).replace("<query>", "")]
+    texts = [text_of(chat(2)), text_of(plain + chat(1, ["x"])), text_of(chat(2)).replace(QUERY_TOKEN, "")]
     texts.append(text_of(plain + plain[:1]))
     samples = [(texts[0], images[:1]), (texts[1], images[1:2]), (texts[2], images[2:]), (texts[3], [])]
     batch = make_batch(processor, samples, padding_side="left")
@@ -274,9 +275,9 @@ def test_questions_in_another_vocabulary_in_generate(setup):
 def test_a_query_without_its_image_is_an_error(setup):
     _, processor = setup
     with pytest.raises(ValueError, match=r"<query>.*image"):
-        processor(text=["<|im_start|>user\n<query>" + QUESTIONS[1]])
+        processor(text=["<|im_start|>user\n" + QUERY_TOKEN + QUESTIONS[1]])
     with pytest.raises(ValueError, match=r"<query>.*image"):
-        processor(text=["<query>a<image>b", "<image>c"], images=[random_image(60, 60)] * 2)
+        processor(text=[QUERY_TOKEN + "a<image>b", "<image>c"], images=[random_image(60, 60)] * 2)
 
 
 def test_the_fusion_transformer_follows_the_attention_setting(setup):

@@ -52,7 +52,7 @@ def flatten_images(images: Any, depth: int = 0) -> list:
     """Flatten nested lists and 4-d arrays into a list of single images, in order.
 
     Args:
-        images: An image, a 4-d array of images, or a (nested) list of these.
+        images: An image, a 4-d array of images, or a (nested) list of these; None is no image.
         depth (`int`): Lists around `images` already.
 
     Returns:
@@ -67,7 +67,7 @@ def flatten_images(images: Any, depth: int = 0) -> list:
         return [image for entry in images for image in flatten_images(entry, depth + 1)]
     if isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4:
         return list(images)
-    return [images]
+    return [] if images is None else [images]
 
 
 def open_image(source: Any, index: int) -> Any:

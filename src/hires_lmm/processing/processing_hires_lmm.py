@@ -23,13 +23,13 @@ from transformers.utils import logging
 
 from .chat_templates_hires_lmm import (
     CHAT_TEMPLATES,
-    QUERY_TOKEN,
     add_queries,
     answer_prefix_ids,
     question_prefix_ids,
 )
 from .image_input_hires_lmm import flatten_images
 from .image_processing_hires_lmm import HiResLmmImageProcessor, HiResLmmImageProcessorKwargs
+from .messages_hires_lmm import QUERY_TOKEN, clean_messages, drop_marks, protect, protect_messages
 from .planners_hires_lmm import GLOBAL_VIEW
 
 
@@ -162,6 +162,27 @@ class HiResLmmProcessor(ProcessorMixin):
         with tokenizer_alone(self.tokenizer):
             return super().__call__(images=images, text=text, videos=videos, audio=audio, **kwargs)
 
+    def apply_chat_template(self, conversation: Any, chat_template: str | None = None, **kwargs: Any) -> Any:
+        """As in transformers, with any template; None means absent, and what stands in a text part stays text.
+
+        Args:
+            conversation: Messages of one conversation, or a list of these.
+            chat_template (`str`, *optional*): Jinja text, or the name of one of several own templates.
+            kwargs: As in transformers.
+
+        Returns:
+            Texts or model inputs, as in transformers. A text holds an invisible mark within the image tokens that a
+            user quoted; `__call__` takes it out.
+        """
+        token = None if kwargs.get("sanitize_control_tokens") else self.image_token
+        for name in ("tools", "documents"):
+            if kwargs.get(name):
+                kwargs[name] = protect(kwargs[name], token)
+        chats = conversation if _is_batch(conversation) else [conversation]
+        chats = [protect_messages(getattr(chat, "messages", chat), token) for chat in chats]
+        conversation = chats if _is_batch(conversation) else chats[0]
+        return super().apply_chat_template(conversation, chat_template=chat_template, **kwargs)
+
     def image_tokens(self, height: int, width: int, **images_kwargs: Any) -> int:
         """Count the placeholders of an image without its pixels.
 
@@ -221,7 +242,7 @@ class HiResLmmProcessor(ProcessorMixin):
                 "each image into a conversation of its own."
             )
         given = [] if images is None else images
-        nested = isinstance(given, list) and all(isinstance(entry, (list, tuple)) for entry in given)
+        nested = isinstance(given, list) and all(entry is None or isinstance(entry, (list, tuple)) for entry in given)
         if images is not None and nested and len(given) == len(text):
             for index, (found, own) in enumerate(zip(placeholders, given, strict=True)):
                 self._compare_counts(found, len(flatten_images(own)), f"Sample {index}")
@@ -240,7 +261,7 @@ class HiResLmmProcessor(ProcessorMixin):
         videos_replacements: Sequence[str] = (),
         audio_replacements: Sequence[str] = (),
     ) -> tuple[list[str], list[dict[str, Any]]]:
-        """As in transformers; where later turns have tokens of their own, `<query>` becomes theirs.
+        """As in transformers; where later turns have tokens of their own, `QUERY_TOKEN` becomes theirs.
 
         Args:
             text (`list[str]`): Texts with one `<image>` an image.
@@ -248,10 +269,10 @@ class HiResLmmProcessor(ProcessorMixin):
             videos_replacements, audio_replacements (`list[str]`): None of this processor's.
 
         Returns:
-            The texts, and where what was replaced; a `<query>` counts as an image token there.
+            The texts, and where what was replaced; a `QUERY_TOKEN` counts as an image token there.
 
         Raises:
-            ValueError: If a `<query>` stands before the image of its text, or in a text without one.
+            ValueError: If a `QUERY_TOKEN` stands before the image of its text, or in a text without one.
         """
         later, replacements = self._later_tokens, list(images_replacements)
         alone = [sample for sample in text if QUERY_TOKEN in sample and self.image_token not in sample]
@@ -272,7 +293,7 @@ class HiResLmmProcessor(ProcessorMixin):
         return (self.image_processor.token_layout or {}).get("later_tokens")
 
     def _with_queries(self, text: list[str], images: list[str], later: int) -> tuple[list[str], list[str]]:
-        """Texts with an image token for each `<query>`, and the placeholders of all of them in order."""
+        """Texts with an image token for each `QUERY_TOKEN`, and the placeholders of all of them in order."""
         replacements, remaining = [], iter(images)
         pattern = re.compile(f"{re.escape(self.image_token)}|{re.escape(QUERY_TOKEN)}")
         for sample in text:
@@ -291,8 +312,8 @@ class HiResLmmProcessor(ProcessorMixin):
         """Write the questions of conversations in the vocabulary of another tokenizer, as released fusion models do.
 
         Args:
-            conversations (`list`): Messages of one conversation, or a list of them; one user turn an `<image>` or
-                `<query>`, from the turn that holds the image.
+            conversations (`list`): Messages of one conversation, or a list of them; one user turn an image or later turn, from
+                the turn that holds the image.
             tokenizer: The other tokenizer, such as CLIP's.
 
         Returns:
@@ -335,8 +356,8 @@ class HiResLmmProcessor(ProcessorMixin):
             raise ValueError(
                 f"The number of {self.image_token} tokens in the prompts should be the same as the number of images. "
                 f"{where} has {placeholders} {self.image_token} placeholders, but {images} images were passed; write "
-                f"one {self.image_token} for each image (apply_chat_template does it for image parts), or change the "
-                f"images."
+                f"one {self.image_token} for each image (apply_chat_template does it for image parts, and leaves a "
+                f"{self.image_token} in a text part a text), or change the images."
             )
 
     def _merge_kwargs(
@@ -367,6 +388,14 @@ class HiResLmmProcessor(ProcessorMixin):
             raise ValueError(f"Wrong option. {str(error)[:1000]}") from error
 
     def _check_special_mm_tokens(self, text: list[str], text_inputs: Any, modalities: list[str]) -> None:
+        drop_marks(text, text_inputs, self.image_token, self.tokenizer)
+        if "overflow_to_sample_mapping" in text_inputs:
+            if any(self.image_token in sample for sample in text):
+                raise ValueError(
+                    "return_overflowing_tokens=True cuts texts into several rows, which would part an image from its "
+                    "question; use it for texts without images."
+                )
+            return
         try:
             super()._check_special_mm_tokens(text, text_inputs, modalities)
         except ValueError as error:
@@ -426,19 +455,27 @@ def others_may_tokenise() -> Iterator[None]:
         lock.acquire()
 
 
+def _is_batch(conversation: Any) -> bool:
+    """Whether it is a list of conversations, as transformers tells it."""
+    first = conversation[0] if isinstance(conversation, (list, tuple)) and conversation else None
+    return isinstance(first, (list, tuple)) or hasattr(first, "messages")
+
+
 def _questions(messages: list[dict], image_token: str) -> list[str]:
-    """The text of each user turn from the one that holds the image, without the image token."""
+    """The text of each user turn from the one that holds the image; in a content that is one string, an image token
+    stands for the image."""
     texts, has_image = [], False
-    for message in messages:
+    for message in clean_messages(messages):
+        content = message.get("content", "")
         if message["role"] != "user":
             continue
-        parts = message["content"]
-        if isinstance(parts, str):
-            parts = [{"type": "text", "text": parts}]
-        text = "".join(part["text"] for part in parts if part["type"] == "text")
-        has_image = has_image or image_token in text or any(part["type"] == "image" for part in parts)
+        if isinstance(content, str):
+            has_image, text = has_image or image_token in content, content.replace(image_token, "")
+        else:
+            has_image = has_image or any(part["type"] == "image" for part in content)
+            text = "".join(part["text"] for part in content if part["type"] == "text")
         if has_image:
-            texts.append(text.replace(image_token, "").strip())
+            texts.append(text.strip())
     return texts
 
 

@@ -359,4 +359,4 @@ def find_image(part: dict) -> Any:
         part (`dict`): A part as `attach_images` gives it.
     """
     keys = ("image", "url", "path", "base64")
-    return next((part[key] for key in keys if key in part), None) if part["type"] == "image" else None
+    return next((part[key] for key in keys if part.get(key) is not None), None) if part["type"] == "image" else None
