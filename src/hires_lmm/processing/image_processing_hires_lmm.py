@@ -74,6 +74,17 @@ OPTION_DEPTH = 8
 TOKENS_LIMIT = 1_000_000
 """Most placeholders of one image."""
 
+LOADING_NAMES = set(
+    """adapter_kwargs adapter_name allow_all_kernels attn_implementation backend cache_dir code_revision config device_map
+    device_mesh disable_mmap distributed_config dtype experts_implementation force_download from_tf fusion_config
+    generation_config gguf_file ignore_mismatched_sizes image_processor_filename kernel_config key_mapping
+    local_files_only low_cpu_mem_usage max_memory mirror offload_buffers offload_folder offload_state_dict
+    output_loading_info proxies quantization_config resume_download return_unused_kwargs revision state_dict subfolder
+    token torch_dtype tp_plan tp_size tqdm_class trust_remote_code use_auth_token use_fast use_kernels use_safetensors
+    user_agent variant weights_only""".split()
+)
+"""Options of `from_pretrained` itself; pipelines hand those of a model to all its parts."""
+
 SERVICE_NAMES = {
     "auto_map",
     "feature_extractor_type",
@@ -156,7 +167,9 @@ class HiResLmmImageProcessor(PilBackend):
 
     @classmethod
     def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> "HiResLmmImageProcessor":
-        """As in transformers; a `size` given beside a saved file replaces the saved `view_size`."""
+        """As in transformers; unknown options are errors, and a given `size` replaces a saved `view_size`."""
+        if not kwargs.get("return_unused_kwargs"):
+            cls._refuse_unknown({name for name in kwargs if not is_loading_name(name)})
         if kwargs.get("size") is not None:
             image_processor_dict = {key: value for key, value in image_processor_dict.items() if key != "view_size"}
         return super().from_dict(image_processor_dict, **kwargs)
@@ -268,11 +281,7 @@ class HiResLmmImageProcessor(PilBackend):
 
     def _checked(self, options: dict[str, Any]) -> dict[str, Any]:
         """Refuse unknown names, wrong types and options that would have no effect."""
-        known = self.valid_kwargs.__annotations__
-        unknown = sorted(set(options) - set(known))
-        if unknown:
-            names = ", ".join(sorted(set(known) - set(FIXED_OPTIONS)))
-            raise ValueError(f"Unknown image options {unknown}; the known ones are {names}.")
+        self._refuse_unknown(set(options))
         for name, allowed in FIXED_OPTIONS.items():
             if options.get(name) not in allowed:
                 raise ValueError(f"{name}={options[name]!r} has no meaning for {type(self).__name__}; leave it out.")
@@ -285,6 +294,13 @@ class HiResLmmImageProcessor(PilBackend):
         except StrictDataclassError as error:
             raise ValueError(f"Wrong image option. {str(error)[:1000]}") from error
         return options
+
+    @classmethod
+    def _refuse_unknown(cls, names: set[str]) -> None:
+        known = set(cls.valid_kwargs.__annotations__)
+        if names - known:
+            shown = ", ".join(sorted(known - set(FIXED_OPTIONS)))
+            raise ValueError(f"Unknown image options {sorted(names - known)}; the known ones are {shown}.")
 
     def _with_view_size(self, options: dict[str, Any]) -> dict[str, Any]:
         """Replace `size` by `view_size`."""
@@ -558,6 +574,11 @@ def _is_deep(value: Any) -> bool:
 
 def _is_service_name(name: str) -> bool:
     return name in SERVICE_NAMES or name.startswith("_")
+
+
+def is_loading_name(name: str) -> bool:
+    """Whether an option of `from_pretrained` says how to load, not what is loaded."""
+    return name in LOADING_NAMES or _is_service_name(name)
 
 
 __all__ = ["HiResLmmImageProcessor"]

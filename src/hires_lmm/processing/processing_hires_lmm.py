@@ -5,12 +5,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from os import getpid
 from threading import Lock, local
+from inspect import signature
 from typing import Any
 
 import numpy as np
 import torch
 from huggingface_hub.dataclasses import validate_typed_dict
 from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoImageProcessor, AutoTokenizer
 from transformers.image_utils import (
     IMAGENET_STANDARD_MEAN,
     IMAGENET_STANDARD_STD,
@@ -28,7 +30,7 @@ from .chat_templates_hires_lmm import (
     question_prefix_ids,
 )
 from .image_input_hires_lmm import flatten_images
-from .image_processing_hires_lmm import HiResLmmImageProcessor, HiResLmmImageProcessorKwargs
+from .image_processing_hires_lmm import HiResLmmImageProcessor, HiResLmmImageProcessorKwargs, is_loading_name
 from .messages_hires_lmm import QUERY_TOKEN, clean_messages, drop_marks, protect, protect_messages
 from .planners_hires_lmm import GLOBAL_VIEW
 
@@ -44,6 +46,14 @@ TOWER_STATS = {
 PLANNERS_WITH_FILTERS = ("hd",)
 PLANNER_KEYS = {"name", "max_crops", "pinpoints", "unpad", "global_view", "views"}
 STAT_NAMES = ("image_mean", "image_std", "resample")
+PART_NAMES = {"image_processor", "tokenizer"}
+TOKENIZER_NAMES = set(
+    """add_bos_token add_eos_token additional_special_tokens chat_control_tokens clean_up_tokenization_spaces
+    extra_special_tokens fix_mistral_regex from_slow legacy max_len model_input_names model_max_length
+    response_schema response_template split_special_tokens tokenizer_file tokenizer_type truncation_side""".split()
+)
+"""Options of all tokenizers that stand in no signature."""
+
 SURROGATE = "[\ud800-\udfff]"
 LOCKS: dict[int, Lock] = {}
 """One lock a process: a forked one would inherit a lock that another thread holds for ever."""
@@ -96,6 +106,22 @@ class HiResLmmProcessor(ProcessorMixin):
         if isinstance(template, str) and template in CHAT_TEMPLATES:
             template = add_queries(CHAT_TEMPLATES[template]) if has_later else CHAT_TEMPLATES[template]
         super().__init__(image_processor, tokenizer, chat_template=template)
+
+    @classmethod
+    def _get_arguments_from_pretrained(cls, path: Any, processor_dict: Any = None, **kwargs: Any) -> list:
+        """Load both parts, each with its own options; what neither knows is refused."""
+        returns_unused = kwargs.pop("return_unused_kwargs", False)
+        loading = {name: value for name, value in kwargs.items() if is_loading_name(name)}
+        image_names = set(HiResLmmImageProcessorKwargs.__annotations__)
+        for_images = {name: value for name, value in kwargs.items() if name in image_names}
+        for_text = {name: value for name, value in kwargs.items() if name not in {*loading, *for_images, *PART_NAMES}}
+        image_processor = AutoImageProcessor.from_pretrained(path, **loading, **for_images)
+        tokenizer = AutoTokenizer.from_pretrained(path, **loading, **for_text)
+        tokens = {name for name, value in for_text.items() if name.endswith("_token") and not isinstance(value, int)}
+        known = _tokenizer_names(type(tokenizer)) | image_names | set(signature(cls).parameters)
+        if not returns_unused:
+            _refuse_unknown(set(for_text) - tokens, known, "options")
+        return [image_processor, tokenizer]
 
     @classmethod
     def from_config(
@@ -483,6 +509,13 @@ def _refuse_unknown(given: set[str], known: set[str], what: str) -> None:
     unknown = sorted(given - known)
     if unknown:
         raise ValueError(f"Unknown {what} {unknown}; the known ones are {', '.join(sorted(known)) or 'none'}.")
+
+
+def _tokenizer_names(kind: type) -> set[str]:
+    """Options that a class of tokenizers takes when it is loaded."""
+    constructors = [vars(base)["__init__"] for base in kind.__mro__ if "__init__" in vars(base)]
+    own = {name for constructor in constructors for name in signature(constructor).parameters}
+    return (own - {"self", "args", "kwargs"}) | set(TextKwargs.__annotations__) | TOKENIZER_NAMES
 
 
 def _known_token_id(tokenizer: Any, token: str) -> int:
