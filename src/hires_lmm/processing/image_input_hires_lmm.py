@@ -2,9 +2,12 @@
 
 import base64
 import binascii
+import struct
 import time
+import zlib
 from io import BytesIO
 from os import PathLike, path
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -83,8 +86,11 @@ def open_image(source: Any, index: int) -> Any:
     Raises:
         ValueError: If the source cannot be read or holds no image.
 
-    Source: the sources of transformers' `load_image`. Differs: alpha and bit depth are kept for `to_rgb`.
+    Source: the sources of transformers' `load_image` and the dicts of `datasets`. Differs: alpha and bit depth are
+        kept for `to_rgb`.
     """
+    if isinstance(source, dict) and source.keys() and source.keys() <= {"bytes", "path"}:
+        source = source.get("path") if source.get("bytes") is None else source["bytes"]
     if isinstance(source, (bytes, bytearray, memoryview)):
         given = bytes(source)
         return _open_bytes(given, f"{len(given)} bytes", index)
@@ -187,7 +193,13 @@ def _open_bytes(data: bytes, shown: str, index: int) -> Image.Image:
 
 def _open_file(file: str | BytesIO, shown: str, index: int) -> Image.Image:
     try:
-        return Image.open(file)
+        try:
+            return Image.open(file)
+        except BOMBS:
+            raise
+        except Exception:
+            data = file.getvalue() if isinstance(file, BytesIO) else Path(file).read_bytes()
+            return Image.open(BytesIO(_without_metadata(data)))
     except BOMBS as error:
         raise ValueError(
             f"Image {index}: {shown!r} is refused by Pillow ({error}); shrink it, or raise PIL.Image.MAX_IMAGE_PIXELS "
@@ -195,6 +207,29 @@ def _open_file(file: str | BytesIO, shown: str, index: int) -> Image.Image:
         ) from error
     except Exception as error:
         raise ValueError(f"Image {index}: {shown!r} is not an image ({error}); replace it.") from error
+
+
+def _without_metadata(data: bytes) -> bytes:
+    """A PNG or JPEG file without what says nothing about its pixels; only the orientation stays."""
+    kept, place = [], 0
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        kept, place = [data[:8]], 8
+        while place + 12 <= len(data):
+            length, kind = struct.unpack(">I4s", data[place : place + 8])
+            chunk = data[place : place + 12 + length]
+            sound = struct.pack(">I", zlib.crc32(chunk[4:-4])) == chunk[-4:]
+            if kind[:1].isupper() or (kind in (b"tRNS", b"eXIf") and sound):
+                kept.append(chunk)
+            place += len(chunk)
+    elif data.startswith(b"\xff\xd8\xff"):
+        kept, place = [data[:2]], 2
+        while data[place : place + 1] == b"\xff" and data[place + 1 : place + 2] not in (b"\xda", b""):
+            kind, length = data[place + 1], int.from_bytes(data[place + 2 : place + 4], "big")
+            is_application, is_color = 0xE0 <= kind <= 0xEF, kind == 0xEE and length >= 14
+            if is_color or kind == 0xE1 or not (is_application or kind == 0xFE):
+                kept.append(data[place : place + 2 + length])
+            place += 2 + length
+    return b"".join(kept) + data[place:]
 
 
 def _check_size(height: int, width: int, index: int, pixel_limit: int) -> None:
@@ -224,9 +259,8 @@ def _upright_first_frame(image: Image.Image, index: int) -> Image.Image:
             first = image.copy()
             image.seek(frame)
             image = first
-        image.load()
-        orientation = image.getexif().get(EXIF_ORIENTATION)
-        turn = TURNS.get(orientation) if isinstance(orientation, int) else None
+        _load(image)
+        turn = TURNS.get(_orientation(image))
         return image if turn is None else image.transpose(turn)
     except BOMBS as error:
         raise ValueError(f"Image {index} is refused by Pillow ({error}); shrink it.") from error
@@ -234,6 +268,24 @@ def _upright_first_frame(image: Image.Image, index: int) -> Image.Image:
         raise ValueError(
             f"Image {index} cannot be decoded ({error}); it is truncated or damaged, replace it."
         ) from error
+
+
+def _load(image: Image.Image) -> None:
+    """Decode all pixels; what cannot be read behind them is left out."""
+    try:
+        image.load()
+    except Exception:
+        if getattr(image, "tile", True):  # something is not decoded
+            raise
+
+
+def _orientation(image: Image.Image) -> int | None:
+    """The EXIF orientation, as far as it can be read."""
+    try:
+        orientation = image.getexif().get(EXIF_ORIENTATION)
+    except Exception:  # each kind of damage raises another type
+        return None
+    return orientation if isinstance(orientation, int) else None
 
 
 def _pillow_to_rgb(image: Image.Image, index: int, background: tuple[int, int, int], unit_floats: bool) -> Image.Image:
