@@ -214,10 +214,6 @@ FAILURES = {
     "another model": (["tokens", "FILES/other", "30x30"], "holds a 'gpt2' model"),
     "budget too small": (["ask", "CKPT", BOARD, *QUESTION, "--max-image-tokens", "9"], "smallest value for this"),
     "budget too small to count": (["tokens", "CKPT", "90x90", "--max-image-tokens", "9"], "smallest value for this"),
-    "a word that stands for an image": (
-        ["ask", "CKPT", BOARD, "--question", "What does <image> mean?"],
-        "'<image>', which stands for an image; write it another way, such as '< image>'",
-    ),
     "too many crops": (["tokens", "CKPT", "90x90", "--max-crops", "99"], "takes from 1 to 36"),
     "no such device": (["ask", "CKPT", BOARD, *QUESTION, "--device", "toaster"], "cannot be used"),
     "no folder for the picture": (["show", "CKPT", BOARD, *QUESTION, "--out", "FILES/no/x.png"], "There is no folder"),

@@ -8,7 +8,8 @@ SYSTEM = (
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
 
-LLAMA2_VISION = """
+LLAMA2_VISION = (
+    """
 {%- macro words(content) -%}
     {%- if content is string -%}
         {{- content -}}
@@ -42,7 +43,10 @@ LLAMA2_VISION = """
         {{- raise_exception('Roles must be system, user or assistant, not ' ~ message['role'] ~ '.') -}}
     {%- endif -%}
 {%- endfor -%}
-""".strip().replace("SYSTEM_PROMPT", SYSTEM).replace("QUERY_TOKEN", QUERY_IN_TEMPLATES)
+""".strip()
+    .replace("SYSTEM_PROMPT", SYSTEM)
+    .replace("QUERY_TOKEN", QUERY_IN_TEMPLATES)
+)
 """`llama-2-vision` of the released code: placeholders directly before the question, the system text in the first turn.
 
 The released code tokenises piece by piece and this template the text as a whole, so spaces at the seams may fall into

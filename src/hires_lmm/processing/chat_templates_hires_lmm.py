@@ -20,7 +20,8 @@ _CONTENT = """
     {%- if content is string -%}
         {{- content -}}
     {%- else -%}
-        {%- for part in content | default([], true) if part and not (part['type'] == 'text' and part['text'] is none) -%}
+        {%- for part in content | default([], true)
+            if part and not (part['type'] == 'text' and part['text'] is none) -%}
             {%- if part['type'] == 'image' -%}
                 {{- image_token | default('<image>') -}}
                 {%- if not loop.last and not (loop.nextitem['text'] | default('', true)).startswith('\\n') -%}
@@ -138,8 +139,8 @@ CHAT_TEMPLATES: dict[str, str] = {
 """Name -> Jinja template: Llama-3's own format, Vicuna v1 as LLaVA and SliME use it, ChatML (Qwen and others), and
 plain text without roles (an answer follows the image, or a line break after text, and ends with the end token)."""
 
-QUERY_IN_TEMPLATES = QUERY_TOKEN.encode("ascii", "backslashreplace").decode()
-"""`QUERY_TOKEN` as a template writes it, `\\ufdd0<query>` within quotes."""
+QUERY_IN_TEMPLATES = "\\ufdd0<query>"
+"""`QUERY_TOKEN` as a template writes it, within quotes."""
 
 _LATER_TURN = "{#- queries -#}"
 _QUERIES = """
@@ -180,8 +181,9 @@ def add_queries(template: str) -> str:
         return template
     if _LATER_TURN not in template:
         raise ValueError(
-            f"This chat template does not write '{QUERY_IN_TEMPLATES}' at the start of user turns without an image, which "
-            f"this model needs; pass chat_template={' or '.join(map(repr, CHAT_TEMPLATES))}, or write it into your own."
+            f"This chat template does not write '{QUERY_IN_TEMPLATES}' at the start of user turns without an image, "
+            f"which this model needs; pass chat_template={' or '.join(map(repr, CHAT_TEMPLATES))}, or write it into "
+            "your own."
         )
     return _QUERIES.strip() + template.replace(_LATER_TURN, "{{- query(message) -}}")
 

@@ -2,12 +2,9 @@
 
 import base64
 import binascii
-import struct
 import time
-import zlib
 from io import BytesIO
 from os import PathLike, path
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -71,6 +68,33 @@ def flatten_images(images: Any, depth: int = 0) -> list:
     if isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4:
         return list(images)
     return [] if images is None else [images]
+
+
+def flatten_budgets(budget: Any, images: Any) -> list:
+    """One budget an image.
+
+    Args:
+        budget: One for all images; a list of one an image, in their order; or a list nested as the images are.
+        images: Images as `flatten_images` takes them.
+
+    Returns:
+        The budgets, in the order of `flatten_images`.
+
+    Raises:
+        ValueError: If there are more or fewer budgets than images.
+    """
+    number = len(flatten_images(images))
+    if not isinstance(budget, (list, tuple)):
+        return [budget] * number
+    is_nested = any(isinstance(own, (list, tuple)) for own in budget) and isinstance(images, (list, tuple))
+    if len(budget) != (len(images) if is_nested else number):
+        raise ValueError(
+            f"max_image_tokens={budget!r} holds {len(budget)} budgets for {len(images) if is_nested else number} "
+            f"{'samples' if is_nested else 'images'}; pass one number for all images, or one for each."
+        )
+    if is_nested:
+        return [one for own, part in zip(budget, images, strict=True) for one in flatten_budgets(own, part)]
+    return list(budget)
 
 
 def open_image(source: Any, index: int) -> Any:
@@ -198,8 +222,9 @@ def _open_file(file: str | BytesIO, shown: str, index: int) -> Image.Image:
         except BOMBS:
             raise
         except Exception:
-            data = file.getvalue() if isinstance(file, BytesIO) else Path(file).read_bytes()
-            return Image.open(BytesIO(_without_metadata(data)))
+            with file if isinstance(file, BytesIO) else open(file, "rb") as stream:
+                stream.seek(0)
+                return Image.open(BytesIO(_without_metadata(stream.read())))
     except BOMBS as error:
         raise ValueError(
             f"Image {index}: {shown!r} is refused by Pillow ({error}); shrink it, or raise PIL.Image.MAX_IMAGE_PIXELS "
@@ -215,9 +240,8 @@ def _without_metadata(data: bytes) -> bytes:
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
         kept, place = [data[:8]], 8
         while place + 12 <= len(data):
-            length, kind = struct.unpack(">I4s", data[place : place + 8])
-            chunk = data[place : place + 12 + length]
-            sound = struct.pack(">I", zlib.crc32(chunk[4:-4])) == chunk[-4:]
+            chunk = data[place : place + 12 + int.from_bytes(data[place : place + 4], "big")]
+            kind, sound = chunk[4:8], binascii.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:], "big")
             if kind[:1].isupper() or (kind in (b"tRNS", b"eXIf") and sound):
                 kept.append(chunk)
             place += len(chunk)
@@ -259,7 +283,7 @@ def _upright_first_frame(image: Image.Image, index: int) -> Image.Image:
             first = image.copy()
             image.seek(frame)
             image = first
-        _load(image)
+        image = _decoded(image)
         turn = TURNS.get(_orientation(image))
         return image if turn is None else image.transpose(turn)
     except BOMBS as error:
@@ -270,13 +294,18 @@ def _upright_first_frame(image: Image.Image, index: int) -> Image.Image:
         ) from error
 
 
-def _load(image: Image.Image) -> None:
-    """Decode all pixels; what cannot be read behind them is left out."""
+def _decoded(image: Image.Image) -> Image.Image:
+    """The image with all its pixels; metadata behind them that cannot be read are left out."""
     try:
         image.load()
     except Exception:
-        if getattr(image, "tile", True):  # something is not decoded
+        file = getattr(image, "fp", None)
+        if file is None or file.closed:
             raise
+        file.seek(0)
+        image = Image.open(BytesIO(_without_metadata(file.read())))
+        image.load()
+    return image
 
 
 def _orientation(image: Image.Image) -> int | None:

@@ -1,11 +1,10 @@
 """What users write, on its way through a chat template: None means absent, and text stays text.
 
-A template writes `<image>` for an image part, and in some models `QUERY_TOKEN` for a later turn. What a user writes must
-not be taken for either, so `protect_messages` puts `MARK` into it, and `drop_marks` takes its tokens out again.
+A template writes `<image>` for an image part, and in some models `QUERY_TOKEN` for a later turn. What a user writes
+must not be taken for either, so `protect_messages` puts `MARK` into it, and `drop_marks` takes its tokens out again.
 """
 
 import re
-from collections.abc import Mapping
 from typing import Any
 
 
@@ -36,7 +35,7 @@ def clean_messages(messages: Any) -> list:
 
 
 def _without_none(value: Any) -> Any:
-    if isinstance(value, Mapping):
+    if isinstance(value, dict):
         return {key: _without_none(own) for key, own in value.items() if own is not None}
     return [_without_none(own) for own in value] if isinstance(value, (list, tuple)) else value
 
@@ -61,8 +60,7 @@ def protect_messages(messages: Any, image_token: str | None) -> list:
                 message["content"] = protect(content, None)
             elif isinstance(content, list):
                 message["content"] = [
-                    part if _is_image(part) else own
-                    for part, own in zip(content, message["content"], strict=True)
+                    part if _is_image(part) else own for part, own in zip(content, message["content"], strict=True)
                 ]
         protected.append(message)
     return protected
@@ -112,7 +110,9 @@ def drop_marks(texts: list[str], inputs: Any, image_token: str, tokenizer: Any) 
         "offset_mapping": (0, 0),
     }
     samples = inputs.get("overflow_to_sample_mapping", range(len(texts)))
-    kept = [_kept_places(texts[int(sample)], own, marked) for sample, own in zip(samples, inputs.encodings, strict=True)]
+    kept = [
+        _kept_places(texts[int(sample)], own, marked) for sample, own in zip(samples, inputs.encodings, strict=True)
+    ]
     for name in fills.keys() & inputs.keys():
         rows = inputs[name].tolist() if hasattr(inputs[name], "tolist") else inputs[name]
         inputs[name] = []

@@ -3,9 +3,9 @@
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from inspect import signature
 from os import getpid
 from threading import Lock, local
-from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -47,11 +47,11 @@ PLANNERS_WITH_FILTERS = ("hd",)
 PLANNER_KEYS = {"name", "max_crops", "pinpoints", "unpad", "global_view", "views"}
 STAT_NAMES = ("image_mean", "image_std", "resample")
 PART_NAMES = {"image_processor", "tokenizer"}
-TOKENIZER_NAMES = set(
-    """add_bos_token add_eos_token additional_special_tokens chat_control_tokens clean_up_tokenization_spaces
-    extra_special_tokens fix_mistral_regex from_slow legacy max_len model_input_names model_max_length
-    response_schema response_template split_special_tokens tokenizer_file tokenizer_type truncation_side""".split()
-)
+TOKENIZER_NAMES = """
+add_bos_token add_eos_token additional_special_tokens chat_control_tokens clean_up_tokenization_spaces
+extra_special_tokens fix_mistral_regex from_slow legacy max_len model_input_names model_max_length response_schema
+response_template split_special_tokens tokenizer_file tokenizer_type truncation_side
+"""
 """Options of all tokenizers that stand in no signature."""
 
 SURROGATE = "[\ud800-\udfff]"
@@ -69,7 +69,7 @@ class HiResLmmProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[ca
     `images_kwargs`."""
 
     images_kwargs: HiResLmmImageProcessorKwargs
-    _defaults = {"text_kwargs": {"padding": False}}
+    _defaults = {"text_kwargs": {"padding": False, "verbose": False}}
 
 
 class HiResLmmProcessor(ProcessorMixin):
@@ -106,6 +106,7 @@ class HiResLmmProcessor(ProcessorMixin):
         if isinstance(template, str) and template in CHAT_TEMPLATES:
             template = add_queries(CHAT_TEMPLATES[template]) if has_later else CHAT_TEMPLATES[template]
         super().__init__(image_processor, tokenizer, chat_template=template)
+        self._has_warned = False
 
     @classmethod
     def _get_arguments_from_pretrained(cls, path: Any, processor_dict: Any = None, **kwargs: Any) -> list:
@@ -134,7 +135,8 @@ class HiResLmmProcessor(ProcessorMixin):
                 does not know how the chat template opens answers and questions, that is written into it
                 (`answer_prefix_ids`, `question_prefix_ids`): the router reads questions by them.
             tokenizer: The language model's tokenizer; it is changed: an unknown image token is added as a special
-                token, padding goes to the left, the chat template is set.
+                token, padding goes to the left, the chat template is set, and `model_max_length` becomes the context
+                length of the language model, beyond which a call warns.
             image_stats (*optional*): The tower's image processor, or a dict of `image_mean`, `image_std`, `resample`;
                 default by tower family.
             chat_template (`str`, *optional*): A name in `CHAT_TEMPLATES` or a Jinja text; default the tokenizer's own
@@ -167,6 +169,7 @@ class HiResLmmProcessor(ProcessorMixin):
         if options["token_layout"].get("later_tokens") is not None:
             template = add_queries(template)
         tokenizer.chat_template = template
+        tokenizer.model_max_length = _context_length(config.text_config) or tokenizer.model_max_length
         image_processor = HiResLmmImageProcessor(**{**options, **changes})
         processor = cls(image_processor, tokenizer, chat_template=tokenizer.chat_template, image_token=image_token)
         for name, read in (("answer_prefix_ids", answer_prefix_ids), ("question_prefix_ids", question_prefix_ids)):
@@ -186,7 +189,23 @@ class HiResLmmProcessor(ProcessorMixin):
         while others may cut images, and the state is put back.
         """
         with tokenizer_alone(self.tokenizer):
-            return super().__call__(images=images, text=text, videos=videos, audio=audio, **kwargs)
+            inputs = super().__call__(images=images, text=text, videos=videos, audio=audio, **kwargs)
+        if text is not None and not self._has_warned:
+            self._warn_beyond_context(inputs)
+        return inputs
+
+    def _warn_beyond_context(self, inputs: Any) -> None:
+        """Say once that a text is longer than the language model reads."""
+        limit = self.tokenizer.model_max_length
+        length = max(len(row) for row in inputs["input_ids"])
+        if length > limit and "attention_mask" in inputs:
+            length = max(int(sum(row)) for row in inputs["attention_mask"])
+        if length > limit:
+            self._has_warned = True
+            logger.warning(
+                f"A text has {length} tokens, those of its images among them, more than the {limit} that the language "
+                "model reads (model_max_length of the tokenizer); lower max_image_tokens or max_crops, or shorten it."
+            )
 
     def apply_chat_template(self, conversation: Any, chat_template: str | None = None, **kwargs: Any) -> Any:
         """As in transformers, with any template; None means absent, and what stands in a text part stays text.
@@ -223,6 +242,10 @@ class HiResLmmProcessor(ProcessorMixin):
             ValueError: If a size or option is wrong, or a budget is below the smallest value.
         """
         return self.image_processor.image_tokens(height, width, **images_kwargs)
+
+    def min_image_tokens(self, height: int, width: int, **images_kwargs: Any) -> int:
+        """Tell the smallest `max_image_tokens` that an image allows. Args and errors as in `image_tokens`."""
+        return self.image_processor.min_image_tokens(height, width, **images_kwargs)
 
     def prepare_inputs_layout(
         self, images: Any = None, text: Any = None, videos: Any = None, audio: Any = None, **kwargs: Any
@@ -338,8 +361,8 @@ class HiResLmmProcessor(ProcessorMixin):
         """Write the questions of conversations in the vocabulary of another tokenizer, as released fusion models do.
 
         Args:
-            conversations (`list`): Messages of one conversation, or a list of them; one user turn an image or later turn, from
-                the turn that holds the image.
+            conversations (`list`): Messages of one conversation, or a list of them; each user turn from that which
+                holds the image has tokens of its own.
             tokenizer: The other tokenizer, such as CLIP's.
 
         Returns:
@@ -438,7 +461,9 @@ class HiResLmmProcessor(ProcessorMixin):
 
 
 def _check_lengths(options: dict[str, Any]) -> None:
-    """Refuse lengths for which tokenizers have no clear error."""
+    """Refuse lengths for which tokenizers have no clear error, and texts in words."""
+    if options.get("is_split_into_words"):
+        raise ValueError("is_split_into_words=True is not supported: pass whole texts.")
     for name, least in (("max_length", 0), ("stride", 0), ("pad_to_multiple_of", 1)):
         value = options.get(name)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
@@ -513,9 +538,8 @@ def _refuse_unknown(given: set[str], known: set[str], what: str) -> None:
 
 def _tokenizer_names(kind: type) -> set[str]:
     """Options that a class of tokenizers takes when it is loaded."""
-    constructors = [vars(base)["__init__"] for base in kind.__mro__ if "__init__" in vars(base)]
-    own = {name for constructor in constructors for name in signature(constructor).parameters}
-    return (own - {"self", "args", "kwargs"}) | set(TextKwargs.__annotations__) | TOKENIZER_NAMES
+    own = set(signature(kind).parameters) - {"args", "kwargs"}
+    return own | set(TextKwargs.__annotations__) | set(TOKENIZER_NAMES.split())
 
 
 def _known_token_id(tokenizer: Any, token: str) -> int:
@@ -557,6 +581,10 @@ def _choose_template(tokenizer: Any) -> str:
         return own
     vocabulary = tokenizer.get_vocab()
     return next((name for token, name in TEMPLATE_BY_TOKEN.items() if token in vocabulary), "plain")
+
+
+def _context_length(text_config: Any) -> int | None:
+    return text_config.max_position_embeddings if hasattr(text_config, "max_position_embeddings") else None
 
 
 def _view_size(vision_config: Any) -> int:
