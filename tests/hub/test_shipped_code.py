@@ -196,6 +196,7 @@ FILE_ATTRIBUTES = {
 }  # fmt: skip
 EXCEPTIONS = {  # (file, text): images that a user names, memory of a GPU, the name of a number format
     (INPUT, "Image.open"),
+    (INPUT, "open"),
     (INPUT, "image.load"),
     (INPUT, "get_session"),
     (INPUT, "get_session().stream"),

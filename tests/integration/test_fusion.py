@@ -18,6 +18,7 @@ from builders.chat import (
     text_only,
 )
 from hires_lmm.modeling.compat_hires_lmm import CACHE
+from hires_lmm.processing.messages_hires_lmm import QUERY_TOKEN
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +42,8 @@ def test_every_template_writes_queries(setup, name):
     """Also where the processor is built from its parts; a saved one reads the text it wrote."""
     processor = type(setup[1])(setup[1].image_processor, setup[1].tokenizer, chat_template=name)
     text = processor.apply_chat_template(chat(3))
-    assert text.count("<image>") == 1 and text.count("<query>") == 2
-    assert text.index("<query>" + QUESTIONS[1]) < text.index("<query>" + QUESTIONS[2])
+    assert text.count("<image>") == 1 and text.count(QUERY_TOKEN) == 2
+    assert text.index(QUERY_TOKEN + QUESTIONS[1]) < text.index(QUERY_TOKEN + QUESTIONS[2])
     again = type(processor)(processor.image_processor, processor.tokenizer, chat_template=processor.chat_template)
     assert again.apply_chat_template(chat(3)) == text
 
@@ -54,7 +55,7 @@ def test_a_conversation_without_an_image_has_no_queries(setup):
         {"role": "assistant", "content": "yo"},
         {"role": "user", "content": "x"},
     ]
-    assert "<query>" not in processor.apply_chat_template(messages)
+    assert QUERY_TOKEN not in processor.apply_chat_template(messages)
 
 
 def test_the_logits_depend_on_the_question_only_if_it_is_read(setup):

@@ -8,6 +8,7 @@ import torch
 import reference_generation as reference
 from builders.tiny import make_batch, random_image
 from builders.chat import OTHER, QUESTIONS, chat, features_of, fusion_setup
+from hires_lmm.processing.messages_hires_lmm import QUERY_TOKEN
 
 
 NEW_TOKENS = 6
@@ -40,7 +41,7 @@ def prompt_embeds(row: int, budget: int | None) -> torch.Tensor:
         return torch.tensor(processor.tokenizer(text, add_special_tokens=False).input_ids, dtype=torch.long)
 
     text, images = sample(row)
-    pieces = text.replace("<query>", "<image>").split("<image>")
+    pieces = text.replace(QUERY_TOKEN, "<image>").split("<image>")
     parts = [words(ids_of(pieces[0]))]
     if images:
         batch = make_batch(processor, [(text, images)])

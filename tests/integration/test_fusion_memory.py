@@ -9,6 +9,7 @@ import torch
 from builders.tiny import make_batch, random_image
 from builders.chat import OTHER, QUESTIONS, chat, features_of, fusion_setup, inputs_of, logits_of, text_only
 from hires_lmm.modeling.compat_hires_lmm import CACHE
+from hires_lmm.processing.messages_hires_lmm import QUERY_TOKEN
 
 
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}
@@ -111,7 +112,7 @@ def test_a_batch_whose_rows_go_on_differently(setup):
         return processor.apply_chat_template(messages, add_generation_prompt=True)
 
     second = text_of(chat(2))
-    texts = [second, text_of(plain + chat(1, ["x"])), second.replace("<query>", ""), text_of(plain + plain[:1])]
+    texts = [second, text_of(plain + chat(1, ["x"])), second.replace(QUERY_TOKEN, ""), text_of(plain + plain[:1])]
     batch = make_batch(processor, list(zip(texts, [images[:1], images[1:2], images[2:], []], strict=True)))
     placeholder = batch["input_ids"] == processor.image_token_id
     cached = int(placeholder[1].nonzero()[0, 0])  # the first image of row 1 follows, and so do both later turns
@@ -173,9 +174,9 @@ def test_questions_in_another_vocabulary_in_generate(setup):
 def test_a_query_without_its_image_is_an_error(setup):
     _, processor = setup
     with pytest.raises(ValueError, match=r"<query>.*image"):
-        processor(text=["<|im_start|>user\n<query>" + QUESTIONS[1]])
+        processor(text=["<|im_start|>user\n" + QUERY_TOKEN + QUESTIONS[1]])
     with pytest.raises(ValueError, match=r"<query>.*image"):
-        processor(text=["<query>a<image>b", "<image>c"], images=[random_image(60, 60)] * 2)
+        processor(text=[QUERY_TOKEN + "a<image>b", "<image>c"], images=[random_image(60, 60)] * 2)
 
 
 def test_the_fusion_transformer_follows_the_attention_setting(setup):

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from transformers import AutoProcessor
+from transformers import AutoImageProcessor, AutoProcessor
 
 from builders.images import picture, random_sizes
 from builders.text import tiny_tokenizer
@@ -153,6 +153,7 @@ def config(planner=None, model_type="clip_vision_model", image_token_id=3, **vis
     return SimpleNamespace(
         planner=planner or {"name": "slime", "max_crops": 6, "unpad": True},
         vision_config=SimpleNamespace(**vision),
+        text_config=SimpleNamespace(max_position_embeddings=512),
         token_layout=lambda: LAYOUT,
         image_token_id=image_token_id,
         answer_prefix_ids=None,
@@ -280,3 +281,181 @@ def test_other_numbers_of_images_raise_in_the_words_of_transformers():
 def test_half_characters_are_named():
     with pytest.raises(ValueError, match=r"Sample 1 holds '\\ud83d', half of a character"):
         processor()(text=["fine", "half \ud83d"])
+
+
+# ---- options at load
+
+
+LOADED = [AutoProcessor, AutoImageProcessor]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    HiResLmmImageProcessor.register_for_auto_class()
+    HiResLmmProcessor.register_for_auto_class()
+    processor().save_pretrained(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("auto", LOADED)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_image_token": 30},
+        {"max_crop": 2},
+        {"padding_sid": "left"},
+        {"images_kwargs": {}},
+        {"max_image_tokens": [3]},
+    ],
+)
+def test_unknown_options_are_errors_at_load_as_in_a_call(folder, auto, options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        auto.from_pretrained(folder, trust_remote_code=True, **options)
+
+
+@pytest.mark.parametrize("auto", LOADED)
+def test_names_of_loading_itself_pass(folder, auto):
+    """Those of the Hub, and those of a model, which pipelines hand on."""
+    hub = {"revision": "main", "local_files_only": True, "cache_dir": folder, "token": None, "force_download": False}
+    model = {"device_map": "cpu", "dtype": "auto", "attn_implementation": "eager"}
+    loaded = auto.from_pretrained(folder, trust_remote_code=True, max_crops=2, **hub, **model)
+    assert getattr(loaded, "image_processor", loaded).max_crops == 2
+    assert auto.from_pretrained(folder, trust_remote_code=True, foo=1, return_unused_kwargs=True)[1]["foo"] == 1
+
+
+def test_options_of_the_tokenizer_pass(folder):
+    options = {"truncation_side": "left", "model_max_length": 99, "pad_token": "<s>", "max_length": 7, "legacy": False}
+    loaded = AutoProcessor.from_pretrained(folder, trust_remote_code=True, chat_template="vicuna", **options)
+    tokenizer = loaded.tokenizer
+    assert (tokenizer.truncation_side, tokenizer.model_max_length, tokenizer.pad_token) == ("left", 99, "<s>")
+    assert loaded.chat_template == CHAT_TEMPLATES["vicuna"]
+
+
+def test_what_was_given_at_load_may_be_changed_later(folder):
+    """It stays with the image processor; the tokenizer neither keeps nor saves it."""
+    loaded = AutoProcessor.from_pretrained(folder, trust_remote_code=True, max_image_tokens=20)
+    image = picture(60, 60)
+    assert placeholders(loaded, loaded(text="<image>", images=image)["input_ids"]) == [20]
+    loaded.image_processor.max_image_tokens = 10
+    assert placeholders(loaded, loaded(text="<image>", images=image)["input_ids"]) == [10]
+    assert "max_image_tokens" not in loaded.tokenizer.init_kwargs
+
+
+# ---- no image
+
+
+def test_none_among_images_is_no_image():
+    expanding, (one, two) = processor(), (picture(30, 60), picture(100, 20))
+    texts = ["<image> x", "z", "<image> y"]
+    wanted = expanding(text=texts, images=[[one], [], [two]])
+    for images in ([[one], None, [two]], [[one, None], [None], [two]], [one, None, two], [None, one, two]):
+        found = expanding(text=texts, images=images)
+        assert found["input_ids"] == wanted["input_ids"]
+        assert (found["pixel_values"] == wanted["pixel_values"]).all()
+    for images in ([None, None], [[None], None], [None]):
+        assert set(expanding(text="a", images=images)) == {"input_ids", "attention_mask"}
+    with pytest.raises(ValueError, match="Sample 1 has 1 <image> placeholders, but 0 images"):
+        expanding(text=["<image>", "<image>"], images=[[one], None])
+    assert len(expanding.image_processor([one, None])["pixel_values"]) == len(
+        expanding.image_processor(one)["pixel_values"]
+    )
+
+
+# ---- budgets
+
+
+def test_one_budget_an_image():
+    """As numbers in the order of the images, or nested as the images are; None means the budget of the processor."""
+    expanding = processor(max_image_tokens=13)
+    images = [picture(30, 60), picture(100, 20), picture(28, 28)]
+    texts = ["<image>a<image>", "none", "<image>"]
+    nested = [images[:2], [], images[2:]]
+    messages = [[{"role": "user", "content": [{"type": "image", "image": image} for image in row]}] for row in nested]
+    for budgets in (
+        [9, None, 7],
+        [[9, None], [], [7]],
+        [[9, None], None, 7],
+        (9, None, 7),
+        np.array([9, 13, 7]).tolist(),
+    ):
+        batch = expanding(text=texts, images=nested, max_image_tokens=budgets)
+        assert counts_of(batch) == [9, 13, 7] and placeholders(expanding, batch["input_ids"]) == [22, 0, 7]
+        options = {"images_kwargs": {"max_image_tokens": budgets}}
+        rendered = expanding.apply_chat_template(messages, tokenize=True, return_dict=True, processor_kwargs=options)
+        assert placeholders(expanding, rendered["input_ids"]) == [22, 0, 7]
+    sizes = [(30, 60), (100, 20), (28, 28)]
+    assert expanding._get_num_multimodal_tokens(sizes, max_image_tokens=[9, None, 7])["num_image_tokens"] == [9, 13, 7]
+    assert expanding.image_tokens(30, 60, max_image_tokens=[9]) == 9
+
+
+def counts_of(batch) -> list[int]:
+    return batch["view_positions"][batch["view_positions"][:, 0] == 0][:, 5].tolist()
+
+
+@pytest.mark.parametrize(
+    "budgets, text",
+    [
+        ([9, 9, 9], r"\[9, 9, 9\] holds 3 budgets for 2 images"),
+        ([9], r"\[9\] holds 1 budgets for 2 images"),
+        ([[9], [9]], "holds 2 budgets for 1 samples"),
+        ([[9, 9, 9]], "holds 3 budgets for 2 images"),
+        ([], "holds 0 budgets for 2 images"),
+        ([9, 0], "max_image_tokens=0 must be an integer of at least 1"),
+        ([9, True], "max_image_tokens=True"),
+        ([9, 2.5], "max_image_tokens=2.5"),
+        ([9, 1], "Image 1: max_image_tokens=1 is too small .*smallest value for this image is "),
+    ],
+)
+def test_budgets_that_fit_no_images_are_errors(budgets, text):
+    expanding = processor()
+    with pytest.raises(ValueError, match=text):
+        expanding(text="<image><image>", images=[[picture(30, 60), picture(100, 20)]], max_image_tokens=budgets)
+
+
+@pytest.mark.parametrize("on, protected", [("all", 2), ("crops", 6), ("global", 10)])
+@pytest.mark.parametrize("options", [{}, {"views": "global"}, {"max_crops": 1}])
+def test_the_smallest_budget_is_told(on, protected, options):
+    """It works, and one less is the error that names it."""
+    layout = {**LAYOUT, "budget": {"on": on}}
+    expanding = processor(planner="slime", max_crops=2, token_layout=layout)
+    least = expanding.min_image_tokens(28, 56, **options)
+    assert least == expanding.image_processor.min_image_tokens(28, 56, max_image_tokens=3, **options)
+    assert expanding.image_tokens(28, 56, max_image_tokens=least, **options) == least
+    full = expanding.image_tokens(28, 56, **options)
+    if not options:
+        assert least == protected + 1
+    if least > 1:
+        with pytest.raises(ValueError, match=f"smallest value for this image is {least}, .*min_image_tokens"):
+            expanding.image_tokens(28, 56, max_image_tokens=least - 1, **options)
+    assert processor(token_layout={**LAYOUT, "budget": None}).min_image_tokens(28, 56) == processor().image_tokens(
+        28, 56
+    )
+    assert least <= full
+
+
+# ---- context length
+
+
+def test_beyond_the_context_a_call_warns_once(caplog, tmp_path):
+    """The length comes from the language model, and stays with what is saved."""
+    HiResLmmImageProcessor.register_for_auto_class()
+    HiResLmmProcessor.register_for_auto_class()
+    HiResLmmProcessor.from_config(config(), tiny_tokenizer()).save_pretrained(tmp_path)
+    loaded = AutoProcessor.from_pretrained(tmp_path, trust_remote_code=True)
+    assert loaded.tokenizer.model_max_length == 512
+    text = "zq" * 300 + "<image>"
+    length = len(loaded(text=text, images=picture(9, 9), max_crops=1)["input_ids"][0])
+    said = [record.getMessage() for record in caplog.records]
+    assert length > 512 and len(said) == 1 and f"{length} tokens" in said[0] and "512" in said[0]
+    assert "max_image_tokens" in said[0]
+    loaded(text=[text, "short"], images=picture(9, 9), padding=True, return_tensors="pt")
+    assert len(caplog.records) == 1
+
+
+def test_padding_is_no_context(caplog):
+    built = HiResLmmProcessor.from_config(config(), tiny_tokenizer())
+    built(text=["a", "b"], padding="max_length", max_length=600, return_tensors="pt")
+    built(text="zq" * 600, truncation=True, max_length=100)
+    assert not caplog.records
+    built(text=["a", "zq" * 600], padding=True, return_tensors="np")
+    assert len(caplog.records) == 1

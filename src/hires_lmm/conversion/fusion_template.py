@@ -1,21 +1,29 @@
 """The prompt of the released fusion models, as a chat template."""
 
+from ..processing.chat_templates_hires_lmm import QUERY_IN_TEMPLATES
+
+
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
 
-LLAMA2_VISION = """
+LLAMA2_VISION = (
+    """
 {%- macro words(content) -%}
     {%- if content is string -%}
         {{- content -}}
     {%- else -%}
-        {%- for part in content if part['type'] == 'text' -%}{{- part['text'] -}}{%- endfor -%}
+        {%- for part in content | default([], true) if part and part['type'] == 'text' -%}
+            {{- part['text'] | default('', true) -}}
+        {%- endfor -%}
     {%- endif -%}
 {%- endmacro -%}
 {%- macro images(content) -%}
     {%- if content is not string -%}
-        {%- for part in content if part['type'] == 'image' -%}{{- image_token | default('<image>') -}}{%- endfor -%}
+        {%- for part in content | default([], true) if part and part['type'] == 'image' -%}
+            {{- image_token | default('<image>') -}}
+        {%- endfor -%}
     {%- endif -%}
 {%- endmacro -%}
 {%- set ask = namespace(first=true, image=false, system="SYSTEM_PROMPT") -%}
@@ -26,7 +34,7 @@ LLAMA2_VISION = """
         {{- bos_token ~ '[INST]' -}}
         {%- if ask.first -%}{{- ' <<SYS>>\\n' ~ ask.system ~ '\\n<</SYS>>\\n\\n' -}}{%- endif -%}
         {%- set ask.first = false -%}
-        {{- images(message['content']) or ('<query>' if ask.image else '') -}}
+        {{- images(message['content']) or ('QUERY_TOKEN' if ask.image else '') -}}
         {%- if images(message['content']) -%}{%- set ask.image = true -%}{%- endif -%}
         {{- ' ' ~ words(message['content']) | trim ~ ' [/INST]' -}}
     {%- elif message['role'] == 'assistant' -%}
@@ -35,7 +43,10 @@ LLAMA2_VISION = """
         {{- raise_exception('Roles must be system, user or assistant, not ' ~ message['role'] ~ '.') -}}
     {%- endif -%}
 {%- endfor -%}
-""".strip().replace("SYSTEM_PROMPT", SYSTEM)
+""".strip()
+    .replace("SYSTEM_PROMPT", SYSTEM)
+    .replace("QUERY_TOKEN", QUERY_IN_TEMPLATES)
+)
 """`llama-2-vision` of the released code: placeholders directly before the question, the system text in the first turn.
 
 The released code tokenises piece by piece and this template the text as a whole, so spaces at the seams may fall into

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..processing.messages_hires_lmm import drop_marks
 from ..training.parameters import find_base
 from .encoding import EncodedImages, ImageEncoder
 from .prompts import AskedQuestion, ask, draw_options, normalise_answer
@@ -263,7 +264,9 @@ class _Asker:
         texts, _ = self.processor.get_text_with_replacements(list(texts), placeholders)
         tokenizer = self.processor.tokenizer
         adds = tokenizer.bos_token is None or not texts[0].startswith(tokenizer.bos_token)
-        encoded = tokenizer(texts, padding=True, padding_side="left", return_tensors="pt", add_special_tokens=adds)
+        encoded = tokenizer(texts, padding=True, padding_side="left", add_special_tokens=adds)
+        drop_marks(texts, encoded, self.processor.image_token, tokenizer)
+        encoded.convert_to_tensors("pt")
         names = ("input_ids", "attention_mask")
         return {name: encoded[name].to(self.model.device) for name in names}, chosen
 

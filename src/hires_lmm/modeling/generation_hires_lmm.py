@@ -79,6 +79,30 @@ def mask_length(length: int, model_kwargs: dict[str, Any], generation_config: Ge
     return mask.shape[1] if mask is not None else vars(generation_config).get("_mask_length", length)
 
 
+def check_context(length: int, attention_mask: torch.Tensor | None, num_drafted: int, text_config: Any) -> None:
+    """Refuse a prompt of `generate` that is longer than the language model reads.
+
+    Args:
+        length (`int`): Positions of the prompt, those in the cache and padding among them, drafted ones not.
+        attention_mask (`torch.Tensor` of shape `(B, length + num_drafted)`, *optional*): 0 at padding.
+        num_drafted (`int`): Positions behind the prompt.
+        text_config: Configuration of the language model; one without a longest position refuses nothing.
+
+    Raises:
+        ValueError: If it does not fit.
+    """
+    limit = text_config.max_position_embeddings if hasattr(text_config, "max_position_embeddings") else None
+    if limit is None or length <= limit:
+        return
+    if attention_mask is not None:
+        length = int(attention_mask.sum(dim=1).max()) - num_drafted
+    if length > limit:
+        raise ValueError(
+            f"The prompt has {length} tokens, more than the {limit} positions of the language model "
+            "(max_position_embeddings); lower max_image_tokens or max_crops, or pass fewer images."
+        )
+
+
 class HiResLmmGenerationMixin(GenerationMixin):
     """The stock `generate` with hooks for encoded images, beams, masks and positions."""
 

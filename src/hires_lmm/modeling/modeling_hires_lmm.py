@@ -14,7 +14,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from .compat_hires_lmm import CACHE, takes_cache
 from .configuration_hires_lmm import HiResLmmConfig, HiResLmmConnectorConfig, check_fit
 from .connector_hires_lmm import HiResLmmConnector, drop
-from .generation_hires_lmm import HiResLmmGenerationMixin, check_encoder_outputs
+from .generation_hires_lmm import HiResLmmGenerationMixin, check_context, check_encoder_outputs
 from .loading_hires_lmm import HiResLmmLoadingMixin
 from .logits_hires_lmm import scale_logits, select_learned, select_positions
 from .outputs_hires_lmm import (
@@ -352,6 +352,9 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
                 extra["packed_attention_mask"] = attention_mask[:, virtual:]
             elif getattr(features, "is_unpadded", False) and (position_ids is None or cache is not None):
                 attention_mask = None  # all ones: the language model need not look
+            if "num_drafted" in extra:
+                length = past + inputs_embeds.shape[1] - extra["num_drafted"]
+                check_context(length, attention_mask, extra["num_drafted"], self.config.text_config)
         elif self.training and cache is None:
             idle = self._idle_connector(inputs_embeds.device, use_tower=vision_features is None)
             inputs_embeds = inputs_embeds + idle.to(inputs_embeds)

@@ -7,24 +7,24 @@ that ends it, stands between generation marks, so `return_assistant_tokens_mask`
 
 from typing import Any
 
+from .messages_hires_lmm import QUERY_TOKEN
+
 
 VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
 
-QUERY_TOKEN = "<query>"
-"""What a template writes where the tokens of a later turn will stand; never a token of the vocabulary."""
-
 _CONTENT = """
 {%- macro render(content) -%}
     {%- if content is string -%}
         {{- content -}}
     {%- else -%}
-        {%- for part in content -%}
+        {%- for part in content | default([], true)
+            if part and not (part['type'] == 'text' and part['text'] is none) -%}
             {%- if part['type'] == 'image' -%}
                 {{- image_token | default('<image>') -}}
-                {%- if not loop.last and not (loop.nextitem['text'] | default('')).startswith('\\n') -%}
+                {%- if not loop.last and not (loop.nextitem['text'] | default('', true)).startswith('\\n') -%}
                     {{- '\\n' -}}
                 {%- endif -%}
             {%- elif part['type'] == 'text' -%}
@@ -139,6 +139,9 @@ CHAT_TEMPLATES: dict[str, str] = {
 """Name -> Jinja template: Llama-3's own format, Vicuna v1 as LLaVA and SliME use it, ChatML (Qwen and others), and
 plain text without roles (an answer follows the image, or a line break after text, and ends with the end token)."""
 
+QUERY_IN_TEMPLATES = "\\ufdd0<query>"
+"""`QUERY_TOKEN` as a template writes it, within quotes."""
+
 _LATER_TURN = "{#- queries -#}"
 _QUERIES = """
 {%- set turns = namespace(has_image=false) -%}
@@ -148,8 +151,8 @@ _QUERIES = """
         {%- if message['content'] is string -%}
             {%- set own.has_image = (image_token | default('<image>')) in message['content'] -%}
         {%- else -%}
-            {%- for part in message['content'] -%}
-                {%- if part['type'] == 'image' -%}{%- set own.has_image = true -%}{%- endif -%}
+            {%- for part in message['content'] | default([], true) if part and part['type'] == 'image' -%}
+                {%- set own.has_image = true -%}
             {%- endfor -%}
         {%- endif -%}
         {%- if own.has_image -%}
@@ -159,11 +162,11 @@ _QUERIES = """
         {%- endif -%}
     {%- endif -%}
 {%- endmacro -%}
-""".replace("QUERY_TOKEN", QUERY_TOKEN)
+""".replace("QUERY_TOKEN", QUERY_IN_TEMPLATES)
 
 
 def add_queries(template: str) -> str:
-    """Let a template write `<query>` at the start of each user turn that follows an image and has none.
+    """Let a template write `QUERY_TOKEN` at the start of each user turn that follows an image and has none.
 
     Args:
         template (`str`): One of `CHAT_TEMPLATES`.
@@ -174,12 +177,13 @@ def add_queries(template: str) -> str:
     Raises:
         ValueError: If the template has no place for it.
     """
-    if QUERY_TOKEN in template:
+    if QUERY_TOKEN in template or QUERY_IN_TEMPLATES in template:
         return template
     if _LATER_TURN not in template:
         raise ValueError(
-            f"This chat template does not write {QUERY_TOKEN} at the start of user turns without an image, which this "
-            f"model needs; pass chat_template={' or '.join(map(repr, CHAT_TEMPLATES))}, or write it into your own."
+            f"This chat template does not write '{QUERY_IN_TEMPLATES}' at the start of user turns without an image, "
+            f"which this model needs; pass chat_template={' or '.join(map(repr, CHAT_TEMPLATES))}, or write it into "
+            "your own."
         )
     return _QUERIES.strip() + template.replace(_LATER_TURN, "{{- query(message) -}}")
 

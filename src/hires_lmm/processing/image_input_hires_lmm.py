@@ -52,7 +52,7 @@ def flatten_images(images: Any, depth: int = 0) -> list:
     """Flatten nested lists and 4-d arrays into a list of single images, in order.
 
     Args:
-        images: An image, a 4-d array of images, or a (nested) list of these.
+        images: An image, a 4-d array of images, or a (nested) list of these; None is no image.
         depth (`int`): Lists around `images` already.
 
     Returns:
@@ -67,7 +67,34 @@ def flatten_images(images: Any, depth: int = 0) -> list:
         return [image for entry in images for image in flatten_images(entry, depth + 1)]
     if isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4:
         return list(images)
-    return [images]
+    return [] if images is None else [images]
+
+
+def flatten_budgets(budget: Any, images: Any) -> list:
+    """One budget an image.
+
+    Args:
+        budget: One for all images; a list of one an image, in their order; or a list nested as the images are.
+        images: Images as `flatten_images` takes them.
+
+    Returns:
+        The budgets, in the order of `flatten_images`.
+
+    Raises:
+        ValueError: If there are more or fewer budgets than images.
+    """
+    number = len(flatten_images(images))
+    if not isinstance(budget, (list, tuple)):
+        return [budget] * number
+    is_nested = any(isinstance(own, (list, tuple)) for own in budget) and isinstance(images, (list, tuple))
+    if len(budget) != (len(images) if is_nested else number):
+        raise ValueError(
+            f"max_image_tokens={budget!r} holds {len(budget)} budgets for {len(images) if is_nested else number} "
+            f"{'samples' if is_nested else 'images'}; pass one number for all images, or one for each."
+        )
+    if is_nested:
+        return [one for own, part in zip(budget, images, strict=True) for one in flatten_budgets(own, part)]
+    return list(budget)
 
 
 def open_image(source: Any, index: int) -> Any:
@@ -83,8 +110,11 @@ def open_image(source: Any, index: int) -> Any:
     Raises:
         ValueError: If the source cannot be read or holds no image.
 
-    Source: the sources of transformers' `load_image`. Differs: alpha and bit depth are kept for `to_rgb`.
+    Source: the sources of transformers' `load_image` and the dicts of `datasets`. Differs: alpha and bit depth are
+        kept for `to_rgb`.
     """
+    if isinstance(source, dict) and source.keys() and source.keys() <= {"bytes", "path"}:
+        source = source.get("path") if source.get("bytes") is None else source["bytes"]
     if isinstance(source, (bytes, bytearray, memoryview)):
         given = bytes(source)
         return _open_bytes(given, f"{len(given)} bytes", index)
@@ -187,7 +217,14 @@ def _open_bytes(data: bytes, shown: str, index: int) -> Image.Image:
 
 def _open_file(file: str | BytesIO, shown: str, index: int) -> Image.Image:
     try:
-        return Image.open(file)
+        try:
+            return Image.open(file)
+        except BOMBS:
+            raise
+        except Exception:
+            with file if isinstance(file, BytesIO) else open(file, "rb") as stream:
+                stream.seek(0)
+                return Image.open(BytesIO(_without_metadata(stream.read())))
     except BOMBS as error:
         raise ValueError(
             f"Image {index}: {shown!r} is refused by Pillow ({error}); shrink it, or raise PIL.Image.MAX_IMAGE_PIXELS "
@@ -195,6 +232,28 @@ def _open_file(file: str | BytesIO, shown: str, index: int) -> Image.Image:
         ) from error
     except Exception as error:
         raise ValueError(f"Image {index}: {shown!r} is not an image ({error}); replace it.") from error
+
+
+def _without_metadata(data: bytes) -> bytes:
+    """A PNG or JPEG file without what says nothing about its pixels; only the orientation stays."""
+    kept, place = [], 0
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        kept, place = [data[:8]], 8
+        while place + 12 <= len(data):
+            chunk = data[place : place + 12 + int.from_bytes(data[place : place + 4], "big")]
+            kind, sound = chunk[4:8], binascii.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:], "big")
+            if kind[:1].isupper() or (kind in (b"tRNS", b"eXIf") and sound):
+                kept.append(chunk)
+            place += len(chunk)
+    elif data.startswith(b"\xff\xd8\xff"):
+        kept, place = [data[:2]], 2
+        while data[place : place + 1] == b"\xff" and data[place + 1 : place + 2] not in (b"\xda", b""):
+            kind, length = data[place + 1], int.from_bytes(data[place + 2 : place + 4], "big")
+            is_application, is_color = 0xE0 <= kind <= 0xEF, kind == 0xEE and length >= 14
+            if is_color or kind == 0xE1 or not (is_application or kind == 0xFE):
+                kept.append(data[place : place + 2 + length])
+            place += 2 + length
+    return b"".join(kept) + data[place:]
 
 
 def _check_size(height: int, width: int, index: int, pixel_limit: int) -> None:
@@ -224,9 +283,8 @@ def _upright_first_frame(image: Image.Image, index: int) -> Image.Image:
             first = image.copy()
             image.seek(frame)
             image = first
-        image.load()
-        orientation = image.getexif().get(EXIF_ORIENTATION)
-        turn = TURNS.get(orientation) if isinstance(orientation, int) else None
+        image = _decoded(image)
+        turn = TURNS.get(_orientation(image))
         return image if turn is None else image.transpose(turn)
     except BOMBS as error:
         raise ValueError(f"Image {index} is refused by Pillow ({error}); shrink it.") from error
@@ -234,6 +292,29 @@ def _upright_first_frame(image: Image.Image, index: int) -> Image.Image:
         raise ValueError(
             f"Image {index} cannot be decoded ({error}); it is truncated or damaged, replace it."
         ) from error
+
+
+def _decoded(image: Image.Image) -> Image.Image:
+    """The image with all its pixels; metadata behind them that cannot be read are left out."""
+    try:
+        image.load()
+    except Exception:
+        file = getattr(image, "fp", None)
+        if file is None or file.closed:
+            raise
+        file.seek(0)
+        image = Image.open(BytesIO(_without_metadata(file.read())))
+        image.load()
+    return image
+
+
+def _orientation(image: Image.Image) -> int | None:
+    """The EXIF orientation, as far as it can be read."""
+    try:
+        orientation = image.getexif().get(EXIF_ORIENTATION)
+    except Exception:  # each kind of damage raises another type
+        return None
+    return orientation if isinstance(orientation, int) else None
 
 
 def _pillow_to_rgb(image: Image.Image, index: int, background: tuple[int, int, int], unit_floats: bool) -> Image.Image:

@@ -19,9 +19,9 @@ from transformers.image_utils import (
 )
 from transformers.processing_utils import ImagesKwargs, Unpack
 
-from .image_input_hires_lmm import DEFAULT_PIXEL_LIMIT, flatten_images, open_image, to_rgb
+from .image_input_hires_lmm import DEFAULT_PIXEL_LIMIT, flatten_budgets, flatten_images, open_image, to_rgb
 from .planners_hires_lmm import PLANNERS, Planner, PlannerLimits, ViewPlan, square_paste
-from .token_layout_hires_lmm import TokenLayout, apply_budget, count_tokens
+from .token_layout_hires_lmm import TokenLayout, apply_budget, count_tokens, min_budget
 
 
 class HiResLmmImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
@@ -36,7 +36,8 @@ class HiResLmmImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[c
         global_view (`str`, *optional*): `"squeeze"` or `"pad"`.
         views (`str`): `"all"`, `"global"` or `"crops"`.
         token_layout (`dict`, *optional*): `config.token_layout()` of the model; `None` = every patch is a token.
-        max_image_tokens (`int`, *optional*): Most placeholders of one image: global view, crops and marks together.
+        max_image_tokens (`int` or `list[int]`, *optional*): Most placeholders of one image: global view, crops and
+            marks together. In a call also one number an image: a list in their order, or nested as they are.
         background (`list[int]`): Colour under transparent pixels, RGB.
         pixel_limit (`int`): Most pixels of a source image.
     """
@@ -50,7 +51,7 @@ class HiResLmmImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[c
     global_view: str | None
     views: str | None
     token_layout: dict | None
-    max_image_tokens: int | None
+    max_image_tokens: int | list | tuple | None
     background: list[int] | tuple[int, ...] | None
     pixel_limit: int | None
 
@@ -75,6 +76,17 @@ OPTION_DEPTH = 8
 TOKENS_LIMIT = 1_000_000
 """Most placeholders of one image."""
 
+LOADING_NAMES = """
+adapter_kwargs adapter_name allow_all_kernels attn_implementation backend cache_dir code_revision config device_map
+device_mesh disable_mmap distributed_config dtype experts_implementation force_download from_tf fusion_config
+generation_config gguf_file ignore_mismatched_sizes image_processor_filename kernel_config key_mapping
+local_files_only low_cpu_mem_usage max_memory mirror offload_buffers offload_folder offload_state_dict
+output_loading_info proxies quantization_config resume_download return_unused_kwargs revision state_dict subfolder
+token torch_dtype tp_plan tp_size tqdm_class trust_remote_code use_auth_token use_fast use_kernels use_safetensors
+user_agent variant weights_only
+"""
+"""Options of `from_pretrained` itself; pipelines hand those of a model to all its parts."""
+
 SERVICE_NAMES = {
     "auto_map",
     "feature_extractor_type",
@@ -92,7 +104,7 @@ class _Settings:
     planner: Planner
     limits: PlannerLimits
     layout: TokenLayout
-    max_image_tokens: int | None
+    max_image_tokens: Any
     resample: int | None
     scale: np.ndarray
     shift: np.ndarray
@@ -144,6 +156,10 @@ class HiResLmmImageProcessor(PilBackend):
         options = self._with_view_size(self._checked(options))
         super().__init__(**options, **service)
         self._settings({})
+        if isinstance(self.max_image_tokens, (list, tuple)):
+            raise ValueError(
+                f"max_image_tokens={self.max_image_tokens!r} is one number for all; pass lists in a call."
+            )
 
     @property
     def size(self) -> dict[str, int]:
@@ -157,7 +173,9 @@ class HiResLmmImageProcessor(PilBackend):
 
     @classmethod
     def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> "HiResLmmImageProcessor":
-        """As in transformers; a `size` given beside a saved file replaces the saved `view_size`."""
+        """As in transformers; unknown options are errors, and a given `size` replaces a saved `view_size`."""
+        if not kwargs.get("return_unused_kwargs"):
+            cls._refuse_unknown({name for name in kwargs if not is_loading_name(name)})
         if kwargs.get("size") is not None:
             image_processor_dict = {key: value for key, value in image_processor_dict.items() if key != "view_size"}
         return super().from_dict(image_processor_dict, **kwargs)
@@ -210,7 +228,7 @@ class HiResLmmImageProcessor(PilBackend):
             for index, source in enumerate(sources)
         ]
         plans = [settings.planner(picture.height, picture.width, settings.limits) for picture in pictures]
-        counts = [_num_tokens(plan, settings, index) for index, plan in enumerate(plans)]
+        counts = self._count(plans, settings, images)
         _check_views(plans)
         data = {"pixel_values": _render(pictures, plans, settings), **_geometry(plans, counts)}
         batch = BatchFeature(data=data, tensor_type=kwargs.get("return_tensors"))
@@ -253,8 +271,31 @@ class HiResLmmImageProcessor(PilBackend):
         """
         settings = self._settings(kwargs)
         plans = [settings.planner(height, width, settings.limits) for height, width in image_sizes]
-        tokens = [_num_tokens(plan, settings, index) for index, plan in enumerate(plans)]
-        return tokens, [len(plan.views) for plan in plans]
+        return self._count(plans, settings, list(range(len(plans)))), [len(plan.views) for plan in plans]
+
+    def min_image_tokens(self, height: int, width: int, **kwargs: Unpack[HiResLmmImageProcessorKwargs]) -> int:
+        """Tell the smallest `max_image_tokens` that an image allows.
+
+        Args:
+            height, width (`int`): The upright image (after EXIF orientation), pixels.
+            kwargs: Options as in a call; a budget among them changes nothing.
+
+        Returns:
+            The tokens that no part of the model drops, and one more; the full count where no part drops any.
+
+        Raises:
+            ValueError: If a size or option is wrong.
+        """
+        settings = self._settings({**kwargs, "max_image_tokens": None})
+        plan = settings.planner(height, width, settings.limits)
+        _num_tokens(plan, None, settings, 0)
+        return min_budget(count_tokens(plan, settings.layout), settings.layout)
+
+    def _count(self, plans: list[ViewPlan], settings: _Settings, images: Any) -> list[int]:
+        """Placeholders of each image; the budgets are one for all, or stand as the images do."""
+        budgets = flatten_budgets(settings.max_image_tokens, images)
+        budgets = [self.max_image_tokens if own is None else own for own in budgets]
+        return [_num_tokens(*own, settings, index) for index, own in enumerate(zip(plans, budgets, strict=True))]
 
     def num_views(self, height: int, width: int, **kwargs: Unpack[HiResLmmImageProcessorKwargs]) -> int:
         """Count the rows of `pixel_values` of an image without its pixels. Args as in `plan`."""
@@ -269,11 +310,7 @@ class HiResLmmImageProcessor(PilBackend):
 
     def _checked(self, options: dict[str, Any]) -> dict[str, Any]:
         """Refuse unknown names, wrong types and options that would have no effect."""
-        known = self.valid_kwargs.__annotations__
-        unknown = sorted(set(options) - set(known))
-        if unknown:
-            names = ", ".join(sorted(set(known) - set(FIXED_OPTIONS)))
-            raise ValueError(f"Unknown image options {unknown}; the known ones are {names}.")
+        self._refuse_unknown(set(options))
         for name, allowed in FIXED_OPTIONS.items():
             if options.get(name) not in allowed:
                 raise ValueError(f"{name}={options[name]!r} has no meaning for {type(self).__name__}; leave it out.")
@@ -286,6 +323,13 @@ class HiResLmmImageProcessor(PilBackend):
         except StrictDataclassError as error:
             raise ValueError(f"Wrong image option. {str(error)[:1000]}") from error
         return options
+
+    @classmethod
+    def _refuse_unknown(cls, names: set[str]) -> None:
+        known = set(cls.valid_kwargs.__annotations__)
+        if names - known:
+            shown = ", ".join(sorted(known - set(FIXED_OPTIONS)))
+            raise ValueError(f"Unknown image options {sorted(names - known)}; the known ones are {shown}.")
 
     def _with_view_size(self, options: dict[str, Any]) -> dict[str, Any]:
         """Replace `size` by `view_size`."""
@@ -320,7 +364,7 @@ class HiResLmmImageProcessor(PilBackend):
             planner=PLANNERS[option("planner")],
             limits=limits,
             layout=_plain_layout(limits) if layout is None else TokenLayout.from_dict(layout),
-            max_image_tokens=_checked_budget(option("max_image_tokens")),
+            max_image_tokens=_checked_budgets(option("max_image_tokens")),
             resample=_checked_resample(option("resample")),
             scale=scale,
             shift=shift,
@@ -331,8 +375,8 @@ class HiResLmmImageProcessor(PilBackend):
         )
 
 
-def _num_tokens(plan: ViewPlan, settings: _Settings, index: int) -> int:
-    number = apply_budget(count_tokens(plan, settings.layout), settings.layout, settings.max_image_tokens, index)
+def _num_tokens(plan: ViewPlan, budget: int | None, settings: _Settings, index: int) -> int:
+    number = apply_budget(count_tokens(plan, settings.layout), settings.layout, budget, index)
     if number < 1:
         raise ValueError(
             f"Image {index} of {plan.size[0]}x{plan.size[1]} pixels has no tokens with "
@@ -498,9 +542,13 @@ def _square_side(size: Any) -> int:
     return sides["height"]
 
 
-def _checked_budget(value: Any) -> int | None:
+def _checked_budgets(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_checked_budgets(own) for own in value]
     if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-        raise ValueError(f"max_image_tokens={value!r} must be an integer of at least 1, or None.")
+        raise ValueError(
+            f"max_image_tokens={value!r} must be an integer of at least 1 (in a call also a list), or None."
+        )
     return value
 
 
@@ -559,6 +607,11 @@ def _is_deep(value: Any) -> bool:
 
 def _is_service_name(name: str) -> bool:
     return name in SERVICE_NAMES or name.startswith("_")
+
+
+def is_loading_name(name: str) -> bool:
+    """Whether an option of `from_pretrained` says how to load, not what is loaded."""
+    return name in LOADING_NAMES.split() or _is_service_name(name)
 
 
 __all__ = ["HiResLmmImageProcessor"]

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from inspect import signature
 from os import getpid
 from threading import Lock, local
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from huggingface_hub.dataclasses import validate_typed_dict
 from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoImageProcessor, AutoTokenizer
 from transformers.image_utils import (
     IMAGENET_STANDARD_MEAN,
     IMAGENET_STANDARD_STD,
@@ -23,13 +25,13 @@ from transformers.utils import logging
 
 from .chat_templates_hires_lmm import (
     CHAT_TEMPLATES,
-    QUERY_TOKEN,
     add_queries,
     answer_prefix_ids,
     question_prefix_ids,
 )
 from .image_input_hires_lmm import flatten_images
-from .image_processing_hires_lmm import HiResLmmImageProcessor, HiResLmmImageProcessorKwargs
+from .image_processing_hires_lmm import HiResLmmImageProcessor, HiResLmmImageProcessorKwargs, is_loading_name
+from .messages_hires_lmm import QUERY_TOKEN, clean_messages, drop_marks, protect, protect_messages
 from .planners_hires_lmm import GLOBAL_VIEW
 
 
@@ -44,6 +46,14 @@ TOWER_STATS = {
 PLANNERS_WITH_FILTERS = ("hd",)
 PLANNER_KEYS = {"name", "max_crops", "pinpoints", "unpad", "global_view", "views"}
 STAT_NAMES = ("image_mean", "image_std", "resample")
+PART_NAMES = {"image_processor", "tokenizer"}
+TOKENIZER_NAMES = """
+add_bos_token add_eos_token additional_special_tokens chat_control_tokens clean_up_tokenization_spaces
+extra_special_tokens fix_mistral_regex from_slow legacy max_len model_input_names model_max_length response_schema
+response_template split_special_tokens tokenizer_file tokenizer_type truncation_side
+"""
+"""Options of all tokenizers that stand in no signature."""
+
 SURROGATE = "[\ud800-\udfff]"
 LOCKS: dict[int, Lock] = {}
 """One lock a process: a forked one would inherit a lock that another thread holds for ever."""
@@ -59,7 +69,7 @@ class HiResLmmProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[ca
     `images_kwargs`."""
 
     images_kwargs: HiResLmmImageProcessorKwargs
-    _defaults = {"text_kwargs": {"padding": False}}
+    _defaults = {"text_kwargs": {"padding": False, "verbose": False}}
 
 
 class HiResLmmProcessor(ProcessorMixin):
@@ -96,6 +106,23 @@ class HiResLmmProcessor(ProcessorMixin):
         if isinstance(template, str) and template in CHAT_TEMPLATES:
             template = add_queries(CHAT_TEMPLATES[template]) if has_later else CHAT_TEMPLATES[template]
         super().__init__(image_processor, tokenizer, chat_template=template)
+        self._has_warned = False
+
+    @classmethod
+    def _get_arguments_from_pretrained(cls, path: Any, processor_dict: Any = None, **kwargs: Any) -> list:
+        """Load both parts, each with its own options; what neither knows is refused."""
+        returns_unused = kwargs.pop("return_unused_kwargs", False)
+        loading = {name: value for name, value in kwargs.items() if is_loading_name(name)}
+        image_names = set(HiResLmmImageProcessorKwargs.__annotations__)
+        for_images = {name: value for name, value in kwargs.items() if name in image_names}
+        for_text = {name: value for name, value in kwargs.items() if name not in {*loading, *for_images, *PART_NAMES}}
+        image_processor = AutoImageProcessor.from_pretrained(path, **loading, **for_images)
+        tokenizer = AutoTokenizer.from_pretrained(path, **loading, **for_text)
+        tokens = {name for name, value in for_text.items() if name.endswith("_token") and not isinstance(value, int)}
+        known = _tokenizer_names(type(tokenizer)) | image_names | set(signature(cls).parameters)
+        if not returns_unused:
+            _refuse_unknown(set(for_text) - tokens, known, "options")
+        return [image_processor, tokenizer]
 
     @classmethod
     def from_config(
@@ -108,7 +135,8 @@ class HiResLmmProcessor(ProcessorMixin):
                 does not know how the chat template opens answers and questions, that is written into it
                 (`answer_prefix_ids`, `question_prefix_ids`): the router reads questions by them.
             tokenizer: The language model's tokenizer; it is changed: an unknown image token is added as a special
-                token, padding goes to the left, the chat template is set.
+                token, padding goes to the left, the chat template is set, and `model_max_length` becomes the context
+                length of the language model, beyond which a call warns.
             image_stats (*optional*): The tower's image processor, or a dict of `image_mean`, `image_std`, `resample`;
                 default by tower family.
             chat_template (`str`, *optional*): A name in `CHAT_TEMPLATES` or a Jinja text; default the tokenizer's own
@@ -141,6 +169,7 @@ class HiResLmmProcessor(ProcessorMixin):
         if options["token_layout"].get("later_tokens") is not None:
             template = add_queries(template)
         tokenizer.chat_template = template
+        tokenizer.model_max_length = _context_length(config.text_config) or tokenizer.model_max_length
         image_processor = HiResLmmImageProcessor(**{**options, **changes})
         processor = cls(image_processor, tokenizer, chat_template=tokenizer.chat_template, image_token=image_token)
         for name, read in (("answer_prefix_ids", answer_prefix_ids), ("question_prefix_ids", question_prefix_ids)):
@@ -160,7 +189,44 @@ class HiResLmmProcessor(ProcessorMixin):
         while others may cut images, and the state is put back.
         """
         with tokenizer_alone(self.tokenizer):
-            return super().__call__(images=images, text=text, videos=videos, audio=audio, **kwargs)
+            inputs = super().__call__(images=images, text=text, videos=videos, audio=audio, **kwargs)
+        if text is not None and not self._has_warned:
+            self._warn_beyond_context(inputs)
+        return inputs
+
+    def _warn_beyond_context(self, inputs: Any) -> None:
+        """Say once that a text is longer than the language model reads."""
+        limit = self.tokenizer.model_max_length
+        length = max(len(row) for row in inputs["input_ids"])
+        if length > limit and "attention_mask" in inputs:
+            length = max(int(sum(row)) for row in inputs["attention_mask"])
+        if length > limit:
+            self._has_warned = True
+            logger.warning(
+                f"A text has {length} tokens, those of its images among them, more than the {limit} that the language "
+                "model reads (model_max_length of the tokenizer); lower max_image_tokens or max_crops, or shorten it."
+            )
+
+    def apply_chat_template(self, conversation: Any, chat_template: str | None = None, **kwargs: Any) -> Any:
+        """As in transformers, with any template; None means absent, and what stands in a text part stays text.
+
+        Args:
+            conversation: Messages of one conversation, or a list of these.
+            chat_template (`str`, *optional*): Jinja text, or the name of one of several own templates.
+            kwargs: As in transformers.
+
+        Returns:
+            Texts or model inputs, as in transformers. A text holds an invisible mark within the image tokens that a
+            user quoted; `__call__` takes it out.
+        """
+        token = None if kwargs.get("sanitize_control_tokens") else self.image_token
+        for name in ("tools", "documents"):
+            if kwargs.get(name):
+                kwargs[name] = protect(kwargs[name], token)
+        chats = conversation if _is_batch(conversation) else [conversation]
+        chats = [protect_messages(getattr(chat, "messages", chat), token) for chat in chats]
+        conversation = chats if _is_batch(conversation) else chats[0]
+        return super().apply_chat_template(conversation, chat_template=chat_template, **kwargs)
 
     def image_tokens(self, height: int, width: int, **images_kwargs: Any) -> int:
         """Count the placeholders of an image without its pixels.
@@ -176,6 +242,10 @@ class HiResLmmProcessor(ProcessorMixin):
             ValueError: If a size or option is wrong, or a budget is below the smallest value.
         """
         return self.image_processor.image_tokens(height, width, **images_kwargs)
+
+    def min_image_tokens(self, height: int, width: int, **images_kwargs: Any) -> int:
+        """Tell the smallest `max_image_tokens` that an image allows. Args and errors as in `image_tokens`."""
+        return self.image_processor.min_image_tokens(height, width, **images_kwargs)
 
     def prepare_inputs_layout(
         self, images: Any = None, text: Any = None, videos: Any = None, audio: Any = None, **kwargs: Any
@@ -221,7 +291,7 @@ class HiResLmmProcessor(ProcessorMixin):
                 "each image into a conversation of its own."
             )
         given = [] if images is None else images
-        nested = isinstance(given, list) and all(isinstance(entry, (list, tuple)) for entry in given)
+        nested = isinstance(given, list) and all(entry is None or isinstance(entry, (list, tuple)) for entry in given)
         if images is not None and nested and len(given) == len(text):
             for index, (found, own) in enumerate(zip(placeholders, given, strict=True)):
                 self._compare_counts(found, len(flatten_images(own)), f"Sample {index}")
@@ -240,7 +310,7 @@ class HiResLmmProcessor(ProcessorMixin):
         videos_replacements: Sequence[str] = (),
         audio_replacements: Sequence[str] = (),
     ) -> tuple[list[str], list[dict[str, Any]]]:
-        """As in transformers; where later turns have tokens of their own, `<query>` becomes theirs.
+        """As in transformers; where later turns have tokens of their own, `QUERY_TOKEN` becomes theirs.
 
         Args:
             text (`list[str]`): Texts with one `<image>` an image.
@@ -248,10 +318,10 @@ class HiResLmmProcessor(ProcessorMixin):
             videos_replacements, audio_replacements (`list[str]`): None of this processor's.
 
         Returns:
-            The texts, and where what was replaced; a `<query>` counts as an image token there.
+            The texts, and where what was replaced; a `QUERY_TOKEN` counts as an image token there.
 
         Raises:
-            ValueError: If a `<query>` stands before the image of its text, or in a text without one.
+            ValueError: If a `QUERY_TOKEN` stands before the image of its text, or in a text without one.
         """
         later, replacements = self._later_tokens, list(images_replacements)
         alone = [sample for sample in text if QUERY_TOKEN in sample and self.image_token not in sample]
@@ -272,7 +342,7 @@ class HiResLmmProcessor(ProcessorMixin):
         return (self.image_processor.token_layout or {}).get("later_tokens")
 
     def _with_queries(self, text: list[str], images: list[str], later: int) -> tuple[list[str], list[str]]:
-        """Texts with an image token for each `<query>`, and the placeholders of all of them in order."""
+        """Texts with an image token for each `QUERY_TOKEN`, and the placeholders of all of them in order."""
         replacements, remaining = [], iter(images)
         pattern = re.compile(f"{re.escape(self.image_token)}|{re.escape(QUERY_TOKEN)}")
         for sample in text:
@@ -291,8 +361,8 @@ class HiResLmmProcessor(ProcessorMixin):
         """Write the questions of conversations in the vocabulary of another tokenizer, as released fusion models do.
 
         Args:
-            conversations (`list`): Messages of one conversation, or a list of them; one user turn an `<image>` or
-                `<query>`, from the turn that holds the image.
+            conversations (`list`): Messages of one conversation, or a list of them; each user turn from that which
+                holds the image has tokens of its own.
             tokenizer: The other tokenizer, such as CLIP's.
 
         Returns:
@@ -335,8 +405,8 @@ class HiResLmmProcessor(ProcessorMixin):
             raise ValueError(
                 f"The number of {self.image_token} tokens in the prompts should be the same as the number of images. "
                 f"{where} has {placeholders} {self.image_token} placeholders, but {images} images were passed; write "
-                f"one {self.image_token} for each image (apply_chat_template does it for image parts), or change the "
-                f"images."
+                f"one {self.image_token} for each image (apply_chat_template does it for image parts, and leaves a "
+                f"{self.image_token} in a text part a text), or change the images."
             )
 
     def _merge_kwargs(
@@ -367,6 +437,14 @@ class HiResLmmProcessor(ProcessorMixin):
             raise ValueError(f"Wrong option. {str(error)[:1000]}") from error
 
     def _check_special_mm_tokens(self, text: list[str], text_inputs: Any, modalities: list[str]) -> None:
+        drop_marks(text, text_inputs, self.image_token, self.tokenizer)
+        if "overflow_to_sample_mapping" in text_inputs:
+            if any(self.image_token in sample for sample in text):
+                raise ValueError(
+                    "return_overflowing_tokens=True cuts texts into several rows, which would part an image from its "
+                    "question; use it for texts without images."
+                )
+            return
         try:
             super()._check_special_mm_tokens(text, text_inputs, modalities)
         except ValueError as error:
@@ -383,7 +461,9 @@ class HiResLmmProcessor(ProcessorMixin):
 
 
 def _check_lengths(options: dict[str, Any]) -> None:
-    """Refuse lengths for which tokenizers have no clear error."""
+    """Refuse lengths for which tokenizers have no clear error, and texts in words."""
+    if options.get("is_split_into_words"):
+        raise ValueError("is_split_into_words=True is not supported: pass whole texts.")
     for name, least in (("max_length", 0), ("stride", 0), ("pad_to_multiple_of", 1)):
         value = options.get(name)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
@@ -426,19 +506,27 @@ def others_may_tokenise() -> Iterator[None]:
         lock.acquire()
 
 
+def _is_batch(conversation: Any) -> bool:
+    """Whether it is a list of conversations, as transformers tells it."""
+    first = conversation[0] if isinstance(conversation, (list, tuple)) and conversation else None
+    return isinstance(first, (list, tuple)) or hasattr(first, "messages")
+
+
 def _questions(messages: list[dict], image_token: str) -> list[str]:
-    """The text of each user turn from the one that holds the image, without the image token."""
+    """The text of each user turn from the one that holds the image; in a content that is one string, an image token
+    stands for the image."""
     texts, has_image = [], False
-    for message in messages:
+    for message in clean_messages(messages):
+        content = message.get("content", "")
         if message["role"] != "user":
             continue
-        parts = message["content"]
-        if isinstance(parts, str):
-            parts = [{"type": "text", "text": parts}]
-        text = "".join(part["text"] for part in parts if part["type"] == "text")
-        has_image = has_image or image_token in text or any(part["type"] == "image" for part in parts)
+        if isinstance(content, str):
+            has_image, text = has_image or image_token in content, content.replace(image_token, "")
+        else:
+            has_image = has_image or any(part["type"] == "image" for part in content)
+            text = "".join(part["text"] for part in content if part["type"] == "text")
         if has_image:
-            texts.append(text.replace(image_token, "").strip())
+            texts.append(text.strip())
     return texts
 
 
@@ -446,6 +534,12 @@ def _refuse_unknown(given: set[str], known: set[str], what: str) -> None:
     unknown = sorted(given - known)
     if unknown:
         raise ValueError(f"Unknown {what} {unknown}; the known ones are {', '.join(sorted(known)) or 'none'}.")
+
+
+def _tokenizer_names(kind: type) -> set[str]:
+    """Options that a class of tokenizers takes when it is loaded."""
+    own = set(signature(kind).parameters) - {"args", "kwargs"}
+    return own | set(TextKwargs.__annotations__) | set(TOKENIZER_NAMES.split())
 
 
 def _known_token_id(tokenizer: Any, token: str) -> int:
@@ -487,6 +581,10 @@ def _choose_template(tokenizer: Any) -> str:
         return own
     vocabulary = tokenizer.get_vocab()
     return next((name for token, name in TEMPLATE_BY_TOKEN.items() if token in vocabulary), "plain")
+
+
+def _context_length(text_config: Any) -> int | None:
+    return text_config.max_position_embeddings if hasattr(text_config, "max_position_embeddings") else None
 
 
 def _view_size(vision_config: Any) -> int:

@@ -132,6 +132,19 @@ def count_tokens(plan: ViewPlan, layout: TokenLayout) -> TokenCount:
     return TokenCount(global_tokens + crop_tokens + marks, global_tokens, crop_tokens, marks)
 
 
+def min_budget(count: TokenCount, layout: TokenLayout) -> int:
+    """The smallest `max_image_tokens` that an image allows: what no part drops, and one more.
+
+    Args:
+        count (`TokenCount`): The full count of the image.
+        layout (`TokenLayout`): Says which tokens may be dropped.
+
+    Returns:
+        The number; the full count where nothing may be dropped.
+    """
+    return count.total - max(_droppable_tokens(count, layout) - 1, 0)
+
+
 def apply_budget(count: TokenCount, layout: TokenLayout, max_image_tokens: int | None, image_index: int) -> int:
     """Tokens of one image under a budget: `min(max_image_tokens, count.total)`, exactly.
 
@@ -151,7 +164,7 @@ def apply_budget(count: TokenCount, layout: TokenLayout, max_image_tokens: int |
         return count.total
     if isinstance(max_image_tokens, bool) or not isinstance(max_image_tokens, int):
         raise ValueError(f"max_image_tokens={max_image_tokens!r} must be an integer number of tokens, or None.")
-    least = count.total - max(_droppable_tokens(count, layout) - 1, 0)
+    least = min_budget(count, layout)
     if max_image_tokens < least and layout.fixed_tokens == least:
         raise ValueError(
             f"Image {image_index}: max_image_tokens={max_image_tokens} is too small; this model uses {least} tokens "
@@ -161,8 +174,8 @@ def apply_budget(count: TokenCount, layout: TokenLayout, max_image_tokens: int |
         reason = "marks and protected views stay" if layout.budget else "this model has no part that drops tokens"
         raise ValueError(
             f"Image {image_index}: max_image_tokens={max_image_tokens} is too small ({reason}); the smallest value "
-            f"for this image is {least}, its full count is {count.total}. Raise max_image_tokens, lower max_crops or "
-            f"leave views out."
+            f"for this image is {least}, its full count is {count.total}. Raise max_image_tokens (min_image_tokens "
+            f"tells the smallest), lower max_crops or leave views out."
         )
     return min(max_image_tokens, count.total)
 

@@ -120,14 +120,15 @@ class HiResLmmCollator:
         return dict(zip(COUNTERS, self._counts.sum(dim=1).tolist(), strict=True))
 
     def encode(
-        self, example: dict, max_image_tokens: int | None = None, position: int | None = None
+        self, example: dict, max_image_tokens: int | list | None = None, position: int | None = None
     ) -> dict[str, torch.Tensor] | None:
         """Encode one conversation.
 
         Args:
-            example (`dict`): `messages`, and `images` or `image` where the messages hold none themselves.
-            max_image_tokens (`int`, *optional*): Budget of every image of it; by default that of the collator, the
-                largest of a list.
+            example (`dict`): `messages`, and `images` or `image` where the messages hold none themselves; its own
+                `max_image_tokens` (one number, or one an image) goes before all others.
+            max_image_tokens (`int` or `list`, *optional*): Budget of every image of it, or one an image; by default
+                that of the collator, the largest of a list.
             position (`int`, *optional*): Its place in the batch, for errors about samples without an id.
 
         Returns:
@@ -145,9 +146,11 @@ class HiResLmmCollator:
             reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
             raise ValueError(f"{name_sample(example, position)}: {reason}") from error
 
-    def _encode_example(self, example: dict, max_image_tokens: int | None) -> dict[str, torch.Tensor] | None:
+    def _encode_example(self, example: dict, max_image_tokens: int | list | None) -> dict[str, torch.Tensor] | None:
         """What `encode` does, without the name of the sample in errors."""
         messages = read_messages(example)
+        if example.get("max_image_tokens") is not None:
+            max_image_tokens = example["max_image_tokens"]
         if max_image_tokens is None:
             own = self.max_image_tokens
             max_image_tokens = max(own) if isinstance(own, (list, tuple)) else own
@@ -158,9 +161,9 @@ class HiResLmmCollator:
         if self.too_long == "drop":
             return None
         if self.too_long == "lower_budget" and "view_positions" in sample:
-            budget = self._smaller_budget(sample, length - self.max_length)
-            if budget is not None:
-                sample = self._encode(messages, budget)
+            budgets = self._smaller_budgets(sample, length - self.max_length)
+            if budgets is not None:
+                sample = self._encode(messages, budgets)
                 self._count("lowered_budgets")
                 return sample
         raise ValueError(
@@ -196,7 +199,7 @@ class HiResLmmCollator:
                 samples.append(sample)
         return self._join(samples or [self._end_row()])
 
-    def _encode(self, messages: list[dict], max_image_tokens: int | None) -> dict[str, torch.Tensor]:
+    def _encode(self, messages: list[dict], max_image_tokens: int | list | None) -> dict[str, torch.Tensor]:
         """Run the processor on one conversation."""
         images_kwargs = {**self.images_kwargs, "max_image_tokens": max_image_tokens}
         has_images = any(part["type"] == "image" for message in messages for part in message["content"])
@@ -233,13 +236,13 @@ class HiResLmmCollator:
                 sample[column.name] = value
         return sample
 
-    def _smaller_budget(self, sample: dict[str, torch.Tensor], surplus: int) -> int | None:
-        """The largest common budget that saves `surplus` tokens; None if there is none."""
+    def _smaller_budgets(self, sample: dict[str, torch.Tensor], surplus: int) -> list[int] | None:
+        """A budget for each image, with the largest common limit that saves `surplus` tokens, if there is one."""
         positions = sample["view_positions"]
         counts = positions[positions[:, 0] == 0, 5].tolist()
         for budget in range(max(counts) - 1, 0, -1):
             if sum(max(count - budget, 0) for count in counts) >= surplus:
-                return budget
+                return [min(budget, count) for count in counts]
         return None
 
     def _count(self, name: str) -> None:
@@ -340,4 +343,4 @@ def read_messages(example: dict) -> list[dict]:
 def find_image(part: dict) -> Any:
     """The image or source of a content part, or None for a text."""
     keys = ("image", "url", "path", "base64")
-    return next((part[key] for key in keys if key in part), None) if part["type"] == "image" else None
+    return next((part[key] for key in keys if part.get(key) is not None), None) if part["type"] == "image" else None

@@ -20,6 +20,7 @@ from PIL import Image
 from torch.utils.data import Dataset, IterableDataset
 
 from ...processing.image_input_hires_lmm import DEFAULT_PIXEL_LIMIT, open_image, to_rgb
+from ...processing.messages_hires_lmm import clean_messages
 from ..collator import find_image, read_messages
 from .cognition_cache import CachedCodes, cache_codes
 from .cognition_codes import VqQuantiser, load_quantiser
@@ -105,7 +106,7 @@ class CognitionTransform:
             rng = Random(f"{self.seed}/{self.epoch}/{_row_key(whole, images)}")
         except OSError as error:
             raise ValueError(f"{_describe(row)}An image cannot be decoded ({error}); replace it.") from error
-        messages = list(row["messages"])
+        messages = clean_messages(row["messages"])
         for task, rate in self.rates.items():
             if rng.random() < rate:
                 messages = self._insert(task, messages, images, rng, _describe(row))

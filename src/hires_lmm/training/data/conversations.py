@@ -7,6 +7,8 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
+from ...processing.messages_hires_lmm import clean_messages
+
 
 IMAGE_MARK = "<image>"
 LLAVA_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -17,8 +19,8 @@ def attach_images(messages: list[dict], images: Any = None) -> list[dict]:
 
     Args:
         messages (`list[dict]`): `role` and `content`; a content is a string, in which `<image>` stands for an image,
-            or a list of parts of type `text` and `image`. Keys with the value None, which columnar datasets add, are
-            left out.
+            or a list of parts of type `text` and `image`, of which only the latter are images. What is None, as
+            columnar datasets fill in, is left out.
         images (*optional*): The images of the conversation in reading order, one or a list; only for image parts
             that do not hold one themselves.
 
@@ -28,12 +30,12 @@ def attach_images(messages: list[dict], images: Any = None) -> list[dict]:
     Raises:
         ValueError: If the number of images and of places for them differ.
     """
-    given = list(images) if isinstance(images, (list, tuple)) else [] if images is None else [images]
+    given = [image for image in (images if isinstance(images, (list, tuple)) else [images]) if image is not None]
     waiting = iter(given)
     result, places = [], 0
-    for message in messages:
+    for message in clean_messages(messages):
         parts = []
-        for part in _split_content(message["content"]):
+        for part in _split_content(message.get("content", "")):
             if part["type"] == "image" and not {"image", "url", "path", "base64"} & set(part):
                 places += 1
                 image = next(waiting, None)
@@ -51,7 +53,7 @@ def attach_images(messages: list[dict], images: Any = None) -> list[dict]:
 def _split_content(content: Any) -> list[dict]:
     """Parts of a content."""
     if not isinstance(content, str):
-        return [{key: value for key, value in part.items() if value is not None} for part in content]
+        return list(content)
     parts: list[dict] = []
     for number, text in enumerate(content.split(IMAGE_MARK)):
         if number:
