@@ -1,5 +1,6 @@
 """The model: vision tower, connector and language model, and the splice between them."""
 
+import copy
 from typing import Any, cast
 
 import torch
@@ -11,7 +12,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 
-from .compat_hires_lmm import CACHE, takes_cache
+from .compat_hires_lmm import CACHE, CACHE_NAMES, takes_cache
 from .configuration_hires_lmm import HiResLmmConfig, HiResLmmConnectorConfig, check_fit
 from .connector_hires_lmm import HiResLmmConnector, drop
 from .generation_hires_lmm import HiResLmmGenerationMixin, check_encoder_outputs
@@ -53,7 +54,7 @@ class HiResLmmPreTrainedModel(HiResLmmLoadingMixin, PreTrainedModel):
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
     _no_split_modules: Any = None
-    _skip_keys_device_placement = ["cache", "past_key_values"]
+    _skip_keys_device_placement = [*CACHE_NAMES]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -319,6 +320,7 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
             vision_chunk_size,
             image_geometry,
             vision_feature_layer,
+            **{name: kwargs.get(name) for name in ("output_hidden_states", "output_attentions")},
         )
         extra: dict[str, Any] = {}
         packing, read = None, None
@@ -370,6 +372,7 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
         vision_chunk_size: int | None,
         images: list[ImageGeometry] | None,
         layer: int | None,
+        **wanted: bool | None,
     ) -> HiResLmmImageFeatures | None:
         """Take the caller's features or encode the images, after comparing placeholders with promised tokens."""
         features = check_encoder_outputs(mm_encoder_outputs).get("image")
@@ -396,7 +399,9 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
                 check_finite(is_finite, given[0], "vision_features" if is_encoded else "pixel_values")
                 images = read_geometry(positions.tolist(), spans.tolist())
                 is_unpadded = bool(flags[0]) if flags else None
-            features = self._encode_images(given[0], images, view_boxes, layer, is_encoded, vision_chunk_size)
+            features = self._encode_images(
+                given[0], images, view_boxes, layer, is_encoded, vision_chunk_size, **wanted
+            )
             features.is_unpadded = is_unpadded
             features.keep_nothing()
             return features
@@ -428,7 +433,7 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
         """Write visual tokens over placeholders: embeddings, kept positions `(B, S)`, what was read, more outputs."""
         prompt_length, inputs_embeds = getattr(features, "prompt_length", None), text.embeds
         placeholder = self.get_placeholder_mask(text.ids, inputs_embeds, prompt_length)
-        tokens, kept = getattr(features, "tokens", None), None
+        tokens, kept, counts = getattr(features, "tokens", None), None, placeholders_per_image(features)
         if not self.connector.is_done_early:
             if tokens is None:
                 raise ValueError(
@@ -440,7 +445,7 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
                 question = self.read_question(text, placeholder, tokens.num_tokens, prompt_length, past)
                 question.cache, question.earlier = cache, features.earlier
             tokens = self.connector.finish(tokens, question)
-            placed, kept = drop(tokens)
+            (placed, kept), counts = drop(tokens), tokens.num_tokens
         else:
             placed = torch.cat([part.to(inputs_embeds.device) for part in features.pooler_output])
         placed = placed.to(inputs_embeds.device, inputs_embeds.dtype)
@@ -448,7 +453,9 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
         kept_positions = torch.ones_like(placeholder)
         if kept is not None:
             kept_positions = kept_positions.masked_scatter(placeholder, kept.to(placeholder.device))
-        extra: dict[str, Any] = {"image_hidden_states": placed, "kept_mask": kept_positions}
+        image_outputs = copy.copy(features)
+        image_outputs.pooler_output = list(placed.split(counts))
+        extra: dict[str, Any] = {"image_outputs": image_outputs, "kept_mask": kept_positions}
         if prompt_length is not None:
             extra["num_drafted"] = placeholder.shape[1] - prompt_length
         if output_token_map:
@@ -595,7 +602,14 @@ class HiResLmmForConditionalGeneration(HiResLmmPreTrainedModel, HiResLmmGenerati
         return HiResLmmCausalLMOutputWithPast(
             loss=loss,
             logits=None if learned is not None else logits,
-            **{name: value for name, value in outputs.items() if name != "last_hidden_state"},
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_outputs=outputs.image_outputs,
+            kept_mask=outputs.kept_mask,
+            packed_attention_mask=outputs.packed_attention_mask,
+            num_drafted=outputs.num_drafted,
+            token_map=outputs.token_map,
+            **{CACHE: outputs.get(CACHE)},
         )
 
 
