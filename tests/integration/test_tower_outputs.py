@@ -88,8 +88,8 @@ def leaves(output):
 @pytest.mark.parametrize("chunk", [None, 2])
 @torch.no_grad()
 def test_the_output_carries_what_the_tower_gave_for_its_images(parts, tower, chunk):
-    model, batch = parts
-    whole = {**make_batch(tiny_processor(model.config), [("<image>What is it?", [random_image(90, 130)])])}
+    model = parts[0]
+    whole = make_batch(tiny_processor(model.config), [("<image>What is it?", [random_image(90, 130)])])
     asked = {"output_hidden_states": True, "output_attentions": True, "vision_chunk_size": chunk}
     for network in (model, model.model):
         images = network(**whole, **asked).image_outputs
