@@ -18,8 +18,8 @@ import torch
 from accelerate import DistributedType, PartialState
 from transformers import TrainerCallback, set_seed
 
-from builders.tiny import random_image
 from builders.objectives import fixed_reconstruction, objective_trainer, vlsa_parts
+from builders.tiny import random_image
 from builders.training import conversation, losses, make_trainer, slime_parts
 from hires_lmm.training import Stage
 

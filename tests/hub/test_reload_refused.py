@@ -12,8 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, PreTrainedModel
 
-from builders.tiny import tiny_model
 from builders.reload import case_config
+from builders.tiny import tiny_model
 from hires_lmm import HiResLmmForConditionalGeneration
 from hires_lmm.modeling.loading_hires_lmm import HiResLmmCheckpointError
 

@@ -21,7 +21,9 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "src" / "hires_lmm"
 FOLDERS = [PACKAGE / "modeling", PACKAGE / "processing"]
-SHIPPED = sorted(file for folder in FOLDERS for file in folder.glob("*.py") if file.name != "__init__.py")
+FILES = sorted(file for folder in FOLDERS for file in folder.glob("*.py") if file.name != "__init__.py")
+SHIPPED = [file for file in FILES if not file.is_symlink()]
+LINKS = [file for file in FILES if file.is_symlink()]  # files that both folders need; a checkpoint gets them once
 STANDARD = {  # module -> names that may be taken from it; None: the module itself, with all it has
     "base64": None,
     "binascii": None,
@@ -40,6 +42,7 @@ STANDARD = {  # module -> names that may be taken from it; None: the module itse
     "threading": {"Lock", "RLock", "local"},
     "time": None,
     "typing": {"Any", "Literal", "NamedTuple", "cast"},
+    "warnings": None,
     "weakref": {"WeakKeyDictionary"},
 }
 ALLOWED = {name.split(".")[0] for name in STANDARD} | {"torch", "numpy", "PIL", "transformers", "huggingface_hub"}
@@ -348,8 +351,9 @@ def rule_flat(folder: Path) -> list[str]:
 
 
 def rule_unique_names(folders: list[Path]) -> list[str]:
-    """No file name twice: all of them end up in one folder."""
-    names = [file.name for folder in folders for file in folder.glob("*.py") if file.name != "__init__.py"]
+    """No file name twice, beside links: all of them end up in one folder."""
+    files = [file for folder in folders for file in folder.glob("*.py") if not file.is_symlink()]
+    names = [file.name for file in files if file.name != "__init__.py"]
     return sorted({name for name in names if names.count(name) > 1})
 
 
@@ -364,6 +368,12 @@ def test_folder_ships_files_and_is_flat(folder: Path):
 
 def test_names_are_unique_across_the_folders():
     assert rule_unique_names(FOLDERS) == []
+
+
+@pytest.mark.parametrize("link", LINKS, ids=lambda path: path.stem)
+def test_a_link_leads_to_the_file_of_that_name_in_processing(link: Path):
+    assert link.readlink().as_posix() == f"../processing/{link.name}"
+    assert link.resolve() in SHIPPED and link.parent.name == "modeling"
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)

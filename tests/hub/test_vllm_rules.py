@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForImageTextToText
 
-from builders.tiny import tiny_config, tiny_model, tiny_processor, tiny_text_config
 from builders.reload import PRESETS, case_config
+from builders.tiny import tiny_config, tiny_model, tiny_processor, tiny_text_config
 from hires_lmm.processing.image_processing_hires_lmm import HiResLmmImageProcessorKwargs
 from hires_lmm.processing.processing_hires_lmm import HiResLmmProcessorKwargs
 

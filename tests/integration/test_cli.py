@@ -11,8 +11,8 @@ from PIL import Image
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
-from builders.docs import ROOT
 import hires_lmm
+from builders.docs import ROOT
 from hires_lmm import PRESETS
 from hires_lmm.cli import app
 from hires_lmm.conversion.random_model import build_byte_tokenizer

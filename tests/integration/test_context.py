@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from builders.tiny import make_batch, random_image, tiny_model, tiny_processor
 from builders.chat import chat, fusion_setup
+from builders.tiny import make_batch, random_image, tiny_model, tiny_processor
 from builders.training import slime_config
 from hires_lmm.modeling.compat_hires_lmm import CACHE
 

@@ -95,7 +95,7 @@ def test_predicted_counts_equal_features(preset, with_budget):
         return
     assert [len(tokens) for tokens in features] == full  # the question has the last word, inside `forward`
     found = model(**batch, output_token_map=True)
-    assert len(found.image_hidden_states) == sum(predicted)
+    assert [len(part) for part in found.image_outputs.pooler_output] == predicted
     kept = [int(found.token_map.kept[found.token_map.image == image].sum()) for image in range(len(sizes))]
     for left, promised, count in zip(kept, predicted, full, strict=True):
         assert left == promised if promised < count else left <= count  # a budget goes before the threshold

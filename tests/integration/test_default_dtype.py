@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
-from builders.tiny import tiny_model, tiny_processor
 from builders.reload import PRESETS, case_config
+from builders.tiny import tiny_model, tiny_processor
 from builders.training import conversation
 from hires_lmm.processing.chat_templates_hires_lmm import answer_prefix_ids
 from hires_lmm.training import HiResLmmCollator

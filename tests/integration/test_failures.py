@@ -18,8 +18,8 @@ import transformers.modeling_utils
 from safetensors.torch import load_file
 from torch import nn
 
-from builders.tiny import random_image
 from builders.docs import ROOT
+from builders.tiny import random_image
 from builders.training import conversation, conversations, make_trainer, slime_parts, training_arguments
 from hires_lmm.files import replacing, write_text
 from hires_lmm.training import (

@@ -63,12 +63,12 @@ def test_the_logits_depend_on_the_question_only_if_it_is_read(setup):
     image = random_image(90, 120)
     own, other = (inputs_of(processor, 1, image, [text]) for text in ("what is red here", "what is blue here"))
     with torch.no_grad():
-        states = [model(**batch).image_hidden_states for batch in (own, other)]
+        states = [torch.cat(model(**batch).image_outputs.pooler_output) for batch in (own, other)]
         assert (states[0] - states[1]).abs().max() > 1e-2
         fusion = model.model.connector.token_ops[0]
         fusion.question = False
         try:
-            blind = [model(**batch).image_hidden_states for batch in (own, other)]
+            blind = [torch.cat(model(**batch).image_outputs.pooler_output) for batch in (own, other)]
         finally:
             fusion.question = True
     assert torch.equal(*blind)

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import reference_generation as reference
-from builders.tiny import make_batch, random_image
 from builders.chat import OTHER, QUESTIONS, chat, features_of, fusion_setup
+from builders.tiny import make_batch, random_image
 from hires_lmm.processing.messages_hires_lmm import QUERY_TOKEN
 
 

@@ -6,8 +6,8 @@ import pickle
 import pytest
 import torch
 
-from builders.tiny import make_batch, random_image
 from builders.chat import OTHER, QUESTIONS, chat, features_of, fusion_setup, inputs_of, logits_of, text_only
+from builders.tiny import make_batch, random_image
 from hires_lmm.modeling.compat_hires_lmm import CACHE
 from hires_lmm.processing.messages_hires_lmm import QUERY_TOKEN
 

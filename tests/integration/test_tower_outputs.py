@@ -1,7 +1,8 @@
-"""Outputs: hidden states and attentions of the tower where they are asked for; tuples hold what dicts hold."""
+"""Outputs: the images with what the tower gave where it is asked for; tuples hold what dicts hold."""
 
 import pytest
 import torch
+from transformers.utils import ModelOutput
 
 from builders import geometry_of, make_batch, random_image, tiny_config, tiny_model, tiny_processor
 from reference_routing import SMALL_CONNECTORS
@@ -66,9 +67,60 @@ def test_tuples_hold_what_dicts_hold(preset):
     batch = make_batch(processor, [("<image> What is it?", [random_image(90, 130)])])
     for network in (model, model.model):
         named = network(**batch, use_cache=False, output_hidden_states=True)
-        assert {"image_hidden_states", "kept_mask", "hidden_states"} <= named.keys()
+        assert {"image_outputs", "kept_mask", "hidden_states"} <= named.keys()
         plain = network(**batch, use_cache=False, output_hidden_states=True, return_dict=False)
-        torch.testing.assert_close(plain, named.to_tuple(), rtol=0, atol=0)
+        found, wanted = ([*leaves(output)] for output in (plain, named.values()))
+        assert len(found) > 10
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+
+
+def leaves(output):
+    """The tensors of a nested output in order."""
+    for value in output:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (tuple, list)):
+            yield from leaves(value)
+        elif isinstance(value, ModelOutput):
+            yield from leaves(value.values())
+
+
+@pytest.mark.parametrize("chunk", [None, 2])
+@torch.no_grad()
+def test_the_output_carries_what_the_tower_gave_for_its_images(parts, tower, chunk):
+    model = parts[0]
+    whole = make_batch(tiny_processor(model.config), [("<image>What is it?", [random_image(90, 130)])])
+    asked = {"output_hidden_states": True, "output_attentions": True, "vision_chunk_size": chunk}
+    for network in (model, model.model):
+        images = network(**whole, **asked).image_outputs
+        torch.testing.assert_close(images.hidden_states, tower.hidden_states)
+        torch.testing.assert_close(images.attentions, tower.attentions)
+        torch.testing.assert_close(images.last_hidden_state, tower.last_hidden_state)
+        assert network(**whole).image_outputs.hidden_states is None
+        assert network(input_ids=torch.tensor([[1, 2]])).image_outputs is None
+
+
+@pytest.mark.parametrize("preset", ["slime", "llava_next", "vlsa", "fusion"])
+@torch.no_grad()
+def test_the_images_of_an_output_hold_what_was_spliced_and_serve_a_further_call(preset):
+    config = tiny_config(preset, connector_config=SMALL_CONNECTORS.get(preset, {}))
+    model, processor = tiny_model(config), tiny_processor(config)
+    samples = [("<image> What is it?", [random_image(90, 130)]), ("<image> Who?", [random_image(50, 40, 1)])]
+    batch, seen = make_batch(processor, samples), []
+    model.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"]), with_kwargs=True
+    )
+    output = model.model(**batch)
+    images, ids, real = output.image_outputs.pooler_output, batch["input_ids"], batch["attention_mask"].bool()
+    packed = real if output.packed_attention_mask is None else output.packed_attention_mask.bool()
+    assert output.kept_mask.all() == (preset != "slime")
+    wanted = model.get_input_embeddings()(ids)
+    for row, part in enumerate(images):
+        wanted[row, ids[row] == config.image_token_id] = part
+        torch.testing.assert_close(seen[0][row, packed[row]], wanted[row, output.kept_mask[row] & real[row]])
+    text = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    again = model.model(**text, mm_encoder_outputs={"image": output.image_outputs})
+    torch.testing.assert_close(again.last_hidden_state, output.last_hidden_state)
 
 
 @torch.no_grad()

@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, Trainer
 
-from builders.tiny import make_batch, random_image, tiny_model, tiny_processor
 from builders.reload import case_config
+from builders.tiny import make_batch, random_image, tiny_model, tiny_processor
 from builders.training import QUIET_ROUTER, conversation, training_arguments
 from hires_lmm.modeling.compat_hires_lmm import CACHE
 from hires_lmm.modeling.question_hires_lmm import PromptText, recover_text

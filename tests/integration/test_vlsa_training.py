@@ -16,8 +16,8 @@ from transformers import AutoModelForImageTextToText
 pytest.importorskip("diffusers")
 
 import vlsa_run
-from builders.tiny import make_batch, random_image
 from builders.objectives import diffusion_parts, vlsa_parts
+from builders.tiny import make_batch, random_image
 from builders.training import losses
 from hires_lmm.training.data.cognition import CognitionTransform, cache_codes
 from hires_lmm.training.objectives import load_objectives

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-from builders.tiny import randomise
 from builders.fusion import tiny_text_encoder
+from builders.tiny import randomise
 from hires_lmm.training.objectives.contrastive_math import (
     compose_answers,
     contrast,

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from builders.tiny import make_batch, random_image, tiny_processor
 from builders.chat import fusion_setup
 from builders.images import picture
 from builders.text import tiny_tokenizer
+from builders.tiny import make_batch, random_image, tiny_processor
 from builders.training import slime_config
 from hires_lmm.conversion.fusion_template import LLAMA2_VISION
 from hires_lmm.processing.chat_templates_hires_lmm import CHAT_TEMPLATES

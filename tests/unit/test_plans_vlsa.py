@@ -2,8 +2,8 @@
 
 import pytest
 
-from builders.tiny import tiny_config, tiny_model
 from builders.objectives import reconstruction, vlsa_config
+from builders.tiny import tiny_config, tiny_model
 from hires_lmm.training import get_plan
 from hires_lmm.training.objectives.run import attach
 from hires_lmm.training.parameters import list_parts, part_name

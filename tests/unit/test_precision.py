@@ -12,7 +12,6 @@ import pytest
 import torch
 from PIL import Image
 
-from builders.tiny import make_batch, random_image, tiny_config, tiny_model, tiny_processor, tiny_text_config
 from builders.parts import (
     SLOTS_OF,
     build_part,
@@ -23,6 +22,7 @@ from builders.parts import (
     run_part,
     with_outliers,
 )
+from builders.tiny import make_batch, random_image, tiny_config, tiny_model, tiny_processor, tiny_text_config
 from hires_lmm.modeling import modeling_hires_lmm
 from hires_lmm.modeling.parts_hires_lmm import SLOTS
 from hires_lmm.modeling.routers_hires_lmm import keep_budget, keep_threshold

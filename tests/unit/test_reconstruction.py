@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from builders.tiny import random_image, tiny_config, tiny_model
 from builders.objectives import diffusion_parts, reconstruction, vlsa_parts
+from builders.tiny import random_image, tiny_config, tiny_model
 from hires_lmm.training.objectives import load_objectives, save_objectives
 from hires_lmm.training.objectives.epigone import Epigone, find_widths
 from hires_lmm.training.objectives.reconstruction import Reconstruction, add_noise, clean_from_velocity

@@ -12,8 +12,8 @@ from pathlib import Path
 from skips import PRESETS
 from tiny_presets import Suite, example
 
-from builders.tiny import tiny_model, tiny_processor
 from builders.text import tiny_tokenizer
+from builders.tiny import tiny_model, tiny_processor
 from hires_lmm import HiResLmmForConditionalGeneration, HiResLmmImageProcessor, HiResLmmProcessor
 
 

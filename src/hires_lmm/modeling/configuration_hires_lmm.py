@@ -9,6 +9,8 @@ from transformers import PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 from transformers.models.auto import AutoConfig
 
+from .compat_hires_lmm import CACHE_NAMES, warn_if_untested
+
 
 AUTO_MAP = {
     "AutoConfig": "configuration_hires_lmm.HiResLmmConfig",
@@ -177,11 +179,10 @@ class HiResLmmConfig(PreTrainedConfig):
 
     model_type = "hires_lmm"
     keys_to_ignore_at_inference = [
-        "cache",
-        "past_key_values",
+        *CACHE_NAMES,
         "hidden_states",
         "attentions",
-        "image_hidden_states",
+        "image_outputs",
         "packed_attention_mask",
         "num_drafted",
         "kept_mask",
@@ -208,6 +209,7 @@ class HiResLmmConfig(PreTrainedConfig):
     auto_map: dict | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        warn_if_untested()
         dtypes = {"dtype": self.dtype, "torch_dtype": kwargs.get("torch_dtype")}
         parts = {name: getattr(self, name) for name in type(self).sub_configs_defaults}
         for name, part in parts.items():

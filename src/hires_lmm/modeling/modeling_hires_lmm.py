@@ -1,5 +1,6 @@
 """The model: vision tower, connector and language model, and the splice between them."""
 
+import copy
 from typing import Any, cast
 
 import torch
@@ -11,7 +12,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 
-from .compat_hires_lmm import CACHE, takes_cache
+from .compat_hires_lmm import CACHE, CACHE_NAMES, takes_cache
 from .configuration_hires_lmm import HiResLmmConfig, HiResLmmConnectorConfig, check_fit
 from .connector_hires_lmm import HiResLmmConnector, drop
 from .generation_hires_lmm import HiResLmmGenerationMixin, check_context, check_encoder_outputs
@@ -57,7 +58,7 @@ class HiResLmmPreTrainedModel(HiResLmmLoadingMixin, PreTrainedModel):
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
     _no_split_modules: Any = None
-    _skip_keys_device_placement = ["cache", "past_key_values"]
+    _skip_keys_device_placement = [*CACHE_NAMES]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -335,6 +336,7 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
             vision_chunk_size,
             image_geometry,
             vision_feature_layer,
+            **{name: kwargs.get(name) for name in ("output_hidden_states", "output_attentions")},
         )
         extra: dict[str, Any] = {}
         packing, read = None, None
@@ -392,6 +394,7 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
         vision_chunk_size: int | None,
         images: list[ImageGeometry] | None,
         layer: int | None,
+        **wanted: bool | None,
     ) -> HiResLmmImageFeatures | None:
         """Take the caller's features or encode the images, after comparing placeholders with promised tokens."""
         features = check_encoder_outputs(mm_encoder_outputs).get("image")
@@ -418,7 +421,9 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
                 check_finite(is_finite, given[0], "vision_features" if is_encoded else "pixel_values")
                 images = read_geometry(positions.tolist(), spans.tolist())
                 is_unpadded = bool(flags[0]) if flags else None
-            features = self._encode_images(given[0], images, view_boxes, layer, is_encoded, vision_chunk_size)
+            features = self._encode_images(
+                given[0], images, view_boxes, layer, is_encoded, vision_chunk_size, **wanted
+            )
             features.is_unpadded = is_unpadded
             features.keep_nothing()
             return features
@@ -452,7 +457,7 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
         if prompt_length is not None and text.ids is None:  # PEFT puts virtual tokens before what generate was given
             prompt_length = inputs_embeds.shape[1]
         placeholder = self.get_placeholder_mask(text.ids, inputs_embeds, prompt_length)
-        tokens, kept = getattr(features, "tokens", None), None
+        tokens, kept, counts = getattr(features, "tokens", None), None, placeholders_per_image(features)
         if not self.connector.is_done_early:
             if tokens is None:
                 raise ValueError(
@@ -464,7 +469,7 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
                 question = self.read_question(text, placeholder, tokens.num_tokens, prompt_length, past)
                 question.cache, question.earlier = cache, features.earlier
             tokens = self.connector.finish(tokens, question)
-            placed, kept = drop(tokens)
+            (placed, kept), counts = drop(tokens), tokens.num_tokens
         else:
             placed = torch.cat([part.to(inputs_embeds.device) for part in features.pooler_output])
         placed = placed.to(inputs_embeds.device, inputs_embeds.dtype)
@@ -472,7 +477,9 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
         kept_positions = torch.ones_like(placeholder)
         if kept is not None:
             kept_positions = kept_positions.masked_scatter(placeholder, kept.to(placeholder.device))
-        extra: dict[str, Any] = {"image_hidden_states": placed, "kept_mask": kept_positions}
+        image_outputs = copy.copy(features)
+        image_outputs.pooler_output = list(placed.split(counts))
+        extra: dict[str, Any] = {"image_outputs": image_outputs, "kept_mask": kept_positions}
         if prompt_length is not None:
             extra["num_drafted"] = placeholder.shape[1] - prompt_length
         wanted = getattr(features, "token_maps", None)
@@ -623,7 +630,15 @@ class HiResLmmForConditionalGeneration(HiResLmmPreTrainedModel, HiResLmmGenerati
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
-        others = {name: value for name, value in outputs.items() if name not in ("last_hidden_state", CACHE)}
+        others = {
+            "hidden_states": outputs.hidden_states,
+            "attentions": outputs.attentions,
+            "image_outputs": outputs.image_outputs,
+            "kept_mask": outputs.kept_mask,
+            "packed_attention_mask": outputs.packed_attention_mask,
+            "num_drafted": outputs.num_drafted,
+            "token_map": outputs.token_map,
+        }
         if learned is not None:
             return HiResLmmTrainingOutput(loss=loss, cache=outputs.get(CACHE), **others)
         return HiResLmmCausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: outputs.get(CACHE)}, **others)

@@ -212,8 +212,15 @@ def build_token_map(tokens: VisualTokens, view_boxes: torch.Tensor | None) -> To
     )
 
 
+class _WithImages(ModelOutput):
+    """As a tuple, the features of the images are one too."""
+
+    def to_tuple(self) -> tuple:
+        return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in super().to_tuple())
+
+
 @dataclass
-class HiResLmmModelOutputWithPast(BaseModelOutputWithPast):
+class HiResLmmModelOutputWithPast(_WithImages, BaseModelOutputWithPast):
     """Hidden states of the input length, whatever was dropped inside.
 
     Args:
@@ -221,14 +228,15 @@ class HiResLmmModelOutputWithPast(BaseModelOutputWithPast):
         cache (`Cache`, *optional*): Cache of the positions that were kept.
         hidden_states (`tuple[torch.Tensor]`, *optional*): Per layer, at packed length.
         attentions (`tuple[torch.Tensor]`, *optional*): Per layer, at packed length.
-        image_hidden_states (`torch.Tensor` of shape `(M, D)`, *optional*): Visual tokens written over placeholders.
+        image_outputs (`HiResLmmImageFeatures`, *optional*): The features of the images, as `mm_encoder_outputs` takes
+            them; `pooler_output` holds what was written over the placeholders of each image.
         kept_mask (`torch.Tensor` of shape `(B, S)`, *optional*): False where a visual token was dropped.
         packed_attention_mask (`torch.Tensor` of shape `(B, past + P)`, *optional*): Mask of the packed rows.
         num_drafted (`int`, *optional*): Positions beyond the prompt in this call.
         token_map (`TokenMap`, *optional*): With `output_token_map=True`.
     """
 
-    image_hidden_states: torch.Tensor | None = None
+    image_outputs: HiResLmmImageFeatures | None = None
     kept_mask: torch.Tensor | None = None
     packed_attention_mask: torch.Tensor | None = None
     num_drafted: int | None = None
@@ -236,7 +244,7 @@ class HiResLmmModelOutputWithPast(BaseModelOutputWithPast):
 
 
 @dataclass
-class HiResLmmCausalLMOutputWithPast(CausalLMOutputWithPast):
+class HiResLmmCausalLMOutputWithPast(_WithImages, CausalLMOutputWithPast):
     """Loss and logits beside the fields of `HiResLmmModelOutputWithPast`.
 
     Args:
@@ -245,14 +253,14 @@ class HiResLmmCausalLMOutputWithPast(CausalLMOutputWithPast):
         cache (`Cache`, *optional*): See `HiResLmmModelOutputWithPast`, as all that follow.
         hidden_states (`tuple[torch.Tensor]`, *optional*): As above.
         attentions (`tuple[torch.Tensor]`, *optional*): As above.
-        image_hidden_states (`torch.Tensor`, *optional*): As above.
+        image_outputs (`HiResLmmImageFeatures`, *optional*): As above.
         kept_mask (`torch.Tensor`, *optional*): As above.
         packed_attention_mask (`torch.Tensor`, *optional*): As above.
         num_drafted (`int`, *optional*): As above.
         token_map (`TokenMap`, *optional*): As above.
     """
 
-    image_hidden_states: torch.Tensor | None = None
+    image_outputs: HiResLmmImageFeatures | None = None
     kept_mask: torch.Tensor | None = None
     packed_attention_mask: torch.Tensor | None = None
     num_drafted: int | None = None

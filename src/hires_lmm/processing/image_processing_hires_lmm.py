@@ -19,6 +19,7 @@ from transformers.image_utils import (
 )
 from transformers.processing_utils import ImagesKwargs, Unpack
 
+from .compat_hires_lmm import warn_if_untested
 from .image_input_hires_lmm import DEFAULT_PIXEL_LIMIT, flatten_budgets, flatten_images, open_image, to_rgb
 from .planners_hires_lmm import PLANNERS, Planner, PlannerLimits, ViewPlan, square_paste
 from .token_layout_hires_lmm import TokenLayout, apply_budget, count_tokens, min_budget
@@ -151,6 +152,7 @@ class HiResLmmImageProcessor(PilBackend):
     do_convert_rgb = True
 
     def __init__(self, **kwargs: Unpack[HiResLmmImageProcessorKwargs]):
+        warn_if_untested()
         options = {name: value for name, value in kwargs.items() if not _is_service_name(name)}
         service = {name: value for name, value in kwargs.items() if _is_service_name(name)}
         options = self._with_view_size(self._checked(options))

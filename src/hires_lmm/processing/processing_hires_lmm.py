@@ -328,7 +328,7 @@ class HiResLmmProcessor(ProcessorMixin):
         if later is not None and alone:
             raise ValueError(
                 f"{QUERY_TOKEN} stands in a text without an image: {alone[0]!r}. Pass the whole conversation with its "
-                f"image (generate takes what past_key_values holds from there), or leave {QUERY_TOKEN} out."
+                f"image (generate takes what the cache holds from there), or leave {QUERY_TOKEN} out."
             )
         if later is not None and replacements:
             text, replacements = self._with_queries(text, replacements, later)

@@ -1,0 +1,59 @@
+"""All that depends on the minor of transformers: no other file asks for it. `modeling/` has a link to this one."""
+
+import re
+import warnings
+from collections.abc import Callable
+from functools import wraps
+from inspect import signature
+from typing import Any
+
+import transformers
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils import logging
+
+
+logger = logging.get_logger("transformers.hires_lmm")  # one name for every copy of this file, so that once is once
+
+TESTED = ((5, 20), (5, 24))
+"""First and last minor of transformers that the tests run with; config and image processor look at it."""
+
+CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+"""Name of the cache in calls, in outputs and in what `generate` hands on: `cache` since 5.24."""
+
+CACHE_NAMES = ("cache", "past_key_values")
+"""Every name that a caller may use for it."""
+
+
+def warn_if_untested() -> None:
+    """Say once that the installed minor is none of the tested ones."""
+    installed = transformers.__version__
+    minor = tuple(int(number) for number in re.findall(r"\d+", installed)[:2])
+    if not TESTED[0] <= minor <= TESTED[1]:
+        first, last = (".".join(map(str, each)) for each in TESTED)
+        logger.warning_once(
+            f"hires_lmm is tested with transformers {first} to {last}, and {installed} is installed. If something "
+            f"fails, install a tested one: pip install 'transformers=={last}.*'"
+        )
+
+
+def takes_cache(forward: Callable) -> Callable:
+    """Let a `forward` with the parameter `cache` be called by either name; outermost of its decorators.
+
+    It shows the name of the installed minor, which `generate` reads; the older name is deprecated since 5.24.
+    """
+    known = signature(forward)
+    shown = [each.replace(name=CACHE) if each.name == "cache" else each for each in known.parameters.values()]
+
+    @wraps(forward)
+    def call(self: Any, *args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
+        if past_key_values is not None:
+            if kwargs.get("cache") is not None:
+                raise ValueError("cache and past_key_values are two names of one argument; pass cache alone.")
+            if CACHE == "cache":
+                name = f"{type(self).__name__}.forward"
+                warnings.warn(f"`past_key_values` is deprecated for `{name}`; use `cache`.", FutureWarning, 2)
+            kwargs["cache"] = past_key_values
+        return forward(self, *args, **kwargs)
+
+    call.__signature__ = known.replace(parameters=shown)  # type: ignore[attr-defined]  # ready made: generate reads it for every token
+    return call
