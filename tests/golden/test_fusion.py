@@ -63,7 +63,7 @@ def measure(model: nn.Module, inputs: dict) -> dict[str, torch.Tensor]:
     return {
         "view_tokens": tokens.unflatten(0, (len(inputs["view_positions"]), -1)),
         "slots": seen["slots"],
-        "slots_projected": output.image_hidden_states,
+        "slots_projected": torch.cat(output.image_outputs.pooler_output),
         "llm_embeds": seen["embeds"],
         "llm_logits_valid": logits[inputs["attention_mask"].bool()][::2],
         "llm_loss": nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), inputs["labels"][:, 1:].flatten()),

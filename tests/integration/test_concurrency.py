@@ -335,11 +335,11 @@ def test_streams_in_threads():
 def test_a_reader_who_leaves_ends_the_stream():
     model, processor = shared("slime")
     prepared = prepare(processor, [random_image(60, 90)], QUESTIONS[0])
-    expected, running = "".join(stream_answer(model, processor, prepared, 6)), threading.active_count()
-    leaving = stream_answer(model, processor, prepared, 6)
+    expected, running = "".join(AnswerStream(model, processor, prepared, 6)), threading.active_count()
+    leaving = iter(AnswerStream(model, processor, prepared, 6))
     first = next(leaving)
     leaving.close()
-    assert "".join(stream_answer(model, processor, prepared, 6)) == expected and expected.startswith(first)
+    assert "".join(AnswerStream(model, processor, prepared, 6)) == expected and expected.startswith(first)
     stop = time.monotonic() + 10
     while threading.active_count() > running and time.monotonic() < stop:
         time.sleep(0.05)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from builders.docs import ROOT, run_page
+from builders.docs import ROOT, read_blocks, run_page
 from hires_lmm import PRESETS
 from hires_lmm.accounting import PRESET_SETTINGS
 from hires_lmm.modeling.parts_hires_lmm import ADAPTERS, TOKEN_OPS, VIEW_OPS

@@ -288,7 +288,7 @@ class HiResLmmTrainingOutput(ModelOutput):
         cache (`Cache`, *optional*): See `HiResLmmModelOutputWithPast`, as all that follow.
         hidden_states (`tuple[torch.Tensor]`, *optional*): As above.
         attentions (`tuple[torch.Tensor]`, *optional*): As above.
-        image_hidden_states (`torch.Tensor`, *optional*): As above.
+        image_outputs (`HiResLmmImageFeatures`, *optional*): As above.
         kept_mask (`torch.Tensor`, *optional*): As above.
         packed_attention_mask (`torch.Tensor`, *optional*): As above.
         num_drafted (`int`, *optional*): As above.
@@ -299,7 +299,7 @@ class HiResLmmTrainingOutput(ModelOutput):
     cache: Cache | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
-    image_hidden_states: torch.Tensor | None = None
+    image_outputs: HiResLmmImageFeatures | None = None
     kept_mask: torch.Tensor | None = None
     packed_attention_mask: torch.Tensor | None = None
     num_drafted: int | None = None
