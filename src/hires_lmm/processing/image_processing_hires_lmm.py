@@ -18,6 +18,7 @@ from transformers.image_utils import (
 )
 from transformers.processing_utils import ImagesKwargs, Unpack
 
+from .geometry_hires_lmm import Grid
 from .image_input_hires_lmm import DEFAULT_PIXEL_LIMIT, flatten_images, open_image, to_rgb
 from .planners_hires_lmm import PLANNERS, Planner, PlannerLimits, ViewPlan, square_paste
 from .token_layout_hires_lmm import TokenLayout, apply_budget, count_tokens
@@ -357,12 +358,16 @@ def _check_views(plans: list[ViewPlan]) -> None:
 
 
 def _geometry(plans: list[ViewPlan], counts: list[int]) -> dict[str, np.ndarray]:
-    rows = [(view, count) for plan, count in zip(plans, counts, strict=True) for view in plan.views]
-    positions = [(view.kind, view.grid_rows, view.grid_cols, view.row, view.col, count) for view, count in rows]
+    views = [view for plan in plans for view in plan.views]
+    positions = [
+        (*view.shape[:5], count, *view.patches, not number)  # in the order of Column
+        for plan, count in zip(plans, counts, strict=True)
+        for number, view in enumerate(plan.views)
+    ]
     return {
         "view_positions": np.array(positions, dtype=np.int64),
-        "view_boxes": np.array([view.box for view, _ in rows], dtype=np.int64),
-        "view_spans": np.array([view.span for view, _ in rows], dtype=np.int64),
+        "view_boxes": np.array([view.box for view in views], dtype=np.int64),
+        "view_spans": np.array([view.span for view in views], dtype=np.int64),
     }
 
 
@@ -483,8 +488,8 @@ def _scale_and_shift(factor: float, mean: Any, std: Any) -> tuple[np.ndarray, np
 
 def _plain_layout(limits: PlannerLimits) -> TokenLayout:
     """Every patch of every view is a token."""
-    grid = (limits.patch_grid, limits.patch_grid)
-    return TokenLayout(grid, grid, grid, budget={"on": "all"})
+    grid = Grid(limits.patch_grid, limits.patch_grid)
+    return TokenLayout(grid.size, {"global": grid, "crops": grid}, budget={"on": "all"})
 
 
 def _square_side(size: Any) -> int:

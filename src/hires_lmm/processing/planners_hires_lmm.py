@@ -9,9 +9,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from .geometry_hires_lmm import Kind, ViewShape
 
-GLOBAL_VIEW = 0
-CROP_VIEW = 1
 
 BOX_UNIT = 256
 """Boxes are written in 1/256 source pixel."""
@@ -80,9 +79,9 @@ class PlannerLimits:
 
 @dataclass(frozen=True)
 class View:
-    """One view: `kind` (0 global, 1 crop), its place in the grid, `box` (top, left, bottom, right in the source image,
-    1/256 pixel, outside the image where padded) and `span` (first and past-last row, first and past-last column of its
-    patch grid that enter the sequence; one empty axis = no tokens)."""
+    """One view: its kind, its place in the grid, `box` (top, left, bottom, right in the source image, 1/256 pixel,
+    outside the image where padded), `span` (first and past-last row, first and past-last column of its patch grid that
+    enter the sequence; one empty axis = no tokens) and `patches` (rows and columns of its patch grid)."""
 
     kind: int
     grid_rows: int
@@ -91,6 +90,12 @@ class View:
     col: int
     box: Box
     span: Box
+    patches: Size
+
+    @property
+    def shape(self) -> ViewShape:
+        """What decides the tokens of the view."""
+        return ViewShape(self.kind, self.grid_rows, self.grid_cols, self.row, self.col, *self.patches, *self.span)
 
 
 @dataclass(frozen=True)
@@ -372,7 +377,7 @@ def _global_view(
         spans = [_pixel_span(global_paste[axis], global_size[axis], 0, limits) for axis in (0, 1)]
     span = (0, 0, 0, 0) if limits.views == "crops" else (*spans[0], *spans[1])
     box = (edges[0][0], edges[1][0], edges[0][1], edges[1][1])
-    return View(GLOBAL_VIEW, *grid, 0, 0, box, span)
+    return View(Kind.GLOBAL, *grid, 0, 0, box, span, (limits.patch_grid, limits.patch_grid))
 
 
 def square_paste(size: Size, side: int) -> Size:
@@ -400,12 +405,13 @@ def _crop_views(size: Size, limits: PlannerLimits, grid: Size, canvas: _Canvas, 
             spans.append([_clip_interval(kept, index * patches, patches) for index in range(grid[axis])])
     return [
         View(
-            CROP_VIEW,
+            Kind.CROP,
             *grid,
             row,
             col,
             (edges[0][row], edges[1][col], edges[0][row + 1], edges[1][col + 1]),
             (*spans[0][row], *spans[1][col]),
+            (patches, patches),
         )
         for row in range(grid[0])
         for col in range(grid[1])

@@ -28,9 +28,9 @@ from .chat_templates_hires_lmm import (
     answer_prefix_ids,
     question_prefix_ids,
 )
+from .geometry_hires_lmm import Column
 from .image_input_hires_lmm import flatten_images
 from .image_processing_hires_lmm import HiResLmmImageProcessor, HiResLmmImageProcessorKwargs
-from .planners_hires_lmm import GLOBAL_VIEW
 
 
 logger = logging.get_logger(__name__)
@@ -230,8 +230,8 @@ class HiResLmmProcessor(ProcessorMixin):
     def replace_image_token(self, image_inputs: Any, image_idx: int, **kwargs: Any) -> str:
         """The placeholders of one image, from the counts its views carry."""
         positions = np.asarray(image_inputs["view_positions"])
-        first_rows = np.flatnonzero(positions[:, 0] == GLOBAL_VIEW)
-        return self.image_token * int(positions[first_rows[image_idx], 5])
+        first_rows = np.flatnonzero(positions[:, Column.STARTS_IMAGE])
+        return self.image_token * int(positions[first_rows[image_idx], Column.NUM_TOKENS])
 
     def get_text_with_replacements(
         self,
