@@ -95,7 +95,7 @@ def stage_inputs(model: Any, processor: Any, views: str, cached: bool, images: l
     inputs = {**rows, "view_positions": positions, "view_spans": batch["view_spans"]}
     if cached:
         with torch.no_grad():
-            return {**inputs, "vision_features": model.model.encode_views(pixels)[0]}, labels
+            return {**inputs, "vision_features": model.model.encode_pixels(pixels)}, labels
     return {**inputs, "pixel_values": pixels}, labels
 
 

@@ -10,6 +10,7 @@ from transformers.models.llava_next.image_processing_pil_llava_next import Llava
 from .demo import build_byte_tokenizer
 from .modeling.configuration_hires_lmm import LLAVA_NEXT_GRIDS, PRESETS, HiResLmmConfig
 from .processing.processing_hires_lmm import HiResLmmProcessor
+from .processing.geometry_hires_lmm import Grid
 from .processing.token_layout_hires_lmm import TokenLayout, count_tokens
 
 
@@ -63,7 +64,7 @@ def account_image(
         ValueError: If a size or option is wrong, or the budget too small; the message names the smallest.
     """
     plan = image_processor.plan(height, width, **images_kwargs)
-    grid = (plan.patch_grid, plan.patch_grid)
+    grid = Grid(plan.patch_grid, plan.patch_grid)
     budget_tokens = None
     if max_image_tokens is not None:
         budget_tokens = image_processor.image_tokens(height, width, max_image_tokens=max_image_tokens, **images_kwargs)
@@ -73,7 +74,7 @@ def account_image(
         views=len(plan.views),
         crop_rows=plan.grid[0],
         crop_cols=plan.grid[1],
-        patch_tokens=count_tokens(plan, TokenLayout(grid, grid, grid)).total,
+        patch_tokens=count_tokens(plan, TokenLayout(grid.size, {"global": grid, "crops": grid})).total,
         tokens=image_processor.image_tokens(height, width, **images_kwargs),
         budget_tokens=budget_tokens,
         llava_next=count_llava_next(height, width),

@@ -18,6 +18,7 @@ from transformers import (
     TextIteratorStreamer,
 )
 
+from .processing.geometry_hires_lmm import Column
 from .conversion.errors import is_panic
 from .conversion.tensors import JSON_LIMIT, TEXTS
 from .modeling.outputs_hires_lmm import HiResLmmImageFeatures, TokenMap
@@ -186,7 +187,7 @@ def prepare(processor: Any, sources: list[Any], question: str, **images_kwargs: 
     return Prepared(
         inputs=inputs,
         images=images,
-        num_tokens=positions[positions[:, 0] == 0, 5].tolist(),
+        num_tokens=positions[positions[:, Column.STARTS_IMAGE] != 0, Column.NUM_TOKENS].tolist(),
         full_tokens=[processor.image_tokens(image.height, image.width, **unlimited) for image in images],
     )
 

@@ -8,10 +8,10 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from .modeling.outputs_hires_lmm import TokenMap
+from .processing.geometry_hires_lmm import Kind
 from .processing.image_input_hires_lmm import open_image, to_rgb
 
 
-KIND_GLOBAL, KIND_CROP, KIND_MARK = 0, 1, 2
 
 BACKGROUND, INK, MUTED = (250, 250, 248), (28, 33, 40), (106, 114, 124)
 PADDING_LIGHT, PADDING_DARK = (214, 214, 210), (200, 200, 195)
@@ -86,7 +86,7 @@ def draw_token_map(
         raise ValueError(f"width={width!r} must be an integer of at least 600 pixels.")
     source = to_rgb(open_image(image, image_index), image_index)
     tokens, marks = _select_tokens(token_map, image_index)
-    crops, inset = tokens.of_kind(KIND_CROP), tokens.of_kind(KIND_GLOBAL)
+    crops, inset = tokens.of_kind(Kind.CROP), tokens.of_kind(Kind.GLOBAL)
     main = crops if len(crops.kept) else inset
     extra = inset if len(crops.kept) and len(inset.kept) else None
     scored = bool(np.isfinite(main.score).any())
@@ -119,8 +119,8 @@ def _select_tokens(token_map: TokenMap, image_index: int) -> tuple[_Tokens, int]
         raise ValueError(f"image_index={image_index} is out of range: the token map holds {number} images.")
     own = owner == image_index
     kind = token_map.kind.numpy()
-    marks = int((own & (kind == KIND_MARK)).sum())
-    own &= kind != KIND_MARK
+    marks = int((own & (kind == Kind.SEPARATOR)).sum())
+    own &= kind != Kind.SEPARATOR
     fields = (token_map.kind, token_map.view, token_map.box, token_map.score, token_map.kept)
     return _Tokens(*(field.cpu().numpy()[own] for field in fields)), marks
 

@@ -141,8 +141,8 @@ def golden_inputs(image_token: int) -> dict[str, torch.Tensor]:
     ids = torch.where(kinds == 256, image_token, golden["input.llm_input_ids"].long())
     side, rows = size["img"] // size["patch"], []
     for count in golden["input.crop_index"].bincount().tolist():
-        rows += [[0, 1, count - 1, 0, 0, size["n_l"]]]
-        rows += [[1, 1, count - 1, 0, col, size["n_l"]] for col in range(count - 1)]
+        rows += [[0, 1, count - 1, 0, 0, size["n_l"], side, side, 1]]
+        rows += [[1, 1, count - 1, 0, col, size["n_l"], side, side, 0] for col in range(count - 1)]
     positions = torch.tensor(rows)
     return {
         "input_ids": ids,

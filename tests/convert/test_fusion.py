@@ -90,7 +90,7 @@ def test_contrastive_loss_and_gradients_are_those_of_the_released_code(model, in
     loss.backward()
     connector = model.model.connector
     for found, name in (
-        (connector.layout.view_end.grad, "clip_model.vision_model.token_LF"),
+        (connector.layout.separators.view_end.grad, "clip_model.vision_model.token_LF"),
         (connector.token_ops[0].model.norm.weight.grad, "imgque_model.norm.weight"),
         (contrastive.projection.weight.grad, "imgque_projection.weight"),
         (contrastive.encoder.text_projection.weight.grad, "clip_model.text_projection.weight"),

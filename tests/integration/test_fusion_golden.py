@@ -11,7 +11,7 @@ from transformers import CLIPVisionConfig, LlamaConfig
 
 from hires_lmm import HiResLmmConfig, HiResLmmForConditionalGeneration
 from hires_lmm.modeling.compressors_hires_lmm import HiResLmmConvMerge
-from hires_lmm.modeling.views_hires_lmm import PartContext
+from hires_lmm.modeling.bases_hires_lmm import PartContext
 
 
 FOLDER = Path(__file__).parents[1] / "fixtures" / "fusion"
@@ -78,7 +78,7 @@ def model(golden):
                 "model.connector.view_ops.0.norm.weight": TOWER + "pos_layrnorm.weight",
                 "model.connector.view_ops.0.norm.bias": TOWER + "pos_layrnorm.bias",
                 "model.connector.view_ops.0.conv.weight": TOWER + "vision_embed_merge.weight",
-                "model.connector.layout.view_end": TOWER + "token_LF",
+                "model.connector.layout.separators.view_end": TOWER + "token_LF",
                 "model.connector.token_ops.0.output.weight": "fusion_backbone.imgque_proj.weight",
                 "model.connector.token_ops.0.queries": "",
             }[key]
@@ -92,15 +92,15 @@ def geometry(views, counts):
     """Positions and spans of images that are one global view and a row of crops."""
     rows, spans = [], []
     for number, count in zip(views, counts, strict=True):
-        rows += [[0, 1, number - 1, 0, 0, count]]
-        rows += [[1, 1, number - 1, 0, at, count] for at in range(number - 1)]
+        rows += [[0, 1, number - 1, 0, 0, count, 8, 8, 1]]
+        rows += [[1, 1, number - 1, 0, at, count, 8, 8, 0] for at in range(number - 1)]
         spans += [[0, 8, 0, 8]] * number
     return torch.tensor(rows), torch.tensor(spans)
 
 
 def test_merge_at_the_real_grid(golden):
     op = HiResLmmConvMerge(
-        PartContext(None, 16, 16, (24, 24), (24, 24), (24, 24)), HiResLmmConvMerge.Options(norm=False)
+        PartContext(None, 16, 16, {}, (24, 24)), HiResLmmConvMerge.Options(norm=False)
     )
     op.conv.weight = nn.Parameter(golden["weight.merge24.vision_embed_merge.weight"])
     merged = op.forward_group(golden["input.merge24.tokens"], (24, 24))

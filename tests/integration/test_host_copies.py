@@ -139,7 +139,7 @@ def test_geometry_on_the_device_or_on_the_host_gives_the_same(monkeypatch):
 
 
 def test_copies_keep_order_shape_and_absence():
-    from hires_lmm.modeling.views_hires_lmm import copy_to_host
+    from hires_lmm.modeling.inputs_hires_lmm import copy_to_host
 
     one, two = torch.arange(6).view(2, 3), torch.tensor(True)
     found = copy_to_host(one, None, two)

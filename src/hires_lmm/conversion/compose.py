@@ -188,13 +188,7 @@ def add_connector(mapped: Mapped, config: Any) -> None:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        connector = HiResLmmConnector(
-            config.connector_config,
-            config.vision_config.hidden_size,
-            config.text_config.hidden_size,
-            config.patch_grid,
-            config.text_config.vocab_size,
-        )
+        connector = HiResLmmConnector(config.connector_config, config.part_context())
     for name, tensor in connector.state_dict().items():
         key = f"model.connector.{name}"
         mapped.entries[key] = entry_of(tensor, "")

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import GenerationConfig
 
 from ..modeling.configuration_hires_lmm import AUTO_MAP, HiResLmmConfig
-from ..modeling.tower_hires_lmm import POOLING_HEAD
+from ..modeling.towers_hires_lmm import POOLING_HEAD
 from ..processing.processing_hires_lmm import HiResLmmProcessor
 from .cards import write_card
 from .checkpoint import (

@@ -110,6 +110,8 @@ class HiResLmmPart(nn.Module):
         options (`Options`): Its checked options.
     """
 
+    traits: Traits
+
     @dataclass(frozen=True)
     class Options:
         """No options."""

@@ -23,6 +23,20 @@ from .geometry_hires_lmm import Grid, Kind, ViewShape
 from .sequence_hires_lmm import LEARNED, Arrangement, LayoutOptions, Run
 
 
+class HiResLmmSeparators(nn.Module):
+    """The trained vectors of separators, by name; a module that holds its parameters itself, or none is initialised."""
+
+    def __init__(self, names: Sequence[str], width: int):
+        super().__init__()
+        for name in names:
+            self.register_parameter(name, nn.Parameter(torch.empty(width)))
+
+    def init_weights(self) -> None:
+        """Initialise like a token embedding of unit expected norm."""
+        for parameter in self.parameters(recurse=False):
+            init.normal_(parameter, mean=0.0, std=len(parameter) ** -0.5)
+
+
 class HiResLmmLayout(nn.Module):
     """Orders the tokens of a batch by the arrangement that the processor counts by.
 
@@ -39,19 +53,14 @@ class HiResLmmLayout(nn.Module):
         self.values = {name: separator.value for name, separator in options.parts().items()}
         entries = [ids for separator in options.parts().values() for ids in separator.flat()]
         self.ids = tuple(token for ids in entries for token in ids if token >= 0)
-        self.separators = nn.ParameterDict(
-            {name: nn.Parameter(torch.empty(width)) for name, value in self.values.items() if value == LEARNED}
+        self.separators = HiResLmmSeparators(
+            [name for name, value in self.values.items() if value == LEARNED], width
         )
         self.spec = json.dumps(
             [asdict(options), [[kind, grid.to_dict()] for kind, grid in grids.items()], list(elastic)]
         )
         self.kinds = tuple(read_spec(self.spec).kinds)
         self.grids, self.is_elastic = dict(grids), bool(elastic)
-
-    def init_weights(self) -> None:
-        """Initialise learned separators like a token embedding of unit expected norm."""
-        for parameter in self.separators.values():
-            init.normal_(parameter, mean=0.0, std=self.width**-0.5)
 
     def separator_vectors(self, like: torch.Tensor, embed: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         """Vectors of all separators in order, `(M, D)`."""
@@ -61,7 +70,7 @@ class HiResLmmLayout(nn.Module):
         vectors = []
         for name, value in self.values.items():
             if value == LEARNED:
-                vectors.append(self.separators[name].to(like))
+                vectors.append(getattr(self.separators, name).to(like))
             else:
                 vectors += [next(looked_up) for _ in range(len(np.ravel(value)))]
         return torch.stack(vectors) if vectors else like.new_zeros(0, self.width)

@@ -38,7 +38,7 @@ from .outputs_hires_lmm import (
 from .packing_hires_lmm import expand, pack, plan_batch
 from .question_hires_lmm import PromptText, build_question
 from .splice_hires_lmm import find_placeholders, splice
-from .towers_hires_lmm import POOLING_HEAD, blank_groups, run_towers
+from .towers_hires_lmm import POOLING_HEAD, blank_groups, run_tower, run_towers
 
 
 class HiResLmmPreTrainedModel(HiResLmmLoadingMixin, PreTrainedModel):
@@ -148,6 +148,14 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
             view_boxes=images.view_boxes,
             is_unpadded=images.is_unpadded,
         )
+
+    def encode_pixels(
+        self, pixel_values: torch.Tensor, layer: int | None = None, chunk_size: int | None = None
+    ) -> torch.Tensor:
+        """Run the main tower: `(V, 3, H, W)` -> patch features of one layer `(V, L, C)`."""
+        layer = self.config.vision_feature_layer if layer is None else layer
+        chunk_size = self.config.vision_chunk_size if chunk_size is None else chunk_size
+        return run_tower(self.vision_tower, pixel_values, layer, chunk_size=chunk_size).features
 
     def _embed_token(self, ids: torch.Tensor) -> torch.Tensor:
         """Look up token embeddings; a function, because accelerate moves modules that are passed as arguments."""

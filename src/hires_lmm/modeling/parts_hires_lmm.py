@@ -57,8 +57,10 @@ class Step:
     traits: Traits
 
     def build(self) -> Any:
-        """The module."""
-        return self.part(self.context, self.options)
+        """The module, which says what it is by `traits`."""
+        module = self.part(self.context, self.options)
+        module.traits = self.traits
+        return module
 
     @property
     def waits(self) -> bool:

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from ..processing.geometry_hires_lmm import Column
 from ..files import replacing, write_text
 from ..processing.image_input_hires_lmm import flatten_images, open_image, to_rgb
 from .stages import find_base
@@ -163,7 +164,7 @@ class VisionFeatureStore:
         Raises:
             ValueError: If an image is missing or was cut differently.
         """
-        starts = [*torch.nonzero(view_positions[:, 0] == 0)[:, 0].tolist(), len(view_positions)]
+        starts = [*torch.nonzero(view_positions[:, Column.STARTS_IMAGE])[:, 0].tolist(), len(view_positions)]
         parts = []
         for image, first, last in zip(images, starts, starts[1:], strict=False):
             features = self.get(image_key(processor, image))
@@ -222,7 +223,7 @@ def cache_vision_features(
             for key, image in _new_images(processor, images, index["images"], waiting):
                 pixels = processor.image_processor(image, views="all", return_tensors="pt")["pixel_values"]
                 pixels = pixels.to(base.vision_tower.device)
-                parts = [base.encode_views(part)[0].to("cpu", dtype) for part in pixels.split(views_per_pass)]
+                parts = [base.encode_pixels(part).to("cpu", dtype) for part in pixels.split(views_per_pass)]
                 waiting[key] = torch.cat(parts).contiguous()
                 if sum(features.nbytes for features in waiting.values()) >= shard_bytes:
                     _write_shard(folder, index, waiting)

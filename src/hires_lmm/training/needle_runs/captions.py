@@ -13,7 +13,8 @@ from torch import nn
 from transformers import Trainer
 
 from ...modeling.compressors_hires_lmm import HiResLmmViewOp
-from ...modeling.views_hires_lmm import ViewFeatures
+from ...modeling.carriers_hires_lmm import ViewFeatures
+from ...modeling.geometry_hires_lmm import Kind
 from ..data.scenes import Scene
 from ..stages import find_base
 from .collator import Near
@@ -91,7 +92,7 @@ def can_learn_captions(connector: Any) -> bool:
     """
     alone = all(type(op).forward is HiResLmmViewOp.forward for op in connector.view_ops)
     projects = any(True for _ in connector.adapter.parameters())
-    return alone and projects and not connector.makes_tokens and 0 not in connector.adapted_grids[1]
+    return alone and projects and not connector.makes_tokens and Kind.CROP in connector.layout.grids
 
 
 class CaptionCollator:

@@ -208,7 +208,7 @@ def cache_scenes(model: Any, processor: Any, scenes: SceneSet, folder: str | Pat
         with (target / FEATURES).open("ab") as stream:
             for index in tqdm(range(done, scenes.count), f"tower features, {scenes.split}", disable=None):
                 pixels = processor.image_processor(scenes.picture(index), views="all", return_tensors="pt")
-                features = base.encode_views(pixels["pixel_values"].to(device), base.config.vision_feature_layer)[0]
+                features = base.encode_pixels(pixels["pixel_values"].to(device), base.config.vision_feature_layer)
                 features = features.to("cpu", torch.float16).contiguous().numpy()
                 if not (target / INDEX).is_file():
                     index_text = json.dumps({**made_from, "shape": list(features.shape)})

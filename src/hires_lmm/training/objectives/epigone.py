@@ -6,7 +6,10 @@ import torch
 from torch import nn
 
 from ...modeling.sa_perceiver_hires_lmm import GLOBAL_EMBEDDING
-from ...modeling.views_hires_lmm import KIND_CROP, KIND_GLOBAL, ImageGeometry, ViewFeatures
+from ...modeling.carriers_hires_lmm import ViewFeatures
+from ...modeling.geometry_hires_lmm import MAIN_TOWER
+from ...modeling.layout_hires_lmm import idle_image
+from ...modeling.towers_hires_lmm import blank_groups
 
 
 class LowRank(nn.Module):
@@ -80,7 +83,10 @@ def read_views(views: ViewFeatures) -> tuple[torch.Tensor, torch.Tensor | None]:
     Returns:
         Tokens of the low-resolution views `(I, L, D)` and global embeddings `(I, C)` where a part made them.
     """
-    return views.global_features, views.aux.get(GLOBAL_EMBEDDING)
+    glob = views.group("global")
+    if glob is None:
+        raise ValueError("There is no low-resolution view to paint from; train in a stage whose views are 'all'.")
+    return glob.features, views.aux.get(GLOBAL_EMBEDDING)
 
 
 def find_widths(model: Any) -> tuple[int, int | None]:
@@ -92,17 +98,12 @@ def find_widths(model: Any) -> tuple[int, int | None]:
     Returns:
         Width of the tokens, and of the embedding or None.
     """
-    rows, cols = grid = model.config.patch_grid
     connector = model.connector
-    weight = next(connector.parameters(), torch.empty(0))
-    blank = torch.zeros(
-        1, rows * cols, model.config.vision_config.hidden_size, device=weight.device, dtype=weight.dtype
-    )
-    span = (0, rows, 0, cols)
-    image = ImageGeometry(0, (KIND_GLOBAL, KIND_CROP), (1, 1), ((0, 0), (0, 0)), (span, span), 0)
     was_training = connector.training
     with torch.no_grad():
-        views = connector.eval().adapt(ViewFeatures(blank, blank, grid, grid, [image]))
+        groups = blank_groups(model, next(model.parameters()).device, use_tower=False)
+        image = idle_image([group.kind for group in groups if group.tower == MAIN_TOWER], connector.patch_grid)
+        views = connector.eval().adapt(ViewFeatures(groups, [image]))
     connector.train(was_training)
     tokens, embedding = read_views(views)
     return tokens.shape[-1], None if embedding is None else embedding.shape[-1]
