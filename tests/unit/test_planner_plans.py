@@ -28,11 +28,11 @@ def plan(planner: str, height: int, width: int, **changes) -> ViewPlan:
 def assembled(grid, image_box, row_edges, col_edges, image_span=WHOLE, row_spans=None, col_spans=None) -> tuple:
     """The views of a plan from the edges of its rows and columns."""
     row_spans, col_spans = row_spans or [(0, 4)] * grid[0], col_spans or [(0, 4)] * grid[1]
-    views = [View(0, *grid, 0, 0, image_box, image_span)]
+    views = [View(0, *grid, 0, 0, image_box, image_span, (4, 4))]
     for row in range(grid[0]):
         for col in range(grid[1]):
             box = (row_edges[row], col_edges[col], row_edges[row + 1], col_edges[col + 1])
-            views.append(View(1, *grid, row, col, box, (*row_spans[row], *col_spans[col])))
+            views.append(View(1, *grid, row, col, box, (*row_spans[row], *col_spans[col]), (4, 4)))
     return tuple(views)
 
 

@@ -124,7 +124,7 @@ class Grid:
         """As JSON values; what has its default is left out."""
         values = {"rows": self.rows, "cols": self.cols, "stride": None if self.stride is None else list(self.stride)}
         rest = {"whole": self.whole, "source": self.source, "num_views": self.num_views}
-        return {**values, **{name: value for name, value in rest.items() if value not in (None, False)}}
+        return {**values, **{name: value for name, value in rest.items() if value is not None and value is not False}}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Grid":
