@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from shapes import SHAPES
 
-from hires_lmm.modeling.configuration_hires_lmm import HiResLmmConnectorConfig
-from hires_lmm.modeling.connector_hires_lmm import HiResLmmConnector
-from hires_lmm.modeling.parts_hires_lmm import SLOTS
 from hires_lmm.modeling.bases_hires_lmm import PartContext
 from hires_lmm.modeling.carriers_hires_lmm import ImageGeometry, Question, ViewFeatures, ViewGroup
+from hires_lmm.modeling.configuration_hires_lmm import HiResLmmConnectorConfig
+from hires_lmm.modeling.connector_hires_lmm import HiResLmmConnector
 from hires_lmm.modeling.geometry_hires_lmm import Kind
+from hires_lmm.modeling.parts_hires_lmm import SLOTS
 
 
 SIDE, GRID = 24, 2
@@ -80,7 +80,9 @@ def part_call(slot: str, name: str, options: dict, device: str, shapes: str = "c
         text_width = width
     with torch.device(device):
         config = HiResLmmConnectorConfig(**chain)
-        connector = HiResLmmConnector(config, PartContext(config, width, text_width, {}, (SIDE, SIDE))).to(dtype).eval()
+        connector = (
+            HiResLmmConnector(config, PartContext(config, width, text_width, {}, (SIDE, SIDE))).to(dtype).eval()
+        )
     features = torch.randn(1 + GRID * GRID, SIDE * SIDE, width, device=device, dtype=dtype)
     groups = [
         ViewGroup(Kind.GLOBAL, features[:1], (SIDE, SIDE), (0,)),

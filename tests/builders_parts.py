@@ -8,10 +8,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from builders import randomise, tiny_config
-from hires_lmm.modeling.parts_hires_lmm import ADAPTERS, SLOTS, TOKEN_OPS, VIEW_OPS, build_options
 from hires_lmm.modeling.bases_hires_lmm import PartContext
 from hires_lmm.modeling.carriers_hires_lmm import ImageGeometry, Question, ViewFeatures, ViewGroup, VisualTokens
 from hires_lmm.modeling.geometry_hires_lmm import Grid
+from hires_lmm.modeling.parts_hires_lmm import ADAPTERS, SLOTS, TOKEN_OPS, VIEW_OPS, build_options
 
 
 WIDTH, GRID, VOCABULARY = 64, (8, 8), 50

@@ -9,8 +9,8 @@ from transformers.models.llava_next.image_processing_pil_llava_next import Llava
 
 from .demo import build_byte_tokenizer
 from .modeling.configuration_hires_lmm import LLAVA_NEXT_GRIDS, PRESETS, HiResLmmConfig
-from .processing.processing_hires_lmm import HiResLmmProcessor
 from .processing.geometry_hires_lmm import Grid
+from .processing.processing_hires_lmm import HiResLmmProcessor
 from .processing.token_layout_hires_lmm import TokenLayout, count_tokens
 
 

@@ -18,10 +18,10 @@ from transformers import (
     TextIteratorStreamer,
 )
 
-from .processing.geometry_hires_lmm import Column
 from .conversion.errors import is_panic
 from .conversion.tensors import JSON_LIMIT, TEXTS
 from .modeling.outputs_hires_lmm import HiResLmmImageFeatures, TokenMap
+from .processing.geometry_hires_lmm import Column
 from .processing.image_input_hires_lmm import open_image, to_rgb
 
 

@@ -12,7 +12,6 @@ from .processing.geometry_hires_lmm import Kind
 from .processing.image_input_hires_lmm import open_image, to_rgb
 
 
-
 BACKGROUND, INK, MUTED = (250, 250, 248), (28, 33, 40), (106, 114, 124)
 PADDING_LIGHT, PADDING_DARK = (214, 214, 210), (200, 200, 195)
 DROPPED_TINT, DROPPED_SHARE, DROPPED_GREY = (24, 27, 38), 0.68, 0.75

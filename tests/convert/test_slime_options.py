@@ -30,7 +30,10 @@ def test_the_golden_options():
     assert settings["planner"] == {"name": "slime_release", "global_view": "squeeze"}
     assert settings["question_scope"] == "prompt" and settings["vision_feature_layer"] == -2
     assert settings["connector_config"]["adapter"] == {"part": "mixture", "gate": "release"}
-    assert settings["connector_config"]["layout"] == {"crop_order": "raster", "separators": {"separator": {"place": "between_views", "value": [1919]}}}
+    assert settings["connector_config"]["layout"] == {
+        "crop_order": "raster",
+        "separators": {"separator": {"place": "between_views", "value": [1919]}},
+    }
 
 
 def test_values_are_read():

@@ -10,8 +10,8 @@ from torch import nn
 from transformers import CLIPVisionConfig, LlamaConfig
 
 from hires_lmm import HiResLmmConfig, HiResLmmForConditionalGeneration
-from hires_lmm.modeling.compressors_hires_lmm import HiResLmmConvMerge
 from hires_lmm.modeling.bases_hires_lmm import PartContext
+from hires_lmm.modeling.compressors_hires_lmm import HiResLmmConvMerge
 
 
 FOLDER = Path(__file__).parents[1] / "fixtures" / "fusion"
@@ -99,9 +99,7 @@ def geometry(views, counts):
 
 
 def test_merge_at_the_real_grid(golden):
-    op = HiResLmmConvMerge(
-        PartContext(None, 16, 16, {}, (24, 24)), HiResLmmConvMerge.Options(norm=False)
-    )
+    op = HiResLmmConvMerge(PartContext(None, 16, 16, {}, (24, 24)), HiResLmmConvMerge.Options(norm=False))
     op.conv.weight = nn.Parameter(golden["weight.merge24.vision_embed_merge.weight"])
     merged = op.forward_group(golden["input.merge24.tokens"], (24, 24))
     torch.testing.assert_close(merged, golden["output.merge24.tokens"], atol=1e-4, rtol=1e-4)

@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 from hires_lmm.modeling.adapters_hires_lmm import HiResLmmGate, HiResLmmMixtureAdapter
-from hires_lmm.modeling.compressors_hires_lmm import HiResLmmQueryCompressor
-from hires_lmm.modeling.parts_hires_lmm import ADAPTERS, resolve_part
 from hires_lmm.modeling.bases_hires_lmm import PartContext
 from hires_lmm.modeling.carriers_hires_lmm import ViewFeatures, ViewGroup
+from hires_lmm.modeling.compressors_hires_lmm import HiResLmmQueryCompressor
 from hires_lmm.modeling.geometry_hires_lmm import Grid, Kind
+from hires_lmm.modeling.parts_hires_lmm import ADAPTERS, resolve_part
 
 
 def context(crop_grid=(3, 3)) -> PartContext:
@@ -99,7 +99,9 @@ def test_query_compressor_changes_only_its_views(on, changed):
     groups = [ViewGroup(0, torch.randn(1, 9, 16), (3, 3), (0,)), ViewGroup(1, torch.randn(5, 9, 16), (3, 3), (1,) * 5)]
     result = part(ViewFeatures(groups, []))
     for before, after, has_changed in zip(groups, result.groups, changed, strict=True):
-        torch.testing.assert_close(after.features, part.query_former(before.features) if has_changed else before.features)
+        torch.testing.assert_close(
+            after.features, part.query_former(before.features) if has_changed else before.features
+        )
         assert after.grid == ((2, 2) if has_changed else (3, 3))
 
 

@@ -1,4 +1,4 @@
-"""Features of views land where the arrangement says; every feature carries its own address, so a wrong gather shows."""
+"""Features of views land where the arrangement says: each carries its own address, so a wrong gather shows."""
 
 import sys
 

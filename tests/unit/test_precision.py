@@ -271,7 +271,13 @@ def test_tokens_whose_score_is_no_number_are_kept():
 def test_images_of_one_pixel_width(preset):
     """1 × 1, 1 × 400 and 400 × 1: the tokens are those that were promised, and alone and together the logits agree."""
     connector = {"view_ops": [{"part": "query_compressor", "on": "crops", "num_queries": 4}]}
-    small = {"slime": connector, "slime_release": {**connector, "layout": {"separators": {"separator": {"place": "between_views", "value": [19]}}}}}
+    small = {
+        "slime": connector,
+        "slime_release": {
+            **connector,
+            "layout": {"separators": {"a": {"place": "between_views", "value": [19]}}},
+        },
+    }
     small["monkey"] = {"view_ops": [{"part": "query_compressor", "on": "all", "num_queries": 4}]}
     config = tiny_config(preset, **({"connector_config": small[preset]} if preset in small else {}))
     model, processor = tiny_model(config), tiny_processor(config)

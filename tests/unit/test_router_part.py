@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from hires_lmm.modeling.routers_hires_lmm import HiResLmmRouter, KeepOptions, saliency_scores
 from hires_lmm.modeling.bases_hires_lmm import PartContext
 from hires_lmm.modeling.carriers_hires_lmm import Question, VisualTokens
 from hires_lmm.modeling.geometry_hires_lmm import Grid
+from hires_lmm.modeling.routers_hires_lmm import HiResLmmRouter, KeepOptions, saliency_scores
 
 
 WIDTH = 8
@@ -18,7 +18,9 @@ KINDS = [[0, 0, -1, 1, 1, 1, -1], [1, 1, 1, 1, 0, -1], [0, -1]]  # global 0, cro
 
 def router(width: int = WIDTH, **options) -> HiResLmmRouter:
     config = SimpleNamespace(_attn_implementation="eager")
-    context = PartContext(config, width, width, {(0, "vision_tower"): Grid(1, 2), (1, "vision_tower"): Grid(1, 3)}, (2, 2))
+    context = PartContext(
+        config, width, width, {(0, "vision_tower"): Grid(1, 2), (1, "vision_tower"): Grid(1, 3)}, (2, 2)
+    )
     part = HiResLmmRouter(context, HiResLmmRouter.Options(**options)).eval()
     part.context = context
     for parameter in part.parameters():
@@ -285,4 +287,9 @@ def test_what_the_pipeline_asks_of_the_part(score, reads, rule, static):
     options = HiResLmmRouter.Options(on="all", score=score, keep={"rule": rule})
     traits = HiResLmmRouter.describe(options, router().context)
     assert (traits.reads_question, traits.count == "static") == (reads, static)
-    assert (traits.budget_on, traits.own_tokens, traits.width, traits.grids) == ("all", None, WIDTH, router().context.grids)
+    assert (traits.budget_on, traits.own_tokens, traits.width, traits.grids) == (
+        "all",
+        None,
+        WIDTH,
+        router().context.grids,
+    )

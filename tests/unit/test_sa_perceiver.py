@@ -10,11 +10,11 @@ import torch
 import reference_silu as reference
 from builders import randomise, tiny_config, tiny_model
 from hires_lmm import HiResLmmConnectorConfig
-from hires_lmm.modeling.connector_hires_lmm import HiResLmmConnector
-from hires_lmm.modeling.sa_perceiver_hires_lmm import HiResLmmSaPerceiver
 from hires_lmm.modeling.bases_hires_lmm import PartContext
 from hires_lmm.modeling.carriers_hires_lmm import ImageGeometry, ViewFeatures, ViewGroup
+from hires_lmm.modeling.connector_hires_lmm import HiResLmmConnector
 from hires_lmm.modeling.geometry_hires_lmm import Grid
+from hires_lmm.modeling.sa_perceiver_hires_lmm import HiResLmmSaPerceiver
 
 
 WIDTH, GRID = 12, (2, 3)
@@ -163,7 +163,10 @@ def test_half_precision_of_many_keys(dtype):
         8 * part.to(dtype).float() for part in (views.groups[0].features, views.groups[1].features)
     )
     wanted = op(views).groups[0].features
-    views.groups[0].features, views.groups[1].features = views.groups[0].features.to(dtype), views.groups[1].features.to(dtype)
+    views.groups[0].features, views.groups[1].features = (
+        views.groups[0].features.to(dtype),
+        views.groups[1].features.to(dtype),
+    )
     found = op.to(dtype)(views).groups[0].features
     assert torch.isfinite(found).all()
     assert float((found.float() - wanted).abs().max() / wanted.abs().max()) < (

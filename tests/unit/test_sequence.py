@@ -127,7 +127,9 @@ def test_an_elastic_kind_gives_as_many_tokens_as_the_budget_leaves():
     grids, options = {0: Grid(2, 2, None), 1: Grid(2, 2, None)}, {"crop_order": "views", "separators": END}
     found = sequence(image(1, 2), grids, num_tokens=10, elastic=(1,), **options)
     assert found == [*GLOBAL, "end", "1.0.0", "1.0.1", "end", "2.0.0", "end"]  # 3 of 8 crop tokens, 3 separators
-    assert sequence(image(1, 2), grids, num_tokens=99, elastic=(1,), **options) == sequence(image(1, 2), grids, **options)
+    assert sequence(image(1, 2), grids, num_tokens=99, elastic=(1,), **options) == sequence(
+        image(1, 2), grids, **options
+    )
 
 
 def test_budgets_are_shared_by_largest_remainder():

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from hires_lmm.processing.geometry_hires_lmm import Grid
-from hires_lmm.processing.planners_hires_lmm import PLANNERS, PlannerLimits
+from hires_lmm.processing.planners_hires_lmm import PLANNERS, PinpointLimits
 from hires_lmm.processing.token_layout_hires_lmm import (
     TokenCount,
     TokenLayout,
@@ -26,10 +26,12 @@ def layout_with(on, **changes) -> TokenLayout:
 
 
 def count(on, **limits) -> TokenCount:
-    return count_tokens(PLANNERS["llava_next"](112, 112, PlannerLimits(**SMALL, **limits)), layout_with(on))
+    return count_tokens(PLANNERS["llava_next"](112, 112, PinpointLimits(**SMALL, **limits)), layout_with(on))
 
 
-@pytest.mark.parametrize("on, least", [("all", 9), ("crops", 25), ("global", 73), (["crops", "global"], 9), (None, 88)])
+@pytest.mark.parametrize(
+    "on, least", [("all", 9), ("crops", 25), ("global", 73), (["crops", "global"], 9), (None, 88)]
+)
 def test_smallest_budget(on, least):
     """A 2 x 2 grid: 16 global tokens, 64 crop tokens, 8 separators."""
     found, layout = count(on), layout_with(on)
@@ -50,7 +52,7 @@ def test_nothing_to_drop_needs_the_full_count():
 
 
 def test_counts_of_their_own():
-    plan = PLANNERS["llava_next"](1, 5000, PlannerLimits(**SMALL))
+    plan = PLANNERS["llava_next"](1, 5000, PinpointLimits(**SMALL))
     elastic = layout_with("own", own_tokens=10)
     rigid = layout_with(None, own_tokens=10)
     assert count_tokens(plan, elastic).total == count_tokens(plan, rigid).total == 10
@@ -113,6 +115,6 @@ def test_missing_keys_and_other_types():
 
 
 def test_plan_and_layout_must_agree():
-    plan = PLANNERS["slime"](10, 10, PlannerLimits())
+    plan = PLANNERS["slime"](10, 10, PinpointLimits())
     with pytest.raises(ValueError, match="24x24 patches, token_layout has 4x4"):
         count_tokens(plan, layout_with("all"))

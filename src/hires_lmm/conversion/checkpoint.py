@@ -18,7 +18,8 @@ from .. import __version__
 from ..modeling.configuration_hires_lmm import HiResLmmConfig
 from ..modeling.modeling_hires_lmm import HiResLmmForConditionalGeneration
 from ..processing.image_processing_hires_lmm import HiResLmmImageProcessor
-from ..processing.processing_hires_lmm import TOWER_STATS, HiResLmmProcessor
+from ..processing.processing_hires_lmm import HiResLmmProcessor
+from ..processing.tower_table_hires_lmm import known_stats
 from .cards import write_card
 from .errors import ConversionError, is_panic
 from .mapping import Mapped
@@ -203,10 +204,9 @@ def save_processor(folder: Path, config: Any, speech: Speech) -> HiResLmmImagePr
     options: dict[str, Any] = {"planner" if key == "name" else key: value for key, value in config.planner.items()}
     stats = speech.image_stats
     if stats is None:
-        if config.vision_config.model_type not in TOWER_STATS:
+        stats = known_stats(config.vision_config.model_type)
+        if stats is None:
             raise ConversionError(f"Mean and deviation of {config.vision_config.model_type!r} towers are not known.")
-        numbers = TOWER_STATS[config.vision_config.model_type]
-        stats = dict(zip(("image_mean", "image_std", "resample"), numbers, strict=True))
     image_processor = build_config(
         HiResLmmImageProcessor,
         "The image processor",

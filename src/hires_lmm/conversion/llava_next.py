@@ -201,7 +201,10 @@ def settings_of(theirs: Any, folder: Path) -> dict:
     adapter = {"part": "mlp", "hidden_act": theirs.projector_hidden_act, "bias": theirs.multimodal_projector_bias}
     return {
         "planner": {"name": "llava_next", "pinpoints": pinpoints},
-        "connector_config": {"adapter": adapter, "layout": {"separators": {"newline": {"place": "token_row_end", "on": "crops"}}}},
+        "connector_config": {
+            "adapter": adapter,
+            "layout": {"separators": {"newline": {"place": "token_row_end", "on": "crops"}}},
+        },
         "vision_feature_layer": layer,
     }
 

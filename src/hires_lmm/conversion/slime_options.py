@@ -226,12 +226,11 @@ def _layout(options: dict, routed: bool) -> dict:
     orders = {"spatial": "raster", "flat": "views"}
     if merge not in orders:
         raise refuse("mm_patch_merge_type", merge, f"known values are {', '.join(orders)}")
-    if not routed:
-        return {"crop_order": orders[merge]}
-    single = options["use_local_only"] or options["use_global_only"]
+    single = not routed or options["use_local_only"] or options["use_global_only"]
     if merge == "flat" and not single:
         raise refuse("mm_patch_merge_type", merge, "one separator before crops in view order has no layout here")
-    return {"crop_order": orders[merge], **({} if single else {"separators": {"separator": {"place": "between_views", "value": [options["seperator"]]}}})}
+    between = {"separator": {"place": "between_views", "value": [options["seperator"]]}}
+    return {"crop_order": orders[merge], **({} if single else {"separators": between})}
 
 
 def _separator(layout: dict) -> int:

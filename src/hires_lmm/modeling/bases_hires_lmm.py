@@ -66,8 +66,8 @@ class PartContext:
         }
         if len(found) != 1:
             raise ValueError(
-                f"on={on!r} needs views of one token grid, but these have {sorted(found) or 'none'}; give each kind of "
-                "views a part of its own, or move the part."
+                f"on={on!r} needs views of one token grid, but these have {sorted(found) or 'none'}; give each kind "
+                "of views a part of its own, or move the part."
             )
         return next(grid for key, grid in self.grids.items() if key[0] in kinds_on(on) and key[1] == tower)
 
@@ -77,10 +77,10 @@ class Traits:
     """What a part makes of what enters, and what it asks for; everything has a default.
 
     Args:
-        grids (`dict[tuple[int, str], Grid]`): Token grids that leave, by kind and tower; groups that left are missing.
+        grids (`dict[tuple[int, str], Grid]`): Token grids that leave, by kind and tower.
         width (`int`): Width of the features that leave.
-        reads_question, writes_question (`bool`): Whether the result depends on the question; whether its embeddings are
-            changed on the way to the language model.
+        reads_question, writes_question (`bool`): Whether the result depends on the question; whether its embeddings
+            are changed on the way to the language model.
         count (`str`): `"static"`: known from sizes alone; `"content"`: known once the part has run, the model packs;
             `"own"`: `own_tokens`, whatever the image.
         own_tokens (`int`, *optional*): Tokens of an image where the part makes its own.
@@ -129,8 +129,8 @@ class HiResLmmPart(nn.Module):
 class HiResLmmViewOp(HiResLmmPart):
     """Base of view operations, before or behind the adapter, that treat each view alone.
 
-    Subclasses implement `output_grid` and `forward_group`, and have an option `on`. An operation across views overrides
-    `describe` and `forward` instead.
+    Subclasses implement `output_grid` and `forward_group`, and have an option `on`. An operation across views
+    overrides `describe` and `forward` instead.
     """
 
     @classmethod

@@ -111,8 +111,8 @@ class ViewFeatures:
     Args:
         groups (`list[ViewGroup]`): One a kind and tower that is there.
         images (`list[ImageGeometry]`): The geometry of each image.
-        limits (`dict[int, list[int]]`): By kind, tokens of each view that a budget leaves, where a view op consumes it:
-            the first ones enter the sequence. Kinds without a limit are missing.
+        limits (`dict[int, list[int]]`): By kind, tokens of each view that a budget leaves, where a view op consumes
+            it: the first ones enter the sequence. Kinds without a limit are missing.
         aux (`dict[str, torch.Tensor]`): Tensors for losses and logs, by name.
     """
 

@@ -168,8 +168,8 @@ class HiResLmmConfig(PreTrainedConfig):
         vision_config (`dict` or `PreTrainedConfig`, *optional*): Vision tower; CLIP by default.
         text_config (`dict` or `PreTrainedConfig`, *optional*): Language model; Llama by default.
         connector_config (`dict` or `PreTrainedConfig`, *optional*): Parts between the two.
-        extra_towers (`dict[str, dict]`, *optional*): Configurations of further towers by name; each sees every image whole,
-            at a size of its own, as `pixel_values_<name>`.
+        extra_towers (`dict[str, dict]`, *optional*): Configurations of further towers by name; each sees every image
+            whole, at a size of its own, as `pixel_values_<name>`.
         unequal_views (`bool`): Views have sizes of their own, in multiples of a patch, in place of the tower's.
         planner (`dict`, *optional*): Name and limits of the slicing rule, read by `HiResLmmProcessor.from_config`.
         image_token_id (`int`): Id of the placeholder token.

@@ -132,10 +132,8 @@ class HiResLmmConnector(PreTrainedModel):
             views = replace(views, groups=[*views.groups, *idle])
         for op in self.view_ops:
             views = op(views)
-        adapted = [
-            (self.adapter if group.tower == MAIN_TOWER else self.tower_adapters[group.tower]).adapt(group)
-            for group in views.groups
-        ]
+        adapters: dict[str, Any] = {MAIN_TOWER: self.adapter, **dict(self.tower_adapters.items())}
+        adapted = [adapters[group.tower].adapt(group) for group in views.groups]
         views = replace(views, groups=adapted)
         for op in self.map_ops:
             views = op(views)

@@ -91,7 +91,8 @@ def check_views(model: Any, source: torch.Tensor | None, is_encoded: bool, posit
     """
     config = model.config
     rows, cols = config.patch_grid
-    name, wanted = "pixel_values", (config.vision_config.num_channels, config.view_size, config.view_size)
+    name: str = "pixel_values"
+    wanted: tuple[int, ...] = (config.vision_config.num_channels, config.view_size, config.view_size)
     given = None if source is None else tuple(source.shape)
     fits = given is not None and given[1:] == wanted
     if is_encoded:
@@ -121,8 +122,8 @@ def check_kinds(model: Any, images: list[ImageGeometry]) -> None:
     if strange:
         names = {int(kind): name for name, kind in KINDS.items()}
         raise ValueError(
-            f"The images have views of the kinds {[names.get(kind, kind) for kind in sorted(strange)]}, but this model "
-            f"reads {[names[kind] for kind in sorted(known)]}; use its own image processor, or name them in "
+            f"The images have views of the kinds {[names.get(kind, kind) for kind in sorted(strange)]}, but this "
+            f"model reads {[names[kind] for kind in sorted(known)]}; use its own image processor, or name them in "
             "layout.order."
         )
 
@@ -252,8 +253,8 @@ def read_images(
     source, is_encoded = (pixel_values, False) if vision_features is None else (vision_features, True)
     if source is None and view_positions is not None and view_positions.shape[0]:
         raise ValueError(
-            f"view_positions describes {view_positions.shape[0]} views, but pixel_values is missing; pass all that the "
-            "processor returned."
+            f"view_positions describes {view_positions.shape[0]} views, but pixel_values is missing; pass all that "
+            "the processor returned."
         )
     if source is None or not source.shape[0]:
         return None

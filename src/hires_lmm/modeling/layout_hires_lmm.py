@@ -24,7 +24,7 @@ from .sequence_hires_lmm import LEARNED, Arrangement, LayoutOptions, Run
 
 
 class HiResLmmSeparators(nn.Module):
-    """The trained vectors of separators, by name; a module that holds its parameters itself, or none is initialised."""
+    """The trained vectors of separators, by name."""
 
     def __init__(self, names: Sequence[str], width: int):
         super().__init__()
@@ -53,9 +53,7 @@ class HiResLmmLayout(nn.Module):
         self.values = {name: separator.value for name, separator in options.parts().items()}
         entries = [ids for separator in options.parts().values() for ids in separator.flat()]
         self.ids = tuple(token for ids in entries for token in ids if token >= 0)
-        self.separators = HiResLmmSeparators(
-            [name for name, value in self.values.items() if value == LEARNED], width
-        )
+        self.separators = HiResLmmSeparators([name for name, value in self.values.items() if value == LEARNED], width)
         self.spec = json.dumps(
             [asdict(options), [[kind, grid.to_dict()] for kind, grid in grids.items()], list(elastic)]
         )
@@ -64,9 +62,8 @@ class HiResLmmLayout(nn.Module):
 
     def separator_vectors(self, like: torch.Tensor, embed: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         """Vectors of all separators in order, `(M, D)`."""
-        looked_up = iter(())
-        if self.ids:
-            looked_up = iter(embed(constant_index(self.ids, str(like.device))).to(like).unbind(0))
+        rows = embed(constant_index(self.ids, str(like.device))).to(like).unbind(0) if self.ids else ()
+        looked_up = iter(rows)
         vectors = []
         for name, value in self.values.items():
             if value == LEARNED:
@@ -223,7 +220,8 @@ def view_limits(images: tuple, spec: str) -> dict[int, list[int]]:
         images (`tuple`): Views and placeholders of each image.
         spec (`str`): See `HiResLmmLayout`.
     """
-    arrangement, limits = read_spec(spec), {}
+    arrangement = read_spec(spec)
+    limits: dict[int, list[int]] = {}
     for values, num_tokens in images:
         for kind, own in arrangement.elastic_limits([ViewShape(*view) for view in values], num_tokens).items():
             limits.setdefault(kind, []).extend(own)

@@ -215,8 +215,8 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
                 compiled whole (once a grid, `dynamic=False`) and captured. Numbers of placeholders are not compared.
             question_ids (`torch.Tensor` of shape `(B, turns, L)`, *optional*): Ids of the questions in another
                 vocabulary, see `HiResLmmProcessor.question_ids`.
-            kwargs: `pixel_values_<name>`: views of an extra tower. `question_labels` `(B, S)`: training labels, to keep
-                answers unread. The rest goes to the language model.
+            kwargs: `pixel_values_<name>`: views of an extra tower. `question_labels` `(B, S)`: training labels, to
+                keep answers unread. The rest goes to the language model.
 
         Returns:
             `HiResLmmModelOutputWithPast`.
@@ -241,7 +241,8 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
             view_spans=view_spans,
             view_boxes=view_boxes,
         )
-        packing, remember, extra = None, None, {}
+        packing, remember = None, None
+        extra: dict[str, Any] = {}
         if features is not None:
             embeds, kept, remember, extra = self._splice(features, text, cache, output_token_map)
             if not self.connector.is_count_static or features.is_right_padded:
@@ -286,7 +287,8 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
         """Encode the images of a call, or take the caller's features, after comparing them with the placeholders."""
         encoded = check_encoder_outputs(encoded)
         refuse_both(encoded, given)
-        features = encoded.get("image")
+        features: Any = encoded.get("image")
+        images: ImageInputs | None = None
         if features is None and geometry is not None:
             features_given = given["vision_features"]
             source = given["pixel_values"] if features_given is None else features_given

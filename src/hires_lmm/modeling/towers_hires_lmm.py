@@ -1,7 +1,7 @@
 """Running a vision tower: bounded chunks of views, one layer of hidden states, and what parts ask for beside it."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -143,7 +143,8 @@ def _run_by_size(
         raise ValueError("Views of unequal size cannot pass a tower that is spread over processes; use DDP.")
     side = patch_side(tower.config)
     grid = (pixels.shape[2] // side, pixels.shape[3] // side)
-    order, pieces = [], []
+    order: list[int] = []
+    pieces = []
     for size in sorted(set(sizes)):
         places = tuple(place for place, own in enumerate(sizes) if own == size)
         views = pixels[constant_index(places, str(pixels.device)), :, : size[0] * side, : size[1] * side]
@@ -219,14 +220,14 @@ def check_needs(config: Any, needs: Needs) -> None:
             raise ValueError(f"A part needs the score {name!r}; towers give {', '.join(SCORES)}.")
         if tower_family(config).attention is None:
             raise ValueError(
-                f"A part needs {name}, but a tower of type {config.model_type!r} has no class token whose attention is "
-                "known; use a CLIP tower, or a part that needs no scores."
+                f"A part needs {name}, but a tower of type {config.model_type!r} has no class token whose attention "
+                "is known; use a CLIP tower, or a part that needs no scores."
             )
 
 
 def tower_layers(tower: torch.nn.Module) -> torch.nn.ModuleList:
     """The layers of a tower."""
-    depth = tower.config.num_hidden_layers
+    depth = cast("Any", tower.config).num_hidden_layers
     return next(
         module for module in tower.modules() if isinstance(module, torch.nn.ModuleList) and len(module) == depth
     )
@@ -291,8 +292,8 @@ def run_towers(
         rows = tuple(row for row, view in enumerate(views) if view[0] == Kind.GLOBAL)
         if len(rows) != len(output.features):
             raise ValueError(
-                f"pixel_values_{name} has {len(output.features)} views, but there are {len(rows)} images; pass all that "
-                "the processor gives."
+                f"pixel_values_{name} has {len(output.features)} views, but there are {len(rows)} images; pass all "
+                "that the processor gives."
             )
         groups.append(ViewGroup(int(Kind.DETAIL), output.features, output.grid, rows, name))
     return groups, seen.output
@@ -310,12 +311,12 @@ def _take(seen: TowerOutput, kind: int, places: tuple[int, ...], rows: tuple[int
 
 def check_left_out(images: list[ImageGeometry], connector: Any) -> None:
     """Refuse batches whose sequence needs views that a training stage leaves out."""
-    if connector.training and connector.training_views == "crops":
-        if any(view[0] == Kind.GLOBAL and view[8] > view[7] for image in images for view in image.views):
-            raise ValueError(
-                "This training stage uses crops only, but global views enter the sequence; make the batch with "
-                "views='crops'."
-            )
+    left_out = connector.training and connector.training_views == "crops"
+    if left_out and any(view[0] == Kind.GLOBAL and view[8] > view[7] for image in images for view in image.views):
+        raise ValueError(
+            "This training stage uses crops only, but global views enter the sequence; make the batch with "
+            "views='crops'."
+        )
 
 
 def blank_groups(model: Any, device: torch.device, use_tower: bool) -> list[ViewGroup]:

@@ -20,7 +20,7 @@ from transformers.processing_utils import ImagesKwargs, Unpack
 
 from .geometry_hires_lmm import Grid
 from .image_input_hires_lmm import DEFAULT_PIXEL_LIMIT, flatten_images, open_image, to_rgb
-from .planners_hires_lmm import PLANNERS, Planner, PlannerLimits, ViewPlan, square_paste
+from .planners_hires_lmm import Planner, PlannerLimits, ViewPlan, find_planner, square_paste
 from .token_layout_hires_lmm import TokenLayout, apply_budget, count_tokens
 
 
@@ -28,7 +28,7 @@ class HiResLmmImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[c
     """Options of `HiResLmmImageProcessor`, at construction and per call.
 
     Args:
-        planner (`str`): How images are cut: a name in `PLANNERS`.
+        planner (`str` or `dict`): How images are cut: a name in `PLANNERS`, or a dict of its name and own options.
         view_size, patch_size (`int`): Side of a view and of a patch of the vision tower, pixels.
         max_crops (`int`, *optional*): Most crops of one image; `None` = the planner's own default.
         pinpoints (`list[list[int]]`, *optional*): Allowed canvas sizes (height, width), pixels.
@@ -41,7 +41,7 @@ class HiResLmmImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[c
         pixel_limit (`int`): Most pixels of a source image.
     """
 
-    planner: str | None
+    planner: str | dict | None
     view_size: int | None
     patch_size: int | None
     max_crops: int | None
@@ -305,19 +305,18 @@ class HiResLmmImageProcessor(PilBackend):
         def option(name: str) -> Any:
             return getattr(self, name) if given.get(name) is None else given[name]
 
-        if option("planner") not in PLANNERS:
-            raise ValueError(f"planner={option('planner')!r} is unknown; choose one of {', '.join(PLANNERS)}.")
+        name, planner, own = find_planner(option("planner"))
         if not option("do_convert_rgb"):
             raise ValueError("do_convert_rgb=False has no meaning: the vision tower reads RGB; leave it out.")
         names = ("view_size", "patch_size", "max_crops", "pinpoints", "unpad", "global_view", "views")
-        limits = PlannerLimits(**{name: option(name) for name in names})
+        limits = planner.build_options(name, {**{each: option(each) for each in names}, **own})
         layout = option("token_layout")
         scale, shift = _scale_and_shift(
             option("rescale_factor") if option("do_rescale") else 1.0,
             *((option("image_mean"), option("image_std")) if option("do_normalize") else (0.0, 1.0)),
         )
         return _Settings(
-            planner=PLANNERS[option("planner")],
+            planner=planner,
             limits=limits,
             layout=_plain_layout(limits) if layout is None else TokenLayout.from_dict(layout),
             max_image_tokens=_checked_budget(option("max_image_tokens")),

@@ -38,8 +38,8 @@ class Separator:
 
     Args:
         place (`str`): Where they stand: one of `PLACES`.
-        value (`str` or `list`): `"learned"` (one trained vector), a list of token ids, or ids by grid row and column of
-            the view they belong to: `value[row][col]` is a list of ids, all equally long.
+        value (`str` or `list`): `"learned"` (one trained vector), a list of token ids, or ids by grid row and
+            column of the view they belong to: `value[row][col]` is a list of ids, all equally long.
         on (`str` or `list[str]`): Kinds of views they belong to; of no meaning at the ends of an image and between
             views.
     """
@@ -58,8 +58,8 @@ class Separator:
         is_table = self.value != LEARNED and bool(self.value) and isinstance(self.value[0], list)
         if len(lengths) != 1 or 0 in lengths or any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
             raise ValueError(
-                f'value={self.value!r} must be "learned", a list of token ids, or equally long lists of ids by row and '
-                "column."
+                f'value={self.value!r} must be "learned", a list of token ids, or equally long lists of ids by row '
+                "and column."
             )
         if is_table and len({len(row) for row in self.value}) != 1:
             raise ValueError(f"value={self.value!r} must have as many columns in every row.")
@@ -85,8 +85,8 @@ class Separator:
             return 0
         if row >= len(self.value) or col >= len(self.value[0]):
             raise ValueError(
-                f"A separator at {self.place} has ids for {len(self.value)} x {len(self.value[0])} views, but the grid "
-                f"reaches row {row}, column {col}; lower max_crops or lengthen the table."
+                f"A separator at {self.place} has ids for {len(self.value)} x {len(self.value[0])} views, but the "
+                f"grid reaches row {row}, column {col}; lower max_crops or lengthen the table."
             )
         return row * len(self.value[0]) + col
 
@@ -218,7 +218,7 @@ class Arrangement:
         return counts
 
     def elastic_limits(self, views: Sequence[ViewShape], num_tokens: int) -> dict[int, list[int]]:
-        """Tokens of each view of the elastic kinds under a budget: shares in proportion, the largest remainder first."""
+        """Tokens of each view of the elastic kinds under a budget, in proportion to its own."""
         counts = self.count(views)
         room = num_tokens - sum(counts.values()) + sum(counts.get(kind, 0) for kind in self.elastic)
         sizes = [
@@ -287,7 +287,7 @@ class Arrangement:
         for band in bands:
             if len({cells[n][:2] for n in band}) > 1:
                 raise ValueError(
-                    f"Views of one grid row differ in the rows that enter the sequence: {[cells[n][:2] for n in band]}."
+                    f"Views of one grid row differ in the rows that enter the sequence: {[cells[n][:2] for n in band]}"
                 )
         if rows and (cols or self._at["token_row_end", kind]):
             yield [], self._block(bands, cells, kind, 0, 0, None)

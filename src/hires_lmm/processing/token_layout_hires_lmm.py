@@ -19,7 +19,7 @@ class TokenLayout:
 
     Args:
         patch_grid (`tuple[int, int]`): Patches of a view of the tower's own size (rows, columns).
-        grids (`dict[str, Grid]`): Token grid of the views of each kind, by its name; kinds that are left out give none.
+        grids (`dict[str, Grid]`): Token grid of the views of each kind, by its name.
         layout (`dict`): Fields of `LayoutOptions`.
         own_tokens (`int`, *optional*): The image has exactly that many tokens, whatever its size.
         later_tokens (`int`, *optional*): Tokens of the turns after the first, where a model uses some there.

@@ -13,6 +13,7 @@ from transformers.image_utils import (
     IMAGENET_STANDARD_STD,
     OPENAI_CLIP_MEAN,
     OPENAI_CLIP_STD,
+    PILImageResampling,
 )
 
 
@@ -23,8 +24,8 @@ class TowerFamily:
     Args:
         stats (`tuple`, *optional*): Mean and standard deviation of its image processors; None = they differ.
         prefix (`int`): Tokens before the patches, the class token first; registers behind it count.
-        attention (`tuple[str, str, str]`, *optional*): Paths in a layer of the norm before attention, the query and the
-            key projection, for `cls_logits`; None = it has no class token.
+        attention (`tuple[str, str, str]`, *optional*): Paths in a layer of the norm before attention, the query
+            and the key projection, for `cls_logits`; None = it has no class token.
         is_map (`bool`): Whether hidden states are maps `(V, C, h, w)`, those of a convolutional tower.
     """
 
@@ -48,6 +49,14 @@ TOWERS = {
 def tower_family(config: Any) -> TowerFamily:
     """The family of a tower's configuration; one that is not in the table has patches behind its prefix, if any."""
     return TOWERS.get(config.model_type, TowerFamily())
+
+
+def known_stats(model_type: str) -> dict[str, Any] | None:
+    """Mean, standard deviation and filter of the image processors of a family; None where they are not known."""
+    family = TOWERS.get(model_type)
+    if family is None or family.stats is None:
+        return None
+    return {"image_mean": family.stats[0], "image_std": family.stats[1], "resample": PILImageResampling.BICUBIC}
 
 
 def view_side(config: Any) -> int:

@@ -14,8 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from ..processing.geometry_hires_lmm import Column
 from ..files import replacing, write_text
+from ..processing.geometry_hires_lmm import Column
 from ..processing.image_input_hires_lmm import flatten_images, open_image, to_rgb
 from .stages import find_base
 

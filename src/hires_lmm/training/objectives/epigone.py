@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...modeling.sa_perceiver_hires_lmm import GLOBAL_EMBEDDING
 from ...modeling.carriers_hires_lmm import ViewFeatures
 from ...modeling.geometry_hires_lmm import MAIN_TOWER
 from ...modeling.layout_hires_lmm import idle_image
+from ...modeling.sa_perceiver_hires_lmm import GLOBAL_EMBEDDING
 from ...modeling.towers_hires_lmm import blank_groups
 
 
