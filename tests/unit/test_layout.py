@@ -124,7 +124,7 @@ def test_vectors_of_separators():
     embeddings = nn.Embedding(4, 3)
     with torch.no_grad():
         layout.separators.end.copy_(torch.tensor([1.0, 2.0, 3.0]))
-    vectors = layout.separator_vectors(torch.zeros(1, 3, dtype=torch.float64), embeddings)
+    vectors = layout.separators(torch.zeros(1, 3, dtype=torch.float64), embeddings)
     wanted = torch.stack([embeddings.weight[2], embeddings.weight[0], torch.tensor([1.0, 2.0, 3.0])])
     torch.testing.assert_close(vectors, wanted.double(), rtol=0, atol=0)
 

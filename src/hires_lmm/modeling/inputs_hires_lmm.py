@@ -15,7 +15,8 @@ from .question_hires_lmm import PromptText
 OPTIONS_ELSEWHERE = {"max_image_tokens", "max_crops", "views", "planner", "pinpoints", "gamma"}
 """What `forward` takes no notice of, so that it must not be passed there."""
 
-NUM_COLUMNS = len(Column)
+NUM_COLUMNS = 9
+"""Of `view_positions`: one a member of `Column`."""
 
 
 @dataclass

@@ -24,17 +24,35 @@ from .sequence_hires_lmm import LEARNED, Arrangement, LayoutOptions, Run
 
 
 class HiResLmmSeparators(nn.Module):
-    """The trained vectors of separators, by name."""
+    """Vectors of separators: trained ones by name, and embeddings of token ids.
 
-    def __init__(self, names: Sequence[str], width: int):
+    Args:
+        values (`dict[str, str | list]`): Value of each separator, see `Separator`.
+        width (`int`): Width of the vectors.
+    """
+
+    def __init__(self, values: dict[str, str | list], width: int):
         super().__init__()
-        for name in names:
+        self.values, self.width = values, width
+        self.ids = tuple(int(token) for value in values.values() if value != LEARNED for token in np.ravel(value))
+        for name in (name for name, value in values.items() if value == LEARNED):
             self.register_parameter(name, nn.Parameter(torch.empty(width)))
 
     def init_weights(self) -> None:
         """Initialise like a token embedding of unit expected norm."""
         for parameter in self.parameters(recurse=False):
             init.normal_(parameter, mean=0.0, std=len(parameter) ** -0.5)
+
+    def forward(self, like: torch.Tensor, embed: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """All vectors in order, `(M, D)`, on the device and in the dtype of `like`."""
+        rows = embed(constant_index(self.ids, str(like.device))).to(like).unbind(0) if self.ids else ()
+        looked_up, vectors = iter(rows), []
+        for name, value in self.values.items():
+            if value == LEARNED:
+                vectors.append(getattr(self, name).to(like))
+            else:
+                vectors += [next(looked_up) for _ in range(int(np.size(value)))]
+        return torch.stack(vectors) if vectors else like.new_zeros(0, self.width)
 
 
 class HiResLmmLayout(nn.Module):
@@ -49,28 +67,12 @@ class HiResLmmLayout(nn.Module):
 
     def __init__(self, options: LayoutOptions, grids: Mapping[int, Grid], elastic: Sequence[int], width: int):
         super().__init__()
-        self.width = width
-        self.values = {name: separator.value for name, separator in options.parts().items()}
-        entries = [ids for separator in options.parts().values() for ids in separator.flat()]
-        self.ids = tuple(token for ids in entries for token in ids if token >= 0)
-        self.separators = HiResLmmSeparators([name for name, value in self.values.items() if value == LEARNED], width)
+        self.separators = HiResLmmSeparators({name: each.value for name, each in options.parts().items()}, width)
         self.spec = json.dumps(
             [asdict(options), [[kind, grid.to_dict()] for kind, grid in grids.items()], list(elastic)]
         )
         self.kinds = tuple(read_spec(self.spec).kinds)
         self.grids, self.is_elastic = dict(grids), bool(elastic)
-
-    def separator_vectors(self, like: torch.Tensor, embed: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        """Vectors of all separators in order, `(M, D)`."""
-        rows = embed(constant_index(self.ids, str(like.device))).to(like).unbind(0) if self.ids else ()
-        looked_up = iter(rows)
-        vectors = []
-        for name, value in self.values.items():
-            if value == LEARNED:
-                vectors.append(getattr(self.separators, name).to(like))
-            else:
-                vectors += [next(looked_up) for _ in range(len(np.ravel(value)))]
-        return torch.stack(vectors) if vectors else like.new_zeros(0, self.width)
 
     def forward(self, views: ViewFeatures, embed: Callable[[torch.Tensor], torch.Tensor]) -> VisualTokens:
         """Order the tokens of a batch.
@@ -84,7 +86,7 @@ class HiResLmmLayout(nn.Module):
         """
         groups = [group for kind in self.kinds for group in views.groups if group.kind == kind]
         like = views.groups[0].features
-        bank = torch.cat([*(group.features.flatten(0, 1) for group in groups), self.separator_vectors(like, embed)])
+        bank = torch.cat([*(group.features.flatten(0, 1) for group in groups), self.separators(like, embed)])
         plan = token_plan(
             tuple((image.first_view, image.views, image.num_tokens) for image in views.images),
             tuple((int(group.kind), tuple(group.grid), tuple(group.features.shape[:2])) for group in groups),
