@@ -201,7 +201,7 @@ def ours(name: str, shared: Shared) -> Case:
     def encode(images: list) -> tuple[dict, list[int]]:
         batch = image_processor(images, return_tensors="pt", **options)
         positions = batch["view_positions"]
-        counts = positions[positions[:, 0] == 0, 5].tolist()
+        counts = positions[positions[:, 8] != 0, 5].tolist()
         views = {key: value.to(shared.device) if key == "pixel_values" else value for key, value in batch.items()}
         views["pixel_values"] = views["pixel_values"].to(shapes.dtype)
         rows = rows_of_ids(counts, shared.device)

@@ -6,10 +6,12 @@ from typing import Any
 import torch
 from shapes import SHAPES
 
+from hires_lmm.modeling.bases_hires_lmm import PartContext
+from hires_lmm.modeling.carriers_hires_lmm import ImageGeometry, Question, ViewFeatures, ViewGroup
 from hires_lmm.modeling.configuration_hires_lmm import HiResLmmConnectorConfig
 from hires_lmm.modeling.connector_hires_lmm import HiResLmmConnector
+from hires_lmm.modeling.geometry_hires_lmm import Kind
 from hires_lmm.modeling.parts_hires_lmm import SLOTS
-from hires_lmm.modeling.views_hires_lmm import KIND_CROP, KIND_GLOBAL, ImageGeometry, Question, ViewFeatures
 
 
 SIDE, GRID = 24, 2
@@ -53,8 +55,9 @@ def label(slot: str, name: str, options: dict) -> str:
 def image_geometry() -> ImageGeometry:
     """One image: a global view and a square of crops, whole."""
     cells = [(row, column) for row in range(GRID) for column in range(GRID)]
-    spans = ((0, SIDE, 0, SIDE),) * (1 + len(cells))
-    return ImageGeometry(0, (0, *(1 for _ in cells)), (GRID, GRID), ((0, 0), *cells), spans, BUDGET)
+    whole = (SIDE, SIDE, 0, SIDE, 0, SIDE)
+    crops = ((int(Kind.CROP), GRID, GRID, *cell, *whole) for cell in cells)
+    return ImageGeometry(0, ((int(Kind.GLOBAL), GRID, GRID, 0, 0, *whole), *crops), BUDGET)
 
 
 def part_call(slot: str, name: str, options: dict, device: str, shapes: str = "cuda") -> Callable[[], Any]:
@@ -77,14 +80,20 @@ def part_call(slot: str, name: str, options: dict, device: str, shapes: str = "c
         text_width = width
     with torch.device(device):
         config = HiResLmmConnectorConfig(**chain)
-        connector = HiResLmmConnector(config, width, text_width, (SIDE, SIDE)).to(dtype).eval()
+        connector = (
+            HiResLmmConnector(config, PartContext(config, width, text_width, {}, (SIDE, SIDE))).to(dtype).eval()
+        )
     features = torch.randn(1 + GRID * GRID, SIDE * SIDE, width, device=device, dtype=dtype)
-    views = ViewFeatures(features[:1], features[1:], (SIDE, SIDE), (SIDE, SIDE), [image_geometry()])
+    groups = [
+        ViewGroup(Kind.GLOBAL, features[:1], (SIDE, SIDE), (0,)),
+        ViewGroup(Kind.CROP, features[1:], (SIDE, SIDE), tuple(range(1, len(features)))),
+    ]
+    views = ViewFeatures(groups, [image_geometry()])
     if slot == "view_ops":
         return _without_gradients(lambda: connector.view_ops[0](views))
     if slot == "adapter":
         return _without_gradients(
-            lambda: (connector.adapter(features[:1], KIND_GLOBAL), connector.adapter(features[1:], KIND_CROP))
+            lambda: (connector.adapter(features[:1], Kind.GLOBAL), connector.adapter(features[1:], Kind.CROP))
         )
     with torch.no_grad():
         tokens = connector.layout(connector.adapt(views), lambda ids: torch.zeros(text_width, device=device))

@@ -88,14 +88,14 @@ def stage_inputs(model: Any, processor: Any, views: str, cached: bool, images: l
     """Inputs and labels of a batch as the stage sees it; with `cached`, tower features in place of pixels."""
     batch = processor.image_processor(images, return_tensors="pt", views=views, max_crops=4)
     positions = batch["view_positions"]
-    rows = rows_of_ids(positions[positions[:, 0] == 0, 5].tolist(), device)
+    rows = rows_of_ids(positions[positions[:, 8] != 0, 5].tolist(), device)
     labels = torch.full_like(rows["input_ids"], -100)
     labels[:, -TEXT_LENGTH // 2 :] = rows["input_ids"][:, -TEXT_LENGTH // 2 :]
     pixels = batch["pixel_values"].to(device, model.dtype)
     inputs = {**rows, "view_positions": positions, "view_spans": batch["view_spans"]}
     if cached:
         with torch.no_grad():
-            return {**inputs, "vision_features": model.model.encode_views(pixels)[0]}, labels
+            return {**inputs, "vision_features": model.model.encode_pixels(pixels)}, labels
     return {**inputs, "pixel_values": pixels}, labels
 
 

@@ -58,7 +58,7 @@ def main(checkpoint: str | Path) -> None:
     for name, image in (("timetable", timetable), ("scene", scene), ("small", small)):
         tokens = processor.image_tokens(image.height, image.width, max_crops=6)
         print(f"{name}: {image.width} x {image.height} pixels, {tokens} tokens")
-    print(f"{len(conversations)} rows, {int((positions[:, 0] == 0).sum())} images, {len(positions)} views")
+    print(f"{len(conversations)} rows, {int(positions[:, 8].sum())} images, {len(positions)} views")
 
     output = model.generate(**inputs.to(model.device), max_new_tokens=16, do_sample=False)
     answers = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

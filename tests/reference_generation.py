@@ -42,26 +42,29 @@ def layout_kinds(positions: list[list[int]], spans: list[list[int]], layout: dic
         spans (`list`): Rows of `view_spans` of the same views.
         layout (`dict`): The token layout of the config.
     """
-    if layout["fixed_tokens"] is not None:
-        if layout["crop_grid"] != [0, 0]:
-            raise NotImplementedError("the reference covers fixed counts that are those of the whole global view")
-        spans = [[0, layout["patch_grid"][0], 0, layout["patch_grid"][1]], *spans[1:]]
+    grids, arrangement = layout["grids"], layout["layout"]
+    marks = {separator["place"] for separator in arrangement["separators"].values()}  # one token each in the presets
+    order = [name for name in arrangement["order"] if name in grids]
 
-    def extent(span: list[int], grid: list[int]) -> list[int]:
+    def extent(span: list[int], name: str) -> list[int]:
         """Token rows and columns of a view; a side may be empty while the other is not."""
+        grid = [grids[name]["rows"], grids[name]["cols"]]
+        if grids[name].get("whole"):
+            span = [0, layout["patch_grid"][0], 0, layout["patch_grid"][1]]
         sides = zip(span[0::2], span[1::2], grid, layout["patch_grid"], strict=True)
         return [
             -(-end * n // patches) - start * n // patches if end > start else 0 for start, end, n, patches in sides
         ]
 
-    rows, columns = extent(spans[0], layout["global_grid"])
+    rows, columns = extent(spans[0], "global")
     global_block = ["global"] * (rows * columns)
-    row_end = ["mark"] if layout["row_end"] else []
+    row_end = ["mark"] if "token_row_end" in marks else []
     crops = {}
-    for (_, _, _, row, column, _), span in list(zip(positions, spans, strict=True))[1:]:
-        crops[row, column] = extent(span, layout["crop_grid"])
+    for position, span in list(zip(positions, spans, strict=True))[1:]:
+        if "crops" in order:
+            crops[position[3], position[4]] = extent(span, "crops")
     blocks = []  # one list of kinds a block, without the marks after and between blocks
-    if layout["crop_order"] == "raster":  # rows without columns keep their marks, as in LLaVA-NeXT
+    if arrangement["crop_order"] == "raster":  # rows without columns keep their marks, as in LLaVA-NeXT
         block = []
         for row in sorted({row for row, _ in crops}):
             band = [crops[key] for key in sorted(crops) if key[0] == row]
@@ -70,12 +73,12 @@ def layout_kinds(positions: list[list[int]], spans: list[list[int]], layout: dic
     else:
         for _, (rows, columns) in sorted(crops.items()):
             blocks.append((["crop"] * columns + row_end) * (rows if columns else 0))
-    blocks = [global_block, *blocks] if layout["global_position"] == "first" else [*blocks, global_block]
+    blocks = [global_block, *blocks] if order[0] == "global" else [*blocks, global_block]
     kinds = []
     for block in [block for block in blocks if block]:
-        if layout["between_views"] and kinds:
+        if "between_views" in marks and kinds:
             kinds.append("mark")
-        kinds += block + (["mark"] if layout["view_end"] else [])
+        kinds += block + (["mark"] if "view_end" in marks else [])
     return kinds
 
 

@@ -1,11 +1,12 @@
 """What an image costs: views and visual tokens, with and without a budget, and LLaVA-NeXT's count; without torch."""
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .processing.planners_hires_lmm import PLANNERS, PlannerLimits
+from .processing.geometry_hires_lmm import Grid
+from .processing.planners_hires_lmm import find_planner
 from .processing.token_layout_hires_lmm import TokenLayout, apply_budget, count_tokens
 
 
@@ -80,19 +81,18 @@ def account_image(
 
 def _plan(settings: dict[str, Any], height: int, width: int, changes: dict[str, Any]) -> tuple[Any, TokenLayout]:
     """The views of an image and the order of its tokens."""
-    planner = settings["planner"]
-    if planner not in PLANNERS:
-        raise ValueError(f"planner={planner!r} is unknown; choose one of {', '.join(PLANNERS)}.")
+    name, planner, own = find_planner(settings["planner"])
     given = {**settings, **changes}
-    limits = PlannerLimits(**{each.name: given[each.name] for each in fields(PlannerLimits) if each.name in given})
+    known = ("view_size", "patch_size", "max_crops", "pinpoints", "unpad", "global_view", "views")
+    limits = planner.build_options(name, {**{each: given[each] for each in known if each in given}, **own})
     layout = settings.get("token_layout")
     return (
-        PLANNERS[planner](height, width, limits),
+        planner(height, width, limits),
         _plain_layout(limits.patch_grid) if layout is None else TokenLayout.from_dict(layout),
     )
 
 
 def _plain_layout(patch_grid: int) -> TokenLayout:
     """Every patch of every view is a token."""
-    grid = (patch_grid, patch_grid)
-    return TokenLayout(grid, grid, grid, budget={"on": "all"})
+    grid = Grid(patch_grid, patch_grid)
+    return TokenLayout(grid.size, {"global": grid, "crops": grid}, budget={"on": "all"})

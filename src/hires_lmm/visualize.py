@@ -8,10 +8,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from .modeling.outputs_hires_lmm import TokenMap
+from .processing.geometry_hires_lmm import Kind
 from .processing.image_input_hires_lmm import open_image, to_rgb
 
-
-KIND_GLOBAL, KIND_CROP, KIND_MARK = 0, 1, 2
 
 BACKGROUND, INK, MUTED, PADDING = (250, 250, 248), (28, 33, 40), (106, 114, 124), (207, 207, 203)
 DROPPED_TINT, DROPPED_SHARE, DROPPED_GREY = (24, 27, 38), 0.68, 0.75
@@ -114,8 +113,8 @@ def draw_token_map(
         raise ValueError(f"width={width!r} must be an integer of at least 600 pixels.")
     kept, total = count_kept(token_map, image_index)
     source = to_rgb(open_image(image, image_index), image_index)
-    crops, inset = (_Tokens.select(token_map, image_index, kind) for kind in (KIND_CROP, KIND_GLOBAL))
-    marks = int(((token_map.image == image_index) & (token_map.kind == KIND_MARK)).sum())
+    crops, inset = (_Tokens.select(token_map, image_index, kind) for kind in (Kind.CROP, Kind.GLOBAL))
+    marks = int(((token_map.image == image_index) & (token_map.kind == Kind.SEPARATOR)).sum())
     account = f"{source.width} x {source.height} pixels: {kept} of {total} visual tokens kept"
     account += f", {marks} of them of no place in the image" if marks else ""
     room = width - 2 * MARGIN

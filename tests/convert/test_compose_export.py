@@ -61,7 +61,7 @@ def test_each_preset_is_ready_to_train(halves, tmp_path, preset):
     queries = {"part": "query_compressor", "on": "all" if preset == "monkey" else "crops", "num_queries": 4}
     changes = {"connector_config": {"view_ops": [queries]}} if preset in ("slime", "slime_release", "monkey") else {}
     if preset == "slime_release":
-        changes["connector_config"]["layout"] = {"between_views": 9}
+        changes["connector_config"]["layout"] = {"separators": {"separator": {"place": "between_views", "value": [9]}}}
     compose(*halves, preset, tmp_path / "out", chat_template="chatml", **changes)
     model, info = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info.values())

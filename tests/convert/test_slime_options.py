@@ -30,7 +30,10 @@ def test_the_golden_options():
     assert settings["planner"] == {"name": "slime_release", "global_view": "squeeze"}
     assert settings["question_scope"] == "prompt" and settings["vision_feature_layer"] == -2
     assert settings["connector_config"]["adapter"] == {"part": "mixture", "gate": "release"}
-    assert settings["connector_config"]["layout"] == {"crop_order": "raster", "between_views": 1919}
+    assert settings["connector_config"]["layout"] == {
+        "crop_order": "raster",
+        "separators": {"separator": {"place": "between_views", "value": [1919]}},
+    }
 
 
 def test_values_are_read():
@@ -42,7 +45,7 @@ def test_values_are_read():
     keep = chain(mm_resampler_topp=0.5, mm_resampler_temp=0.25)["token_ops"][0]["keep"]
     assert keep == {"rule": "threshold", "gamma": 0.5, "temperature": 0.25}
     assert chain(mm_resampler_dim=64)["view_ops"][0]["num_queries"] == 64
-    assert chain(seperator=11)["layout"]["between_views"] == 11
+    assert chain(seperator=11)["layout"]["separators"]["separator"]["value"] == [11]
     assert connector_settings(golden_config(mm_vision_select_layer=-3))["vision_feature_layer"] == -3
     assert connector_settings(golden_config(use_local_only=True))["planner"]["views"] == "crops"
     assert connector_settings(golden_config(use_global_only=True))["planner"]["views"] == "global"
@@ -59,7 +62,7 @@ def test_absent_options_take_the_released_defaults():
     settings = connector_settings(config)
     keep = settings["connector_config"]["token_ops"][0]["keep"]
     assert (keep["gamma"], keep["temperature"], settings["vision_feature_layer"]) == (0.9, 0.5, -1)
-    assert settings["connector_config"]["layout"]["between_views"] == 1919
+    assert settings["connector_config"]["layout"]["separators"]["separator"]["value"] == [1919]
 
 
 @pytest.mark.parametrize(

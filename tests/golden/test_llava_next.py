@@ -34,7 +34,7 @@ TOLERANCE = 1e-4
 PROMPT = "USER: <image>\nHow many cats are on the table? ASSISTANT:"
 # their name -> our name; the first match wins, the rest of the name stays
 KEY_MAP = {
-    "model.image_newline": "model.connector.layout.row_end",
+    "model.image_newline": "model.connector.layout.separators.newline",
     "model.multi_modal_projector.linear_1.": "model.connector.adapter.mlp.linear_1.",
     "model.multi_modal_projector.linear_2.": "model.connector.adapter.mlp.linear_2.",
     "model.vision_tower.": "model.vision_tower.",

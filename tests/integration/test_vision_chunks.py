@@ -5,7 +5,7 @@ import torch
 
 from builders.tiny import make_batch, random_image, tiny_config, tiny_model, tiny_processor, tiny_vision_config
 from hires_lmm import HiResLmmConfig, HiResLmmForConditionalGeneration
-from hires_lmm.modeling.tower_hires_lmm import is_sharded, split_views
+from hires_lmm.modeling.towers_hires_lmm import is_sharded, split_views
 
 
 @pytest.fixture(scope="module", params=["clip", "siglip"])

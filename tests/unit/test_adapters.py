@@ -7,13 +7,16 @@ import torch
 from torch import nn
 
 from hires_lmm.modeling.adapters_hires_lmm import HiResLmmGate, HiResLmmMixtureAdapter
+from hires_lmm.modeling.bases_hires_lmm import PartContext
+from hires_lmm.modeling.carriers_hires_lmm import ViewFeatures, ViewGroup
 from hires_lmm.modeling.compressors_hires_lmm import HiResLmmQueryCompressor
+from hires_lmm.modeling.geometry_hires_lmm import Grid, Kind
 from hires_lmm.modeling.parts_hires_lmm import ADAPTERS, resolve_part
-from hires_lmm.modeling.views_hires_lmm import KIND_CROP, KIND_GLOBAL, PartContext, ViewFeatures
 
 
 def context(crop_grid=(3, 3)) -> PartContext:
-    return PartContext(SimpleNamespace(_attn_implementation="eager"), 16, 24, (3, 3), crop_grid, (3, 3))
+    grids = {(0, "vision_tower"): Grid(3, 3), (1, "vision_tower"): Grid(*crop_grid)}
+    return PartContext(SimpleNamespace(_attn_implementation="eager"), 16, 24, grids, (3, 3))
 
 
 def build(spec: dict, **kwargs) -> nn.Module:
@@ -31,10 +34,10 @@ def build(spec: dict, **kwargs) -> nn.Module:
 
 def test_identity_and_linear():
     features = torch.randn(2, 9, 16)
-    assert build({"part": "identity"})(features, KIND_CROP) is features
+    assert build({"part": "identity"})(features, Kind.CROP) is features
     linear = build({"part": "linear"})
     wanted = features @ linear.linear.weight.T + linear.linear.bias
-    torch.testing.assert_close(linear(features, KIND_GLOBAL), wanted)
+    torch.testing.assert_close(linear(features, Kind.GLOBAL), wanted)
     assert build({"part": "linear", "bias": False}).linear.bias is None
 
 
@@ -42,7 +45,7 @@ def test_mlp_is_two_layers_with_exact_gelu():
     features, adapter = torch.randn(2, 9, 16), build({"part": "mlp"})
     first, second = adapter.mlp.linear_1, adapter.mlp.linear_2
     wanted = nn.functional.gelu(features @ first.weight.T + first.bias) @ second.weight.T + second.bias
-    torch.testing.assert_close(adapter(features, KIND_GLOBAL), wanted)
+    torch.testing.assert_close(adapter(features, Kind.GLOBAL), wanted)
 
 
 def mixture_by_hand(adapter: HiResLmmMixtureAdapter, features: torch.Tensor, epsilon: float) -> torch.Tensor:
@@ -56,22 +59,22 @@ def mixture_by_hand(adapter: HiResLmmMixtureAdapter, features: torch.Tensor, eps
 def test_mixture_weighs_two_experts_on_the_global_view(gate, epsilon):
     features, adapter = torch.randn(2, 9, 16), build({"part": "mixture", "gate": gate})
     wanted = mixture_by_hand(adapter, features, epsilon)
-    torch.testing.assert_close(adapter(features, KIND_GLOBAL), wanted, atol=1e-4, rtol=1e-5)
-    torch.testing.assert_close(adapter(features, KIND_CROP), adapter.mlp(features))
+    torch.testing.assert_close(adapter(features, Kind.GLOBAL), wanted, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(adapter(features, Kind.CROP), adapter.mlp(features))
 
 
 def test_mixture_may_mix_crops_instead():
     features, adapter = torch.randn(2, 9, 16), build({"part": "mixture", "mix_on": "crops"})
     wanted = mixture_by_hand(adapter, features, 0.0)
-    torch.testing.assert_close(adapter(features, KIND_CROP), wanted, atol=1e-4, rtol=1e-5)
-    torch.testing.assert_close(adapter(features, KIND_GLOBAL), adapter.mlp(features))
+    torch.testing.assert_close(adapter(features, Kind.CROP), wanted, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(adapter(features, Kind.GLOBAL), adapter.mlp(features))
 
 
 @pytest.mark.parametrize("expert", ["mlp", "query_former"])
 def test_forced_expert(expert):
     features, adapter = torch.randn(2, 9, 16), build({"part": "mixture", "forced_expert": expert})
     wanted = adapter.mlp(features if expert == "mlp" else adapter.query_former(features))
-    torch.testing.assert_close(adapter(features, KIND_GLOBAL), wanted)
+    torch.testing.assert_close(adapter(features, Kind.GLOBAL), wanted)
 
 
 @pytest.mark.parametrize("rule", ["paper", "release"])
@@ -93,17 +96,17 @@ def test_gate_noise_exists_only_in_training_and_scales_as_stated(rule):
 @pytest.mark.parametrize("on, changed", [("crops", (False, True)), ("global", (True, False)), ("all", (True, True))])
 def test_query_compressor_changes_only_its_views(on, changed):
     part = build({"part": "query_compressor", "on": on, "num_queries": 4})
-    views = ViewFeatures(torch.randn(1, 9, 16), torch.randn(5, 9, 16), (3, 3), (3, 3), [])
-    result = part(views)
-    for name, has_changed in zip(("global", "crop"), changed, strict=True):
-        before, after = getattr(views, f"{name}_features"), getattr(result, f"{name}_features")
-        wanted = part.query_former(before) if has_changed else before
-        torch.testing.assert_close(after, wanted)
-        assert getattr(result, f"{name}_grid") == ((2, 2) if has_changed else (3, 3))
+    groups = [ViewGroup(0, torch.randn(1, 9, 16), (3, 3), (0,)), ViewGroup(1, torch.randn(5, 9, 16), (3, 3), (1,) * 5)]
+    result = part(ViewFeatures(groups, []))
+    for before, after, has_changed in zip(groups, result.groups, changed, strict=True):
+        torch.testing.assert_close(
+            after.features, part.query_former(before.features) if has_changed else before.features
+        )
+        assert after.grid == ((2, 2) if has_changed else (3, 3))
 
 
 def test_query_compressor_refuses_two_grids_at_once():
-    with pytest.raises(ValueError, match="needs one token grid"):
+    with pytest.raises(ValueError, match="needs views of one token grid"):
         build({"part": "query_compressor", "on": "all", "num_queries": 4}, crop_grid=(2, 2))
     assert isinstance(
         build({"part": "query_compressor", "on": "crops", "num_queries": 4}, crop_grid=(2, 2)),

@@ -155,7 +155,7 @@ CONNECTOR = "model.connector"
 LLAVA_NEW = {
     "model.vision_tower.vision_model.embeddings.position_ids": (),
     "model.language_model.layers.0.self_attn.rotary_emb.inv_freq": (),
-    "model.image_newline": (f"{CONNECTOR}.layout.row_end",),
+    "model.image_newline": (f"{CONNECTOR}.layout.separators.newline",),
     "model.vision_tower.encoder.layers.0.mlp.fc1.bias": ("model.vision_tower.encoder.layers.0.mlp.fc1.bias",),
     "model.multi_modal_projector.linear_1.weight": (f"{CONNECTOR}.adapter.mlp.linear_1.weight",),
     "model.multi_modal_projector.linear_2.bias": (f"{CONNECTOR}.adapter.mlp.linear_2.bias",),
@@ -165,7 +165,7 @@ LLAVA_NEW = {
 LLAVA_OLD = {
     "vision_tower.vision_model.embeddings.position_ids": (),
     "language_model.model.layers.0.self_attn.rotary_emb.inv_freq": (),
-    "image_newline": (f"{CONNECTOR}.layout.row_end",),
+    "image_newline": (f"{CONNECTOR}.layout.separators.newline",),
     "vision_tower.vision_model.post_layernorm.bias": ("model.vision_tower.post_layernorm.bias",),
     "multi_modal_projector.linear_1.bias": (f"{CONNECTOR}.adapter.mlp.linear_1.bias",),
     "multi_modal_projector.linear_2.weight": (f"{CONNECTOR}.adapter.mlp.linear_2.weight",),
@@ -209,7 +209,7 @@ def test_the_table_of_fusion():
         f"{vision}.embeddings.position_ids": (),
         "llm_backbone.model.layers.1.self_attn.rotary_emb.inv_freq": (),
         f"{fusion}.layers.1.self_attn.rotary_emb.inv_freq": (),
-        f"{vision}.token_LF": (f"{CONNECTOR}.layout.view_end",),
+        f"{vision}.token_LF": (f"{CONNECTOR}.layout.separators.view_end",),
         f"{vision}.pos_layrnorm.weight": (f"{CONNECTOR}.view_ops.0.norm.weight",),
         f"{vision}.vision_embed_merge.weight": (f"{CONNECTOR}.view_ops.0.conv.weight",),
         f"{vision}.encoder.layers.0.mlp.fc1.bias": ("model.vision_tower.encoder.layers.0.mlp.fc1.bias",),
@@ -226,7 +226,7 @@ def test_the_table_of_fusion():
     mapped = map_forward(rules, {key: entry_of(words, "") for key in (f"{fusion}.embed_tokens.weight",)})
     assert mapped.entries[f"{part}.queries"].read().tolist() == [[10, 11], [4, 5]]
     line = map_forward(rules, {f"{vision}.token_LF": entry_of(torch.ones(1, 1, 3), "")})
-    assert line.entries[f"{CONNECTOR}.layout.view_end"].shape == (3,)
+    assert line.entries[f"{CONNECTOR}.layout.separators.view_end"].shape == (3,)
 
 
 def test_the_table_of_compose():

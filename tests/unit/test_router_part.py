@@ -6,18 +6,23 @@ import pytest
 import torch
 from torch import nn
 
+from hires_lmm.modeling.bases_hires_lmm import PartContext
+from hires_lmm.modeling.carriers_hires_lmm import Question, VisualTokens
+from hires_lmm.modeling.geometry_hires_lmm import Grid
 from hires_lmm.modeling.routers_hires_lmm import HiResLmmRouter, KeepOptions, saliency_scores
-from hires_lmm.modeling.views_hires_lmm import PartContext, Question, VisualTokens
 
 
 WIDTH = 8
-KINDS = [[0, 0, 2, 1, 1, 1, 2], [1, 1, 1, 1, 0, 2], [0, 2]]  # global 0, crop 1, mark 2
+KINDS = [[0, 0, -1, 1, 1, 1, -1], [1, 1, 1, 1, 0, -1], [0, -1]]  # global 0, crop 1, separator -1
 
 
 def router(width: int = WIDTH, **options) -> HiResLmmRouter:
     config = SimpleNamespace(_attn_implementation="eager")
-    context = PartContext(config, width, width, (1, 2), (1, 3), (2, 2))
+    context = PartContext(
+        config, width, width, {(0, "vision_tower"): Grid(1, 2), (1, "vision_tower"): Grid(1, 3)}, (2, 2)
+    )
     part = HiResLmmRouter(context, HiResLmmRouter.Options(**options)).eval()
+    part.context = context
     for parameter in part.parameters():
         nn.init.normal_(parameter, std=0.5)
     return part
@@ -34,6 +39,7 @@ def tokens(surplus=(0, 0, 0), width: int = WIDTH) -> VisualTokens:
         cell=torch.zeros(len(kind), 2, dtype=torch.long),
         kind=kind,
         grids={},
+        images=[None] * 3,
         scores={"other": torch.ones(len(kind))},
     )
 
@@ -279,8 +285,11 @@ def test_options_and_their_defaults():
 @pytest.mark.parametrize("rule, static", [("budget", True), ("threshold", False)])
 def test_what_the_pipeline_asks_of_the_part(score, reads, rule, static):
     options = HiResLmmRouter.Options(on="all", score=score, keep={"rule": rule})
-    assert HiResLmmRouter.reads_question(options) is reads
-    assert HiResLmmRouter.is_count_static(options) is static
-    assert HiResLmmRouter.budget(options) == {"on": "all"}
-    assert HiResLmmRouter.fixed_counts(options) is None
-    assert HiResLmmRouter.output_width(options, 12, 34) == 12
+    traits = HiResLmmRouter.describe(options, router().context)
+    assert (traits.reads_question, traits.count == "static") == (reads, static)
+    assert (traits.budget_on, traits.own_tokens, traits.width, traits.grids) == (
+        "all",
+        None,
+        WIDTH,
+        router().context.grids,
+    )

@@ -10,9 +10,11 @@ import torch
 import reference_silu as reference
 from builders.tiny import randomise, tiny_config, tiny_model
 from hires_lmm import HiResLmmConnectorConfig
+from hires_lmm.modeling.bases_hires_lmm import PartContext
+from hires_lmm.modeling.carriers_hires_lmm import ImageGeometry, ViewFeatures, ViewGroup
 from hires_lmm.modeling.connector_hires_lmm import HiResLmmConnector
+from hires_lmm.modeling.geometry_hires_lmm import Grid
 from hires_lmm.modeling.sa_perceiver_hires_lmm import HiResLmmSaPerceiver
-from hires_lmm.modeling.views_hires_lmm import ImageGeometry, PartContext, ViewFeatures
 
 
 WIDTH, GRID = 12, (2, 3)
@@ -43,28 +45,27 @@ combinations = pytest.mark.parametrize(
 
 def build(width: int = WIDTH, backend: str = "eager", **options) -> HiResLmmSaPerceiver:
     config = SimpleNamespace(_attn_implementation=backend, initializer_range=0.02)
-    context = PartContext(config, width, 32, GRID, GRID, GRID)
+    grids = {(0, "vision_tower"): Grid(*GRID), (1, "vision_tower"): Grid(*GRID)}
+    context = PartContext(config, width, 32, grids, GRID)
     return HiResLmmSaPerceiver(context, HiResLmmSaPerceiver.Options(**options))
 
 
 def geometry(first_view: int, crops: int) -> ImageGeometry:
     """An image of one row of crops; a few columns of each view are cut away."""
-    span = (0, GRID[0], 0, GRID[1] - 1)
-    cells = ((0, 0), *((0, column) for column in range(crops)))
-    return ImageGeometry(first_view, (0, *[1] * crops), (1, crops), cells, (span,) * (crops + 1), 6)
+    cells = [(0, 0), *((1, column) for column in range(crops))]
+    views = tuple((kind, kind, crops, 0, column, *GRID, 0, GRID[0], 0, GRID[1] - 1) for kind, column in cells)
+    return ImageGeometry(first_view, views, 6)
 
 
 def make_views(counts: list[int], width: int = WIDTH, dtype=torch.float64, size: int = 6) -> ViewFeatures:
     """Views of images with so many crops, `size` tokens each."""
     generator = torch.Generator().manual_seed(0)
-    starts = itertools.accumulate([count + 1 for count in counts[:-1]], initial=0)
-    return ViewFeatures(
-        torch.randn(len(counts), size, width, generator=generator).to(dtype),
-        torch.randn(sum(counts), size, width, generator=generator).to(dtype),
-        GRID,
-        GRID,
-        [geometry(*pair) for pair in zip(starts, counts, strict=True)],
-    )
+    starts = list(itertools.accumulate([count + 1 for count in counts[:-1]], initial=0))
+    features = [torch.randn(n, size, width, generator=generator).to(dtype) for n in (len(counts), sum(counts))]
+    images = [geometry(*pair) for pair in zip(starts, counts, strict=True)]
+    crops = tuple(row for image in images for row in image.rows(1))
+    groups = [ViewGroup(0, features[0], GRID, tuple(starts)), ViewGroup(1, features[1], GRID, crops)]
+    return ViewFeatures(groups, images)
 
 
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])
@@ -77,12 +78,12 @@ def test_each_combination_equals_the_reference(options, backend):
     tolerance = 1e-5 if backend == "eager" and "softmax" in options.values() else 1e-12  # it works in float32
     views = make_views(counts)
     found = op(views)
-    crops = views.crop_features.split(counts)
+    crops = views.groups[1].features.split(counts)
     for image, own in enumerate(crops):
         wanted = reference.perceive(
-            views.global_features[image].numpy(), own.numpy(), weights, {**DEFAULTS, **options}
+            views.groups[0].features[image].numpy(), own.numpy(), weights, {**DEFAULTS, **options}
         )
-        assert reference.relative_error(found.global_features[image], wanted[0]) < tolerance
+        assert reference.relative_error(found.groups[0].features[image], wanted[0]) < tolerance
         assert reference.relative_error(found.aux["global_embedding"][image], wanted[1]) < tolerance
 
 
@@ -96,7 +97,7 @@ def test_options_change_the_result(options):
         op, default = build(**given).double(), randomise(build().double(), seed=3).state_dict()
         randomise(op, seed=3)
         op.load_state_dict({name: default.get(name, value) for name, value in op.state_dict().items()})
-        results.append(op(views).global_features)
+        results.append(op(views).groups[0].features)
     assert (results[0] - results[1]).abs().max() > 1e-3
 
 
@@ -108,12 +109,10 @@ def test_the_crops_leave_and_the_whole_view_stays():
     views = make_views([2, 0])
     views.aux["other"] = torch.ones(1)
     found = build().double()(views)
-    assert found.global_features.shape == views.global_features.shape and found.global_grid == GRID
-    assert found.crop_features.numel() == 0 and found.crop_grid == (0, 0)
-    assert [image.spans[0] for image in found.images] == [(0, 2, 0, 3)] * 2
-    assert [image.spans[1:] for image in found.images] == [image.spans[1:] for image in views.images]
+    assert [group.kind for group in found.groups] == [0]
+    assert found.groups[0].features.shape == views.groups[0].features.shape and found.groups[0].grid == GRID
     assert set(found.aux) == {"other", "global_embedding"} and found.aux["global_embedding"].shape == (2, WIDTH)
-    assert set(views.aux) == {"other"} and views.images[0].spans[0] == (0, 2, 0, 2)  # the input is not changed
+    assert set(views.aux) == {"other"} and len(views.groups) == 2  # the input is not changed
 
 
 # ---- magnitude over the number of crops
@@ -126,7 +125,7 @@ def largest_activation(crops: int, **options) -> float:
     width = 512
     config = HiResLmmConnectorConfig(view_ops=[{"part": "sa_perceiver", **options}])
     torch.manual_seed(0)
-    op = HiResLmmConnector(config, width, 32, GRID).view_ops[0].bfloat16()
+    op = HiResLmmConnector(config, PartContext(config, width, 32, {}, GRID)).view_ops[0].bfloat16()
     sizes = []
 
     def record(module, inputs, output):
@@ -136,7 +135,7 @@ def largest_activation(crops: int, **options) -> float:
     for module in (op.cross_norm, op.cross_out, op.self_norm, op.self_out):
         module.register_forward_hook(record)
     found = op(make_views([crops], width, torch.bfloat16, size=64))
-    return max(*sizes, float(found.global_features.abs().max()), float(found.aux["global_embedding"].abs().max()))
+    return max(*sizes, float(found.groups[0].features.abs().max()), float(found.aux["global_embedding"].abs().max()))
 
 
 @pytest.mark.parametrize("crops", [2, 6, 36, 64])
@@ -160,12 +159,15 @@ def test_half_precision_of_many_keys(dtype):
     """Large features of 64 crops: the sum over the keys would overflow float16."""
     op = randomise(build(64), seed=1)
     views = make_views([64], 64, torch.float32)
-    views.global_features, views.crop_features = (
-        8 * part.to(dtype).float() for part in (views.global_features, views.crop_features)
+    views.groups[0].features, views.groups[1].features = (
+        8 * part.to(dtype).float() for part in (views.groups[0].features, views.groups[1].features)
     )
-    wanted = op(views).global_features
-    views.global_features, views.crop_features = views.global_features.to(dtype), views.crop_features.to(dtype)
-    found = op.to(dtype)(views).global_features
+    wanted = op(views).groups[0].features
+    views.groups[0].features, views.groups[1].features = (
+        views.groups[0].features.to(dtype),
+        views.groups[1].features.to(dtype),
+    )
+    found = op.to(dtype)(views).groups[0].features
     assert torch.isfinite(found).all()
     assert float((found.float() - wanted).abs().max() / wanted.abs().max()) < (
         3e-2 if dtype == torch.bfloat16 else 4e-3
@@ -177,7 +179,7 @@ def test_what_was_hardly_read_is_not_blown_up():
     """A query with scores far below zero reads rounding errors; a norm with a small epsilon would make them large."""
     op = randomise(build(64), seed=1)
     views = make_views([2], 64, torch.float32)
-    views.crop_features = views.crop_features + 3  # keys share a direction, as those of real towers do
+    views.groups[1].features = views.groups[1].features + 3  # keys share a direction, as those of real towers do
     sizes = []
     op.cross_norm.register_forward_hook(lambda module, inputs, output: sizes.append((inputs[0], output)))
     op(views)
@@ -194,9 +196,9 @@ def test_a_dummy_crop_reaches_every_parameter(options):
     """A training batch without crops adds one that belongs to no image, so that all processes do the same work."""
     op = randomise(build(**options).double()).train()
     views = make_views([0, 0])
-    views.crop_features = torch.zeros_like(views.global_features[:1])
-    wanted = op.eval()(make_views([0, 0])).global_features
-    found = op.train()(views).global_features
+    views.groups[1].features = torch.zeros_like(views.groups[0].features[:1])
+    wanted = op.eval()(make_views([0, 0])).groups[0].features
+    found = op.train()(views).groups[0].features
     torch.testing.assert_close(found, wanted, rtol=0, atol=0)
     found.sum().backward()
     assert [name for name, parameter in op.named_parameters() if parameter.grad is None] == []
@@ -206,9 +208,9 @@ def test_a_dummy_crop_reaches_every_parameter(options):
 def test_the_loss_reaches_the_crops():
     op = randomise(build().double())
     views = make_views([2, 1])
-    views.crop_features.requires_grad_()
-    op(views).global_features[0].sum().backward()
-    grad = views.crop_features.grad
+    views.groups[1].features.requires_grad_()
+    op(views).groups[0].features[0].sum().backward()
+    grad = views.groups[1].features.grad
     assert grad[:2].abs().amin(dim=(1, 2)).min() > 0 and not grad[2].any()  # the other image is not read
 
 
@@ -244,19 +246,19 @@ def test_options_that_do_not_fit_are_refused(options, message):
 
 def test_low_resolution_views_are_needed():
     views = make_views([2])
-    views.global_features = views.global_features[:0]
+    views.groups = views.groups[1:]
     with pytest.raises(ValueError, match="ran on 0 of 1; train it in a stage whose views are 'all'"):
         build().double()(views)
 
 
 def test_an_operation_on_crops_behind_it_is_refused():
     ops = [{"part": "sa_perceiver"}, {"part": "query_compressor", "on": "crops", "num_queries": 4}]
-    with pytest.raises(ValueError, match=r"on='crops' stands behind one that leaves no crops"):
+    with pytest.raises(ValueError, match=r"has on='crops', but no such views are there"):
         tiny_config("vlsa", connector_config={"view_ops": ops})
     ops[1]["on"] = "global"
     config = tiny_config("vlsa", connector_config={"view_ops": ops})
-    assert config.token_layout()["fixed_tokens"] == 4
+    assert config.token_layout()["grids"] == {"global": {"rows": 2, "cols": 2, "stride": None, "whole": True}}
     tiny_model(config)
     ops.reverse()
     ops[0]["on"] = "crops"
-    assert tiny_config("vlsa", connector_config={"view_ops": ops}).token_layout()["fixed_tokens"] == 16
+    assert tiny_config("vlsa", connector_config={"view_ops": ops}).token_layout()["grids"]["global"]["rows"] == 4

@@ -63,8 +63,7 @@ def unsupported(config: Any) -> list[str]:
         Sentences.
     """
     lines = []
-    ops = config.connector_config.resolve().token_ops
-    if any(op.part.reads_question(op.options) for op in ops):
+    if any(step.traits.reads_question for step in config.fitted_chain().steps):
         lines.append("Selection by the question in servers that never show the question to the image branch.")
     lines.append("Chunked prefill and continuous batching while tokens are dropped by their content.")
     lines.append("Videos and audio.")

@@ -13,10 +13,11 @@ from transformers.dynamic_module_utils import custom_object_save
 from .. import __version__
 from ..modeling.modeling_hires_lmm import HiResLmmForConditionalGeneration
 from ..processing.image_processing_hires_lmm import HiResLmmImageProcessor
-from ..processing.processing_hires_lmm import TOWER_STATS, HiResLmmProcessor
+from ..processing.processing_hires_lmm import HiResLmmProcessor
+from ..processing.tower_table_hires_lmm import known_stats
 from .errors import ConversionError, readable
 from .mapping import Mapped
-from .prompts import STATS, PromptAssets
+from .prompts import PromptAssets
 from .tensors import Entries
 
 
@@ -46,14 +47,15 @@ def _processor(config: Any, assets: PromptAssets) -> Any:
         template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
         return HiResLmmProcessor.from_config(config, tokenizer, stats, template)
     kind = config.vision_config.model_type
-    if stats is None and kind not in TOWER_STATS:
+    stats = known_stats(kind) if stats is None else stats
+    if stats is None:
         raise ConversionError(f"Mean and deviation of {kind!r} towers are not known.")
     return HiResLmmImageProcessor(
         view_size=config.view_size,
         patch_size=config.patch_size,
         token_layout=config.token_layout(),
         **{"planner" if key == "name" else key: value for key, value in config.planner.items()},
-        **(stats or dict(zip(STATS, TOWER_STATS[kind], strict=True))),
+        **stats,
     )
 
 

@@ -110,12 +110,6 @@ def new_connector(config: Any) -> Entries:
     """A freshly initialised connector, the same every time."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        connector = HiResLmmConnector(
-            config.connector_config,
-            config.vision_config.hidden_size,
-            config.text_config.hidden_size,
-            config.patch_grid,
-            config.text_config.vocab_size,
-        )
+        connector = HiResLmmConnector(config.connector_config, config.part_context())
     tensors, note = connector.state_dict(), f"initialised with seed {SEED}"
     return {f"model.connector.{name}": entry_of(tensor, note=note) for name, tensor in tensors.items()}

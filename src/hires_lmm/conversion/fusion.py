@@ -36,7 +36,7 @@ def key_table(slots: list[int]) -> list[Rule]:
         Unused(f"{_VISION}embeddings.position_ids"),
         Unused("llm_backbone.model.layers.{}.self_attn.rotary_emb.inv_freq"),
         Unused(f"{_FUSION}layers.{{}}.self_attn.rotary_emb.inv_freq"),
-        Squeeze(f"{_VISION}token_LF", f"{_OURS}layout.view_end", axes=2),
+        Squeeze(f"{_VISION}token_LF", f"{_OURS}layout.separators.view_end", axes=2),
         Rename(f"{_VISION}pos_layrnorm.{{}}", f"{_OURS}view_ops.0.norm.{{}}"),
         Rename(f"{_VISION}vision_embed_merge.weight", f"{_OURS}view_ops.0.conv.weight"),
         Rename(f"{_VISION}**", "model.vision_tower.**"),
@@ -125,7 +125,7 @@ def settings_of(released: Released) -> dict:
         "connector_config": {
             "view_ops": [{"part": "conv_merge", "norm_eps": released.vision_config.layer_norm_eps}],
             "adapter": {"part": "identity"},
-            "layout": {"crop_order": "views", "view_end": "learned"},
+            "layout": {"crop_order": "views", "separators": {"view_end": {"place": "view_end"}}},
             "token_ops": [fusion],
         },
     }

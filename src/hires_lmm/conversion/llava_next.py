@@ -33,13 +33,13 @@ RULES: list[Rule] = [
     *(Unused(f"{name}.head.**") for name in ("vision_tower.vision_model", "vision_tower")),
     Unused("language_model.model.layers.{}.self_attn.rotary_emb.inv_freq"),
     Unused("model.language_model.layers.{}.self_attn.rotary_emb.inv_freq"),
-    Rename("model.image_newline", "model.connector.layout.row_end"),
+    Rename("model.image_newline", "model.connector.layout.separators.newline"),
     Rename("model.vision_tower.vision_model.**", "model.vision_tower.**"),
     Rename("model.vision_tower.**", "model.vision_tower.**"),
     Rename(f"model.{_PROJECTOR}", _OURS),
     Rename("model.language_model.**", "model.language_model.**"),
     Rename("lm_head.weight", "lm_head.weight"),
-    Rename("image_newline", "model.connector.layout.row_end"),
+    Rename("image_newline", "model.connector.layout.separators.newline"),
     Rename("vision_tower.vision_model.**", "model.vision_tower.**"),
     Rename("vision_tower.**", "model.vision_tower.**"),
     Rename(_PROJECTOR, _OURS),
@@ -140,7 +140,10 @@ def settings_of(theirs: Any, folder: Path) -> dict:
     adapter = {"part": "mlp", "hidden_act": theirs.projector_hidden_act, "bias": theirs.multimodal_projector_bias}
     return {
         "planner": {"name": "llava_next", "pinpoints": pinpoints},
-        "connector_config": {"adapter": adapter, "layout": {"row_end": "learned"}},
+        "connector_config": {
+            "adapter": adapter,
+            "layout": {"separators": {"newline": {"place": "token_row_end", "on": "crops"}}},
+        },
         "vision_feature_layer": layer,
     }
 

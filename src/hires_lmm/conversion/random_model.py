@@ -123,10 +123,11 @@ def _random_config(tokenizer: PreTrainedTokenizerFast, preset: str) -> HiResLmmC
     )
     changes: dict = {"image_token_id": tokenizer.convert_tokens_to_ids("<image>")}
     layout = PRESETS.get(preset, {}).get("connector_config", {}).get("layout", {})
-    marks = {name: mark for name, mark in layout.items() if isinstance(mark, int) and not isinstance(mark, bool)}
-    if marks:  # ids of the released tokenizer, which the small vocabulary does not have
-        stand_in = tokenizer.convert_tokens_to_ids(SPACE)
-        changes["connector_config"] = {"layout": {**layout, **dict.fromkeys(marks, stand_in)}}
+    separators = layout.get("separators", {})
+    stand_in = [tokenizer.convert_tokens_to_ids(SPACE)]  # for ids of the released tokenizer, which this one lacks
+    given = {name: {**each, "value": stand_in} if "value" in each else each for name, each in separators.items()}
+    if separators:
+        changes["connector_config"] = {"layout": {**layout, "separators": given}}
     return HiResLmmConfig.from_preset(preset, vision_config=vision_config, text_config=text_config, **changes)
 
 

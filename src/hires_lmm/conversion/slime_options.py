@@ -162,12 +162,18 @@ def _layout(options: dict, routed: bool) -> dict:
     orders = {"spatial": "raster", "flat": "views"}
     if merge not in orders:
         raise refuse("mm_patch_merge_type", merge, f"known values are {', '.join(orders)}")
-    if not routed:
-        return {"crop_order": orders[merge]}
-    single = options["use_local_only"] or options["use_global_only"]
+    single = not routed or options["use_local_only"] or options["use_global_only"]
     if merge == "flat" and not single:
         raise refuse("mm_patch_merge_type", merge, "one separator before crops in view order has no layout here")
-    return {"crop_order": orders[merge], **({} if single else {"between_views": options["seperator"]})}
+    between = {"separator": {"place": "between_views", "value": [options["seperator"]]}}
+    return {"crop_order": orders[merge], **({} if single else {"separators": between})}
+
+
+def _separator(layout: dict) -> int:
+    """The token between views; that of the released configuration without one."""
+    separators = (layout.get("separators") or {}).values()
+    ids = [each["value"][0] for each in separators if each["place"] == "between_views"]
+    return ids[0] if ids else DEFAULTS["seperator"]
 
 
 def released_options(config: Any) -> dict:
@@ -191,7 +197,7 @@ def released_options(config: Any) -> dict:
         "mm_patch_merge_type": "flat" if connector.layout.get("crop_order") == "views" else "spatial",
         "mm_vision_select_layer": config.vision_feature_layer,
         "mm_hidden_size": config.vision_config.hidden_size,
-        "seperator": connector.layout.get("between_views") or DEFAULTS["seperator"],
+        "seperator": _separator(connector.layout),
         "use_local_only": views == "crops",
         "use_global_only": views == "global",
         "image_aspect_ratio": "anyres",

@@ -117,7 +117,7 @@ class ImageEncoder:
         key = (setting.max_crops, setting.image_size, has_crops)
         if key not in self._seen:
             pixels = pixel_values.to(self.base.device)
-            parts = [self.base.encode_views(part, None)[0] for part in pixels.split(VIEWS_PER_PASS)]
+            parts = [self.base.encode_pixels(part, None) for part in pixels.split(VIEWS_PER_PASS)]
             self._seen[key] = torch.cat(parts)
         return self._seen[key]
 

@@ -299,7 +299,7 @@ def _threshold(model: Any, gamma: float | None) -> Iterator[None]:
     if gamma is None:
         yield
         return
-    parts = [op for op in find_base(model).connector.token_ops if not op.is_count_static(op.options)]
+    parts = [op for op in find_base(model).connector.token_ops if op.traits.count == "content"]
     if not parts:
         raise ValueError(
             f"gamma={gamma}, but no part of this checkpoint keeps tokens by a threshold; sweep budgets (tokens) "

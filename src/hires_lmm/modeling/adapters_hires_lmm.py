@@ -1,6 +1,6 @@
 """Adapters: from the width of the vision tower to the width of the language model."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -10,26 +10,9 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 
 from .attention_hires_lmm import HiResLmmQueryFormer, square_side
+from .bases_hires_lmm import HiResLmmAdapter, PartContext
+from .geometry_hires_lmm import KINDS, Grid
 from .noise_hires_lmm import HiResLmmNoise
-from .views_hires_lmm import KIND_CROP, KIND_GLOBAL, PartContext
-
-
-class HiResLmmAdapter(nn.Module):
-    """Base of all adapters: `(V, L, C)` features of global views or of crops -> `(V, L, D)`."""
-
-    @dataclass(frozen=True)
-    class Options:
-        """No options."""
-
-    @classmethod
-    def output_grid(cls, options: Any, grid: tuple[int, int]) -> tuple[int, int]:
-        """Token grid of a view after the adapter."""
-        return grid
-
-    @classmethod
-    def output_width(cls, options: Any, width: int, text_width: int) -> int:
-        """Width of the adapted features."""
-        return text_width
 
 
 class HiResLmmIdentityAdapter(HiResLmmAdapter):
@@ -39,9 +22,6 @@ class HiResLmmIdentityAdapter(HiResLmmAdapter):
         context (`PartContext`): Widths and grids around the part.
         options (`Options`): None.
     """
-
-    def __init__(self, context: PartContext, options: HiResLmmAdapter.Options):
-        super().__init__()
 
     @classmethod
     def output_width(cls, options: Any, width: int, text_width: int) -> int:
@@ -73,7 +53,7 @@ class HiResLmmLinearAdapter(HiResLmmAdapter):
         bias: bool = True
 
     def __init__(self, context: PartContext, options: Options):
-        super().__init__()
+        super().__init__(context, options)
         self.linear = nn.Linear(context.width, context.text_width, bias=options.bias)
 
     def forward(self, features: torch.Tensor, kind: int) -> torch.Tensor:
@@ -126,7 +106,7 @@ class HiResLmmMlpAdapter(HiResLmmAdapter):
         bias: bool = True
 
     def __init__(self, context: PartContext, options: Options):
-        super().__init__()
+        super().__init__(context, options)
         self.mlp = HiResLmmMlp(context.width, context.text_width, options.hidden_act, options.bias)
 
     def forward(self, features: torch.Tensor, kind: int) -> torch.Tensor:
@@ -160,22 +140,17 @@ class HiResLmmQueryFormerAdapter(HiResLmmAdapter):
         hidden_act: str = "gelu"
 
     def __init__(self, context: PartContext, options: Options):
-        super().__init__()
-        if context.global_grid != context.crop_grid:
-            raise ValueError(
-                f"query_former reads one token grid, but global views have {context.global_grid} and crops "
-                f'{context.crop_grid}; use view operations with "on": "all", or the mixture adapter.'
-            )
+        super().__init__(context, options)
         self.query_former = HiResLmmQueryFormer(
-            context.config, context.width, options.num_queries, context.global_grid, options.num_heads
+            context.config, context.width, options.num_queries, context.grid("all").size, options.num_heads
         )
         self.mlp = HiResLmmMlp(context.width, context.text_width, options.hidden_act)
 
     @classmethod
-    def output_grid(cls, options: Any, grid: tuple[int, int]) -> tuple[int, int]:
+    def output_grid(cls, options: Any, grid: Grid) -> Grid:
         """Token grid of a view after the adapter: the grid of the queries."""
         side = square_side(options.num_queries, "num_queries")
-        return side, side
+        return replace(grid, rows=side, cols=side, stride=None)
 
     def forward(self, features: torch.Tensor, kind: int) -> torch.Tensor:
         """Compress and project `(V, L, C)` -> `(V, num_queries, D)`."""
@@ -258,10 +233,10 @@ class HiResLmmMixtureAdapter(HiResLmmAdapter):
         num_heads: int | None = None
 
     def __init__(self, context: PartContext, options: Options):
-        super().__init__()
-        self.mix_on = KIND_GLOBAL if options.mix_on == "global" else KIND_CROP
+        super().__init__(context, options)
+        self.mix_on = KINDS[options.mix_on]
         self.forced_expert = options.forced_expert
-        grid = context.global_grid if self.mix_on == KIND_GLOBAL else context.crop_grid
+        grid = context.grid(options.mix_on).size
         self.mlp = HiResLmmMlp(context.width, context.text_width)
         self.query_former = HiResLmmQueryFormer(
             context.config, context.width, grid[0] * grid[1], grid, options.num_heads
@@ -272,8 +247,8 @@ class HiResLmmMixtureAdapter(HiResLmmAdapter):
         """Adapt the views of one kind.
 
         Args:
-            features (`torch.Tensor` of shape `(V, L, C)`): Features of global views or of crops.
-            kind (`int`): 0 global, 1 crop.
+            features (`torch.Tensor` of shape `(V, L, C)`): Features of the views of one kind.
+            kind (`int`): See `Kind`.
 
         Returns:
             `(V, L, D)`.

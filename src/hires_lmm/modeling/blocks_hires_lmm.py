@@ -6,7 +6,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from .views_hires_lmm import Question, copy_to_host
+from .carriers_hires_lmm import Question
+from .inputs_hires_lmm import copy_to_host
 
 
 NO_TURN = -2

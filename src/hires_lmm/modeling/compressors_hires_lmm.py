@@ -1,7 +1,7 @@
 """View operations that turn the tokens of each view into fewer tokens."""
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -9,64 +9,11 @@ from torch import nn
 from transformers.utils import logging
 
 from .attention_hires_lmm import HiResLmmQueryFormer, square_side
-from .views_hires_lmm import PartContext, ViewFeatures
+from .bases_hires_lmm import HiResLmmViewOp, PartContext
+from .geometry_hires_lmm import Grid, kinds_on
 
 
 logger = logging.get_logger(__name__)
-
-
-class HiResLmmViewOp(nn.Module):
-    """Base of view operations that treat each view alone.
-
-    Subclasses implement `forward_group` and `output_grid`; options carry `on`. An operation across views overrides
-    `forward` and `output_grids` instead.
-    """
-
-    options: Any
-
-    @classmethod
-    def output_grid(cls, options: Any, grid: tuple[int, int]) -> tuple[int, int]:
-        """Token grid of a view after the operation."""
-        raise NotImplementedError
-
-    @classmethod
-    def output_grids(
-        cls, options: Any, global_grid: tuple[int, int], crop_grid: tuple[int, int]
-    ) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Token grids of global views and crops after the operation; `(0, 0)` for crops that left.
-
-        Raises:
-            ValueError: If the operation is for crops and an earlier one left none.
-        """
-        if options.on != "global" and 0 in crop_grid:
-            raise ValueError(
-                f"A view operation with on={options.on!r} stands behind one that leaves no crops; move it before that "
-                "one, or set on='global'."
-            )
-        if options.on != "crops":
-            global_grid = cls.output_grid(options, global_grid)
-        if options.on != "global":
-            crop_grid = cls.output_grid(options, crop_grid)
-        return global_grid, crop_grid
-
-    @classmethod
-    def is_count_fixed(cls, options: Any) -> bool:
-        """Whether every image has the same number of tokens afterwards: one whole global view and no crops."""
-        return False
-
-    def forward_group(self, features: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        """Map the features `(V, L, C)` of views that share a grid."""
-        raise NotImplementedError
-
-    def forward(self, views: ViewFeatures) -> ViewFeatures:
-        """Apply the operation to the views it is configured for."""
-        changes: dict[str, Any] = {}
-        if self.options.on != "crops":
-            changes["global_features"] = self.forward_group(views.global_features, views.global_grid)
-        if self.options.on != "global":
-            changes["crop_features"] = self.forward_group(views.crop_features, views.crop_grid)
-        global_grid, crop_grid = self.output_grids(self.options, views.global_grid, views.crop_grid)
-        return replace(views, global_grid=global_grid, crop_grid=crop_grid, **changes)
 
 
 class HiResLmmQueryCompressor(HiResLmmViewOp):
@@ -85,27 +32,22 @@ class HiResLmmQueryCompressor(HiResLmmViewOp):
         """Options of `query_compressor`.
 
         Args:
-            on (`str`): Views that are compressed: `"global"`, `"crops"` or `"all"`.
+            on (`str` or `list[str]`): Kinds of views that are compressed.
             num_queries (`int`): Tokens of a view afterwards, a square number; the paper's best is 144.
             num_heads (`int`, *optional*): Heads; by default one per 128 channels.
         """
 
-        on: Literal["global", "crops", "all"] = "crops"
+        on: str | list = "crops"
         num_queries: int = 144
         num_heads: int | None = None
 
         def __post_init__(self) -> None:
+            kinds_on(self.on)
             square_side(self.num_queries, "num_queries")
 
     def __init__(self, context: PartContext, options: Options):
-        super().__init__()
-        self.options = options
-        if options.on == "all" and context.global_grid != context.crop_grid:
-            raise ValueError(
-                f"query_compressor on all views needs one token grid, but global views have {context.global_grid} and "
-                f'crops {context.crop_grid}; give each kind its own query_compressor ("on": "global" / "crops").'
-            )
-        grid = context.global_grid if options.on == "global" else context.crop_grid
+        super().__init__(context, options)
+        grid = context.grid(options.on).size
         if options.num_queries > grid[0] * grid[1]:
             logger.warning_once(
                 f"query_compressor makes {options.num_queries} tokens out of {grid[0] * grid[1]}; lower num_queries "
@@ -116,10 +58,10 @@ class HiResLmmQueryCompressor(HiResLmmViewOp):
         )
 
     @classmethod
-    def output_grid(cls, options: Any, grid: tuple[int, int]) -> tuple[int, int]:
+    def output_grid(cls, options: Any, grid: Grid) -> Grid:
         """Token grid of a view afterwards: the grid of the queries."""
         side = square_side(options.num_queries, "num_queries")
-        return side, side
+        return replace(grid, rows=side, cols=side, stride=None)
 
     def forward_group(self, features: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """Compress `(V, L, C)` -> `(V, num_queries, C)`."""
@@ -143,27 +85,30 @@ class HiResLmmConvMerge(HiResLmmViewOp):
         """Options of `conv_merge`.
 
         Args:
-            on (`str`): Views that are merged: `"global"`, `"crops"` or `"all"`.
+            on (`str` or `list[str]`): Kinds of views that are merged.
             norm (`bool`): Normalise the features first.
             norm_eps (`float`): Epsilon of that norm, as CLIP's.
             residual (`bool`): Add the features of the top left of each 2 x 2 neighbours.
         """
 
-        on: Literal["global", "crops", "all"] = "all"
+        on: str | list = "all"
         norm: bool = True
         norm_eps: float = 1e-5
         residual: bool = True
 
+        def __post_init__(self) -> None:
+            kinds_on(self.on)
+
     def __init__(self, context: PartContext, options: Options):
-        super().__init__()
-        self.options = options
+        super().__init__(context, options)
         self.norm = nn.LayerNorm(context.width, eps=options.norm_eps) if options.norm else nn.Identity()
         self.conv = nn.Conv2d(context.width, context.width, kernel_size=3, stride=2, padding=1, bias=False)
 
     @classmethod
-    def output_grid(cls, options: Any, grid: tuple[int, int]) -> tuple[int, int]:
+    def output_grid(cls, options: Any, grid: Grid) -> Grid:
         """Token grid of a view afterwards: half of each side, rounded up."""
-        return -(-grid[0] // 2), -(-grid[1] // 2)
+        stride = None if grid.stride is None else (2 * grid.stride[0], 2 * grid.stride[1])
+        return replace(grid, rows=-(-grid.rows // 2), cols=-(-grid.cols // 2), stride=stride)
 
     def forward_group(self, features: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """Merge `(V, L, C)` -> `(V, about L / 4, C)`."""

@@ -10,6 +10,8 @@ from transformers.configuration_utils import SubConfigSpec
 from transformers.models.auto import AutoConfig
 
 from .compat_hires_lmm import CACHE_NAMES, warn_if_untested
+from .geometry_hires_lmm import KINDS, MAIN_TOWER, Grid, Kind
+from .tower_table_hires_lmm import patch_side, tower_grid, tower_width, view_side
 
 
 AUTO_MAP = {
@@ -31,16 +33,17 @@ LLAVA_NEXT_GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
 
 _MLP = {"part": "mlp"}
 _COMPRESS_144 = {"part": "query_compressor", "on": "crops", "num_queries": 144}
+_NEWLINE = {"place": "token_row_end", "on": "crops"}
 _COSINE = {"part": "router", "on": "crops", "score": "cosine"}
 
 PRESETS: dict[str, dict] = {
     "llava_next": {
         "planner": {"name": "llava_next"},
-        "connector_config": {"adapter": _MLP, "layout": {"row_end": "learned"}},
+        "connector_config": {"adapter": _MLP, "layout": {"separators": {"newline": _NEWLINE}}},
     },
     "llava_hd": {
         "planner": {"name": "slime", "global_view": "pad", "unpad": True},
-        "connector_config": {"adapter": _MLP, "layout": {"row_end": "learned"}},
+        "connector_config": {"adapter": _MLP, "layout": {"separators": {"newline": _NEWLINE}}},
     },
     "slime": {
         "planner": {"name": "slime"},
@@ -56,7 +59,7 @@ PRESETS: dict[str, dict] = {
         "connector_config": {
             "view_ops": [_COMPRESS_144],
             "adapter": {"part": "mixture", "gate": "release"},
-            "layout": {"between_views": 1919},
+            "layout": {"separators": {"separator": {"place": "between_views", "value": [1919]}}},
             "token_ops": [{**_COSINE, "keep": {"rule": "threshold", "gamma": 0.95}}],
         },
     },
@@ -74,7 +77,7 @@ PRESETS: dict[str, dict] = {
         "connector_config": {
             "view_ops": [{"part": "conv_merge"}],
             "adapter": {"part": "identity"},
-            "layout": {"crop_order": "views", "view_end": "learned"},
+            "layout": {"crop_order": "views", "separators": {"view_end": {"place": "view_end"}}},
             "token_ops": [{"part": "fusion"}],
         },
     },
@@ -108,8 +111,10 @@ class HiResLmmConnectorConfig(PreTrainedConfig):
     Args:
         view_ops (`list[dict]`, *optional*): Operations on the features of views, each `{"part": name, **options}`.
         adapter (`dict`, *optional*): The adapter; a two-layer perceptron by default.
+        tower_adapters (`dict[str, dict]`, *optional*): Adapters of extra towers by name; like the main one by default.
+        map_ops (`list[dict]`, *optional*): Operations on adapted features of views.
         token_ops (`list[dict]`, *optional*): Operations on the token sequence.
-        layout (`dict`, *optional*): Order of views and marks, see `LayoutOptions`.
+        layout (`dict`, *optional*): Order of views and separators, see `LayoutOptions`.
         initializer_range (`float`): Standard deviation of new linear weights.
 
     Raises:
@@ -121,6 +126,8 @@ class HiResLmmConnectorConfig(PreTrainedConfig):
 
     view_ops: list | None = None
     adapter: dict | None = None
+    tower_adapters: dict | None = None
+    map_ops: list | None = None
     token_ops: list | None = None
     layout: dict | None = None
     initializer_range: float | int = 0.02
@@ -131,13 +138,12 @@ class HiResLmmConnectorConfig(PreTrainedConfig):
             key for key in kwargs if not key.startswith("_") and key not in own and not hasattr(type(self), key)
         ]
         if unknown:
-            known = "view_ops, adapter, token_ops, layout, initializer_range"
+            known = "view_ops, adapter, tower_adapters, map_ops, token_ops, layout, initializer_range"
             raise ValueError(f"Unknown key {unknown[0]!r} in connector_config; known keys: {known}.")
         super().__post_init__(**kwargs)
-        self.view_ops = self.view_ops if self.view_ops is not None else []
+        self.view_ops, self.map_ops, self.token_ops = self.view_ops or [], self.map_ops or [], self.token_ops or []
         self.adapter = self.adapter if self.adapter is not None else {"part": "mlp"}
-        self.token_ops = self.token_ops if self.token_ops is not None else []
-        self.layout = self.layout if self.layout is not None else {}
+        self.tower_adapters, self.layout = self.tower_adapters or {}, self.layout or {}
         self.resolve()
 
     def resolve(self) -> Any:
@@ -148,7 +154,12 @@ class HiResLmmConnectorConfig(PreTrainedConfig):
         from .parts_hires_lmm import resolve_chain
 
         return resolve_chain(
-            self.view_ops or [], self.adapter or {"part": "mlp"}, self.token_ops or [], self.layout or {}
+            self.view_ops or [],
+            self.adapter or {"part": "mlp"},
+            self.tower_adapters or {},
+            self.map_ops or [],
+            self.token_ops or [],
+            self.layout or {},
         )
 
 
@@ -160,6 +171,9 @@ class HiResLmmConfig(PreTrainedConfig):
         vision_config (`dict` or `PreTrainedConfig`, *optional*): Vision tower; CLIP by default.
         text_config (`dict` or `PreTrainedConfig`, *optional*): Language model; Llama by default.
         connector_config (`dict` or `PreTrainedConfig`, *optional*): Parts between the two.
+        extra_towers (`dict[str, dict]`, *optional*): Configurations of further towers by name; each sees every image
+            whole, at a size of its own, as `pixel_values_<name>`.
+        unequal_views (`bool`): Views have sizes of their own, in multiples of a patch, in place of the tower's.
         planner (`dict`, *optional*): Name and limits of the slicing rule, read by `HiResLmmProcessor.from_config`.
         image_token_id (`int`): Id of the placeholder token.
         vision_feature_layer (`int`): Layer of the tower whose hidden states are used.
@@ -187,6 +201,7 @@ class HiResLmmConfig(PreTrainedConfig):
         "num_drafted",
         "kept_mask",
         "token_map",
+        "aux",
     ]
     sub_configs_defaults = {
         "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="clip_vision_model"),
@@ -197,6 +212,8 @@ class HiResLmmConfig(PreTrainedConfig):
     vision_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None
     connector_config: dict | PreTrainedConfig | None = None
+    extra_towers: dict | None = None
+    unequal_views: bool = False
     planner: dict[str, Any] | None = None
     image_token_id: int = 32000
     vision_feature_layer: int = -2
@@ -226,7 +243,7 @@ class HiResLmmConfig(PreTrainedConfig):
             self.tie_word_embeddings = True
         if self.vision_chunk_size is not None and self.vision_chunk_size < 1:
             raise ValueError(f"vision_chunk_size={self.vision_chunk_size} must be at least 1, or null for all views.")
-        self.token_layout()
+        self.fitted_chain()
 
     def _check_halves(self) -> None:
         """Refuse towers and language models that cannot be, before anyone builds them layer by layer."""
@@ -298,56 +315,84 @@ class HiResLmmConfig(PreTrainedConfig):
     @property
     def view_size(self) -> int:
         """Side of a view in pixels."""
-        size = self.vision_config.image_size
-        return size[0] if isinstance(size, (list, tuple)) else size
+        return view_side(self.vision_config)
 
     @property
     def patch_size(self) -> int:
         """Side of a patch in pixels."""
-        size = self.vision_config.patch_size
-        return size[0] if isinstance(size, (list, tuple)) else size
+        return patch_side(self.vision_config)
 
     @property
     def patch_grid(self) -> tuple[int, int]:
         """Patch rows and columns of a view."""
-        side = self.view_size // self.patch_size
-        return side, side
+        return tower_grid(self.vision_config)
+
+    @property
+    def vision_width(self) -> int:
+        """Channels of the main tower."""
+        return tower_width(self.vision_config)
+
+    @property
+    def tower_names(self) -> tuple[str, ...]:
+        """Names of the extra towers."""
+        return tuple(self.extra_towers or {})
+
+    def extra_tower_configs(self) -> dict[str, PreTrainedConfig]:
+        """Configurations of the extra towers."""
+        return {name: AutoConfig.for_model(**values) for name, values in (self.extra_towers or {}).items()}
+
+    def part_context(self) -> Any:
+        """What the towers give and the language model takes, a `PartContext`."""
+        from .bases_hires_lmm import PartContext
+
+        towers = self.extra_tower_configs()
+        kinds = self.connector_config.resolve().kinds
+        grids = {(int(KINDS[name]), MAIN_TOWER): Grid(*self.patch_grid) for name in kinds if name != "detail"}
+        for name, tower in towers.items():
+            grids[int(Kind.DETAIL), name] = Grid(*tower_grid(tower), stride=None, whole=True, source=int(Kind.GLOBAL))
+        return PartContext(
+            self.connector_config,
+            self.vision_width,
+            self.text_config.hidden_size,
+            grids,
+            self.patch_grid,
+            self.text_config.vocab_size,
+            {name: tower_width(tower) for name, tower in towers.items()},
+        )
+
+    def fitted_chain(self) -> Any:
+        """All parts with what surrounds each, a `FittedChain`.
+
+        Raises:
+            ValueError: If a part cannot read what the one before it leaves, or the widths do not lead to the width of
+                the language model.
+        """
+        chain = self.connector_config.resolve().fit(self.part_context())
+        if chain.width != self.text_config.hidden_size:
+            raise ValueError(
+                f"The adapter gives features of width {chain.adapted.width}, but the language model has width "
+                f"{self.text_config.hidden_size}; use an adapter that projects, such as mlp."
+            )
+        for name, separator in chain.layout.parts().items():
+            for mark in (each for ids in separator.flat() for each in ids):
+                if separator.value != "learned" and not 0 <= mark < self.text_config.vocab_size:
+                    raise ValueError(
+                        f"layout.separators.{name} is the token id {mark}, but the language model has "
+                        f'{self.text_config.vocab_size} tokens; use one of them, or "learned".'
+                    )
+        from .towers_hires_lmm import check_needs
+
+        for step in chain.steps:
+            check_needs(self.vision_config, step.traits.needs)
+        return chain
 
     def token_layout(self) -> dict:
         """Everything the processor needs to count tokens, as plain JSON values.
 
         Returns:
-            Token grids of a view, order, marks, fixed counts and who consumes `max_image_tokens`.
-
-        Raises:
-            ValueError: If the widths of the parts do not lead to the width of the language model.
+            Token grids of views, order and separators, own counts and who consumes `max_image_tokens`.
         """
-        chain = self.connector_config.resolve()
-        widths = chain.widths(self.vision_config.hidden_size, self.text_config.hidden_size)
-        if widths[-1] != self.text_config.hidden_size:
-            raise ValueError(
-                f"The adapter gives features of width {widths[0]}, but the language model has width "
-                f"{self.text_config.hidden_size}; use an adapter that projects, such as mlp."
-            )
-        global_grid, crop_grid = chain.grids_before(self.patch_grid)[-1]
-        marks = chain.layout.active_marks()
-        for name, mark in marks.items():
-            if isinstance(mark, int) and not 0 <= mark < self.text_config.vocab_size:
-                raise ValueError(
-                    f"layout.{name} is the token id {mark}, but the language model has {self.text_config.vocab_size} "
-                    'tokens; use one of them, or "learned".'
-                )
-        return {
-            "patch_grid": list(self.patch_grid),
-            "global_grid": list(global_grid),
-            "crop_grid": list(crop_grid),
-            "global_position": chain.layout.global_position,
-            "crop_order": chain.layout.crop_order,
-            "between_views": "between_views" in marks,
-            "row_end": "row_end" in marks,
-            "view_end": "view_end" in marks,
-            **chain.count_rules(self.patch_grid),
-        }
+        return self.fitted_chain().token_layout()
 
 
 def check_fit(config: HiResLmmConfig, language_model: Any) -> None:

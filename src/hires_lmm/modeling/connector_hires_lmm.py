@@ -8,11 +8,16 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from .bases_hires_lmm import Needs, PartContext
 from .blocks_hires_lmm import ImageMemory
+from .carriers_hires_lmm import Question, ViewFeatures, ViewGroup, VisualTokens
 from .configuration_hires_lmm import HiResLmmConnectorConfig
-from .layout_hires_lmm import HiResLmmLayout
-from .parts_hires_lmm import BUDGET_ROUTER, budget_consumers, resolve_part
-from .views_hires_lmm import KIND_CROP, KIND_GLOBAL, PartContext, Question, ViewFeatures, VisualTokens
+from .geometry_hires_lmm import MAIN_TOWER, Kind
+from .layout_hires_lmm import HiResLmmLayout, idle_image, view_limits
+from .parts_hires_lmm import BUDGET_ROUTER, resolve_part
+
+
+Embed = Callable[[torch.Tensor], torch.Tensor]
 
 
 class HiResLmmConnector(PreTrainedModel):
@@ -20,10 +25,7 @@ class HiResLmmConnector(PreTrainedModel):
 
     Args:
         config (`HiResLmmConnectorConfig`): The parts.
-        width (`int`): Width of the vision tower.
-        text_width (`int`): Width of the language model.
-        patch_grid (`tuple[int, int]`): Patch rows and columns of a view.
-        vocab_size (`int`): Token ids of the language model, for parts with word embeddings of their own.
+        context (`PartContext`): What tower and language model are like.
     """
 
     config: HiResLmmConnectorConfig
@@ -37,45 +39,33 @@ class HiResLmmConnector(PreTrainedModel):
     _supports_attention_backend = True
     _no_split_modules = ["HiResLmmQueryFormer", "HiResLmmMlp", "HiResLmmSaPerceiver", "LlamaDecoderLayer"]
 
-    def __init__(
-        self,
-        config: HiResLmmConnectorConfig,
-        width: int,
-        text_width: int,
-        patch_grid: tuple[int, int],
-        vocab_size: int = 0,
-    ):
+    def __init__(self, config: HiResLmmConnectorConfig, context: PartContext):
         super().__init__(config)
-        chain = config.resolve()
-        grids = chain.grids_before(patch_grid)
-
-        def context(position: int, entering: int = width) -> PartContext:
-            glob, crop = grids[position]
-            return PartContext(config, entering, text_width, glob, crop, patch_grid, vocab_size)
-
-        self.view_ops = nn.ModuleList(op.part(context(i), op.options) for i, op in enumerate(chain.view_ops))
-        self.adapter = chain.adapter.part(context(-2), chain.adapter.options)
-        self.adapted_grids = grids[-1]
-        widths = chain.widths(width, text_width)
-        self.layout = HiResLmmLayout(chain.layout, patch_grid, widths[0])
-        self.token_ops = nn.ModuleList(
-            op.part(context(-1, entering), op.options) for op, entering in zip(chain.token_ops, widths, strict=False)
-        )
+        chain = config.resolve().fit(replace(context, config=config))
+        self.view_ops = nn.ModuleList(step.build() for step in chain.of("view_ops"))
+        self.adapter = chain.of("adapter")[0].build()
+        others = [step for step in chain.steps if step.slot.startswith("tower_adapters.")]
+        self.tower_adapters = nn.ModuleDict({step.slot.partition(".")[2]: step.build() for step in others})
+        self.map_ops = nn.ModuleList(step.build() for step in chain.of("map_ops"))
+        self.layout = HiResLmmLayout(chain.layout, chain.grids, chain.elastic, chain.adapted.width)
+        steps = chain.of("token_ops")
+        self.token_ops = nn.ModuleList(step.build() for step in steps)
         self.budget_router = None
-        if not budget_consumers(chain):
+        if chain.consumer is None and chain.own is None:
             router = resolve_part("token_ops", BUDGET_ROUTER, "the budget router")
-            self.budget_router = router.part(context(-1), router.options)
-        self.reads_question = any(op.part.reads_question(op.options) for op in chain.token_ops)
-        self.is_count_static = all(op.part.is_count_static(op.options) for op in chain.token_ops)
-        self.makes_tokens = chain.fixed_counts() is not None
-        held_back = [
-            op.part.reads_question(op.options)
-            or not op.part.is_count_static(op.options)
-            or op.part.fixed_counts(op.options) is not None
-            for op in chain.token_ops
-        ]
-        self.num_early_ops = held_back.index(True) if True in held_back else len(held_back)
-        self.is_done_early = True not in held_back
+            self.budget_router = router.part(chain.adapted, router.options)
+        self.reads_question = any(step.traits.reads_question for step in steps)
+        self.is_count_static = all(step.traits.count != "content" for step in steps)
+        self.makes_tokens = chain.own is not None
+        self.has_turns = chain.own is not None and chain.own.later_tokens is not None
+        self.needs = Needs()
+        for step in chain.steps:
+            self.needs |= step.traits.needs
+        waiting = [step.waits for step in steps]
+        self.num_early_ops = waiting.index(True) if True in waiting else len(waiting)
+        self.is_done_early = True not in waiting
+        self.entering = tuple(chain.first.grids)
+        self.patch_grid = chain.first.patch_grid
         self.training_views = "all"  # views that a training stage uses: "all", "global" or "crops"
         self.post_init()
 
@@ -97,68 +87,79 @@ class HiResLmmConnector(PreTrainedModel):
         for op in followers:
             op.resize_vocabulary(rows, mean_resizing)
 
-    def encode(self, views: ViewFeatures, embed: Callable[[torch.Tensor], torch.Tensor]) -> VisualTokens:
+    def uses(self, kind: int) -> bool:
+        """Whether the views of a kind are used: in training, a stage may leave some out on every process."""
+        if not self.training or self.training_views == "all":
+            return True
+        return (kind == Kind.GLOBAL) == (self.training_views == "global")
+
+    @property
+    def used(self) -> list[tuple[int, str]]:
+        """Kind and tower of the groups that are used."""
+        return [key for key in self.entering if self.uses(key[0])]
+
+    def encode(self, views: ViewFeatures, embed: Embed) -> VisualTokens:
         """Run everything that needs neither the question nor a count that depends on content.
 
         Args:
-            views (`ViewFeatures`): Features of the vision tower.
-            embed (`Callable`): Looks up token embeddings of the language model, for marks.
+            views (`ViewFeatures`): Features of the towers.
+            embed (`Callable`): Looks up token embeddings of the language model, for separators.
 
         Returns:
             The tokens of the batch; where all operations could run, exactly `num_tokens` an image.
         """
-        views = self.adapt(views)
-        tokens = self.layout(views, embed)
-        if self.makes_tokens:
+        if self.layout.is_elastic:
+            images = tuple((image.views, image.num_tokens) for image in views.images)
+            views = replace(views, limits=view_limits(images, self.layout.spec))
+        tokens = self.layout(self.adapt(views), embed)
+        if self.has_turns:
             tokens.memory = [ImageMemory() for _ in tokens.lengths]
-        else:
+        elif not self.makes_tokens:
             check_counts(tokens)
         for op in self.token_ops[: self.num_early_ops]:
             tokens, _ = op(tokens, None)
         return self._apply_budget(tokens) if self.is_done_early else tokens
 
     def adapt(self, views: ViewFeatures) -> ViewFeatures:
-        """Run view operations and adapter.
+        """Run view operations, adapters and map operations.
 
-        In training, the kinds of views that `training_views` names run in every batch, crops on a zero-weighted view
-        if need be, and the other kind runs in none: all processes do the same work.
+        In training every group that the stage uses runs in every batch, on a zero-weighted view if need be: all
+        processes do the same work.
         """
-        num_images = len(views.images)
-        idle = self.training and self.training_views != "global" and not views.crop_features.shape[0]
-        if idle:
-            views = replace(views, crop_features=torch.zeros_like(views.global_features[:1]))
+        if self.training:
+            missing = [key for key in self.used if key not in [group.key for group in views.groups]]
+            idle = [_idle_group(views.groups, key) for key in missing]
+            views = replace(views, groups=[*views.groups, *idle])
         for op in self.view_ops:
             views = op(views)
-        crops = self.adapter(views.crop_features, KIND_CROP)
-        global_grid, crop_grid = self.adapted_grids
-        if views.global_features.shape[0] or not num_images:
-            glob = self.adapter(views.global_features, KIND_GLOBAL)
-        else:
-            glob = crops.new_zeros(num_images, global_grid[0] * global_grid[1], crops.shape[-1])
-        if idle:
-            glob, crops = glob + (0.0 * crops).sum(), crops[:0]  # a sum of half precision may overflow
-        return replace(views, global_features=glob, crop_features=crops, global_grid=global_grid, crop_grid=crop_grid)
+        adapters: dict[str, Any] = {MAIN_TOWER: self.adapter, **dict(self.tower_adapters.items())}
+        adapted = [adapters[group.tower].adapt(group) for group in views.groups]
+        views = replace(views, groups=adapted)
+        for op in self.map_ops:
+            views = op(views)
+        return _without_idle(views)
 
-    def run_idle(self, views: ViewFeatures, embed: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    def run_idle(self, groups: list[ViewGroup], embed: Embed) -> torch.Tensor:
         """Zero, computed from all parts, for training batches without images.
 
         Args:
-            views (`ViewFeatures`): Features of any one image with a global view and a crop.
-            embed (`Callable`): Ids to embeddings of the language model.
+            groups (`list[ViewGroup]`): What each tower gives for a blank view of each kind, see `blank_groups`.
+            embed (`Callable`): Looks up token embeddings of the language model.
 
         Returns:
             A scalar zero that depends on every parameter of the connector.
         """
-        tokens = self.layout(self.adapt(views), embed)
+        kinds = [group.kind for group in groups if group.tower == MAIN_TOWER]
+        tokens = self.layout(self.adapt(ViewFeatures(groups, [idle_image(kinds, self.patch_grid)])), embed)
         tokens.num_tokens = list(tokens.lengths)
         one = torch.ones(1, 1, dtype=torch.long, device=tokens.features.device)
-        question = Question(tokens.features.detach()[None, :1], None, one, one[0] * 0, one[0])
+        question: Question | None = Question(tokens.features.detach()[None, :1], None, one, one[0] * 0, one[0])
         for op in self.token_ops:
             tokens, question = op(tokens, question)
         scores = (score.float().nan_to_num() for score in tokens.scores.values())
         return sum(((0.0 * score).sum() for score in scores), (0.0 * tokens.features).sum())
 
-    def finish(self, tokens: VisualTokens, question: Question | None) -> VisualTokens:
+    def finish(self, tokens: VisualTokens, question: Question | None) -> tuple[VisualTokens, Question | None]:
         """Run the operations that `encode` held back.
 
         Args:
@@ -166,17 +167,17 @@ class HiResLmmConnector(PreTrainedModel):
             question (`Question`, *optional*): The readable text.
 
         Returns:
-            The tokens with `kept` filled.
+            The tokens with `kept` filled, and the question as the operations leave it.
         """
         if self.is_done_early:
-            return tokens
+            return tokens, question
         tokens = replace(tokens)
         for op in self.token_ops[self.num_early_ops :]:
             tokens, question = op(tokens, question)
-        return self._apply_budget(tokens)
+        return self._apply_budget(tokens), question
 
     def read_blocks(self, question: Question) -> list[list[tuple]]:
-        """What a call asks of the operation that makes its own tokens.
+        """What a call asks of the operation that makes tokens turn by turn.
 
         Args:
             question (`Question`): The readable text and the placeholders.
@@ -192,6 +193,38 @@ class HiResLmmConnector(PreTrainedModel):
         if self.budget_router is None or tokens.lengths == tokens.num_tokens:
             return tokens
         return self.budget_router(tokens, None)[0]
+
+
+def _idle_group(groups: list[ViewGroup], key: tuple[int, str]) -> ViewGroup:
+    """A blank view of a kind that the batch lacks, shaped like those of the same tower."""
+    like = next(group for group in groups if group.tower == key[1])
+    return replace(
+        like,
+        kind=key[0],
+        features=torch.zeros_like(like.features[:1]),
+        rows=(),
+        scores={name: torch.zeros_like(score[:1]) for name, score in like.scores.items()},
+        hidden={layer: torch.zeros_like(states[:1]) for layer, states in like.hidden.items()},
+    )
+
+
+def _without_idle(views: ViewFeatures) -> ViewFeatures:
+    """Take idle views away; what was computed on them joins a group of the batch as zero."""
+    idle = [0.0 * group.features[len(group.rows) :] for group in views.groups]  # a sum of half precision may overflow
+    groups = [
+        replace(
+            group,
+            features=group.features[: len(group.rows)],
+            scores={name: score[: len(group.rows)] for name, score in group.scores.items()},
+            hidden={},
+        )
+        for group in views.groups
+    ]
+    zeros = [part.sum() for part in idle if part.numel()]
+    if zeros:
+        at = next(number for number, group in enumerate(groups) if group.rows)
+        groups[at] = replace(groups[at], features=groups[at].features + torch.stack(zeros).sum())
+    return replace(views, groups=groups)
 
 
 def check_counts(tokens: VisualTokens) -> None:

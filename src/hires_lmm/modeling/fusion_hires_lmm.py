@@ -9,9 +9,11 @@ from torch import nn
 from transformers import DynamicCache, LlamaConfig, LlamaModel
 from transformers import initialization as init
 
+from .bases_hires_lmm import HiResLmmTokenOp, PartContext, Traits
 from .blocks_hires_lmm import Block, ImageMemory, Prefix, cut_cache, read_blocks, stack_prefixes
+from .carriers_hires_lmm import Question, VisualTokens
 from .compat_hires_lmm import CACHE
-from .views_hires_lmm import KIND_MARK, PartContext, Question, VisualTokens
+from .geometry_hires_lmm import Kind
 
 
 PROJECTION_STD = 0.001
@@ -21,7 +23,7 @@ LAYERS_LIMIT = 1000
 """Most layers of the transformer."""
 
 
-class HiResLmmFusion(nn.Module):
+class HiResLmmFusion(HiResLmmTokenOp):
     """Replaces all visual tokens of a conversation by blocks of queries that have read image and question.
 
     The transformer reads [visual tokens, question 1, queries 1, question 2, queries 2, …] causally; the states of the
@@ -87,7 +89,7 @@ class HiResLmmFusion(nn.Module):
                 raise ValueError(f"num_layers={self.num_layers} is more than {LAYERS_LIMIT}.")
 
     def __init__(self, context: PartContext, options: Options):
-        super().__init__()
+        super().__init__(context, options)
         width = context.width
         if width % options.num_heads or width // options.num_heads % 2:
             raise ValueError(
@@ -105,35 +107,23 @@ class HiResLmmFusion(nn.Module):
             pad_token_id=None,
         )
         config._attn_implementation = context.config._attn_implementation
-        self.options, self.width, self.question = options, width, options.question
+        self.width, self.question = width, options.question
         self.model = LlamaModel(config)
         self.queries = nn.Parameter(torch.empty(options.num_queries, width))
         self.output = nn.Linear(width, context.text_width, bias=False)
 
     @classmethod
-    def reads_question(cls, options: Any) -> bool:
-        """Whether the result depends on the question."""
-        return options.question
-
-    @classmethod
-    def is_count_static(cls, options: Any) -> bool:
-        """Every placeholder gets one slot."""
-        return True
-
-    @classmethod
-    def budget(cls, options: Any) -> dict:
-        """How the part consumes `max_image_tokens`, for the token layout."""
-        return {"on": "fixed"}
-
-    @classmethod
-    def fixed_counts(cls, options: Any) -> tuple[int, int | None]:
-        """Tokens of the image's turn and of later turns, whatever the image."""
-        return options.num_queries, options.later_queries
-
-    @classmethod
-    def output_width(cls, options: Any, width: int, text_width: int) -> int:
-        """Width of the tokens afterwards: that of the language model."""
-        return text_width
+    def describe(cls, options: Any, context: PartContext) -> Traits:
+        """It makes tokens of its own, in the turn of the image and in later ones, as many as the budget says."""
+        return Traits(
+            context.grids,
+            context.text_width,
+            reads_question=options.question,
+            count="own",
+            own_tokens=options.num_queries,
+            later_tokens=options.later_queries,
+            budget_on="own",
+        )
 
     def init_weights(self) -> None:
         """Initialise the queries like word embeddings and the projection as released."""
@@ -186,7 +176,7 @@ class HiResLmmFusion(nn.Module):
             num_tokens=counts,
             view=torch.full((total,), -1),
             cell=torch.zeros(total, 2, dtype=torch.long),
-            kind=torch.full((total,), KIND_MARK),
+            kind=torch.full((total,), int(Kind.SEPARATOR)),
             kept=None,
             aux={**tokens.aux, **(self._states_by_name(slots, shown, question) if self.training else {})},
             plan=None,

@@ -14,37 +14,20 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import ModelOutput
 
+from .carriers_hires_lmm import VisualTokens
 from .compat_hires_lmm import CACHE
-from .outputs_hires_lmm import HiResLmmImageFeatures, check_placeholders, compare_counts, placeholders_per_image
+from .inputs_hires_lmm import (
+    check_encoder_outputs,
+    compare_counts,
+    copy_to_host,
+    padding_flags,
+    placeholders_per_image,
+    read_images,
+    refuse_both,
+    take_extra,
+)
+from .outputs_hires_lmm import HiResLmmImageFeatures
 from .question_hires_lmm import PromptText
-from .views_hires_lmm import VisualTokens, all_finite, check_finite, copy_to_host, padding_flags
-
-
-def check_encoder_outputs(outputs: Any) -> dict[str, Any]:
-    """Copy `mm_encoder_outputs`, which must be a dict with the one key `"image"`.
-
-    Args:
-        outputs (`dict`, *optional*): What the caller passed.
-
-    Returns:
-        A new dict.
-
-    Raises:
-        ValueError: If it is no dict or has other keys, whose features would be ignored, or its value no features.
-    """
-    if outputs is None:
-        return {}
-    if not isinstance(outputs, dict) or set(outputs) - {"image"}:
-        given = sorted(outputs) if isinstance(outputs, dict) else type(outputs).__name__
-        raise ValueError(
-            f'mm_encoder_outputs is {given}, expected {{"image": features}} with what get_image_features returned.'
-        )
-    image = outputs.get("image")
-    if image is not None and not hasattr(image, "pooler_output"):
-        raise ValueError(
-            f'mm_encoder_outputs["image"] is a {type(image).__name__}; pass what get_image_features returned.'
-        )
-    return dict(outputs)
 
 
 def images_after(placeholder: torch.Tensor, lengths: list[int], position: int) -> list[int]:
@@ -103,6 +86,10 @@ def check_context(length: int, attention_mask: torch.Tensor | None, num_drafted:
         )
 
 
+IMAGE_ARGUMENTS = ("pixel_values", "vision_features", "view_positions", "view_spans", "view_boxes")
+"""Arguments of `generate` that are read once, before the first step."""
+
+
 class HiResLmmGenerationMixin(GenerationMixin):
     """The stock `generate` with hooks for encoded images, beams, masks and positions."""
 
@@ -138,6 +125,11 @@ class HiResLmmGenerationMixin(GenerationMixin):
         output["token_map"] = found[0] if found else None
         return output
 
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        """As in the library; the views of extra towers have names that only the configuration knows."""
+        known = [f"pixel_values_{name}" for name in self.config.tower_names]
+        super()._validate_model_kwargs({key: value for key, value in model_kwargs.items() if key not in known})
+
     def _maybe_prepare_encoder_kwargs_for_generation(
         self,
         inputs_tensor: torch.Tensor,
@@ -146,55 +138,49 @@ class HiResLmmGenerationMixin(GenerationMixin):
         generation_config: GenerationConfig,
     ) -> dict[str, Any]:
         """Encode images once; work on a copy of the caller's features and note where the prompt ends."""
-        model_kwargs["mm_encoder_outputs"] = check_encoder_outputs(model_kwargs.get("mm_encoder_outputs"))
         token_maps = model_kwargs.pop("output_token_map", None)  # here, or an assistant would get it too
+        encoded = check_encoder_outputs(model_kwargs.get("mm_encoder_outputs"))
         ids = inputs_tensor if inputs_tensor.ndim == 2 else model_kwargs.get("input_ids")
-        has_ids, has_pixels = ids is not None and ids.shape[1] > 0, model_kwargs.get("pixel_values") is not None
-        has_images = has_pixels or model_kwargs["mm_encoder_outputs"].get("image") is not None
-        placeholder = self.model.get_placeholder_mask(ids if has_ids else None, inputs_tensor)
+        placeholder = self.model.get_placeholder_mask(ids if ids is not None and ids.shape[1] else None, inputs_tensor)
         cached = self._cached_history(inputs_tensor.shape[1], model_kwargs, placeholder, generation_config)
-        if has_images and generation_config.prefill_chunk_size is not None:
-            raise ValueError("prefill_chunk_size is not supported with images; leave it unset.")
-        geometry = (model_kwargs.get("view_positions"), model_kwargs.get("view_spans")) if has_pixels else (None, None)
-        flags = padding_flags(model_kwargs.get("attention_mask")) if has_images else []
-        pixels = model_kwargs["pixel_values"] if has_pixels else None
-        is_finite = all_finite(pixels) if pixels is not None else None
-        positions, spans, count, is_finite, *flags = copy_to_host(*geometry, placeholder.sum(), is_finite, *flags)
-        if pixels is not None and is_finite is not None:
-            check_finite(is_finite, pixels, "pixel_values")
-        if has_pixels:
-            check_placeholders(count, positions, self.model.connector.makes_tokens)
-            model_kwargs["view_positions"], model_kwargs["view_spans"] = positions, spans
-        elif not has_images and bool(placeholder[:, cached:].any()):
-            raise ValueError(
-                f"The prompt holds {int(placeholder[:, cached:].sum())} image tokens, but no images were passed. Pass "
-                "all that the processor returned: model.generate(**inputs)."
-            )
-        model_kwargs = super()._maybe_prepare_encoder_kwargs_for_generation(
-            inputs_tensor, model_kwargs, model_input_name, generation_config
-        )
-        image = model_kwargs["mm_encoder_outputs"].get("image")
+        image, mask = encoded.get("image"), model_kwargs.get("attention_mask")
+        named = {name: model_kwargs.pop(name, None) for name in IMAGE_ARGUMENTS}
+        extra = take_extra(self.model, model_kwargs)
         if image is not None:
-            has_later = self.model.connector.makes_tokens
-            if not has_pixels and not has_later:
-                compare_counts(int(count), sum(placeholders_per_image(image)))
-            image = copy.copy(image)
-            if not isinstance(image, HiResLmmImageFeatures):
-                image = HiResLmmImageFeatures(pooler_output=list(image.pooler_output))
-            if has_pixels:
-                image.keep_nothing()
-            if cached and has_later:
-                image = self._after_history(image, ids, inputs_tensor, placeholder, cached, model_kwargs)
-            elif cached:
-                image = image.select_images(images_after(placeholder, placeholders_per_image(image), cached))
-            if cached and model_kwargs.get("prompt_mask") is not None:
-                model_kwargs["prompt_mask"] = model_kwargs["prompt_mask"][:, cached:]
-            image.pooler_output, image.prompt_length = list(image.pooler_output), inputs_tensor.shape[1] - cached
-            image.token_maps = token_maps
-            image.mask_length = mask_length(inputs_tensor.shape[1], model_kwargs, generation_config)
-            image.is_unpadded, image.is_right_padded = map(bool, flags) if flags else (None, False)
-            model_kwargs["mm_encoder_outputs"]["image"] = image if image.pooler_output else None
-        return model_kwargs
+            refuse_both(encoded, named)
+            inputs, (count, *flags) = None, copy_to_host(placeholder.sum(), *padding_flags(mask))
+        else:
+            inputs = read_images(self.model, extra=extra, attention_mask=mask, placeholder=placeholder, **named)
+        if inputs is None and image is None:
+            if bool(placeholder[:, cached:].any()):
+                raise ValueError(
+                    f"The prompt holds {int(placeholder[:, cached:].sum())} image tokens, but no images were passed. "
+                    "Pass all that the processor returned: model.generate(**inputs)."
+                )
+            return {**model_kwargs, "mm_encoder_outputs": encoded}
+        if generation_config.prefill_chunk_size is not None:
+            raise ValueError("prefill_chunk_size is not supported with images; leave it unset.")
+        has_turns = self.model.connector.has_turns
+        if inputs is not None:
+            image = self.model.encode_images(inputs)
+            image.keep_nothing()
+            flags = [inputs.is_unpadded, inputs.is_right_padded]
+        elif not has_turns:
+            compare_counts(int(count), sum(placeholders_per_image(image)))
+        image = copy.copy(image)
+        if not isinstance(image, HiResLmmImageFeatures):
+            image = HiResLmmImageFeatures.of(image)
+        if cached and has_turns:
+            image = self._after_history(image, ids, inputs_tensor, placeholder, cached, model_kwargs)
+        elif cached:
+            image = image.select_images(images_after(placeholder, placeholders_per_image(image), cached))
+        if cached and model_kwargs.get("prompt_mask") is not None:
+            model_kwargs["prompt_mask"] = model_kwargs["prompt_mask"][:, cached:]
+        image.pooler_output, image.prompt_length = list(image.pooler_output), inputs_tensor.shape[1] - cached
+        image.token_maps = token_maps
+        image.mask_length = mask_length(inputs_tensor.shape[1], model_kwargs, generation_config)
+        image.is_unpadded, image.is_right_padded = map(bool, flags) if flags else (None, False)
+        return {**model_kwargs, "mm_encoder_outputs": {"image": image if image.pooler_output else None}}
 
     def _after_history(
         self,
@@ -261,7 +247,7 @@ class HiResLmmGenerationMixin(GenerationMixin):
         image = mm_encoder_output.get("image")
         if image is None:
             return mm_encoder_output
-        if self.model.connector.makes_tokens:  # one image a row; later turns have placeholders too
+        if self.model.connector.has_turns:  # one image a row; later turns have placeholders too
             order = [index for index in range(len(image.pooler_output)) for _ in range(expand_size)]
             return {**mm_encoder_output, "image": image.select_images(order)}
         lengths = placeholders_per_image(image)

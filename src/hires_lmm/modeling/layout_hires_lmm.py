@@ -1,240 +1,99 @@
-"""The order in which the tokens of all views of an image enter the sequence, and the marks between them."""
+"""Puts the adapted features of all views into sequence order and adds the separators."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from functools import lru_cache
-from typing import Literal
 
 import numpy as np
 import torch
-from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import initialization as init
 
-from .views_hires_lmm import (
-    KIND_CROP,
-    KIND_GLOBAL,
-    KIND_MARK,
+from .carriers_hires_lmm import (
     ImageGeometry,
     TokenPlan,
     ViewFeatures,
     VisualTokens,
-    find_groups,
+    constant_index,
+    find_rows,
     index_tensor,
-    span_to_cells,
 )
+from .geometry_hires_lmm import Grid, Kind, ViewShape
+from .sequence_hires_lmm import LEARNED, Arrangement, LayoutOptions, Run
 
 
-MARKS = ("between_views", "row_end", "view_end")
-LEARNED = "learned"
-
-
-@strict
-@dataclass(unsafe_hash=True)
-class LayoutOptions:
-    """Order of views and marks.
-
-    A block is the global view, the stitched map of all crops (`crop_order="raster"`) or one crop (`"views"`). A mark
-    is `None` (absent), `"learned"` (a trained vector) or the id of a token whose embedding is used.
+class HiResLmmSeparators(nn.Module):
+    """Vectors of separators: trained ones by name, and embeddings of token ids.
 
     Args:
-        global_position (`str`): `"first"` or `"last"`.
-        crop_order (`str`): `"raster"` reads the stitched map of all crops row by row; `"views"` one crop after
-            another.
-        between_views (`str` or `int`, *optional*): Mark between two blocks.
-        row_end (`str` or `int`, *optional*): Mark after each row of tokens of a crop block.
-        view_end (`str` or `int`, *optional*): Mark after each block.
+        values (`dict[str, str | list]`): Value of each separator, see `Separator`.
+        width (`int`): Width of the vectors.
     """
 
-    global_position: Literal["first", "last"] = "first"
-    crop_order: Literal["raster", "views"] = "raster"
-    between_views: str | int | None = None
-    row_end: str | int | None = None
-    view_end: str | int | None = None
+    def __init__(self, values: dict[str, str | list], width: int):
+        super().__init__()
+        self.values, self.width = values, width
+        self.ids = tuple(int(token) for value in values.values() if value != LEARNED for token in np.ravel(value))
+        for name in (name for name, value in values.items() if value == LEARNED):
+            self.register_parameter(name, nn.Parameter(torch.empty(width)))
 
-    def __post_init__(self) -> None:
-        for name in MARKS:
-            mark = getattr(self, name)
-            if isinstance(mark, str) and mark != LEARNED:
-                raise ValueError(f'layout.{name} is {mark!r}; use null, "learned" or a token id (an integer).')
+    def init_weights(self) -> None:
+        """Initialise like a token embedding of unit expected norm."""
+        for parameter in self.parameters(recurse=False):
+            init.normal_(parameter, mean=0.0, std=len(parameter) ** -0.5)
 
-    def active_marks(self) -> dict:
-        """The marks in use, by name."""
-        return {name: getattr(self, name) for name in MARKS if getattr(self, name) is not None}
-
-
-@dataclass(frozen=True)
-class ImageLayout:
-    """Sequence of one image as index arrays of length n (see `image_layout`)."""
-
-    source: np.ndarray
-    view: np.ndarray
-    cell: np.ndarray
-    kind: np.ndarray
-
-
-def _block(cells: tuple, kind: int) -> np.ndarray:
-    """Tokens of one block (view, row, col arrays) in row-major order as columns view, row, col, kind."""
-    view, rows, cols = cells
-    return np.stack([view.ravel(), rows.ravel(), cols.ravel(), np.full(view.size, kind)], axis=1)
-
-
-def _mark(name: str) -> np.ndarray:
-    """A mark as a row of the same columns; its row field carries the number of the mark."""
-    return np.array([[-1, MARKS.index(name), 0, KIND_MARK]])
-
-
-def _view_cells(view: int, cells: tuple) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """View number, cell row and cell column of the cells of one view inside a span, as 2-d arrays."""
-    rows, cols = np.meshgrid(np.arange(cells[0], cells[1]), np.arange(cells[2], cells[3]), indexing="ij")
-    return np.full(rows.shape, view), rows, cols
-
-
-def _stitch(image: ImageGeometry, cells: dict) -> tuple:
-    """Cells of all crops side by side as one map (view, row, col arrays)."""
-    bands = []
-    for grid_row in range(image.crop_grid[0]):
-        views = [v for v in cells if image.cells[v][0] == grid_row]
-        views.sort(key=lambda v: image.cells[v][1])
-        parts = [_view_cells(v, cells[v]) for v in views]
-        if len({cells[v][:2] for v in views}) > 1:
-            spans = [image.spans[v] for v in views]
-            raise ValueError(f"Crops of one grid row differ in the rows that enter the sequence, view_spans {spans}.")
-        if parts:
-            bands.append([np.concatenate(part, axis=1) for part in zip(*parts, strict=True)])
-    return tuple(np.concatenate(part, axis=0) for part in zip(*bands, strict=True))
-
-
-def _with_row_ends(block: tuple, kind: int, row_end: bool) -> np.ndarray:
-    """One block as rows, with a mark after each row where asked for."""
-    if not row_end:
-        return _block(block, kind)
-    pieces = []
-    for row in range(len(block[0])):
-        pieces += [_block(tuple(part[row] for part in block), kind), _mark("row_end")]
-    return np.concatenate(pieces)
-
-
-@lru_cache(maxsize=1024)
-def image_layout(
-    image: ImageGeometry,
-    options: LayoutOptions,
-    patch_grid: tuple[int, int],
-    global_grid: tuple[int, int],
-    crop_grid: tuple[int, int],
-) -> ImageLayout:
-    """Order the tokens of one image.
-
-    Args:
-        image (`ImageGeometry`): Views of the image; `first_view` and `num_tokens` are not used.
-        options (`LayoutOptions`): Order and marks.
-        patch_grid (`tuple[int, int]`): Patch rows and columns of a view, the unit of the spans.
-        global_grid (`tuple[int, int]`): Token rows and columns of the global view.
-        crop_grid (`tuple[int, int]`): Token rows and columns of a crop; `(0, 0)` = crops give no tokens.
-
-    Returns:
-        `source` (index into the tokens of the image, view after view; -1 - number of the mark for marks), `view`
-        (number of the view in the image; -1 for marks), `cell` (row, column) and `kind`, each of length n.
-
-    Raises:
-        ValueError: If crops to be stitched disagree on the rows that enter the sequence.
-    """
-    marks = options.active_marks()
-    grids = [global_grid if kind == KIND_GLOBAL else crop_grid for kind in image.kinds]
-    cells = {v: span_to_cells(image.spans[v], patch_grid, grids[v]) for v in range(len(image.kinds))}
-    full = [v for v, span in cells.items() if span[1] > span[0] and span[3] > span[2]]
-    crops = {v: span for v, span in cells.items() if image.kinds[v] != KIND_GLOBAL and span[1] > span[0]}
-    global_block = [_block(_view_cells(0, cells[0]), KIND_GLOBAL)] if 0 in full else []
-    if options.crop_order == "views":
-        maps = [_view_cells(v, span) for v, span in crops.items() if v in full]
-    elif "row_end" in marks:  # LLaVA-NeXT marks the rows of a map whose columns were all cut away
-        maps = [_stitch(image, crops)] if crops else []
-    else:
-        maps = [_stitch(image, crops)] if any(v in full for v in crops) else []
-    crop_blocks = [_with_row_ends(block, KIND_CROP, "row_end" in marks) for block in maps]
-    blocks = global_block + crop_blocks if options.global_position == "first" else crop_blocks + global_block
-    pieces = []
-    for number, block in enumerate(blocks):
-        if number and "between_views" in marks:
-            pieces.append(_mark("between_views"))
-        pieces.append(block)
-        if "view_end" in marks:
-            pieces.append(_mark("view_end"))
-    table = np.concatenate(pieces) if pieces else np.zeros((0, 4), dtype=np.int64)
-    return _to_layout(table, global_grid, crop_grid)
-
-
-def _to_layout(table: np.ndarray, global_grid: tuple, crop_grid: tuple) -> ImageLayout:
-    """Turn rows (view, row, col, kind) into index arrays."""
-    view, row, col, kind = table.T
-    global_size, crop_size = global_grid[0] * global_grid[1], crop_grid[0] * crop_grid[1]
-    source = np.where(
-        kind == KIND_GLOBAL,
-        row * global_grid[1] + col,
-        global_size + (view - 1) * crop_size + row * crop_grid[1] + col,
-    )
-    source = np.where(kind == KIND_MARK, -1 - row, source)
-    cell = np.where((kind == KIND_MARK)[:, None], 0, table[:, 1:3])
-    return ImageLayout(source=source, view=view.copy(), cell=cell, kind=kind.copy())
+    def forward(self, like: torch.Tensor, embed: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """All vectors in order, `(M, D)`, on the device and in the dtype of `like`."""
+        rows = embed(constant_index(self.ids, str(like.device))).to(like).unbind(0) if self.ids else ()
+        looked_up, vectors = iter(rows), []
+        for name, value in self.values.items():
+            if value == LEARNED:
+                vectors.append(getattr(self, name).to(like))
+            else:
+                vectors += [next(looked_up) for _ in range(int(np.size(value)))]
+        return torch.stack(vectors) if vectors else like.new_zeros(0, self.width)
 
 
 class HiResLmmLayout(nn.Module):
-    """Puts the adapted features of all views into sequence order and adds the marks.
+    """Orders the tokens of a batch by the arrangement that the processor counts by.
 
     Args:
-        options (`LayoutOptions`): Order and marks.
-        patch_grid (`tuple[int, int]`): Patch rows and columns of a view.
+        options (`LayoutOptions`): Order and separators.
+        grids (`Mapping[int, Grid]`): Token grid of the views of each kind that enter.
+        elastic (`Sequence[int]`): Kinds whose views give as many tokens as a budget leaves.
         width (`int`): Width of the adapted features.
     """
 
-    def __init__(self, options: LayoutOptions, patch_grid: tuple[int, int], width: int):
+    def __init__(self, options: LayoutOptions, grids: Mapping[int, Grid], elastic: Sequence[int], width: int):
         super().__init__()
-        self.options = options
-        self.option_values = tuple(getattr(options, field.name) for field in fields(options))
-        self.patch_grid = tuple(patch_grid)
-        self.width = width
-        for name, mark in options.active_marks().items():
-            if mark == LEARNED:
-                self.register_parameter(name, nn.Parameter(torch.empty(width)))
-
-    def init_weights(self) -> None:
-        """Initialise learned marks like a token embedding of unit expected norm."""
-        for parameter in self.parameters(recurse=False):
-            init.normal_(parameter, mean=0.0, std=self.width**-0.5)
-
-    def mark_vectors(self, features: torch.Tensor, embed: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        """One vector a mark, zero where the mark is absent: `(len(MARKS), D)`."""
-        vectors = []
-        for name in MARKS:
-            mark = getattr(self.options, name)
-            if mark is None:
-                vectors.append(features.new_zeros(self.width))
-            elif mark == LEARNED:
-                vectors.append(getattr(self, name).to(features))
-            else:
-                token = torch.full((), mark, dtype=torch.long, device=features.device)
-                vectors.append(embed(token).to(features))
-        return torch.stack(vectors)
+        self.separators = HiResLmmSeparators({name: each.value for name, each in options.parts().items()}, width)
+        self.spec = json.dumps(
+            [asdict(options), [[kind, grid.to_dict()] for kind, grid in grids.items()], list(elastic)]
+        )
+        self.kinds = tuple(read_spec(self.spec).kinds)
+        self.grids, self.is_elastic = dict(grids), bool(elastic)
 
     def forward(self, views: ViewFeatures, embed: Callable[[torch.Tensor], torch.Tensor]) -> VisualTokens:
         """Order the tokens of a batch.
 
         Args:
             views (`ViewFeatures`): Adapted features of width D.
-            embed (`Callable`): Looks up token embeddings of the language model, for marks that are token ids.
+            embed (`Callable`): Looks up token embeddings of the language model, for separators that are token ids.
 
         Returns:
             `VisualTokens` of the batch.
         """
-        glob, crops = views.global_features, views.crop_features
-        bank = torch.cat([glob.flatten(0, 1), crops.flatten(0, 1), self.mark_vectors(glob, embed)])
+        groups = [group for kind in self.kinds for group in views.groups if group.kind == kind]
+        like = views.groups[0].features
+        bank = torch.cat([*(group.features.flatten(0, 1) for group in groups), self.separators(like, embed)])
         plan = token_plan(
-            tuple((image.first_view, *image_key(image)) for image in views.images),
-            self.option_values,
-            (self.patch_grid, tuple(views.global_grid), tuple(views.crop_grid)),
-            (*glob.shape[:2], *crops.shape[:2]),
+            tuple((image.first_view, image.views, image.num_tokens) for image in views.images),
+            tuple((int(group.kind), tuple(group.grid), tuple(group.features.shape[:2])) for group in groups),
+            self.spec,
             str(bank.device),
         )
+        names = dict.fromkeys(name for group in groups for name in group.scores)
         return VisualTokens(
             features=bank[plan.index],
             lengths=list(plan.lengths),
@@ -242,80 +101,136 @@ class HiResLmmLayout(nn.Module):
             view=plan.view,
             cell=plan.cell,
             kind=plan.kind,
-            grids={KIND_GLOBAL: views.global_grid, KIND_CROP: views.crop_grid},
+            grids=self.grids,
+            images=views.images,
+            scores={name: _score_bank(groups, name, len(bank))[plan.index] for name in names},
             aux=views.aux,
             plan=plan,
         )
 
 
-def image_key(image: ImageGeometry) -> tuple:
-    """What decides the layout of an image: kinds, grid, cells and spans of its views, as tuples of integers.
+def _score_bank(groups: list, name: str, length: int) -> torch.Tensor:
+    """The scores of all groups in the order of the bank; NaN where there are none."""
+    parts = [
+        group.scores[name].flatten().float()
+        if name in group.scores
+        else group.features.new_full((group.features.shape[0] * group.features.shape[1],), float("nan")).float()
+        for group in groups
+    ]
+    missing = length - sum(len(part) for part in parts)
+    return torch.cat([*parts, parts[0].new_full((missing,), float("nan"))])
 
-    Args:
-        image (`ImageGeometry`): Any geometry.
-    """
-    return image.kinds, image.crop_grid, image.cells, image.spans
+
+@lru_cache(maxsize=64)
+def read_spec(spec: str) -> Arrangement:
+    """The arrangement that a layout's `spec` describes."""
+    options, grids, elastic = json.loads(spec)
+    return Arrangement(LayoutOptions(**options), {kind: Grid.from_dict(grid) for kind, grid in grids}, elastic)
 
 
 @torch.compiler.assume_constant_result
-def token_plan(images: tuple, options: tuple, grids: tuple, shapes: tuple, device: str) -> TokenPlan:
+def token_plan(images: tuple, groups: tuple, spec: str, device: str) -> TokenPlan:
     """Order the tokens of a batch; computed once a geometry, a constant for compilers.
 
     Args:
-        images (`tuple`): First view and `image_key` of each image.
-        options (`tuple`): The values of `LayoutOptions`, in order.
-        grids (`tuple`): Patch grid, token grid of global views, token grid of crops.
-        shapes (`tuple[int, int, int, int]`): Number and tokens of global views, number and tokens of crops.
+        images (`tuple`): First view, views and placeholders of each image.
+        groups (`tuple`): Kind, token grid and shape `(views, tokens)` of each group, in the order of the bank.
+        spec (`str`): See `HiResLmmLayout`.
         device (`str`): Where index tensors are wanted.
 
     Returns:
         The plan; not to be changed, since later batches get the same one.
 
     Raises:
-        ValueError: See `image_layout`.
+        ValueError: If a group has fewer views than its images, or crops cannot be stitched.
     """
-    plan = _cached_plan(images, options, grids, shapes, device)
+    elastic = bool(read_spec(spec).elastic)
+    key = tuple((first, views, number if elastic else None) for first, views, number in images)
+    plan = _cached_plan(key, groups, spec, device)
     if type(plan.index) is not torch.Tensor:  # made while tensors were faked
         _cached_plan.cache_clear()
-        plan = _cached_plan(images, options, grids, shapes, device)
+        plan = _cached_plan(key, groups, spec, device)
     return plan
 
 
 @lru_cache(maxsize=64)
-def _cached_plan(images: tuple, options: tuple, grids: tuple, shapes: tuple, device: str) -> TokenPlan:
-    geometries = [ImageGeometry(0, kinds, grid, cells, spans, 0) for _, kinds, grid, cells, spans in images]
-    layouts = [image_layout(image, LayoutOptions(*options), *grids) for image in geometries]
-    lengths = [len(layout.view) for layout in layouts]
-    view, cell, kind = (_join([getattr(lay, name) for lay in layouts]) for name in ("view", "cell", "kind"))
-    view = np.where(view < 0, -1, view + np.repeat([key[0] for key in images], lengths))
+def _cached_plan(images: tuple, groups: tuple, spec: str, device: str) -> TokenPlan:
+    arrangement = read_spec(spec)
+    starts, end = {}, 0
+    for kind, grid, (num_views, size) in groups:
+        starts[kind] = (end, size, grid[1])
+        end += num_views * size
+    marks = np.cumsum([end, *(len(each.flat()) * each.num_tokens for each in arrangement.separators)])
+    before = dict.fromkeys(starts, 0)
+    pieces, lengths = [], []
+    for first, values, num_tokens in images:
+        views = [ViewShape(*view) for view in values]
+        own = {kind: len(arrangement.own_views(views, kind)) for kind in starts}
+        rows = {kind: _source_rows(arrangement, views, first, kind) for kind in starts}
+        mine = []
+        for piece in arrangement.walk(views, num_tokens):
+            if isinstance(piece, Run):
+                start, size, cols = starts[piece.kind]
+                at = start + (before[piece.kind] + piece.view) * size + piece.row * cols + piece.start
+                row = rows[piece.kind][piece.view]
+                mine.append((at, piece.stop - piece.start, row, piece.row, piece.start, piece.kind))
+            else:
+                separator = arrangement.separators[piece.separator]
+                entry = separator.entry(piece.row, piece.col) * separator.num_tokens
+                mine.append((int(marks[piece.separator]) + entry, separator.num_tokens, -1, 0, 0, int(Kind.SEPARATOR)))
+        pieces += mine
+        lengths.append(sum(piece[1] for piece in mine))
+        before = {kind: number + own[kind] for kind, number in before.items()}
+    for kind, _, (num_views, _) in groups:
+        if before[kind] > num_views:
+            raise ValueError(f"Images have {before[kind]} views of kind {kind}, but a part made {num_views} of them.")
+    return _as_plan(pieces, lengths, device)
+
+
+def _source_rows(arrangement: Arrangement, views: list[ViewShape], first: int, kind: int) -> list[int]:
+    """Row in `pixel_values` of each view of a kind; -1 for views that an operation made."""
+    grid = arrangement.grids[kind]
+    if grid.num_views is not None:
+        return [-1] * grid.num_views
+    source = kind if grid.source is None else grid.source
+    return [first + number for number, view in enumerate(views) if view.kind == source]
+
+
+def _as_plan(pieces: list[tuple], lengths: list[int], device: str) -> TokenPlan:
+    """Runs of (bank row, length, view, cell row, first cell column, kind) as index arrays."""
+    table = np.array(pieces, dtype=np.int64).reshape(-1, 6)
+    steps = np.arange(table[:, 1].sum()) - np.repeat(np.cumsum(table[:, 1]) - table[:, 1], table[:, 1])
+    at, _, view, row, col, kind = np.repeat(table, table[:, 1], axis=0).T
+    is_view = kind != Kind.SEPARATOR
+    cell = np.stack([row, np.where(is_view, col + steps, 0)], axis=1)
     kinds = index_tensor(kind, "cpu")
     return TokenPlan(
-        index=index_tensor(_bank_index(layouts, geometries, shapes[:2], shapes[2:]), device),
+        index=index_tensor(at + steps, device),
         lengths=tuple(lengths),
         view=index_tensor(view, "cpu"),
-        cell=index_tensor(cell.reshape(-1, 2), "cpu"),
+        cell=index_tensor(cell, "cpu"),
         kind=kinds,
-        groups=find_groups(kinds, lengths, device),
+        rows=find_rows(kinds, lengths, device),
     )
 
 
-def _join(arrays: list) -> np.ndarray:
-    """Concatenate int64 arrays; an empty list gives an empty array."""
-    return np.concatenate(arrays).astype(np.int64) if arrays else np.zeros(0, dtype=np.int64)
+@torch.compiler.assume_constant_result
+def view_limits(images: tuple, spec: str) -> dict[int, list[int]]:
+    """Tokens of each view of the elastic kinds, image after image, where a budget limits any of them.
+
+    Args:
+        images (`tuple`): Views and placeholders of each image.
+        spec (`str`): See `HiResLmmLayout`.
+    """
+    arrangement = read_spec(spec)
+    limits: dict[int, list[int]] = {}
+    for values, num_tokens in images:
+        for kind, own in arrangement.elastic_limits([ViewShape(*view) for view in values], num_tokens).items():
+            limits.setdefault(kind, []).extend(own)
+    return limits
 
 
-def _bank_index(layouts: list, images: list, global_shape: tuple, crop_shape: tuple) -> np.ndarray:
-    """Index of every token of the batch in `[global tokens, crop tokens, marks]`."""
-    global_size, crop_size = global_shape[1], crop_shape[1]
-    crop_start = global_shape[0] * global_size
-    marks_start = crop_start + crop_shape[0] * crop_size
-    pieces, crops_before = [], 0
-    for number, (layout, image) in enumerate(zip(layouts, images, strict=True)):
-        index = np.where(
-            layout.source < global_size,
-            number * global_size + layout.source,
-            crop_start + crops_before * crop_size + layout.source - global_size,
-        )
-        pieces.append(np.where(layout.source < 0, marks_start - 1 - layout.source, index))
-        crops_before += image.num_crops
-    return _join(pieces)
+def idle_image(kinds: Sequence[int], patch_grid: tuple[int, int]) -> ImageGeometry:
+    """A blank image with one whole view a kind, for batches without any."""
+    rows, cols = patch_grid
+    return ImageGeometry(0, tuple((int(kind), 1, 1, 0, 0, rows, cols, 0, rows, 0, cols) for kind in kinds), 0)

@@ -7,15 +7,27 @@ import torch
 from torch import nn
 from transformers import AutoModel, PreTrainedModel
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 
+from .carriers_hires_lmm import ImageGeometry, Question, ViewFeatures, read_geometry
 from .compat_hires_lmm import CACHE, CACHE_NAMES, takes_cache
 from .configuration_hires_lmm import HiResLmmConfig, HiResLmmConnectorConfig, check_fit
 from .connector_hires_lmm import HiResLmmConnector, drop
-from .generation_hires_lmm import HiResLmmGenerationMixin, check_context, check_encoder_outputs
+from .generation_hires_lmm import HiResLmmGenerationMixin, check_context
+from .inputs_hires_lmm import (
+    ImageInputs,
+    check_encoder_outputs,
+    check_text,
+    compare_counts,
+    copy_to_host,
+    placeholders_per_image,
+    read_images,
+    refuse_both,
+    take_extra,
+)
 from .loading_hires_lmm import HiResLmmLoadingMixin
 from .logits_hires_lmm import scale_logits, select_learned, select_positions
 from .outputs_hires_lmm import (
@@ -24,27 +36,11 @@ from .outputs_hires_lmm import (
     HiResLmmModelOutputWithPast,
     HiResLmmTrainingOutput,
     build_token_map,
-    check_call,
-    check_placeholders,
-    compare_counts,
-    placeholders_per_image,
 )
 from .packing_hires_lmm import expand, pack, plan_batch
 from .question_hires_lmm import PromptText, build_question, recover_text
-from .tower_hires_lmm import POOLING_HEAD, run_tower
-from .views_hires_lmm import (
-    ImageGeometry,
-    Question,
-    ViewFeatures,
-    all_finite,
-    check_finite,
-    check_views,
-    copy_to_host,
-    group_rows,
-    idle_views,
-    padding_flags,
-    read_geometry,
-)
+from .splice_hires_lmm import find_placeholders, splice
+from .towers_hires_lmm import POOLING_HEAD, blank_groups, run_tower, run_towers
 
 
 PEFT_EMBEDDINGS = "embeddings.word_embeddings"
@@ -97,12 +93,11 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
     def __init__(self, config: HiResLmmConfig):
         super().__init__(config)
         self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.extra_towers = nn.ModuleDict(
+            {name: AutoModel.from_config(tower) for name, tower in config.extra_tower_configs().items()}
+        )
         self.connector = HiResLmmConnector(
-            cast("HiResLmmConnectorConfig", config.connector_config),
-            config.vision_config.hidden_size,
-            config.text_config.hidden_size,
-            config.patch_grid,
-            config.text_config.vocab_size,
+            cast("HiResLmmConnectorConfig", config.connector_config), config.part_context()
         )
         self.language_model = AutoModel.from_config(config.text_config)
         check_fit(config, self.language_model)
@@ -113,22 +108,13 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
         super()._adjust_missing_and_unexpected_keys(loading_info)
         loading_info.unexpected_keys = {key for key in loading_info.unexpected_keys if not key.startswith("lm_head.")}
 
-    def encode_views(
-        self, pixel_values: torch.Tensor, layer: int | None = None, chunk_size: int | None = None, **wanted: Any
-    ) -> tuple[torch.Tensor, BaseModelOutput]:
-        """Run the tower: `(V, 3, S, S)` -> patch features of one layer `(V, L, C)` and its output, see `run_tower`."""
-        layer = self.config.vision_feature_layer if layer is None else layer
-        chunk_size = self.config.vision_chunk_size if chunk_size is None else chunk_size
-        rows, cols = self.config.patch_grid
-        return run_tower(self.vision_tower, pixel_values, layer, rows * cols, chunk_size, **wanted)
-
     @merge_with_config_defaults
     @can_return_tuple
     def get_image_features(
         self,
-        pixel_values: torch.Tensor,
-        view_positions: torch.Tensor,
-        view_spans: torch.Tensor,
+        pixel_values: torch.Tensor | None = None,
+        view_positions: torch.Tensor | None = None,
+        view_spans: torch.Tensor | None = None,
         view_boxes: torch.Tensor | None = None,
         vision_feature_layer: int | None = None,
         vision_features: torch.Tensor | None = None,
@@ -138,8 +124,8 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
         """Encode images up to the first operation that reads the question or whose count depends on content.
 
         Args:
-            pixel_values (`torch.Tensor` of shape `(V, 3, S, S)`): Views of all images.
-            view_positions (`torch.Tensor` of shape `(V, 6)`): Kind, grid rows and columns, row, column, num_tokens.
+            pixel_values (`torch.Tensor` of shape `(V, 3, H, W)`): Views of all images.
+            view_positions (`torch.Tensor` of shape `(V, 9)`): See `Column`.
             view_spans (`torch.Tensor` of shape `(V, 4)`): Patch rows and columns of each view that enter the sequence.
             view_boxes (`torch.Tensor` of shape `(V, 4)`, *optional*): Boxes in 1/256 source pixel, for token maps.
             vision_feature_layer (`int`, *optional*): Layer of the tower; `config.vision_feature_layer` by default.
@@ -147,7 +133,8 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
                 place of `pixel_values`; the tower does not run.
             vision_chunk_size (`int`, *optional*): Most views that pass the tower at once; `config.vision_chunk_size`
                 by default.
-            kwargs: `output_hidden_states`, `output_attentions`: keep those of the tower; others are not read.
+            kwargs: `pixel_values_<name>` `(R, 3, H, W)`: views of an extra tower. `output_hidden_states`,
+                `output_attentions`: keep those of the tower; others are not read.
 
         Returns:
             `HiResLmmImageFeatures`; its `pooler_output` holds one `(n_i, D)` tensor an image.
@@ -155,109 +142,49 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
         Raises:
             ValueError: If the tensors do not belong together or do not fit the model.
         """
-        source = pixel_values if vision_features is None else vision_features
-        self._check_views(source, vision_features is not None, view_positions, view_spans)
-        is_here = view_positions.device == source.device  # else looking would wait for the device once more
-        flags = [all_finite(source)] if is_here else []
-        positions, spans, *flags = copy_to_host(view_positions, view_spans, *flags)
-        for flag in flags:
-            check_finite(flag, source, "pixel_values" if vision_features is None else "vision_features")
-        images = read_geometry(positions.tolist(), spans.tolist())
-        return self._encode_images(
-            source, images, view_boxes, vision_feature_layer, vision_features is not None, vision_chunk_size, **kwargs
-        )
+        options = dict(kwargs)
+        extra = take_extra(self, options)
+        images = read_images(self, pixel_values, vision_features, extra, view_positions, view_spans, view_boxes)
+        if images is None:
+            raise ValueError("There is nothing to encode: pass pixel_values or vision_features with their geometry.")
+        wanted = {name: options.get(name) for name in ("output_hidden_states", "output_attentions")}
+        return self.encode_images(images, vision_feature_layer, vision_chunk_size, **wanted)
 
-    def _encode_images(
-        self,
-        source: torch.Tensor,
-        images: list[ImageGeometry],
-        view_boxes: torch.Tensor | None,
-        layer: int | None = None,
-        is_encoded: bool = False,
-        chunk_size: int | None = None,
-        **kwargs: Any,
+    def encode_images(
+        self, images: ImageInputs, layer: int | None = None, chunk_size: int | None = None, **wanted: Any
     ) -> HiResLmmImageFeatures:
         """What `get_image_features` does once the geometry is on the host; it never waits for the device."""
-        groups = self._group_rows(images, source.device)
-        if groups[0] is None:
-            source = source[groups[1]]
-        if is_encoded:
-            features, output = source.to(self.vision_tower.dtype), BaseModelOutput()
-        else:
-            wanted = {name: kwargs.get(name) for name in ("output_hidden_states", "output_attentions")}
-            features, output = self.encode_views(source, layer, chunk_size, **wanted)
-        views = self._group_views(features, images, groups)
-        tokens = self.connector.encode(views, self._embed_token)
-        placed = drop(tokens)[0].split(tokens.num_tokens) if self.connector.is_done_early else None
+        groups, output = run_towers(self, images, layer, chunk_size, **wanted)
+        tokens = self.connector.encode(ViewFeatures(groups, images.images), self._embed_token)
+        is_done = self.connector.is_done_early
+        placed = drop(tokens)[0].split(tokens.num_tokens) if is_done else tokens.per_image(tokens.features)
         return HiResLmmImageFeatures(
             **output,
-            pooler_output=list(placed) if placed is not None else tokens.per_image(tokens.features),
+            pooler_output=list(placed),
             tokens=tokens,
-            view_boxes=view_boxes,
+            view_boxes=images.view_boxes,
+            is_unpadded=images.is_unpadded,
         )
+
+    def encode_pixels(
+        self, pixel_values: torch.Tensor, layer: int | None = None, chunk_size: int | None = None
+    ) -> torch.Tensor:
+        """Run the main tower: `(V, 3, H, W)` -> patch features of one layer `(V, L, C)`."""
+        layer = self.config.vision_feature_layer if layer is None else layer
+        chunk_size = self.config.vision_chunk_size if chunk_size is None else chunk_size
+        return run_tower(self.vision_tower, pixel_values, layer, chunk_size=chunk_size).features
 
     def _embed_token(self, ids: torch.Tensor) -> torch.Tensor:
         """Look up token embeddings; a function, because accelerate moves modules that are passed as arguments."""
         return self.get_input_embeddings()(ids)
 
-    def _check_views(
-        self,
-        source: torch.Tensor | None,
-        is_encoded: bool,
-        view_positions: torch.Tensor | None,
-        view_spans: torch.Tensor | None,
-    ) -> None:
-        """Check views or their features against the geometry that came with them."""
-        side, (rows, cols) = self.config.view_size, self.config.patch_grid
-        encoded = ("vision_features", (rows * cols, self.config.vision_config.hidden_size))
-        name, shape = encoded if is_encoded else ("pixel_values", (3, side, side))
-        check_views(source, name, shape, view_positions, view_spans)
-
-    def _group_rows(
-        self, images: list[ImageGeometry], device: torch.device
-    ) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """Rows of global views and of crops; None for global views that a training stage leaves out."""
-        global_rows, crop_rows = group_rows(tuple(kind for image in images for kind in image.kinds), str(device))
-        if not (self.training and self.connector.training_views == "crops"):
-            return global_rows, crop_rows
-        if any(image.spans[0][1] > image.spans[0][0] for image in images):
-            raise ValueError(
-                "This training stage uses crops only, but global views enter the sequence; make the batch with "
-                "views='crops'."
-            )
-        return None, crop_rows
-
-    def _group_views(
-        self, features: torch.Tensor, images: list[ImageGeometry], groups: tuple[torch.Tensor | None, torch.Tensor]
-    ) -> ViewFeatures:
-        """Separate global views from the others."""
-        grid = self.config.patch_grid
-        if groups[0] is None:
-            return ViewFeatures(features[:0], features, grid, grid, images)
-        glob, crops = (features[rows.to(features.device)] for rows in groups if rows is not None)
-        return ViewFeatures(glob, crops, grid, grid, images)
-
     def get_placeholder_mask(
         self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor, prompt_length: int | None = None
     ) -> torch.Tensor:
-        """Find the image placeholders.
-
-        Args:
-            input_ids (`torch.Tensor` of shape `(B, S)`, *optional*): Token ids; without them embeddings are compared.
-            inputs_embeds (`torch.Tensor` of shape `(B, S, D)`): Token embeddings.
-            prompt_length (`int`, *optional*): Positions beyond it are generated and hold no placeholders.
-
-        Returns:
-            `(B, S)` bool.
-        """
-        if input_ids is None:
-            token = torch.full((), self.config.image_token_id, device=inputs_embeds.device)
-            mask = (inputs_embeds == self.get_input_embeddings()(token)).all(dim=-1)
-        else:
-            mask = input_ids == self.config.image_token_id
-        if prompt_length is not None:
-            mask = mask & (torch.arange(mask.shape[1], device=mask.device) < prompt_length)
-        return mask
+        """Where the image placeholders are, `(B, S)` bool; see `find_placeholders`."""
+        return find_placeholders(
+            input_ids, inputs_embeds, self.config.image_token_id, self._embed_token, prompt_length
+        )
 
     @takes_cache
     @merge_with_config_defaults
@@ -277,20 +204,17 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
         prompt_mask: torch.Tensor | None = None,
         mm_encoder_outputs: dict | None = None,
         output_token_map: bool = False,
-        question_labels: torch.Tensor | None = None,
         vision_features: torch.Tensor | None = None,
-        vision_chunk_size: int | None = None,
         image_geometry: list[ImageGeometry] | None = None,
         question_ids: torch.Tensor | None = None,
-        vision_feature_layer: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | HiResLmmModelOutputWithPast:
         """Run the model.
 
         Args:
             input_ids (`torch.Tensor` of shape `(B, S)`, *optional*): Token ids with expanded placeholders.
-            pixel_values (`torch.Tensor` of shape `(V, 3, S, S)`, *optional*): Views of all images of the batch.
-            view_positions (`torch.Tensor` of shape `(V, 6)`, *optional*): Geometry, see `get_image_features`.
+            pixel_values (`torch.Tensor` of shape `(V, 3, H, W)`, *optional*): Views of all images of the batch.
+            view_positions (`torch.Tensor` of shape `(V, 9)`, *optional*): Geometry, see `get_image_features`.
             view_boxes (`torch.Tensor` of shape `(V, 4)`, *optional*): Boxes, needed by `output_token_map`.
             view_spans (`torch.Tensor` of shape `(V, 4)`, *optional*): Spans, see `get_image_features`.
             attention_mask (`torch.Tensor` of shape `(B, past + S)`, *optional*): 0 at padding.
@@ -301,16 +225,15 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
             prompt_mask (`torch.Tensor` of shape `(B, S)`, *optional*): True where parts may read the question.
             mm_encoder_outputs (`dict`, *optional*): `{"image": features}` from `get_image_features`.
             output_token_map (`bool`): Return a record of every visual token.
-            question_labels (`torch.Tensor` of shape `(B, S)`, *optional*): Training labels, to keep answers unread.
             vision_features (`torch.Tensor` of shape `(V, L, C)`, *optional*): Cached output of the tower in place of
                 `pixel_values`, for training; with no rows it says that the tower runs on no process.
-            vision_chunk_size (`int`, *optional*): See `get_image_features`.
             image_geometry (`list[ImageGeometry]`, *optional*): What `read_images` returned, in place of
                 `view_positions` and `view_spans`: nothing is then read back from the device, so the call can be
                 compiled whole (once a grid, `dynamic=False`) and captured. Numbers of placeholders are not compared.
             question_ids (`torch.Tensor` of shape `(B, turns, L)`, *optional*): Ids of the questions in another
                 vocabulary, see `HiResLmmProcessor.question_ids`.
-            vision_feature_layer (`int`, *optional*): See `get_image_features`.
+            kwargs: `pixel_values_<name>`: views of an extra tower. `question_labels` `(B, S)`: training labels, to
+                keep answers unread. The rest goes to the language model.
 
         Returns:
             `HiResLmmModelOutputWithPast`.
@@ -320,48 +243,43 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
-        if inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(input_ids)
-        check_call(inputs_embeds, attention_mask, question_labels, cache, kwargs)
-        features = self._image_features(
-            input_ids,
-            inputs_embeds,
-            pixel_values,
-            vision_features,
-            view_positions,
-            view_spans,
-            view_boxes,
+        embeds = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
+        labels = kwargs.pop("question_labels", None)
+        text = PromptText(input_ids, embeds, attention_mask, prompt_mask, labels, question_ids)
+        check_text(text, cache, kwargs)
+        features = self._see(
+            text,
             mm_encoder_outputs,
-            attention_mask,
-            vision_chunk_size,
+            take_extra(self, kwargs),
             image_geometry,
-            vision_feature_layer,
-            **{name: kwargs.get(name) for name in ("output_hidden_states", "output_attentions")},
+            {name: kwargs.get(name) for name in ("output_hidden_states", "output_attentions")},
+            pixel_values=pixel_values,
+            vision_features=vision_features,
+            view_positions=view_positions,
+            view_spans=view_spans,
+            view_boxes=view_boxes,
         )
+        past = cache.get_seq_length() if cache is not None else 0
+        packing, remember = None, None
         extra: dict[str, Any] = {}
-        packing, read = None, None
         if features is not None:
-            past = cache.get_seq_length() if cache is not None else 0
-            text = PromptText(input_ids, inputs_embeds, attention_mask, prompt_mask, question_labels, question_ids)
-            inputs_embeds, kept, read, extra = self._splice(features, text, cache, output_token_map)
-            if not self.connector.is_count_static or getattr(features, "is_right_padded", False):
-                in_generate = getattr(features, "prompt_length", None) is not None
-                packing, attention_mask, position_ids = plan_batch(kept, attention_mask, past, in_generate)
-                inputs_embeds = pack(inputs_embeds, packing)
-                virtual = 0  # positions that PEFT put in front, and will put in front of the mask again
-                if getattr(features, "mask_length", None) is not None:
-                    virtual = max(past + kept.shape[1] - extra["num_drafted"] - cast("int", features.mask_length), 0)
-                extra["packed_attention_mask"] = attention_mask[:, virtual:]
-            elif getattr(features, "is_unpadded", False) and (position_ids is None or cache is not None):
+            embeds, kept, remember, extra = self._splice(features, text, cache, output_token_map)
+            if not self.connector.is_count_static or features.is_right_padded:
+                packing, attention_mask, position_ids = plan_batch(
+                    kept, attention_mask, past, features.prompt_length is not None
+                )
+                embeds = pack(embeds, packing)
+                prompt = past + kept.shape[1] - extra.get("num_drafted", 0)
+                extra["packed_attention_mask"] = attention_mask[:, features.num_virtual(prompt) :]
+            elif features.is_unpadded and (position_ids is None or cache is not None):
                 attention_mask = None  # all ones: the language model need not look
             if "num_drafted" in extra:
-                length = past + inputs_embeds.shape[1] - extra["num_drafted"]
+                length = past + embeds.shape[1] - extra["num_drafted"]
                 check_context(length, attention_mask, extra["num_drafted"], self.config.text_config)
         elif self.training and cache is None:
-            idle = self._idle_connector(inputs_embeds.device, use_tower=vision_features is None)
-            inputs_embeds = inputs_embeds + idle.to(inputs_embeds)
+            embeds = embeds + self._idle(embeds.device, use_tower=vision_features is None).to(embeds)
         outputs = self.language_model(
-            inputs_embeds=inputs_embeds,
+            inputs_embeds=embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
             use_cache=use_cache,
@@ -369,7 +287,7 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
             **{CACHE: cache},
             **kwargs,
         )
-        for memory, conversation in read or []:
+        for memory, conversation in remember or []:
             memory.remember(outputs.get(CACHE), conversation)
         hidden = outputs.last_hidden_state
         return HiResLmmModelOutputWithPast(
@@ -380,56 +298,39 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
             **extra,
         )
 
-    def _image_features(
+    def _see(
         self,
-        input_ids: torch.Tensor | None,
-        inputs_embeds: torch.Tensor,
-        pixel_values: torch.Tensor | None,
-        vision_features: torch.Tensor | None,
-        view_positions: torch.Tensor | None,
-        view_spans: torch.Tensor | None,
-        view_boxes: torch.Tensor | None,
-        mm_encoder_outputs: dict | None,
-        attention_mask: torch.Tensor | None,
-        vision_chunk_size: int | None,
-        images: list[ImageGeometry] | None,
-        layer: int | None,
-        **wanted: bool | None,
+        text: PromptText,
+        encoded: dict | None,
+        extra: dict[str, torch.Tensor],
+        geometry: list[ImageGeometry] | None,
+        wanted: dict[str, Any],
+        **given: torch.Tensor | None,
     ) -> HiResLmmImageFeatures | None:
-        """Take the caller's features or encode the images, after comparing placeholders with promised tokens."""
-        features = check_encoder_outputs(mm_encoder_outputs).get("image")
-        given = [views for views in (pixel_values, vision_features) if views is not None]
-        if len(given) + (features is not None) > 1:
-            raise ValueError(
-                "Pass one of pixel_values, vision_features and mm_encoder_outputs: they stand for the same images."
+        """Encode the images of a call, or take the caller's features, after comparing them with the placeholders."""
+        encoded = check_encoder_outputs(encoded)
+        refuse_both(encoded, given)
+        features: Any = encoded.get("image")
+        images: ImageInputs | None = None
+        if features is None and geometry is not None:
+            features_given = given["vision_features"]
+            source = given["pixel_values"] if features_given is None else features_given
+            images = ImageInputs(
+                cast("torch.Tensor", source), geometry, extra, features_given is not None, given["view_boxes"]
             )
-        if view_positions is not None and view_positions.shape[0] and not given and features is None:
-            raise ValueError(
-                f"view_positions describes {view_positions.shape[0]} views, but pixel_values is missing; pass all "
-                "that the processor returned."
+        elif features is None:
+            placeholder = self.get_placeholder_mask(text.ids, text.embeds)
+            images = read_images(
+                self, extra=extra, attention_mask=text.attention_mask, placeholder=placeholder, **given
             )
-        if given and given[0].shape[0]:
-            is_encoded, is_unpadded = vision_features is not None, None
-            if images is None:
-                placeholder = self.get_placeholder_mask(input_ids, inputs_embeds)
-                is_finite = all_finite(given[0])
-                positions, spans, count, is_finite, *flags = copy_to_host(
-                    view_positions, view_spans, placeholder.sum(), is_finite, *padding_flags(attention_mask)
-                )
-                check_placeholders(count, positions, self.connector.makes_tokens)
-                self._check_views(given[0], is_encoded, positions, spans)
-                check_finite(is_finite, given[0], "vision_features" if is_encoded else "pixel_values")
-                images = read_geometry(positions.tolist(), spans.tolist())
-                is_unpadded = bool(flags[0]) if flags else None
-            features = self._encode_images(
-                given[0], images, view_boxes, layer, is_encoded, vision_chunk_size, **wanted
-            )
-            features.is_unpadded = is_unpadded
+        if features is None and images is not None:
+            features = self.encode_images(images, **wanted)
             features.keep_nothing()
             return features
-        in_generate = getattr(features, "prompt_length", None) is not None
-        if features is not None and not in_generate and not self.connector.makes_tokens:
-            mask = self.get_placeholder_mask(input_ids, inputs_embeds)
+        if features is not None and not isinstance(features, HiResLmmImageFeatures):
+            features = HiResLmmImageFeatures.of(features)
+        if features is not None and features.prompt_length is None and not self.connector.has_turns:
+            mask = self.get_placeholder_mask(text.ids, text.embeds)
             compare_counts(int(mask.sum()), sum(placeholders_per_image(features)))
         return features
 
@@ -437,7 +338,7 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
         """Read the geometry of a batch, as `image_geometry` of `forward` wants it.
 
         Args:
-            view_positions (`torch.Tensor` of shape `(V, 6)`): As the processor gives it.
+            view_positions (`torch.Tensor` of shape `(V, 9)`): As the processor gives it.
             view_spans (`torch.Tensor` of shape `(V, 4)`): As the processor gives it.
 
         Returns:
@@ -446,51 +347,43 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
         return read_geometry(*(part.tolist() for part in copy_to_host(view_positions, view_spans)))
 
     def _splice(
-        self,
-        features: HiResLmmImageFeatures,
-        text: PromptText,
-        cache: Cache | None,
-        output_token_map: bool,
+        self, features: HiResLmmImageFeatures, text: PromptText, cache: Cache | None, output_token_map: bool
     ) -> tuple[torch.Tensor, torch.Tensor, list | None, dict]:
-        """Write visual tokens over placeholders: embeddings, kept positions `(B, S)`, what was read, more outputs."""
-        prompt_length, inputs_embeds = getattr(features, "prompt_length", None), text.embeds
+        """Run what needs the question and write visual tokens over placeholders: embeddings, kept positions, what was
+        read of conversations, and more outputs."""
+        prompt_length = features.prompt_length
         if prompt_length is not None and text.ids is None:  # PEFT puts virtual tokens before what generate was given
-            prompt_length = inputs_embeds.shape[1]
-        placeholder = self.get_placeholder_mask(text.ids, inputs_embeds, prompt_length)
-        tokens, kept, counts = getattr(features, "tokens", None), None, placeholders_per_image(features)
+            prompt_length = text.embeds.shape[1]
+        placeholder = self.get_placeholder_mask(text.ids, text.embeds, prompt_length)
+        tokens, question = features.tokens, None
         if not self.connector.is_done_early:
             if tokens is None:
                 raise ValueError(
                     "These image features hold only pooler_output; pass what get_image_features returned."
                 )
-            question = None
-            if self.connector.reads_question or self.connector.makes_tokens:
+            if self.connector.reads_question or self.connector.has_turns:
                 past = cache.get_seq_length() if cache is not None else 0
                 question = self.read_question(text, placeholder, tokens.num_tokens, prompt_length, past)
                 question.cache, question.earlier = cache, features.earlier
-            tokens = self.connector.finish(tokens, question)
-            (placed, kept), counts = drop(tokens), tokens.num_tokens
-        else:
-            placed = torch.cat([part.to(inputs_embeds.device) for part in features.pooler_output])
-        placed = placed.to(inputs_embeds.device, inputs_embeds.dtype)
-        spliced = inputs_embeds.masked_scatter(placeholder[..., None].to(inputs_embeds.device), placed)
-        kept_positions = torch.ones_like(placeholder)
-        if kept is not None:
-            kept_positions = kept_positions.masked_scatter(placeholder, kept.to(placeholder.device))
+            tokens, question = self.connector.finish(tokens, question)
+        parts = features.pooler_output if self.connector.is_done_early else tokens
+        spliced = splice(text.embeds, placeholder, cast("Any", parts), question)
+        counts = placeholders_per_image(features) if tokens is None else tokens.num_tokens
         image_outputs = copy.copy(features)
-        image_outputs.pooler_output = list(placed.split(counts))
-        extra: dict[str, Any] = {"image_outputs": image_outputs, "kept_mask": kept_positions}
+        image_outputs.pooler_output = list(spliced.placed.split(counts))
+        extra: dict[str, Any] = {"image_outputs": image_outputs, "kept_mask": spliced.kept}
         if prompt_length is not None:
             extra["num_drafted"] = placeholder.shape[1] - prompt_length
-        wanted = getattr(features, "token_maps", None)
-        if output_token_map or wanted is not None:
+        if tokens is not None and tokens.aux:
+            extra["aux"] = tokens.aux
+        if output_token_map or features.token_maps is not None:
             if tokens is None:
                 raise ValueError("output_token_map=True needs the features that get_image_features returned.")
             extra["token_map"] = build_token_map(tokens, features.view_boxes)
-            if wanted == []:
+            if features.token_maps == []:
                 sources = features.sources or range(tokens.num_images)
-                wanted.append(extra["token_map"].merge_images(sources))
-        return spliced, kept_positions, None if tokens is None else tokens.read, extra
+                features.token_maps.append(extra["token_map"].merge_images(sources))
+        return spliced.embeds, spliced.kept, None if tokens is None else tokens.read, extra
 
     def read_question(
         self, text: PromptText, placeholder: torch.Tensor, lengths: list[int], prompt_length: int | None, past: int = 0
@@ -517,21 +410,12 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
             question_prefix=self.config.question_prefix_ids or [],
             training=self.training and prompt_length is None and self.connector.reads_question,  # or no answer is read
             continues=past > 0,
-            has_later=self.connector.makes_tokens,
+            has_later=self.connector.has_turns,
         )
 
-    def _idle_connector(self, device: torch.device, use_tower: bool) -> torch.Tensor:
+    def _idle(self, device: torch.device, use_tower: bool) -> torch.Tensor:
         """Zero, computed from the visual modules of the stage, so that they train on every rank alike."""
-        side, (rows, cols) = self.config.view_size, self.config.patch_grid
-        if use_tower:
-            pixels = torch.zeros(1, self.config.vision_config.num_channels, side, side, device=device)
-            features, _ = self.encode_views(pixels.to(self.vision_tower.dtype))
-        else:
-            shape = (1, rows * cols, self.config.vision_config.hidden_size)
-            features = torch.zeros(shape, device=device, dtype=self.vision_tower.dtype)
-        return self.connector.run_idle(
-            idle_views(features, (rows, cols), self.connector.training_views), self._embed_token
-        )
+        return self.connector.run_idle(blank_groups(self, device, use_tower), self._embed_token)
 
 
 class HiResLmmForConditionalGeneration(HiResLmmPreTrainedModel, HiResLmmGenerationMixin):
@@ -578,8 +462,6 @@ class HiResLmmForConditionalGeneration(HiResLmmPreTrainedModel, HiResLmmGenerati
         vision_features: torch.Tensor | None = None,
         question_ids: torch.Tensor | None = None,
         return_logits: bool = False,
-        vision_chunk_size: int | None = None,
-        vision_feature_layer: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | HiResLmmCausalLMOutputWithPast:
         """Run the model and its head; see `HiResLmmModel.forward` for the inputs they share.
@@ -613,8 +495,6 @@ class HiResLmmForConditionalGeneration(HiResLmmPreTrainedModel, HiResLmmGenerati
             question_labels=labels,
             vision_features=vision_features,
             question_ids=question_ids,
-            vision_chunk_size=vision_chunk_size,
-            vision_feature_layer=vision_feature_layer,
             return_dict=True,
             **kwargs,
         )
@@ -638,6 +518,7 @@ class HiResLmmForConditionalGeneration(HiResLmmPreTrainedModel, HiResLmmGenerati
             "packed_attention_mask": outputs.packed_attention_mask,
             "num_drafted": outputs.num_drafted,
             "token_map": outputs.token_map,
+            "aux": outputs.aux,
         }
         if learned is not None:
             return HiResLmmTrainingOutput(loss=loss, cache=outputs.get(CACHE), **others)

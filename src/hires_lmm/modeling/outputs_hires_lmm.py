@@ -10,11 +10,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
-from .views_hires_lmm import KIND_GLOBAL, NUM_POSITION_FIELDS, VisualTokens, cell_boxes
-
-
-OPTIONS_ELSEWHERE = {"max_image_tokens", "max_crops", "views", "planner", "pinpoints", "gamma"}
-"""What `forward` takes no notice of, so that it must not be passed there."""
+from .carriers_hires_lmm import VisualTokens
 
 
 @dataclass
@@ -48,6 +44,15 @@ class HiResLmmImageFeatures(BaseModelOutputWithPooling):
     token_maps: list | None = None
     earlier: list | None = None
 
+    @classmethod
+    def of(cls, output: Any) -> "HiResLmmImageFeatures":
+        """Features that another object holds as a list `pooler_output`, finished."""
+        return cls(pooler_output=list(output.pooler_output))
+
+    def num_virtual(self, length: int) -> int:
+        """Of the positions of a prompt of `generate`, those that PEFT put in front, and will put before its mask."""
+        return 0 if self.mask_length is None else max(length - self.mask_length, 0)
+
     def keep_nothing(self) -> None:
         """Keep no conversations with these features: no later call can pass them again."""
         for memory in (self.tokens.memory if self.tokens is not None else None) or []:
@@ -71,95 +76,17 @@ class HiResLmmImageFeatures(BaseModelOutputWithPooling):
         return selected
 
 
-def compare_counts(num_placeholders: int, num_tokens: int) -> None:
-    """Compare the placeholders of a batch with the tokens of its images.
-
-    Args:
-        num_placeholders (`int`): Image tokens in `input_ids`.
-        num_tokens (`int`): Tokens that the images take.
-
-    Raises:
-        ValueError: If they differ.
-    """
-    if num_placeholders != num_tokens:
-        raise ValueError(
-            f"Image features and image tokens do not match, tokens: {num_placeholders}, features: {num_tokens}. Pass "
-            "input_ids and the view tensors of one processor call, without truncation; a changed max_image_tokens, "
-            "max_crops or views needs a new call for the text as well."
-        )
-
-
-def check_placeholders(
-    num_placeholders: torch.Tensor, view_positions: torch.Tensor | None, has_later: bool = False
-) -> None:
-    """Compare the placeholders of a batch with the tokens that `view_positions` promises.
-
-    Args:
-        num_placeholders (`torch.Tensor` of shape `()`): Placeholders of the batch, on the host.
-        view_positions (`torch.Tensor` of shape `(V, 6)`): Geometry of the batch, on the host.
-        has_later (`bool`): Whether later turns have placeholders of their own, which the part that fills them counts.
-
-    Raises:
-        ValueError: If the two numbers differ.
-    """
-    if view_positions is None or view_positions.ndim != 2 or view_positions.shape[1] != NUM_POSITION_FIELDS:
-        shape = None if view_positions is None else tuple(view_positions.shape)
-        raise ValueError(f"view_positions has the shape {shape}, expected (views, {NUM_POSITION_FIELDS}).")
-    promised = (view_positions[:, -1] * (view_positions[:, 0] == KIND_GLOBAL)).sum()
-    if not has_later or int(num_placeholders) < int(promised):
-        compare_counts(int(num_placeholders), int(promised))
-
-
-def check_call(
-    embeds: torch.Tensor, attention_mask: Any, labels: torch.Tensor | None, cache: Any, options: dict[str, Any]
-) -> None:
-    """Refuse what would be ignored or fail deep inside.
-
-    Args:
-        embeds (`torch.Tensor` of shape `(B, S, D)`): Of the text.
-        attention_mask (`torch.Tensor`, *optional*): As passed to `forward`.
-        labels (`torch.Tensor`, *optional*): As passed to `forward`.
-        cache (`Cache`, *optional*): As passed to `forward`.
-        options (`dict`): Other arguments of `forward`.
-
-    Raises:
-        ValueError: For another number of mask entries or labels than positions, and for options of the processor.
-    """
-    shape = tuple(embeds.shape[:2])
-    is_flat = cache is None and isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2
-    if is_flat and tuple(attention_mask.shape) != shape:
-        raise ValueError(f"attention_mask has the shape {tuple(attention_mask.shape)}, expected {shape}.")
-    if labels is not None and tuple(labels.shape) != shape:
-        raise ValueError(f"labels have the shape {tuple(labels.shape)}, expected {shape}.")
-    found = sorted(OPTIONS_ELSEWHERE & options.keys())
-    if found:
-        raise ValueError(
-            f"{found[0]}={options[found[0]]!r} is no argument of the model: limits of images go to the processor, "
-            "with images and text, and options of parts into connector_config."
-        )
-
-
-def placeholders_per_image(features: BaseModelOutputWithPooling) -> list[int]:
-    """Placeholders that each image of some features takes.
-
-    Args:
-        features (`BaseModelOutputWithPooling`): From `get_image_features`, or any object with a `pooler_output` list.
-    """
-    tokens = getattr(features, "tokens", None)
-    return [len(part) for part in features.pooler_output] if tokens is None else list(tokens.num_tokens)
-
-
 @dataclass
 class TokenMap:
     """One record a visual token before selection, image after image.
 
     Args:
         image (`torch.Tensor` of shape `(N,)`): Index of the image in the batch.
-        view (`torch.Tensor` of shape `(N,)`): Row in `pixel_values`; -1 for marks.
+        view (`torch.Tensor` of shape `(N,)`): Row in `pixel_values`; -1 for separators.
         cell (`torch.Tensor` of shape `(N, 2)`): Row and column in the token grid of the view.
-        kind (`torch.Tensor` of shape `(N,)`): 0 global, 1 crop, 2 mark.
-        box (`torch.Tensor` of shape `(N, 4)`): Top, left, bottom, right in source pixels; NaN for marks.
-        score (`torch.Tensor` of shape `(N,)`): Score of the router; NaN where a token was not scored.
+        kind (`torch.Tensor` of shape `(N,)`): Kind of the view, see `Kind`; -1 for separators.
+        box (`torch.Tensor` of shape `(N, 4)`): Top, left, bottom, right in source pixels; NaN for separators.
+        score (`torch.Tensor` of shape `(N,)`): The score that decided; NaN where a token was not scored.
         kept (`torch.Tensor` of shape `(N,)`): True where the token reached the language model.
     """
 
@@ -200,13 +127,13 @@ def build_token_map(tokens: VisualTokens, view_boxes: torch.Tensor | None) -> To
     if view_boxes is None:
         raise ValueError("output_token_map=True needs view_boxes; pass the tensor that the processor returns.")
     count = len(tokens.view)
-    score = tokens.scores.get("router", torch.full((count,), float("nan"), dtype=torch.float32))
+    score = tokens.scores.get(tokens.score or "", torch.full((count,), float("nan"), dtype=torch.float32))
     return TokenMap(
         image=torch.repeat_interleave(torch.arange(tokens.num_images), torch.tensor(tokens.lengths, dtype=torch.long)),
         view=tokens.view,
         cell=tokens.cell,
         kind=tokens.kind,
-        box=torch.from_numpy(cell_boxes(tokens, view_boxes)).float(),
+        box=torch.from_numpy(tokens.boxes(view_boxes)).float(),
         score=score.detach().float().cpu(),
         kept=torch.ones(count, dtype=torch.bool) if tokens.kept is None else tokens.kept.cpu(),
     )
@@ -234,6 +161,7 @@ class HiResLmmModelOutputWithPast(_WithImages, BaseModelOutputWithPast):
         packed_attention_mask (`torch.Tensor` of shape `(B, past + P)`, *optional*): Mask of the packed rows.
         num_drafted (`int`, *optional*): Positions beyond the prompt in this call.
         token_map (`TokenMap`, *optional*): With `output_token_map=True`.
+        aux (`dict[str, torch.Tensor]`, *optional*): What parts say for losses and logs, by name.
     """
 
     image_outputs: HiResLmmImageFeatures | None = None
@@ -241,6 +169,7 @@ class HiResLmmModelOutputWithPast(_WithImages, BaseModelOutputWithPast):
     packed_attention_mask: torch.Tensor | None = None
     num_drafted: int | None = None
     token_map: TokenMap | None = None
+    aux: dict | None = None
 
 
 @dataclass
@@ -258,6 +187,7 @@ class HiResLmmCausalLMOutputWithPast(_WithImages, CausalLMOutputWithPast):
         packed_attention_mask (`torch.Tensor`, *optional*): As above.
         num_drafted (`int`, *optional*): As above.
         token_map (`TokenMap`, *optional*): As above.
+        aux (`dict[str, torch.Tensor]`, *optional*): As above.
     """
 
     image_outputs: HiResLmmImageFeatures | None = None
@@ -265,6 +195,7 @@ class HiResLmmCausalLMOutputWithPast(_WithImages, CausalLMOutputWithPast):
     packed_attention_mask: torch.Tensor | None = None
     num_drafted: int | None = None
     token_map: TokenMap | None = None
+    aux: dict | None = None
 
 
 class NoLogitsError(AttributeError, LookupError):
@@ -293,6 +224,7 @@ class HiResLmmTrainingOutput(ModelOutput):
         packed_attention_mask (`torch.Tensor`, *optional*): As above.
         num_drafted (`int`, *optional*): As above.
         token_map (`TokenMap`, *optional*): As above.
+        aux (`dict[str, torch.Tensor]`, *optional*): As above.
     """
 
     loss: torch.Tensor | None = None
@@ -321,3 +253,5 @@ class HiResLmmTrainingOutput(ModelOutput):
         if key == "logits":
             raise NoLogitsError
         return super().get(key, default)
+
+    aux: dict | None = None

@@ -1,6 +1,6 @@
 """The registry: from the name of a part in the configuration to its class and its checked options."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from .adapters_hires_lmm import (
@@ -10,11 +10,13 @@ from .adapters_hires_lmm import (
     HiResLmmMlpAdapter,
     HiResLmmQueryFormerAdapter,
 )
+from .bases_hires_lmm import PartContext, Traits, entering
 from .compressors_hires_lmm import HiResLmmConvMerge, HiResLmmQueryCompressor
 from .fusion_hires_lmm import HiResLmmFusion
-from .layout_hires_lmm import LayoutOptions
+from .geometry_hires_lmm import KINDS, MAIN_TOWER, Grid, kinds_on
 from .routers_hires_lmm import HiResLmmRouter
 from .sa_perceiver_hires_lmm import HiResLmmSaPerceiver
+from .sequence_hires_lmm import LayoutOptions
 
 
 VIEW_OPS = {
@@ -29,10 +31,41 @@ ADAPTERS = {
     "query_former": HiResLmmQueryFormerAdapter,
     "mixture": HiResLmmMixtureAdapter,
 }
+MAP_OPS: dict[str, Any] = {}
 TOKEN_OPS = {"router": HiResLmmRouter, "fusion": HiResLmmFusion}
-SLOTS: dict[str, dict[str, Any]] = {"view_ops": VIEW_OPS, "adapter": ADAPTERS, "token_ops": TOKEN_OPS}
+SLOTS: dict[str, dict[str, Any]] = {
+    "view_ops": VIEW_OPS,
+    "adapter": ADAPTERS,
+    "map_ops": MAP_OPS,
+    "token_ops": TOKEN_OPS,
+}
+
+OWN = "own"
+"""Budget of a part that makes a number of tokens of its own."""
 
 BUDGET_ROUTER = {"part": "router", "score": "saliency", "on": "all", "keep": {"rule": "budget"}}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One part of a chain: its class, its checked options, what surrounds it and what it makes of that."""
+
+    slot: str
+    part: Any
+    options: Any
+    context: PartContext
+    traits: Traits
+
+    def build(self) -> Any:
+        """The module, which says what it is by `traits`."""
+        module = self.part(self.context, self.options)
+        module.traits = self.traits
+        return module
+
+    @property
+    def waits(self) -> bool:
+        """Whether it needs the question, or its count what the tokens hold."""
+        return self.traits.reads_question or self.traits.count == "content" or self.traits.later_tokens is not None
 
 
 @dataclass(frozen=True)
@@ -45,56 +78,143 @@ class ResolvedPart:
 
 @dataclass(frozen=True)
 class ResolvedChain:
-    """All parts of a connector and the grids and widths between them.
+    """All parts of a connector by slot, before the sizes of tower and language model are known."""
 
-    Args:
-        view_ops (`list[ResolvedPart]`): View operations in order.
-        adapter (`ResolvedPart`): The adapter.
-        token_ops (`list[ResolvedPart]`): Token operations in order.
-        layout (`LayoutOptions`): Order and marks.
-    """
-
-    view_ops: list
+    view_ops: list[ResolvedPart]
     adapter: ResolvedPart
-    token_ops: list
+    tower_adapters: dict[str, ResolvedPart]
+    map_ops: list[ResolvedPart]
+    token_ops: list[ResolvedPart]
     layout: LayoutOptions
 
-    def grids_before(self, patch_grid: tuple[int, int]) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-        """Token grids (global view, crop) before each view operation, before the adapter and after it."""
-        grids: list = [(tuple(patch_grid), tuple(patch_grid))]
+    @property
+    def kinds(self) -> list[str]:
+        """Kinds of views that parts name, in their order in the sequence."""
+        named = [name for op in (*self.view_ops, *self.map_ops) for name in _names(vars(op.options).get("on"))]
+        return list(dict.fromkeys([*self.layout.order, *named]))
+
+    def fit(self, context: PartContext) -> "FittedChain":
+        """Follow grids and widths from the tower to the language model.
+
+        Args:
+            context (`PartContext`): What the towers give; `grids` may be left empty for one tower.
+
+        Raises:
+            ValueError: If a part cannot read what the one before it leaves, or two would consume the budget.
+        """
+        if not context.grids:
+            whole = Grid(*context.patch_grid)
+            context = replace(context, grids={(int(KINDS[name]), MAIN_TOWER): whole for name in self.kinds})
+        first, steps = context, []
+
+        def add(slot: str, op: ResolvedPart) -> Traits:
+            nonlocal context
+            traits = op.part.describe(op.options, context)
+            steps.append(Step(slot, op.part, op.options, context, traits))
+            context = replace(context, grids=traits.grids, width=traits.width)
+            return traits
+
         for op in self.view_ops:
-            grids.append(op.part.output_grids(op.options, *grids[-1]))
-        return [*grids, tuple(self._adapted_grid(grid) for grid in grids[-1])]
-
-    def _adapted_grid(self, grid: tuple[int, int]) -> tuple[int, int]:
-        """Token grid of a view after the adapter; views without tokens stay without."""
-        return (0, 0) if 0 in grid else self.adapter.part.output_grid(self.adapter.options, grid)
-
-    def fixed_counts(self) -> tuple[int, int | None] | None:
-        """Tokens of an image's turn and of later turns where a token operation makes its own; else None."""
-        said = [op.part.fixed_counts(op.options) for op in self.token_ops]
-        return next((counts for counts in said if counts is not None), None)
-
-    def widths(self, width: int, text_width: int) -> list[int]:
-        """Width of the tokens behind the adapter and behind each token operation."""
-        widths = [self.adapter.part.output_width(self.adapter.options, width, text_width)]
+            add("view_ops", op)
+        before = context
+        others = {key: grid for key, grid in before.grids.items() if key[1] != MAIN_TOWER}
+        context = replace(before, grids={key: grid for key, grid in before.grids.items() if key not in others})
+        adapted = dict(add("adapter", self.adapter).grids)
+        after = context
+        for tower in dict.fromkeys(key[1] for key in others):
+            own = {key: grid for key, grid in others.items() if key[1] == tower}
+            context = replace(before, grids=own, width=before.tower_widths[tower])
+            adapted |= add(f"tower_adapters.{tower}", self.tower_adapters.get(tower, self.adapter)).grids
+            if context.width != after.width:
+                raise ValueError(f"The adapter of {tower!r} gives width {context.width}, the main one {after.width}.")
+        context = replace(after, grids=adapted)
+        for op in self.map_ops:
+            add("map_ops", op)
+        behind = context
         for op in self.token_ops:
-            widths.append(op.part.output_width(op.options, widths[-1], text_width))
-        return widths
+            add("token_ops", op)
+        return FittedChain(steps, self.layout, first, behind, context.width)
 
-    def count_rules(self, patch_grid: tuple[int, int]) -> dict:
-        """What the parts say about the number of tokens: `fixed_tokens`, `later_tokens`, `budget` of the layout."""
-        consumers = budget_consumers(self)
-        counts = self.fixed_counts()
-        if counts is not None:
-            return {"fixed_tokens": counts[0], "later_tokens": counts[1], "budget": {"on": "fixed"}}
-        budget: dict | None = (consumers or [{"on": BUDGET_ROUTER["on"]}])[0]
-        fixed_tokens = None
-        if any(op.part.is_count_fixed(op.options) for op in self.view_ops):
-            rows, cols = self.grids_before(patch_grid)[-1][0]
-            fixed_tokens = rows * cols + ("view_end" in self.layout.active_marks())
-            budget = {"on": "fixed"} if consumers and consumers[0]["on"] != "crops" else None
-        return {"fixed_tokens": fixed_tokens, "later_tokens": None, "budget": budget}
+
+@dataclass(frozen=True)
+class FittedChain:
+    """The parts of a connector with what surrounds each.
+
+    Args:
+        steps (`list[Step]`): All parts in order.
+        layout (`LayoutOptions`): Order and separators.
+        first, adapted (`PartContext`): What the towers give, and what the layout gets.
+        width (`int`): Width of the tokens at the end.
+    """
+
+    steps: list[Step]
+    layout: LayoutOptions
+    first: PartContext
+    adapted: PartContext
+    width: int
+
+    def __post_init__(self) -> None:
+        consumers = [step for step in self.steps if step.traits.budget_on is not None]
+        if len(consumers) > 1:
+            names = ", ".join(step.part.__name__ for step in consumers)
+            raise ValueError(f"Two parts would consume max_image_tokens: {names}; keep one of them.")
+        if (
+            self.elastic
+            and self.layout.crop_order == "raster"
+            and set(self.elastic) & {KINDS["crops"], KINDS["strided"]}
+        ):
+            raise ValueError(
+                'A part that makes fewer tokens of each crop under a budget needs layout.crop_order="views".'
+            )
+
+    def of(self, slot: str) -> list[Step]:
+        """The parts of a slot, in order."""
+        return [step for step in self.steps if step.slot == slot]
+
+    @property
+    def consumer(self) -> Step | None:
+        """The part that consumes `max_image_tokens`, if one does."""
+        return next((step for step in self.steps if step.traits.budget_on is not None), None)
+
+    @property
+    def elastic(self) -> tuple[int, ...]:
+        """Kinds of views whose part makes fewer tokens under a budget."""
+        is_elastic = self.consumer is not None and self.consumer.slot != "token_ops"
+        return kinds_on(self.consumer.traits.budget_on) if is_elastic else ()  # type: ignore[union-attr]
+
+    @property
+    def own(self) -> Traits | None:
+        """Traits of the part that makes a number of tokens of its own, if one does."""
+        return next((step.traits for step in self.steps if step.traits.count == OWN), None)
+
+    @property
+    def grids(self) -> dict[int, Grid]:
+        """Token grid of the views of each kind that reach the layout."""
+        return entering(self.adapted.grids)
+
+    def token_layout(self) -> dict[str, Any]:
+        """What the processor counts by, as JSON values."""
+        names = {int(kind): name for name, kind in KINDS.items()}
+        own, consumer = self.own, self.consumer
+        budget: dict[str, Any] | None = {"on": BUDGET_ROUTER["on"]} if own is None else None
+        if consumer is not None:
+            budget = {"on": consumer.traits.budget_on, **({"elastic": True} if self.elastic else {})}
+        return {
+            "patch_grid": list(self.first.patch_grid),
+            "grids": {names[kind]: grid.to_dict() for kind, grid in self.grids.items()},
+            "layout": {
+                "order": list(self.layout.order),
+                "crop_order": self.layout.crop_order,
+                "separators": self.layout.separators,
+            },
+            "own_tokens": None if own is None else own.own_tokens,
+            "later_tokens": None if own is None else own.later_tokens,
+            "budget": budget,
+        }
+
+
+def _names(on: Any) -> list[str]:
+    return [] if on in (None, "all") else [on] if isinstance(on, str) else list(on)
 
 
 def build_options(cls: type, values: dict, where: str) -> Any:
@@ -127,7 +247,7 @@ def resolve_part(slot: str, spec: dict, where: str) -> ResolvedPart:
     """Look up one part by name and check its options.
 
     Args:
-        slot (`str`): `"view_ops"`, `"adapter"` or `"token_ops"`.
+        slot (`str`): A key of `SLOTS`.
         spec (`dict`): `{"part": name, **options}`.
         where (`str`): Place in the configuration, for messages.
 
@@ -146,40 +266,34 @@ def resolve_part(slot: str, spec: dict, where: str) -> ResolvedPart:
     return ResolvedPart(part, build_options(part.Options, options, f"{where} ({spec['part']})"))
 
 
-def resolve_chain(view_ops: list, adapter: dict, token_ops: list, layout: dict) -> ResolvedChain:
+def resolve_chain(
+    view_ops: list, adapter: dict, tower_adapters: dict, map_ops: list, token_ops: list, layout: dict
+) -> ResolvedChain:
     """Look up all parts of a connector.
 
     Args:
-        view_ops (`list[dict]`): View operations in order.
+        view_ops, map_ops, token_ops (`list[dict]`): Operations in order.
         adapter (`dict`): The adapter.
-        token_ops (`list[dict]`): Token operations in order.
+        tower_adapters (`dict[str, dict]`): Adapters of extra towers; the main one's kind by default.
         layout (`dict`): Fields of `LayoutOptions`.
 
     Returns:
         The chain.
 
     Raises:
-        ValueError: For unknown parts and options, and for two parts that would both consume the budget.
+        ValueError: For unknown parts and options.
     """
-    chain = ResolvedChain(
-        view_ops=[resolve_part("view_ops", spec, f"view_ops[{i}]") for i, spec in enumerate(view_ops)],
+
+    def listed(slot: str, specs: list) -> list[ResolvedPart]:
+        return [resolve_part(slot, spec, f"{slot}[{i}]") for i, spec in enumerate(specs)]
+
+    return ResolvedChain(
+        view_ops=listed("view_ops", view_ops),
         adapter=resolve_part("adapter", adapter, "adapter"),
-        token_ops=[resolve_part("token_ops", spec, f"token_ops[{i}]") for i, spec in enumerate(token_ops)],
+        tower_adapters={
+            name: resolve_part("adapter", spec, f"tower_adapters.{name}") for name, spec in tower_adapters.items()
+        },
+        map_ops=listed("map_ops", map_ops),
+        token_ops=listed("token_ops", token_ops),
         layout=build_options(LayoutOptions, layout, "layout"),
     )
-    if len(budget_consumers(chain)) > 1:
-        raise ValueError(
-            "Two token operations would consume max_image_tokens; keep one of them: "
-            + ", ".join(str(spec.get("part")) for spec in token_ops)
-        )
-    return chain
-
-
-def budget_consumers(chain: ResolvedChain) -> list[dict]:
-    """What the token operations say about the budget; those that do not consume it are left out.
-
-    Args:
-        chain (`ResolvedChain`): The parts of a connector.
-    """
-    said = [op.part.budget(op.options) for op in chain.token_ops]
-    return [budget for budget in said if budget is not None]

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .views_hires_lmm import Question
+from .carriers_hires_lmm import Question
 
 
 def find_sequence(ids: torch.Tensor, sequence: list[int]) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """The router: scores visual tokens and decides which of them reach the language model."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -8,8 +8,10 @@ from huggingface_hub.dataclasses import strict
 from torch import nn
 
 from .attention_hires_lmm import HiResLmmCrossAttention, default_num_heads
+from .bases_hires_lmm import HiResLmmTokenOp, PartContext, Traits
+from .carriers_hires_lmm import Question, VisualTokens
+from .geometry_hires_lmm import kinds_on
 from .noise_hires_lmm import HiResLmmNoise
-from .views_hires_lmm import PartContext, Question, VisualTokens
 
 
 def _cosines(features: torch.Tensor, direction: torch.Tensor) -> torch.Tensor:
@@ -142,7 +144,7 @@ class HiResLmmAttentionScore(nn.Module):
         return self.linear_2(torch.relu(self.linear_1(states)))[0, :, 0]
 
 
-class HiResLmmRouter(nn.Module):
+class HiResLmmRouter(HiResLmmTokenOp):
     """Keeps the visual tokens that matter; the others never reach the language model.
 
     Args:
@@ -159,7 +161,7 @@ class HiResLmmRouter(nn.Module):
         """Options of `router`.
 
         Args:
-            on (`str`): Views whose tokens are scored: `"crops"` (the paper), `"global"` or `"all"`. The rest is kept.
+            on (`str` or `list[str]`): Kinds of views whose tokens are scored; the paper's are crops. The rest is kept.
             score (`str`): `"cosine"` and `"attention"` read the question, `"saliency"` does not.
             reduce (`str`): `"sum"` (released) or `"mean"` over the text tokens, for `cosine`. With the sum the kept
                 share under a threshold falls as the prompt grows.
@@ -170,7 +172,7 @@ class HiResLmmRouter(nn.Module):
             num_heads (`int`, *optional*): Heads of the `attention` score.
         """
 
-        on: Literal["crops", "global", "all"] = "crops"
+        on: str | list = "crops"
         score: Literal["cosine", "attention", "saliency"] = "cosine"
         reduce: Literal["sum", "mean"] = "sum"
         double_softmax: bool = False
@@ -179,39 +181,26 @@ class HiResLmmRouter(nn.Module):
         num_heads: int | None = None
 
         def __post_init__(self) -> None:
+            kinds_on(self.on)
             KeepOptions(**self.keep)
 
     def __init__(self, context: PartContext, options: Options):
-        super().__init__()
-        self.options = options
+        super().__init__(context, options)
         self.keep = KeepOptions(**options.keep)
         self.noise = HiResLmmNoise()
         if options.score == "attention":
             self.attention_score = HiResLmmAttentionScore(context, options.num_heads)
 
     @classmethod
-    def reads_question(cls, options: Any) -> bool:
-        """Whether the scores depend on the question."""
-        return options.score != "saliency"
-
-    @classmethod
-    def is_count_static(cls, options: Any) -> bool:
-        """Whether the number of kept tokens is known without looking at them."""
-        return KeepOptions(**options.keep).rule == "budget"
-
-    @classmethod
-    def budget(cls, options: Any) -> dict:
-        """How the part consumes `max_image_tokens`, for the token layout."""
-        return {"on": options.on}
-
-    @classmethod
-    def fixed_counts(cls, options: Any) -> None:
-        """The number of tokens depends on the image."""
-
-    @classmethod
-    def output_width(cls, options: Any, width: int, text_width: int) -> int:
-        """Width of the tokens afterwards: unchanged."""
-        return width
+    def describe(cls, options: Any, context: PartContext) -> Traits:
+        """It takes the budget; under a threshold the count depends on the content."""
+        return Traits(
+            context.grids,
+            context.width,
+            reads_question=options.score != "saliency",
+            count="static" if KeepOptions(**options.keep).rule == "budget" else "content",
+            budget_on=options.on,
+        )
 
     def _score(
         self, features: torch.Tensor, image: int, question: Question | None, mask: torch.Tensor | None
@@ -255,8 +244,7 @@ class HiResLmmRouter(nn.Module):
             scores = scores.index_copy(0, index, image_scores.detach())
             surplus = tokens.num_tokens[image] - tokens.lengths[image]
             kept = kept.index_copy(0, index, self._keep(image_scores, surplus))
-        tokens.kept, tokens.scores = kept, {**tokens.scores, "router": scores}
-        return tokens, question
+        return replace(tokens, kept=kept, scores={**tokens.scores, "router": scores}, score="router"), question
 
     def _keep(self, scores: torch.Tensor, surplus: int) -> torch.Tensor:
         """Apply the keep rule; `surplus` is placeholders minus tokens, negative under a budget."""

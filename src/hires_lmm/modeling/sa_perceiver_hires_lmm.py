@@ -11,9 +11,10 @@ from transformers import initialization as init
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .attention_hires_lmm import eager_attention_forward
-from .compressors_hires_lmm import HiResLmmViewOp
+from .bases_hires_lmm import HiResLmmPart, PartContext, Traits
+from .carriers_hires_lmm import ViewFeatures
+from .geometry_hires_lmm import MAIN_TOWER, Kind
 from .silu_attention_hires_lmm import silu_attention
-from .views_hires_lmm import ImageGeometry, PartContext, ViewFeatures
 
 
 FLASH_HEAD_WIDTH = 256
@@ -65,7 +66,7 @@ class HiResLmmWideLayerNorm(nn.LayerNorm):
         return nn.functional.layer_norm(states, self.normalized_shape, weight, None, self.eps).to(self.weight.dtype)
 
 
-class HiResLmmSaPerceiver(HiResLmmViewOp):
+class HiResLmmSaPerceiver(HiResLmmPart):
     """Replaces each low-resolution view by what it reads in the crops of its image; the crops leave.
 
     With V' the tokens of the low-resolution view and, as the last row, a learned query:
@@ -121,11 +122,11 @@ class HiResLmmSaPerceiver(HiResLmmViewOp):
                 )
 
     def __init__(self, context: PartContext, options: Options):
-        super().__init__()
+        super().__init__(context, options)
         width = context.width
         if width % options.num_heads:
             raise ValueError(f"num_heads={options.num_heads} does not divide the width {width}; choose a divisor.")
-        self.options, self.config, self.patch_grid = options, context.config, context.patch_grid
+        self.config = context.config
         self.is_causal, self.num_key_value_groups = False, 1
         self.head_width = width // options.num_heads
         self.scaling = self.head_width**-0.5 if options.score_scale == "1/sqrt(d)" else 1.0
@@ -138,16 +139,13 @@ class HiResLmmSaPerceiver(HiResLmmViewOp):
             self.self_norm, self.self_out = _make_norm(options.norm, width), nn.Linear(width, width, bias=False)
 
     @classmethod
-    def output_grids(
-        cls, options: Any, global_grid: tuple[int, int], crop_grid: tuple[int, int]
-    ) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Token grids of global views and crops afterwards: crops have none."""
-        return global_grid, (0, 0)
-
-    @classmethod
-    def is_count_fixed(cls, options: Any) -> bool:
-        """Every image becomes one global view, whatever its size."""
-        return True
+    def describe(cls, options: Any, context: PartContext) -> Traits:
+        """Crops leave; the low-resolution view enters as a whole."""
+        glob = (int(Kind.GLOBAL), MAIN_TOWER)
+        grids = {key: grid for key, grid in context.grids.items() if key != (int(Kind.CROP), MAIN_TOWER)}
+        if glob not in grids:
+            raise ValueError("sa_perceiver reads the low-resolution view, but no global view reaches it.")
+        return Traits({**grids, glob: replace(grids[glob], whole=True)}, context.width)
 
     def init_weights(self) -> None:
         """Initialise the learned query."""
@@ -209,33 +207,27 @@ class HiResLmmSaPerceiver(HiResLmmViewOp):
         Raises:
             ValueError: If the low-resolution views were left out.
         """
-        glob, images = views.global_features, views.images
-        if glob.shape[0] != len(images):
+        glob, crops, num_images = views.group("global"), views.group("crops"), len(views.images)
+        if glob is None or len(glob.rows) != num_images:
             raise ValueError(
-                f"sa_perceiver needs the low-resolution view of every image, but the tower ran on {glob.shape[0]} of "
-                f"{len(images)}; train it in a stage whose views are 'all'."
+                f"sa_perceiver needs the low-resolution view of every image, but the tower ran on "
+                f"{0 if glob is None else len(glob.rows)} of {num_images}; train it in a stage whose views are 'all'."
             )
-        query = self.global_query.to(glob).expand(len(images), 1, -1)
-        tokens = torch.cat([glob, query], dim=1)
-        tokens = tokens + self.cross_step(tokens, views.crop_features, [image.num_crops for image in images])
+        query = self.global_query.to(glob.features).expand(num_images, 1, -1)
+        tokens = torch.cat([glob.features, query], dim=1)
+        keys = glob.features[:0] if crops is None else crops.features
+        tokens = tokens + self.cross_step(tokens, keys, [len(image.rows(Kind.CROP)) for image in views.images])
         if self.options.self_attention != "none":
             tokens = tokens + self.self_step(tokens)
         image_tokens, embedding = tokens[:, :-1], tokens[:, -1]
         if self.training:  # the query takes part in every loss, also where none reads the embedding
             image_tokens = image_tokens + 0.0 * embedding[:, None]
+        others = [group for group in views.groups if group is not glob and group is not crops]
         return replace(
             views,
-            global_features=image_tokens,
-            crop_features=views.crop_features[:0, :0],
-            crop_grid=(0, 0),
-            images=[self._whole(image) for image in images],
+            groups=[replace(glob, features=image_tokens), *others],
             aux={**views.aux, GLOBAL_EMBEDDING: embedding},
         )
-
-    def _whole(self, image: ImageGeometry) -> ImageGeometry:
-        """The geometry of an image whose global view enters the sequence as a whole."""
-        span = (0, self.patch_grid[0], 0, self.patch_grid[1])
-        return replace(image, spans=(span, *image.spans[1:]))
 
 
 def _make_norm(name: str, width: int) -> nn.Module:

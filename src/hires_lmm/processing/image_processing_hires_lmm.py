@@ -20,8 +20,9 @@ from transformers.image_utils import (
 from transformers.processing_utils import ImagesKwargs, Unpack
 
 from .compat_hires_lmm import warn_if_untested
+from .geometry_hires_lmm import Grid
 from .image_input_hires_lmm import DEFAULT_PIXEL_LIMIT, flatten_budgets, flatten_images, open_image, to_rgb
-from .planners_hires_lmm import PLANNERS, Planner, PlannerLimits, ViewPlan, square_paste
+from .planners_hires_lmm import Planner, PlannerLimits, ViewPlan, find_planner, square_paste
 from .token_layout_hires_lmm import TokenLayout, apply_budget, count_tokens, min_budget
 
 
@@ -29,7 +30,7 @@ class HiResLmmImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[c
     """Options of `HiResLmmImageProcessor`, at construction and per call.
 
     Args:
-        planner (`str`): How images are cut: a name in `PLANNERS`.
+        planner (`str` or `dict`): How images are cut: a name in `PLANNERS`, or a dict of its name and own options.
         view_size, patch_size (`int`): Side of a view and of a patch of the vision tower, pixels.
         max_crops (`int`, *optional*): Most crops of one image; `None` = the planner's own default.
         pinpoints (`list[list[int]]`, *optional*): Allowed canvas sizes (height, width), pixels.
@@ -43,7 +44,7 @@ class HiResLmmImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[c
         pixel_limit (`int`): Most pixels of a source image.
     """
 
-    planner: str | None
+    planner: str | dict | None
     view_size: int | None
     patch_size: int | None
     max_crops: int | None
@@ -291,7 +292,7 @@ class HiResLmmImageProcessor(PilBackend):
         settings = self._settings({**kwargs, "max_image_tokens": None})
         plan = settings.planner(height, width, settings.limits)
         _num_tokens(plan, None, settings, 0)
-        return min_budget(count_tokens(plan, settings.layout), settings.layout)
+        return min_budget(count_tokens(plan, settings.layout))
 
     def _count(self, plans: list[ViewPlan], settings: _Settings, images: Any) -> list[int]:
         """Placeholders of each image; the budgets are one for all, or stand as the images do."""
@@ -351,19 +352,18 @@ class HiResLmmImageProcessor(PilBackend):
         def option(name: str) -> Any:
             return getattr(self, name) if given.get(name) is None else given[name]
 
-        if option("planner") not in PLANNERS:
-            raise ValueError(f"planner={option('planner')!r} is unknown; choose one of {', '.join(PLANNERS)}.")
+        name, planner, own = find_planner(option("planner"))
         if not option("do_convert_rgb"):
             raise ValueError("do_convert_rgb=False has no meaning: the vision tower reads RGB; leave it out.")
         names = ("view_size", "patch_size", "max_crops", "pinpoints", "unpad", "global_view", "views")
-        limits = PlannerLimits(**{name: option(name) for name in names})
+        limits = planner.build_options(name, {**{each: option(each) for each in names}, **own})
         layout = option("token_layout")
         scale, shift = _scale_and_shift(
             option("rescale_factor") if option("do_rescale") else 1.0,
             *((option("image_mean"), option("image_std")) if option("do_normalize") else (0.0, 1.0)),
         )
         return _Settings(
-            planner=PLANNERS[option("planner")],
+            planner=planner,
             limits=limits,
             layout=_plain_layout(limits) if layout is None else TokenLayout.from_dict(layout),
             max_image_tokens=_checked_budgets(option("max_image_tokens")),
@@ -404,12 +404,16 @@ def _check_views(plans: list[ViewPlan]) -> None:
 
 
 def _geometry(plans: list[ViewPlan], counts: list[int]) -> dict[str, np.ndarray]:
-    rows = [(view, count) for plan, count in zip(plans, counts, strict=True) for view in plan.views]
-    positions = [(view.kind, view.grid_rows, view.grid_cols, view.row, view.col, count) for view, count in rows]
+    views = [view for plan in plans for view in plan.views]
+    positions = [
+        (*view.shape[:5], count, *view.patches, not number)  # in the order of Column
+        for plan, count in zip(plans, counts, strict=True)
+        for number, view in enumerate(plan.views)
+    ]
     return {
         "view_positions": np.array(positions, dtype=np.int64),
-        "view_boxes": np.array([view.box for view, _ in rows], dtype=np.int64),
-        "view_spans": np.array([view.span for view, _ in rows], dtype=np.int64),
+        "view_boxes": np.array([view.box for view in views], dtype=np.int64),
+        "view_spans": np.array([view.span for view in views], dtype=np.int64),
     }
 
 
@@ -530,8 +534,8 @@ def _scale_and_shift(factor: float, mean: Any, std: Any) -> tuple[np.ndarray, np
 
 def _plain_layout(limits: PlannerLimits) -> TokenLayout:
     """Every patch of every view is a token."""
-    grid = (limits.patch_grid, limits.patch_grid)
-    return TokenLayout(grid, grid, grid, budget={"on": "all"})
+    grid = Grid(limits.patch_grid, limits.patch_grid)
+    return TokenLayout(grid.size, {"global": grid, "crops": grid}, budget={"on": "all"})
 
 
 def _square_side(size: Any) -> int:

@@ -7,11 +7,11 @@ whole image; the *canvas* is the padded enlargement of the image that is cut int
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
+from .geometry_hires_lmm import Kind, ViewShape
 
-GLOBAL_VIEW = 0
-CROP_VIEW = 1
 
 BOX_UNIT = 256
 """Boxes are written in 1/256 source pixel."""
@@ -33,13 +33,13 @@ Interval = tuple[int, int]
 
 @dataclass(frozen=True)
 class PlannerLimits:
-    """What a caller may set for every planner; `None` leaves a choice to the planner.
+    """What a caller may set for every planner; `None` leaves a choice to the planner. A planner with options of its
+    own has a subclass of this beside it.
 
     Args:
         view_size (`int`): Side of a view, pixels.
         patch_size (`int`): Side of a patch of the vision tower, pixels.
         max_crops (`int`, *optional*): Most crops of one image (`slime_release` may exceed it by one).
-        pinpoints (sequence of `(height, width)`, *optional*): Allowed canvas sizes, pixels; `llava_next` and `slime`.
         unpad (`bool`, *optional*): Whether only patches that show the image enter the sequence.
         global_view (`str`, *optional*): `"squeeze"` distorts the image to the square, `"pad"` keeps its aspect.
         views (`str`): `"all"`, `"global"` (no crops are made) or `"crops"` (the global view adds no tokens).
@@ -51,7 +51,6 @@ class PlannerLimits:
     view_size: int = 336
     patch_size: int = 14
     max_crops: int | None = None
-    pinpoints: Sequence[Size] | None = None
     unpad: bool | None = None
     global_view: str | None = None
     views: str = "all"
@@ -69,8 +68,6 @@ class PlannerLimits:
             raise ValueError(f"unpad={self.unpad!r} must be True, False or None.")
         _check_choice("global_view", self.global_view, (None, "squeeze", "pad"))
         _check_choice("views", self.views, ("all", "global", "crops"))
-        if self.pinpoints is not None:
-            object.__setattr__(self, "pinpoints", _checked_pinpoints(self.pinpoints, self.view_size))
 
     @property
     def patch_grid(self) -> int:
@@ -79,10 +76,29 @@ class PlannerLimits:
 
 
 @dataclass(frozen=True)
+class PinpointLimits(PlannerLimits):
+    """Limits of planners that choose a canvas from a list.
+
+    Args:
+        pinpoints (sequence of `(height, width)`, *optional*): Allowed canvas sizes, pixels.
+
+    Raises:
+        ValueError: As `PlannerLimits`, and for sizes that are no multiples of `view_size`.
+    """
+
+    pinpoints: Sequence[Size] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.pinpoints is not None:
+            object.__setattr__(self, "pinpoints", _checked_pinpoints(self.pinpoints, self.view_size))
+
+
+@dataclass(frozen=True)
 class View:
-    """One view: `kind` (0 global, 1 crop), its place in the grid, `box` (top, left, bottom, right in the source image,
-    1/256 pixel, outside the image where padded) and `span` (first and past-last row, first and past-last column of its
-    patch grid that enter the sequence; one empty axis = no tokens)."""
+    """One view: its kind, its place in the grid, `box` (top, left, bottom, right in the source image, 1/256 pixel,
+    outside the image where padded), `span` (first and past-last row, first and past-last column of its patch grid that
+    enter the sequence; one empty axis = no tokens) and `patches` (rows and columns of its patch grid)."""
 
     kind: int
     grid_rows: int
@@ -91,6 +107,12 @@ class View:
     col: int
     box: Box
     span: Box
+    patches: Size
+
+    @property
+    def shape(self) -> ViewShape:
+        """What decides the tokens of the view."""
+        return ViewShape(self.kind, self.grid_rows, self.grid_cols, self.row, self.col, *self.patches, *self.span)
 
 
 @dataclass(frozen=True)
@@ -153,7 +175,7 @@ class _Canvas:
     transposed: bool = False
 
 
-def plan_slime(height: int, width: int, limits: PlannerLimits) -> ViewPlan:
+def plan_slime(height: int, width: int, limits: PinpointLimits) -> ViewPlan:
     """Plan by the rule of the SliME paper: the best fitting grid of at most 6 x 6 views.
 
     Args:
@@ -196,7 +218,6 @@ def plan_slime_release(height: int, width: int, limits: PlannerLimits) -> ViewPl
     Source: github.com/yfzhang114/SliME at 5c89ec9.
     """
     size, side = _checked_size(height, width), limits.view_size
-    _refuse_pinpoints(limits, "slime_release")
     most = _resolved_max_crops(limits, default=6, lowest=2, highest=None, planner="slime_release")
     count = max(2, min(most, -(-height * width // side**2)))
     candidates = [
@@ -227,7 +248,6 @@ def plan_multiple(height: int, width: int, limits: PlannerLimits) -> ViewPlan:
         limit; an image that needs more than `max_crops` is shrunk by the smallest amount that fits.
     """
     size, side = _checked_size(height, width), limits.view_size
-    _refuse_pinpoints(limits, "multiple")
     most = _resolved_max_crops(limits, default=36, lowest=1, highest=None, planner="multiple")
     resized = size
     if -(-height // side) * -(-width // side) > most:
@@ -254,7 +274,6 @@ def plan_hd(height: int, width: int, limits: PlannerLimits) -> ViewPlan:
         short side that the released rule rounds to 0 is one pixel in one row of crops here.
     """
     size, side = _checked_size(height, width), limits.view_size
-    _refuse_pinpoints(limits, "hd")
     most = _resolved_max_crops(limits, default=9, lowest=1, highest=None, planner="hd")
     portrait = height > width
     ratio = height / width if portrait else width / height
@@ -277,7 +296,7 @@ def plan_hd(height: int, width: int, limits: PlannerLimits) -> ViewPlan:
     )
 
 
-def plan_llava_next(height: int, width: int, limits: PlannerLimits) -> ViewPlan:
+def plan_llava_next(height: int, width: int, limits: PinpointLimits) -> ViewPlan:
     """Plan as transformers' LLaVA-NeXT does: the best fitting canvas of a list, unpadded on the patch map.
 
     Args:
@@ -305,16 +324,55 @@ def plan_llava_next(height: int, width: int, limits: PlannerLimits) -> ViewPlan:
     return _assemble(size, limits, canvas, global_view="squeeze", unpad=True)
 
 
-Planner = Callable[[int, int, PlannerLimits], ViewPlan]
+@dataclass(frozen=True)
+class Planner:
+    """One slicing rule: a pure function, and the class of its options, which may have fields of their own.
+
+    Args:
+        plan (`Callable`): `(height, width, options) -> ViewPlan`.
+        options (`type`): `PlannerLimits` or a subclass.
+    """
+
+    plan: Callable[[int, int, Any], ViewPlan]
+    options: type[PlannerLimits] = PlannerLimits
+
+    def __call__(self, height: int, width: int, options: PlannerLimits) -> ViewPlan:
+        """Plan one image."""
+        return self.plan(height, width, options)
+
+    def build_options(self, name: str, values: dict[str, Any]) -> PlannerLimits:
+        """Check options by name; None leaves a choice to the planner.
+
+        Raises:
+            ValueError: For options that the planner does not have, and for wrong values.
+        """
+        known = [each.name for each in fields(self.options)]
+        unknown = [key for key, value in values.items() if key not in known and value is not None]
+        if unknown:
+            raise ValueError(f"planner={name!r} takes no {', '.join(unknown)}; its options are {', '.join(known)}.")
+        return self.options(**{key: value for key, value in values.items() if key in known})
+
 
 PLANNERS: dict[str, Planner] = {
-    "slime": plan_slime,
-    "slime_release": plan_slime_release,
-    "multiple": plan_multiple,
-    "hd": plan_hd,
-    "llava_next": plan_llava_next,
+    "slime": Planner(plan_slime, PinpointLimits),
+    "slime_release": Planner(plan_slime_release),
+    "multiple": Planner(plan_multiple),
+    "hd": Planner(plan_hd),
+    "llava_next": Planner(plan_llava_next, PinpointLimits),
 }
-"""Planner name -> `plan(height, width, limits)`."""
+
+
+def find_planner(planner: Any) -> tuple[str, Planner, dict[str, Any]]:
+    """Name, rule and own options of a planner given by name or as `{"name": name, **options}`.
+
+    Raises:
+        ValueError: If there is none of that name.
+    """
+    values = {"name": planner} if isinstance(planner, str) else dict(planner) if isinstance(planner, dict) else {}
+    name = values.pop("name", None)
+    if name not in PLANNERS:
+        raise ValueError(f"planner={planner!r} is unknown; choose one of {', '.join(PLANNERS)}.")
+    return name, PLANNERS[name], values
 
 
 def _assemble(
@@ -372,7 +430,7 @@ def _global_view(
         spans = [_pixel_span(global_paste[axis], global_size[axis], 0, limits) for axis in (0, 1)]
     span = (0, 0, 0, 0) if limits.views == "crops" else (*spans[0], *spans[1])
     box = (edges[0][0], edges[1][0], edges[0][1], edges[1][1])
-    return View(GLOBAL_VIEW, *grid, 0, 0, box, span)
+    return View(Kind.GLOBAL, *grid, 0, 0, box, span, (limits.patch_grid, limits.patch_grid))
 
 
 def square_paste(size: Size, side: int) -> Size:
@@ -400,12 +458,13 @@ def _crop_views(size: Size, limits: PlannerLimits, grid: Size, canvas: _Canvas, 
             spans.append([_clip_interval(kept, index * patches, patches) for index in range(grid[axis])])
     return [
         View(
-            CROP_VIEW,
+            Kind.CROP,
             *grid,
             row,
             col,
             (edges[0][row], edges[1][col], edges[0][row + 1], edges[1][col + 1]),
             (*spans[0][row], *spans[1][col]),
+            (patches, patches),
         )
         for row in range(grid[0])
         for col in range(grid[1])
@@ -522,11 +581,6 @@ def _checked_pinpoints(pinpoints: Sequence[Size], side: int) -> tuple[Size, ...]
         if pinpoint[0] * pinpoint[1] > CROPS_LIMIT * side**2:
             raise ValueError(f"pinpoints holds {tuple(pinpoint)}, which is more than {CROPS_LIMIT} crops of {side}.")
     return tuple((pinpoint[0], pinpoint[1]) for pinpoint in pinpoints)
-
-
-def _refuse_pinpoints(limits: PlannerLimits, planner: str) -> None:
-    if limits.pinpoints is not None:
-        raise ValueError(f"planner='{planner}' takes no pinpoints; leave them out, or use 'llava_next' or 'slime'.")
 
 
 def _resolved_max_crops(limits: PlannerLimits, default: int, lowest: int, highest: int | None, planner: str) -> int:

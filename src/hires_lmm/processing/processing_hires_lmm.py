@@ -13,13 +13,6 @@ import torch
 from huggingface_hub.dataclasses import validate_typed_dict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoImageProcessor, AutoTokenizer
-from transformers.image_utils import (
-    IMAGENET_STANDARD_MEAN,
-    IMAGENET_STANDARD_STD,
-    OPENAI_CLIP_MEAN,
-    OPENAI_CLIP_STD,
-    PILImageResampling,
-)
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, TextKwargs
 from transformers.utils import logging
 
@@ -29,22 +22,17 @@ from .chat_templates_hires_lmm import (
     answer_prefix_ids,
     question_prefix_ids,
 )
+from .geometry_hires_lmm import Column
 from .image_input_hires_lmm import flatten_images
 from .image_processing_hires_lmm import HiResLmmImageProcessor, HiResLmmImageProcessorKwargs, is_loading_name
 from .messages_hires_lmm import QUERY_TOKEN, clean_messages, drop_marks, protect, protect_messages
-from .planners_hires_lmm import GLOBAL_VIEW
+from .planners_hires_lmm import find_planner
+from .tower_table_hires_lmm import TOWERS, known_stats
 
 
 logger = logging.get_logger(__name__)
 
-TOWER_STATS = {
-    "clip_vision_model": (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImageResampling.BICUBIC),
-    "siglip_vision_model": (IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD, PILImageResampling.BICUBIC),
-}
-"""Mean, standard deviation and filter of the image processors of the tower families."""
-
 PLANNERS_WITH_FILTERS = ("hd",)
-PLANNER_KEYS = {"name", "max_crops", "pinpoints", "unpad", "global_view", "views"}
 STAT_NAMES = ("image_mean", "image_std", "resample")
 PART_NAMES = {"image_processor", "tokenizer"}
 TOKENIZER_NAMES = """
@@ -150,18 +138,15 @@ class HiResLmmProcessor(ProcessorMixin):
             ValueError: If the tokenizer's image token is not `config.image_token_id`, an option is unknown, or the
                 tower's numbers are not known.
         """
-        unknown = sorted(set(config.planner) - PLANNER_KEYS)
-        if unknown or "name" not in config.planner:
-            raise ValueError(
-                f"config.planner={config.planner!r} must have a name, and of {sorted(PLANNER_KEYS)} only."
-            )
-        options = {key: value for key, value in config.planner.items() if key != "name"}
-        options["planner"] = config.planner["name"]
+        name, _, options = find_planner(config.planner)
+        shared = HiResLmmImageProcessorKwargs.__annotations__
+        own = {key: options.pop(key) for key in list(options) if key not in shared}
+        options["planner"] = {"name": name, **own} if own else name
         options["token_layout"] = config.token_layout()
         options["patch_size"] = config.vision_config.patch_size
         if not {"view_size", "size"} & set(changes):
             options["view_size"] = _view_size(config.vision_config)
-        planner = changes.get("planner", options["planner"])
+        planner = find_planner(changes.get("planner", options["planner"]))[0]
         options.update(_tower_stats(config.vision_config.model_type, planner, image_stats))
         image_token = _prepare_tokenizer(tokenizer, config.image_token_id)
         template = _choose_template(tokenizer) if chat_template is None else chat_template
@@ -300,8 +285,8 @@ class HiResLmmProcessor(ProcessorMixin):
     def replace_image_token(self, image_inputs: Any, image_idx: int, **kwargs: Any) -> str:
         """The placeholders of one image, from the counts its views carry."""
         positions = np.asarray(image_inputs["view_positions"])
-        first_rows = np.flatnonzero(positions[:, 0] == GLOBAL_VIEW)
-        return self.image_token * int(positions[first_rows[image_idx], 5])
+        first_rows = np.flatnonzero(positions[:, Column.STARTS_IMAGE])
+        return self.image_token * int(positions[first_rows[image_idx], Column.NUM_TOKENS])
 
     def get_text_with_replacements(
         self,
@@ -598,10 +583,10 @@ def _view_size(vision_config: Any) -> int:
 
 def _tower_stats(model_type: str, planner: str, image_stats: Any) -> dict[str, Any]:
     if image_stats is None:
-        if model_type not in TOWER_STATS:
-            known = ", ".join(TOWER_STATS)
+        stats = known_stats(model_type)
+        if stats is None:
+            known = ", ".join(name for name, family in TOWERS.items() if family.stats is not None)
             raise ValueError(f"vision_config.model_type={model_type!r} is none of {known}; pass image_stats=….")
-        stats = dict(zip(STAT_NAMES, TOWER_STATS[model_type], strict=True))
         if planner in PLANNERS_WITH_FILTERS:
             del stats["resample"]
         return stats

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.utils.data import get_worker_info
 
+from ..processing.geometry_hires_lmm import Column
 from .columns import BatchColumn
 from .data.conversations import attach_images
 from .features import VisionFeatureStore
@@ -239,7 +240,7 @@ class HiResLmmCollator:
     def _smaller_budgets(self, sample: dict[str, torch.Tensor], surplus: int) -> list[int] | None:
         """A budget for each image, with the largest common limit that saves `surplus` tokens, if there is one."""
         positions = sample["view_positions"]
-        counts = positions[positions[:, 0] == 0, 5].tolist()
+        counts = positions[positions[:, Column.STARTS_IMAGE] != 0, Column.NUM_TOKENS].tolist()
         for budget in range(max(counts) - 1, 0, -1):
             if sum(max(count - budget, 0) for count in counts) >= surplus:
                 return [min(budget, count) for count in counts]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..processing.geometry_hires_lmm import Column
 from ..processing.image_input_hires_lmm import open_image, to_rgb
 from .image_store import SHARD_BYTES, ImageStore, pixel_key, read_pictures
 from .parameters import find_base
@@ -80,7 +81,7 @@ class VisionFeatureStore(ImageStore):
             ValueError: If an image is missing or was cut differently.
         """
         options = processor.image_processor
-        starts = [*torch.nonzero(view_positions[:, 0] == 0)[:, 0].tolist(), len(view_positions)]
+        starts = [*torch.nonzero(view_positions[:, Column.STARTS_IMAGE])[:, 0].tolist(), len(view_positions)]
         parts = []
         for image, first, last in zip(images, starts, starts[1:], strict=False):
             picture = to_rgb(open_image(image, 0), 0, tuple(options.background), options.pixel_limit)
@@ -149,7 +150,7 @@ def encode_picture(
     """Tower features `(V, L, C)` of all views of an image, on the CPU."""
     pixels = processor.image_processor(picture, views="all", return_tensors="pt")["pixel_values"]
     pixels = pixels.to(base.vision_tower.device)
-    parts = [base.encode_views(part)[0].to("cpu", dtype) for part in pixels.split(views_per_pass)]
+    parts = [base.encode_pixels(part).to("cpu", dtype) for part in pixels.split(views_per_pass)]
     return torch.cat(parts).contiguous()
 
 

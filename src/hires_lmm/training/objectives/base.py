@@ -6,7 +6,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import nn
 
-from ...modeling.views_hires_lmm import KIND_GLOBAL
+from ...modeling.geometry_hires_lmm import Column
 from ..columns import BatchColumn
 
 
@@ -49,7 +49,7 @@ class StepValues:
         if not self.has_images:
             return torch.zeros(1, dtype=torch.long, device=ids.device)
         positions = self.inputs["view_positions"].to(ids.device)
-        lengths = positions[positions[:, 0] == KIND_GLOBAL, -1]
+        lengths = positions[positions[:, Column.STARTS_IMAGE] != 0, Column.NUM_TOKENS]
         rows = torch.nonzero(ids == self.model.config.image_token_id)[:, 0]
         return rows[lengths.cumsum(0) - lengths]
 

@@ -5,8 +5,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...modeling.carriers_hires_lmm import ViewFeatures
+from ...modeling.geometry_hires_lmm import MAIN_TOWER
+from ...modeling.layout_hires_lmm import idle_image
 from ...modeling.sa_perceiver_hires_lmm import GLOBAL_EMBEDDING
-from ...modeling.views_hires_lmm import KIND_CROP, KIND_GLOBAL, ImageGeometry, ViewFeatures
+from ...modeling.towers_hires_lmm import blank_groups
 
 
 class LowRank(nn.Module):
@@ -73,22 +76,20 @@ class Epigone(nn.Module):
 
 def read_views(views: ViewFeatures) -> tuple[torch.Tensor, torch.Tensor | None]:
     """What images are painted from: tokens of global views `(I, L, D)`, and global embeddings `(I, C)` or None."""
-    return views.global_features, views.aux.get(GLOBAL_EMBEDDING)
+    glob = views.group("global")
+    if glob is None:
+        raise ValueError("There is no low-resolution view to paint from; train in a stage whose views are 'all'.")
+    return glob.features, views.aux.get(GLOBAL_EMBEDDING)
 
 
 def find_widths(model: Any) -> tuple[int, int | None]:
     """Widths of image tokens and global embedding (or None) that a model gives, from a blank image."""
-    rows, cols = grid = model.config.patch_grid
     connector = model.connector
-    weight = next(connector.parameters(), torch.empty(0))
-    blank = torch.zeros(
-        1, rows * cols, model.config.vision_config.hidden_size, device=weight.device, dtype=weight.dtype
-    )
-    span = (0, rows, 0, cols)
-    image = ImageGeometry(0, (KIND_GLOBAL, KIND_CROP), (1, 1), ((0, 0), (0, 0)), (span, span), 0)
     was_training = connector.training
     with torch.no_grad():
-        views = connector.eval().adapt(ViewFeatures(blank, blank, grid, grid, [image]))
+        groups = blank_groups(model, next(model.parameters()).device, use_tower=False)
+        image = idle_image([group.kind for group in groups if group.tower == MAIN_TOWER], connector.patch_grid)
+        views = connector.eval().adapt(ViewFeatures(groups, [image]))
     connector.train(was_training)
     tokens, embedding = read_views(views)
     return tokens.shape[-1], None if embedding is None else embedding.shape[-1]

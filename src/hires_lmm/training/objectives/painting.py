@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ...modeling.views_hires_lmm import ViewFeatures
+from ...modeling.carriers_hires_lmm import ViewFeatures
 from ..parameters import find_base
 from .epigone import read_views
 from .files import find_folder, load_objectives

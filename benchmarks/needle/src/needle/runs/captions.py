@@ -12,8 +12,9 @@ import torch
 from torch import nn
 from transformers import Trainer
 
-from hires_lmm.modeling.compressors_hires_lmm import HiResLmmViewOp
-from hires_lmm.modeling.views_hires_lmm import ViewFeatures
+from hires_lmm.modeling.bases_hires_lmm import HiResLmmViewOp
+from hires_lmm.modeling.carriers_hires_lmm import ViewFeatures, ViewGroup
+from hires_lmm.modeling.geometry_hires_lmm import Kind
 from hires_lmm.training.parameters import find_base
 
 from ..scenes import Scene
@@ -92,7 +93,7 @@ def can_learn_captions(connector: Any) -> bool:
     """
     alone = all(type(op).forward is HiResLmmViewOp.forward for op in connector.view_ops)
     projects = any(True for _ in connector.adapter.parameters())
-    return alone and projects and not connector.makes_tokens and 0 not in connector.adapted_grids[1]
+    return alone and projects and not connector.makes_tokens and Kind.CROP in connector.layout.grids
 
 
 class CaptionCollator:
@@ -180,14 +181,19 @@ def caption_loss(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         A scalar: the mean over global views and crops of 0 for the right tokens, 1 for tokens of zeros.
     """
     connector = model.connector
-    some = next(value for name, value in inputs.items() if name.endswith("views"))
-    nothing = some[:0]
-    grid = model.config.patch_grid
-    whole, crops = inputs.get("global_views", nothing), inputs.get("crop_views", nothing)
-    adapted = connector.adapt(ViewFeatures(whole, crops, grid, grid, []))
+    kinds = {"global_views": Kind.GLOBAL, "crop_views": Kind.CROP}
+    given = {int(kind): inputs[name] for name, kind in kinds.items() if name in inputs}
+    groups = [
+        ViewGroup(kind, views, model.config.patch_grid, tuple(range(len(views)))) for kind, views in given.items()
+    ]
+    adapted = connector.adapt(ViewFeatures(groups, []))
     words = model.get_input_embeddings().weight.detach()
-    pairs = (adapted.global_features, "global_captions"), (adapted.crop_features, "crop_captions")
-    losses = [_distance(tokens, inputs[name], words) for tokens, name in pairs if name in inputs]
+    captions = {int(Kind.GLOBAL): "global_captions", int(Kind.CROP): "crop_captions"}
+    losses = [
+        _distance(group.features, inputs[captions[group.kind]], words)
+        for group in adapted.groups
+        if captions[group.kind] in inputs
+    ]
     return torch.stack(losses).mean()
 
 

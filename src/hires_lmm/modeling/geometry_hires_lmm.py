@@ -1,0 +1,1 @@
+../processing/geometry_hires_lmm.py

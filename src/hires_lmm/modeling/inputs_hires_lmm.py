@@ -1,0 +1,279 @@
+"""The door of the model: all checks of a call's tensors, and the one copy of them to the host."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from .carriers_hires_lmm import ImageGeometry, read_geometry
+from .geometry_hires_lmm import KINDS, Column
+from .question_hires_lmm import PromptText
+
+
+OPTIONS_ELSEWHERE = {"max_image_tokens", "max_crops", "views", "planner", "pinpoints", "gamma"}
+"""What `forward` takes no notice of, so that it must not be passed there."""
+
+NUM_COLUMNS = 9
+"""Of `view_positions`: one a member of `Column`."""
+
+
+@dataclass
+class ImageInputs:
+    """The images of a call, checked, with their geometry on the host.
+
+    Args:
+        source (`torch.Tensor` of shape `(V, ...)`): Views, or their features where the tower ran before.
+        images (`list[ImageGeometry]`): The geometry of each image.
+        extra (`dict[str, torch.Tensor]`): Views `(R, 3, H, W)` of extra towers by name.
+        is_encoded (`bool`): Whether `source` holds features.
+        view_boxes (`torch.Tensor` of shape `(V, 4)`, *optional*): For token maps.
+        is_unpadded, is_right_padded (`bool`, *optional*): Whether the attention mask is all ones, and whether a row
+            ends in padding, where that is known.
+    """
+
+    source: torch.Tensor
+    images: list[ImageGeometry]
+    extra: dict[str, torch.Tensor]
+    is_encoded: bool = False
+    view_boxes: torch.Tensor | None = None
+    is_unpadded: bool | None = None
+    is_right_padded: bool | None = None
+
+
+def copy_to_host(*tensors: torch.Tensor | None) -> list[Any]:
+    """Copy integer tensors to the CPU in one transfer, however many there are; None stays None."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    devices = [tensor.device for tensor in given if tensor.device.type != "cpu"]
+    if not devices:
+        return list(tensors)
+    flat = torch.cat([tensor.detach().to(devices[0], torch.long).flatten() for tensor in given]).cpu()
+    parts = iter(flat.split([tensor.numel() for tensor in given]))
+    return [None if tensor is None else next(parts).view(tensor.shape) for tensor in tensors]
+
+
+def padding_flags(attention_mask: Any) -> list[torch.Tensor]:
+    """Whether a two-dimensional mask is all ones, and whether a row ends in padding; nothing without such a mask."""
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
+        return []
+    return [(attention_mask != 0).all(), (attention_mask[:, -1] == 0).any()]
+
+
+def all_finite(source: torch.Tensor) -> torch.Tensor:
+    """`torch.isfinite(source).all()` in one pass that writes nothing; nothing waits for the answer."""
+    if not source.numel():
+        return torch.ones((), dtype=torch.bool, device=source.device)
+    lowest, highest = torch.aminmax(source.detach())  # NaN shows in both
+    return torch.isfinite(lowest) & torch.isfinite(highest)
+
+
+def check_finite(is_finite: torch.Tensor, source: torch.Tensor, name: str) -> None:
+    """Refuse views with NaN or infinite values: one of them would spoil every answer about the image in silence."""
+    if not is_finite:
+        views = torch.nonzero(~torch.isfinite(source).flatten(1).all(dim=1))[:, 0].tolist()
+        raise ValueError(
+            f"{name} holds values that are NaN or infinite, in the views {views} of {len(source)}; look at the images "
+            "that they were made from, and make them anew."
+        )
+
+
+def check_views(model: Any, source: torch.Tensor | None, is_encoded: bool, positions: Any, spans: Any) -> None:
+    """Compare the shapes of views, or of their features, with the geometry that came with them and with the model.
+
+    Args:
+        model (`HiResLmmModel`): Says what views it reads.
+        source (`torch.Tensor` of shape `(V, ...)`): Views or features.
+        is_encoded (`bool`): Whether they are features.
+        positions, spans (`torch.Tensor`): `view_positions` and `view_spans`.
+
+    Raises:
+        ValueError: If they do not belong together.
+    """
+    config = model.config
+    rows, cols = config.patch_grid
+    name: str = "pixel_values"
+    wanted: tuple[int, ...] = (config.vision_config.num_channels, config.view_size, config.view_size)
+    given = None if source is None else tuple(source.shape)
+    fits = given is not None and given[1:] == wanted
+    if is_encoded:
+        name, wanted = "vision_features", (rows * cols, config.vision_width)
+        fits = given is not None and given[1:] == wanted
+    elif given is not None and config.unequal_views:
+        side = config.patch_size
+        fits = len(given) == 4 and given[1] == wanted[0] and not given[2] % side and not given[3] % side
+    if given is None or not fits:
+        raise ValueError(
+            f"{name} has the shape {given}, but this model reads views of shape "
+            f"(views, {', '.join(map(str, wanted))}). Use the image processor that belongs to this checkpoint."
+        )
+    if positions is None or spans is None:
+        raise ValueError(f"{name} came without view_positions and view_spans; pass all that the processor gives.")
+    if tuple(positions.shape) != (given[0], NUM_COLUMNS):
+        raise ValueError(
+            f"view_positions has the shape {tuple(positions.shape)}, expected ({given[0]}, {NUM_COLUMNS}): one row a "
+            f"view of {name}."
+        )
+
+
+def check_kinds(model: Any, images: list[ImageGeometry]) -> None:
+    """Refuse views that no part of the model reads: their tokens would be missing without a word."""
+    known = {kind for kind, _ in model.connector.entering}
+    strange = {view[0] for image in images for view in image.views} - known
+    if strange:
+        names = {int(kind): name for name, kind in KINDS.items()}
+        raise ValueError(
+            f"The images have views of the kinds {[names.get(kind, kind) for kind in sorted(strange)]}, but this "
+            f"model reads {[names[kind] for kind in sorted(known)]}; use its own image processor, or name them in "
+            "layout.order."
+        )
+
+
+def check_encoder_outputs(outputs: Any) -> dict[str, Any]:
+    """Copy `mm_encoder_outputs`, which must be a dict with the one key `"image"`, or None.
+
+    Raises:
+        ValueError: If it is no dict or has other keys, whose features would be ignored, or its value no features.
+    """
+    if outputs is None:
+        return {}
+    if not isinstance(outputs, dict) or set(outputs) - {"image"}:
+        given = sorted(outputs) if isinstance(outputs, dict) else type(outputs).__name__
+        raise ValueError(
+            f'mm_encoder_outputs is {given}, expected {{"image": features}} with what get_image_features returned.'
+        )
+    image = outputs.get("image")
+    if image is not None and not hasattr(image, "pooler_output"):
+        raise ValueError(
+            f'mm_encoder_outputs["image"] is a {type(image).__name__}; pass what get_image_features returned.'
+        )
+    return dict(outputs)
+
+
+def refuse_both(encoded: dict[str, Any], given: Mapping[str, Any]) -> None:
+    """Refuse images that come twice: as features that were encoded before, and as views."""
+    if encoded.get("image") is not None and any(
+        given.get(name) is not None for name in ("pixel_values", "vision_features")
+    ):
+        raise ValueError(
+            "Pass one of pixel_values, vision_features and mm_encoder_outputs: they stand for the same images."
+        )
+
+
+def compare_counts(num_placeholders: int, num_tokens: int) -> None:
+    """Compare the placeholders of a batch with the tokens that its images take.
+
+    Raises:
+        ValueError: If they differ.
+    """
+    if num_placeholders != num_tokens:
+        raise ValueError(
+            f"Image features and image tokens do not match, tokens: {num_placeholders}, features: {num_tokens}. Pass "
+            "input_ids and the view tensors of one processor call, without truncation; a changed max_image_tokens, "
+            "max_crops or views needs a new call for the text as well."
+        )
+
+
+def check_placeholders(num_placeholders: Any, positions: Any, has_turns: bool = False) -> None:
+    """Compare the placeholders of a batch with the tokens that `view_positions`, on the host, promises.
+
+    Raises:
+        ValueError: If the two numbers differ; where later turns have placeholders of their own, if there are fewer.
+    """
+    if positions is None or positions.ndim != 2 or positions.shape[1] != NUM_COLUMNS:
+        shape = None if positions is None else tuple(positions.shape)
+        raise ValueError(f"view_positions has the shape {shape}, expected (views, {NUM_COLUMNS}).")
+    promised = int((positions[:, Column.NUM_TOKENS] * (positions[:, Column.STARTS_IMAGE] != 0)).sum())
+    if not has_turns or int(num_placeholders) < promised:
+        compare_counts(int(num_placeholders), promised)
+
+
+def placeholders_per_image(features: BaseModelOutputWithPooling) -> list[int]:
+    """Placeholders that each image of some features takes."""
+    tokens = getattr(features, "tokens", None)
+    return [len(part) for part in features.pooler_output] if tokens is None else list(tokens.num_tokens)
+
+
+def check_text(text: PromptText, cache: Any, options: Mapping[str, Any]) -> None:
+    """Refuse what would be ignored or fail deep inside: wrong lengths of mask and labels, options of the processor.
+
+    Raises:
+        ValueError: If there is any.
+    """
+    shape, mask, labels = tuple(text.embeds.shape[:2]), text.attention_mask, text.labels
+    if cache is None and isinstance(mask, torch.Tensor) and mask.ndim == 2 and tuple(mask.shape) != shape:
+        raise ValueError(f"attention_mask has the shape {tuple(mask.shape)}, expected {shape}.")
+    if labels is not None and tuple(labels.shape) != shape:
+        raise ValueError(f"labels have the shape {tuple(labels.shape)}, expected {shape}.")
+    found = sorted(OPTIONS_ELSEWHERE & options.keys())
+    if found:
+        raise ValueError(
+            f"{found[0]}={options[found[0]]!r} is no argument of the model: limits of images go to the processor, "
+            "with images and text, and options of parts into connector_config."
+        )
+
+
+def take_extra(model: Any, options: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Take the views of extra towers out of the keyword arguments of a call."""
+    found = {name: options.pop(f"pixel_values_{name}", None) for name in model.config.tower_names}
+    return {name: views for name, views in found.items() if views is not None}
+
+
+def read_images(
+    model: Any,
+    pixel_values: torch.Tensor | None,
+    vision_features: torch.Tensor | None,
+    extra: dict[str, torch.Tensor],
+    view_positions: torch.Tensor | None,
+    view_spans: torch.Tensor | None,
+    view_boxes: torch.Tensor | None,
+    attention_mask: Any = None,
+    placeholder: torch.Tensor | None = None,
+) -> ImageInputs | None:
+    """Check the images of a call and copy what decides their arrangement to the host, once.
+
+    Args:
+        model (`HiResLmmModel`): Says what views it reads.
+        pixel_values (`torch.Tensor` of shape `(V, 3, H, W)`, *optional*): Views.
+        vision_features (`torch.Tensor` of shape `(V, L, C)`, *optional*): In place of them, what the tower gave.
+        extra (`dict[str, torch.Tensor]`): Views of extra towers.
+        view_positions, view_spans, view_boxes (`torch.Tensor`, *optional*): Geometry, as the processor gave it.
+        attention_mask (`torch.Tensor`, *optional*): To know whether there is padding.
+        placeholder (`torch.Tensor` of shape `(B, S)`, *optional*): True at placeholders, to compare their number.
+
+    Returns:
+        The images, or None without any.
+
+    Raises:
+        ValueError: If tensors contradict each other or the model.
+    """
+    if pixel_values is not None and vision_features is not None:
+        raise ValueError(
+            "Pass one of pixel_values, vision_features and mm_encoder_outputs: they stand for the same images."
+        )
+    source, is_encoded = (pixel_values, False) if vision_features is None else (vision_features, True)
+    if source is None and view_positions is not None and view_positions.shape[0]:
+        raise ValueError(
+            f"view_positions describes {view_positions.shape[0]} views, but pixel_values is missing; pass all that "
+            "the processor returned."
+        )
+    if source is None or not source.shape[0]:
+        return None
+    name = "vision_features" if is_encoded else "pixel_values"
+    missing = [tower for tower in model.config.tower_names if tower not in extra]
+    if missing:
+        raise ValueError(f"{name} came without pixel_values_{missing[0]}; pass all that the processor gives.")
+    is_here = placeholder is not None or view_positions is None or view_positions.device == source.device
+    flags = [all_finite(source)] if is_here else []  # on another device, looking would wait for it once more
+    count = None if placeholder is None else placeholder.sum()
+    positions, spans, count, *flags = copy_to_host(
+        view_positions, view_spans, count, *flags, *padding_flags(attention_mask)
+    )
+    if placeholder is not None:
+        check_placeholders(count, positions, model.connector.has_turns)
+    check_views(model, source, is_encoded, positions, spans)
+    if is_here:
+        check_finite(flags.pop(0), source, name)
+    images = read_geometry(positions.tolist(), spans.tolist())
+    check_kinds(model, images)
+    return ImageInputs(source, images, extra, is_encoded, view_boxes, *map(bool, flags))

@@ -1,0 +1,1 @@
+../processing/sequence_hires_lmm.py

@@ -1,0 +1,1 @@
+../processing/tower_table_hires_lmm.py

@@ -1,0 +1,137 @@
+"""The wire format of views: columns of `view_positions`, kinds of views, and the token grid of a view.
+
+Stands in `processing/` and, as a link, in `modeling/`: both sides read the same words.
+"""
+
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any, NamedTuple
+
+
+class Column(IntEnum):
+    """Columns of `view_positions`."""
+
+    KIND = 0
+    GRID_ROWS = 1
+    GRID_COLS = 2
+    ROW = 3
+    COL = 4
+    NUM_TOKENS = 5
+    PATCH_ROWS = 6
+    PATCH_COLS = 7
+    STARTS_IMAGE = 8
+
+
+class Kind(IntEnum):
+    """What a view shows; a separator between tokens is no view."""
+
+    SEPARATOR = -1
+    GLOBAL = 0
+    CROP = 1
+    STRIDED = 2
+    FRAME = 3
+    DETAIL = 4
+
+
+KINDS = {
+    "global": Kind.GLOBAL,
+    "crops": Kind.CROP,
+    "strided": Kind.STRIDED,
+    "frames": Kind.FRAME,
+    "detail": Kind.DETAIL,
+}
+"""Names of kinds in options (`on`, `order`)."""
+
+MAIN_TOWER = "vision_tower"
+
+
+def kinds_on(on: Any) -> tuple[int, ...]:
+    """The kinds that an option `on` names: `"all"`, one name of `KINDS`, or a list of names."""
+    if on == "all":
+        return tuple(int(kind) for kind in KINDS.values())
+    names = [on] if isinstance(on, str) else on
+    if not isinstance(names, (list, tuple)) or not names or any(name not in KINDS for name in names):
+        raise ValueError(f'on={on!r} names no views; use "all", one of {", ".join(KINDS)}, or a list of them.')
+    return tuple(int(KINDS[name]) for name in names)
+
+
+class ViewShape(NamedTuple):
+    """One view of an image in whole numbers; `top`, `bottom`, `left`, `right` span the patches that enter."""
+
+    kind: int
+    grid_rows: int
+    grid_cols: int
+    row: int
+    col: int
+    patch_rows: int
+    patch_cols: int
+    top: int
+    bottom: int
+    left: int
+    right: int
+
+    @property
+    def span(self) -> tuple[int, int, int, int]:
+        """First and past-last patch row, first and past-last patch column that enter the sequence."""
+        return self.top, self.bottom, self.left, self.right
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Token grid of the views of one kind, as far as a view op or adapter has changed it.
+
+    Args:
+        rows, cols (`int`): Tokens of a view of the tower's own size.
+        stride (`tuple[int, int]`, *optional*): Patches a token along each axis, where the grid follows the size of the
+            view; None: `rows` x `cols` whatever the size.
+        whole (`bool`): All tokens of a view enter or none, whatever its span: queries that have no place in the view.
+        source (`int`, *optional*): Kind of the views that stand for these, where an operation or a second tower makes
+            them; None: views of the kind itself.
+        num_views (`int`, *optional*): Views of this kind that every image has, whatever it came with; None: one each.
+    """
+
+    rows: int
+    cols: int
+    stride: tuple[int, int] | None = (1, 1)
+    whole: bool = False
+    source: int | None = None
+    num_views: int | None = None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return self.rows, self.cols
+
+    def of(self, patches: tuple[int, int]) -> tuple[int, int]:
+        """Token rows and columns of a view of so many patches."""
+        if self.stride is None:
+            return self.rows, self.cols
+        return -(-patches[0] // self.stride[0]), -(-patches[1] // self.stride[1])
+
+    def cells(self, view: ViewShape) -> tuple[int, int, int, int]:
+        """First and past-last token row and column of a view that enter; spans of patches are rounded outwards."""
+        patches = (view.patch_rows, view.patch_cols)
+        size = self.of(patches)
+        if self.whole:
+            return (0, size[0], 0, size[1]) if view.bottom > view.top and view.right > view.left else (0, 0, 0, 0)
+        (top, bottom), (left, right) = (
+            _cell_interval(*interval, size[axis], patches[axis])
+            for axis, interval in enumerate(((view.top, view.bottom), (view.left, view.right)))
+        )
+        return top, bottom, left, right
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values; what has its default is left out."""
+        values = {"rows": self.rows, "cols": self.cols, "stride": None if self.stride is None else list(self.stride)}
+        rest = {"whole": self.whole, "source": self.source, "num_views": self.num_views}
+        return {**values, **{name: value for name, value in rest.items() if value is not None and value is not False}}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Grid":
+        """Read what `to_dict` gave."""
+        stride = values.get("stride", (1, 1))
+        return cls(**{**values, "stride": None if stride is None else tuple(stride)})
+
+
+def _cell_interval(start: int, end: int, tokens: int, patches: int) -> tuple[int, int]:
+    return (start * tokens // patches, -(-end * tokens // patches)) if end > start and tokens else (0, 0)
