@@ -17,7 +17,7 @@ SMALL_CONNECTORS = {
     "slime": {"view_ops": [{"part": "query_compressor", "on": "crops", "num_queries": 9}]},
     "slime_release": {
         "view_ops": [{"part": "query_compressor", "on": "crops", "num_queries": 4}],
-        "layout": {"between_views": 19},
+        "layout": {"separators": {"separator": {"place": "between_views", "value": [19]}}},
     },
     "monkey": {"view_ops": [{"part": "query_compressor", "on": "all", "num_queries": 9}]},
 }

@@ -8,8 +8,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from builders.tiny import randomise, tiny_config
+from hires_lmm.modeling.bases_hires_lmm import PartContext
+from hires_lmm.modeling.carriers_hires_lmm import ImageGeometry, Question, ViewFeatures, ViewGroup, VisualTokens
+from hires_lmm.modeling.geometry_hires_lmm import Grid
 from hires_lmm.modeling.parts_hires_lmm import ADAPTERS, SLOTS, TOKEN_OPS, VIEW_OPS, build_options
-from hires_lmm.modeling.views_hires_lmm import ImageGeometry, PartContext, Question, ViewFeatures, VisualTokens
 
 
 WIDTH, GRID, VOCABULARY = 64, (8, 8), 50
@@ -53,12 +55,20 @@ def build_part(name: str, way: str = "", dtype: torch.dtype = torch.float32, bac
     options = build_options(cls.Options, {**values, **VARIANTS.get(name, {}).get(way, {})}, name)
     config = copy.deepcopy(tiny_config("slime").connector_config)
     config._attn_implementation = backend
-    part = cls(PartContext(config, WIDTH, WIDTH, GRID, GRID, GRID, VOCABULARY), options).eval()
+    context = part_context(config)
+    part = cls(context, options).eval()
+    part.traits = cls.describe(options, context)
     randomise(part)
     for module in part.modules():  # tables that are computed, not learned
         if hasattr(module, "positions") and not isinstance(module, PreTrainedModel):
             module.init_weights()
     return part.to(dtype)
+
+
+def part_context(config: PreTrainedModel) -> PartContext:
+    """What surrounds a part: global views and crops of one grid."""
+    grids = {(0, "vision_tower"): Grid(*GRID), (1, "vision_tower"): Grid(*GRID)}
+    return PartContext(config, WIDTH, WIDTH, grids, GRID, VOCABULARY)
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -73,15 +83,21 @@ def with_outliers(features: torch.Tensor, size: float = 1e3) -> torch.Tensor:
     return features
 
 
-def geometry(crops: int) -> ImageGeometry:
+def geometry(crops: int, first: int = 0) -> ImageGeometry:
     """An image with a row of crops, all of which enter the sequence."""
-    cells, span = ((0, 0), *((0, column) for column in range(crops))), (0, GRID[0], 0, GRID[1])
-    return ImageGeometry(0, (0, *[1] * crops), (1, crops), cells, (span,) * (crops + 1), 0)
+    crop_views = tuple((1, 1, crops, 0, column, *GRID, 0, GRID[0], 0, GRID[1]) for column in range(crops))
+    return ImageGeometry(first, ((0, 0, 0, 0, 0, *GRID, 0, GRID[0], 0, GRID[1]), *crop_views), 0)
 
 
 def make_views(counts: list[int], features: torch.Tensor) -> ViewFeatures:
     """Features `(images + crops, L, C)` of images with the given numbers of crops, global views first."""
-    return ViewFeatures(features[: len(counts)], features[len(counts) :], GRID, GRID, [geometry(n) for n in counts])
+    starts = [sum(counts[:number]) + number for number in range(len(counts))]
+    crops = [start + 1 + number for start, count in zip(starts, counts, strict=True) for number in range(count)]
+    groups = [
+        ViewGroup(0, features[: len(counts)], GRID, tuple(starts)),
+        ViewGroup(1, features[len(counts) :], GRID, tuple(crops)),
+    ]
+    return ViewFeatures(groups, [geometry(n, start) for n, start in zip(counts, starts, strict=True)])
 
 
 def make_tokens(counts: list[int], features: torch.Tensor, num_tokens: list[int] | None = None) -> VisualTokens:
@@ -90,7 +106,9 @@ def make_tokens(counts: list[int], features: torch.Tensor, num_tokens: list[int]
     kind = torch.cat([torch.tensor([0] * 16 + [1] * 16 * count) for count in counts])
     cell = torch.zeros(len(kind), 2, dtype=torch.long)
     view = torch.arange(len(kind)) // 16
-    return VisualTokens(features, lengths, num_tokens or list(lengths), view, cell, kind, {0: (4, 4), 1: (4, 4)})
+    images = [geometry(count) for count in counts]
+    grids = {0: Grid(4, 4, None), 1: Grid(4, 4, None)}
+    return VisualTokens(features, lengths, num_tokens or list(lengths), view, cell, kind, grids, images)
 
 
 def make_question(images: int, slots: int, words: int, embeds: torch.Tensor | None = None) -> Question:
@@ -108,15 +126,15 @@ def run_part(name: str, part: nn.Module, inputs: dict[str, torch.Tensor]) -> lis
     """What a part makes of inputs from `make_inputs`, scores and `aux` included."""
     counts, features = inputs["counts"].tolist(), inputs["features"]
     if name in TOKEN_OPS:
-        fixed = TOKEN_OPS[name].fixed_counts(part.options)
-        tokens = make_tokens(counts, features, fixed and [fixed[0]] * len(counts))
+        own = part.traits.own_tokens
+        tokens = make_tokens(counts, features, own and [own] * len(counts))
         slots = SLOTS_OF.get(name, 5)
         words = inputs["embeds"].shape[1] - slots
         tokens, _ = part(tokens, make_question(len(counts), slots, words, inputs["embeds"]))
         return [tokens.features, *tokens.scores.values()]
     if name in VIEW_OPS:
         views = part(make_views(counts, features))
-        return [views.global_features, views.crop_features, *views.aux.values()]
+        return [*(group.features for group in views.groups), *views.aux.values()]
     return [part(features[: len(counts)], 0), part(features[len(counts) :], 1)]
 
 

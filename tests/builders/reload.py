@@ -33,7 +33,12 @@ TEMPLATE = (
 COMPRESS = {"part": "query_compressor", "on": "crops", "num_queries": 4}
 CHANGES = {
     "slime": {"connector_config": {"view_ops": [COMPRESS]}},
-    "slime_release": {"connector_config": {"view_ops": [COMPRESS], "layout": {"between_views": 198}}},
+    "slime_release": {
+        "connector_config": {
+            "view_ops": [COMPRESS],
+            "layout": {"separators": {"separator": {"place": "between_views", "value": [198]}}},
+        }
+    },
     "monkey": {"connector_config": {"view_ops": [{**COMPRESS, "on": "all"}]}},
 }
 SETTINGS = {  # of the image processor, each different from what the preset would give

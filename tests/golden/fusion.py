@@ -30,7 +30,7 @@ OTHERS = {
     "model.connector.view_ops.0.norm.weight": TOWER + "pos_layrnorm.weight",
     "model.connector.view_ops.0.norm.bias": TOWER + "pos_layrnorm.bias",
     "model.connector.view_ops.0.conv.weight": TOWER + "vision_embed_merge.weight",
-    "model.connector.layout.view_end": TOWER + "token_LF",
+    "model.connector.layout.separators.view_end": TOWER + "token_LF",
     "model.connector.token_ops.0.output.weight": "fusion_backbone.imgque_proj.weight",
 }
 
@@ -123,8 +123,8 @@ def inputs_of(cases: dict, tensors: dict[str, torch.Tensor]) -> dict[str, torch.
     counts, side = cases["views_per_sample"], cases["settings"]["img"] // cases["settings"]["patch"]
     rows = []
     for count in counts:
-        rows += [[0, 1, count - 1, 0, 0, cases["settings"]["n_l"]]]
-        rows += [[1, 1, count - 1, 0, col, cases["settings"]["n_l"]] for col in range(count - 1)]
+        rows += [[0, 1, count - 1, 0, 0, cases["settings"]["n_l"], side, side, 1]]
+        rows += [[1, 1, count - 1, 0, col, cases["settings"]["n_l"], side, side, 0] for col in range(count - 1)]
     return {
         "input_ids": torch.where(kind == kinds["QED"], cases["llm_vocab"], ids),
         "attention_mask": mask,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hires_lmm.processing.planners_hires_lmm import PLANNERS, PlannerLimits
+from hires_lmm.processing.planners_hires_lmm import PLANNERS, PinpointLimits
 
 from .base import GoldenSet
 
@@ -18,7 +18,7 @@ COLUMNS = {"released": "slime_release", "paper": "slime"}
 
 def row_of(planner: str, size: tuple[int, int], tile: int) -> dict:
     """What the set says of one image, width before height."""
-    plan = PLANNERS[planner](size[1], size[0], PlannerLimits(view_size=tile, patch_size=tile))
+    plan = PLANNERS[planner](size[1], size[0], PinpointLimits(view_size=tile, patch_size=tile))
     assert len(plan.views) == 1 + plan.grid[0] * plan.grid[1]
     return {
         "resolution": list(plan.canvas[::-1]),

@@ -11,8 +11,8 @@ from hires_lmm.conversion import convert_fusion
 from hires_lmm.conversion.fusion import UNUSED_NORM, key_table
 from hires_lmm.conversion.mapping import map_backward
 from hires_lmm.conversion.tensors import entry_of
+from hires_lmm.modeling.bases_hires_lmm import PartContext
 from hires_lmm.modeling.compressors_hires_lmm import HiResLmmConvMerge
-from hires_lmm.modeling.views_hires_lmm import PartContext
 
 from . import test_fusion_loss, test_fusion_views
 from .base import write_set
@@ -36,7 +36,7 @@ __all__ = ["NAME"]
 def merge(weight: torch.Tensor, tokens: torch.Tensor, width: int, side: int) -> torch.Tensor:
     """The 3 x 3 merge alone."""
     grid = (side, side)
-    op = HiResLmmConvMerge(PartContext(None, width, width, grid, grid, grid), HiResLmmConvMerge.Options(norm=False))
+    op = HiResLmmConvMerge(PartContext(None, width, width, {}, grid), HiResLmmConvMerge.Options(norm=False))
     op.conv.weight = nn.Parameter(weight)
     return op.forward_group(tokens, grid)
 

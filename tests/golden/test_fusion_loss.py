@@ -78,7 +78,7 @@ def objective_on_model(cases: dict, weights: dict, tensors: dict, settings: dict
     connector = model.model.connector
     return {
         "cl.loss": loss,
-        "cl.grad.clip_model.vision_model.token_LF": connector.layout.view_end.grad[None, None],
+        "cl.grad.clip_model.vision_model.token_LF": connector.layout.separators.view_end.grad[None, None],
         "cl.grad.imgque_model.norm.weight": connector.token_ops[0].model.norm.weight.grad,
         "cl.grad.imgque_projection.weight": contrastive.projection.weight.grad,
         "cl.grad.clip_model.text_projection.weight": encoder.text_projection.weight.grad,

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from hires_lmm.processing.geometry_hires_lmm import Grid
 from hires_lmm.processing.image_processing_hires_lmm import HiResLmmImageProcessor
 from hires_lmm.processing.planners_hires_lmm import PLANNERS, PlannerLimits, ViewPlan
 from hires_lmm.processing.token_layout_hires_lmm import TokenLayout, count_tokens
@@ -33,8 +34,9 @@ def row_of(plan) -> dict:
 
 def num_tokens(size: list[int], tile: int, most: int, side: int) -> int:
     """Tokens of an image whose views are merged to `side` x `side` tokens, with a mark each."""
-    whole, merged = (2 * side, 2 * side), (side, side)
-    layout = TokenLayout(whole, merged, merged, crop_order="views", view_end=True)
+    merged = Grid(side, side, (2, 2))
+    options = {"crop_order": "views", "separators": {"end": {"place": "view_end"}}}
+    layout = TokenLayout((2 * side, 2 * side), {"global": merged, "crops": merged}, options)
     return count_tokens(plan_of(size, tile, most, 2 * side), layout).total
 
 

@@ -79,7 +79,7 @@ def measure(model: HiResLmmForConditionalGeneration, inputs: dict, case: dict) -
     output = model(**inputs, output_token_map=True)
     for hook in hooks:
         hook.remove()
-    features, _ = model.model.encode_views(inputs["pixel_values"], layer)
+    features = model.model.encode_pixels(inputs["pixel_values"], layer)
     pixels, tokens, token_map = inputs["pixel_values"], seen["tokens"].features, output.token_map
     local, after = token_map.kind == 1, len(case["input_ids"]) - 1 - case["input_ids"].index(IMAGE)
     assert int(output.kept_mask.sum()) == int(token_map.kept.sum()) + len(case["input_ids"]) - 1
@@ -89,8 +89,8 @@ def measure(model: HiResLmmForConditionalGeneration, inputs: dict, case: dict) -
         "pixel_values_last": pixels[-1, :, ::STEP, ::STEP],
         "vision_features_mean": features.mean(1),
         "gates": seen["gates"][0, ::STEP],
-        "compressed_mean": seen["compressed"].crop_features.mean(1),
-        "compressed_last": seen["compressed"].crop_features[-1, ::STEP],
+        "compressed_mean": seen["compressed"].group("crops").features.mean(1),
+        "compressed_last": seen["compressed"].group("crops").features[-1, ::STEP],
         "global_tokens": tokens[: features.shape[1]][::STEP],
         "local_tokens": tokens[local][::STEP],
         "router_scores": token_map.score[local],

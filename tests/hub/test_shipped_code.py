@@ -27,15 +27,17 @@ LINKS = [file for file in FILES if file.is_symlink()]  # files that both folders
 STANDARD = {  # module -> names that may be taken from it; None: the module itself, with all it has
     "base64": None,
     "binascii": None,
-    "collections.abc": {"Callable", "Iterable", "Iterator", "Sequence"},
+    "collections.abc": {"Callable", "Iterable", "Iterator", "Mapping", "Sequence"},
     "contextlib": {"contextmanager"},
     "copy": {"deepcopy", None},
     "dataclasses": {"asdict", "dataclass", "field", "fields", "replace"},
-    "functools": {"lru_cache", "wraps"},
+    "enum": {"IntEnum"},
+    "functools": {"cached_property", "lru_cache", "wraps"},
     "importlib.util": {"find_spec"},  # whether triton is there; it imports nothing
     "inspect": {"signature"},
     "io": {"BytesIO"},
     "itertools": {"accumulate", "pairwise"},
+    "json": None,
     "math": None,
     "os": {"PathLike", "getpid", "path"},
     "re": None,
@@ -207,11 +209,11 @@ EXCEPTIONS = {  # (file, text): images that a user names, memory of a GPU, the n
     (KERNEL, "triton.jit"),
     ("configuration_hires_lmm", "getattr(torch, dtype, None)"),
 }
-AT_IMPORT_CALLS = {"logging.get_logger", "field", "local", "SubConfigSpec"}
+AT_IMPORT_CALLS = {"Planner", "TowerFamily", "logging.get_logger", "field", "local", "SubConfigSpec"}
 AT_IMPORT_METHODS = {"strip", "replace"}  # of texts
 DECORATORS = {
-    "can_return_tuple", "classmethod", "contextmanager", "dataclass", "lru_cache", "merge_with_config_defaults",
-    "property", "size.setter", "staticmethod", "strict", "torch.autograd.function.once_differentiable",
+    "cached_property", "can_return_tuple", "classmethod", "contextmanager", "dataclass", "lru_cache",
+    "merge_with_config_defaults", "property", "size.setter", "staticmethod", "strict", "torch.autograd.function.once_differentiable",
     "takes_cache", "torch.compiler.assume_constant_result", "torch.no_grad", "triton.jit", "wraps",
 }  # fmt: skip
 DEFINITIONS = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)

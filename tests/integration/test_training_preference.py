@@ -21,7 +21,10 @@ pytestmark = [
 NOISY = {"part": "router", "on": "crops", "keep": {"rule": "threshold", "gamma": 0.75}, "noise": 3.0}
 CONNECTORS = {
     "slime": {"view_ops": [COMPRESS], "token_ops": [NOISY]},
-    "slime_release": {"view_ops": [COMPRESS], "layout": {"between_views": 7}},
+    "slime_release": {
+        "view_ops": [COMPRESS],
+        "layout": {"separators": {"separator": {"place": "between_views", "value": [7]}}},
+    },
     "llava_next": {},
 }
 

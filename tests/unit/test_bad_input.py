@@ -212,8 +212,13 @@ def test_unscaled_unit_floats_are_refused():
 
 def test_budgets_out_of_range():
     """Image 1 is the one that cannot shrink: its smallest value is in the message and works."""
-    layout = {"patch_grid": [2, 2], "global_grid": [2, 2], "crop_grid": [2, 2], "budget": {"on": "crops"}}
-    processor = HiResLmmProcessor(small(token_layout={**layout, "view_end": True}), tiny_tokenizer())
+    layout = {
+        "patch_grid": [2, 2],
+        "grids": {"global": {"rows": 2, "cols": 2}, "crops": {"rows": 2, "cols": 2}},
+        "budget": {"on": "crops"},
+    }
+    end = {"separators": {"end": {"place": "view_end"}}}
+    processor = HiResLmmProcessor(small(token_layout={**layout, "layout": end}), tiny_tokenizer())
     images = [picture(56, 56), picture(28, 84)]
     with pytest.raises(
         ValueError, match=r"Image 0: max_image_tokens=6 .*smallest value for this image is 7.*full count is 22"

@@ -158,7 +158,7 @@ def test_cached_features_are_those_of_the_tower(tmp_path):
     store = cache_vision_features(model, processor, images, tmp_path, views_per_pass=2, shard_bytes=1)
     assert len(store) == 3 and len(set(store.shards.values())) == 3
     pixels = processor.image_processor(images[1], return_tensors="pt")["pixel_values"]
-    expected, _ = model.eval().model.encode_views(pixels, model.config.vision_feature_layer)
+    expected = model.eval().model.encode_pixels(pixels, model.config.vision_feature_layer)
     torch.testing.assert_close(store.get(pixel_key(images[1].convert("RGB"))), expected)
     with pytest.raises(ValueError, match="does not hold the image"):
         store.get("unknown")

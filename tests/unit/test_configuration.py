@@ -6,6 +6,11 @@ from builders.tiny import tiny_config
 from hires_lmm import PRESETS, HiResLmmConfig
 
 
+def row_end(value):
+    """A layout with a separator behind each token row."""
+    return {"separators": {"mark": {"place": "token_row_end", "value": value}}}
+
+
 @pytest.mark.parametrize(
     "connector, message",
     [
@@ -21,9 +26,10 @@ from hires_lmm import PRESETS, HiResLmmConfig
         ({"token_ops": [{"part": "router", "keep": {"rule": "best"}}]}, "best"),
         ({"token_ops": [{"part": "router", "keep": {"gamma": 2}}]}, r"keep.gamma is 2; it must lie in \(0, 1\]"),
         ({"token_ops": [{"part": "router", "keep": {"size": 2}}]}, "size"),
-        ({"token_ops": [{"part": "router"}, {"part": "router"}]}, "Two token operations would consume"),
-        ({"layout": {"row_end": "newline"}}, "layout.row_end is 'newline'"),
-        ({"layout": {"row_end": 10**6}}, "layout.row_end is the token id 1000000, but the language model has"),
+        ({"token_ops": [{"part": "router"}, {"part": "router"}]}, "Two parts would consume"),
+        ({"layout": {"row_end": "learned"}}, "Unknown option 'row_end' in layout; known options: order, crop_order"),
+        ({"layout": row_end("newline")}, "layout.separators.mark: value='newline' must be"),
+        ({"layout": row_end([10**6])}, "layout.separators.mark is the token id 1000000, but the language model has"),
     ],
 )
 def test_a_wrong_part_or_option_is_a_value_error_that_names_it(connector, message):
@@ -62,14 +68,12 @@ def test_token_layout_of_slime():
     layout = tiny_config("slime", connector_config={"view_ops": [{"part": "query_compressor", "num_queries": 4}]})
     assert layout.token_layout() == {
         "patch_grid": [4, 4],
-        "global_grid": [4, 4],
-        "crop_grid": [2, 2],
-        "global_position": "first",
-        "crop_order": "raster",
-        "between_views": False,
-        "row_end": False,
-        "view_end": False,
-        "fixed_tokens": None,
+        "grids": {
+            "global": {"rows": 4, "cols": 4, "stride": [1, 1]},
+            "crops": {"rows": 2, "cols": 2, "stride": None},
+        },
+        "layout": {"order": ["global", "crops"], "crop_order": "raster", "separators": {}},
+        "own_tokens": None,
         "later_tokens": None,
         "budget": {"on": "crops"},
     }

@@ -15,6 +15,7 @@ from hires_lmm.processing.image_processing_hires_lmm import HiResLmmImageProcess
 from hires_lmm.processing.planners_hires_lmm import PLANNERS
 
 
+GRIDS = {"global": {"rows": 2, "cols": 2}, "crops": {"rows": 1, "cols": 1, "stride": None}}
 SIZES = [(1, 1), (1, 2), (7, 5), (28, 28), (14, 1296), (1296, 14), (333, 1999), (4000, 400), (57, 56), (56, 112)]
 SIZES += [
     (84, 28),
@@ -387,7 +388,8 @@ def test_user_images_are_left_alone():
 
 
 def test_predicted_tokens_equal_emitted():
-    layout = {"patch_grid": [2, 2], "global_grid": [2, 2], "crop_grid": [1, 1], "row_end": True, "view_end": True}
+    separators = {"newline": {"place": "token_row_end", "on": "crops"}, "end": {"place": "view_end"}}
+    layout = {"patch_grid": [2, 2], "grids": GRIDS, "layout": {"separators": separators}}
     for planner in PLANNERS:
         processor = small(planner=planner, token_layout={**layout, "budget": {"on": "all"}})
         for height, width in [size for size in random_sizes(20, seed=6) if size[0] * size[1] < 3e5]:
@@ -416,7 +418,7 @@ def test_device_option():
 
 
 def test_save_and_reload(tmp_path):
-    layout = {"patch_grid": [2, 2], "global_grid": [2, 2], "crop_grid": [1, 1]}
+    layout = {"patch_grid": [2, 2], "grids": GRIDS}
     options = {
         **{"planner": "llava_next", "pinpoints": [[28, 56], [56, 28]], "unpad": False, "global_view": "pad"},
         **{"views": "all", "max_crops": 2, "max_image_tokens": 6, "background": [1, 2, 3], "pixel_limit": 10**6},

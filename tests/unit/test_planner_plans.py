@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from builders.images import random_sizes
-from hires_lmm.processing.planners_hires_lmm import CROPS_LIMIT, PLANNERS, PlannerLimits, View, ViewPlan
+from hires_lmm.processing.planners_hires_lmm import CROPS_LIMIT, PLANNERS, PinpointLimits, View, ViewPlan
 
 
 WHOLE = (0, 4, 0, 4)
@@ -17,8 +17,8 @@ BLACK, WHITE = (0, 0, 0), (255, 255, 255)
 PILLOW = Image.Resampling
 
 
-def limits(**changes) -> PlannerLimits:
-    return PlannerLimits(**{"view_size": 56, "patch_size": 14, **changes})
+def limits(**changes) -> PinpointLimits:
+    return PinpointLimits(**{"view_size": 56, "patch_size": 14, **changes})
 
 
 def plan(planner: str, height: int, width: int, **changes) -> ViewPlan:
@@ -28,11 +28,11 @@ def plan(planner: str, height: int, width: int, **changes) -> ViewPlan:
 def assembled(grid, image_box, row_edges, col_edges, image_span=WHOLE, row_spans=None, col_spans=None) -> tuple:
     """The views of a plan from the edges of its rows and columns."""
     row_spans, col_spans = row_spans or [(0, 4)] * grid[0], col_spans or [(0, 4)] * grid[1]
-    views = [View(0, *grid, 0, 0, image_box, image_span)]
+    views = [View(0, *grid, 0, 0, image_box, image_span, (4, 4))]
     for row in range(grid[0]):
         for col in range(grid[1]):
             box = (row_edges[row], col_edges[col], row_edges[row + 1], col_edges[col + 1])
-            views.append(View(1, *grid, row, col, box, (*row_spans[row], *col_spans[col])))
+            views.append(View(1, *grid, row, col, box, (*row_spans[row], *col_spans[col]), (4, 4)))
     return tuple(views)
 
 
@@ -274,9 +274,9 @@ def test_planners_without_pinpoints(planner):
 
 
 def test_bounds_of_the_limits():
-    assert PlannerLimits(view_size=14, patch_size=14).patch_grid == 1
-    assert PlannerLimits(view_size=1, patch_size=1).patch_grid == 1
-    assert (PlannerLimits().view_size, PlannerLimits().patch_size, PlannerLimits().patch_grid) == (336, 14, 24)
+    assert PinpointLimits(view_size=14, patch_size=14).patch_grid == 1
+    assert PinpointLimits(view_size=1, patch_size=1).patch_grid == 1
+    assert (PinpointLimits().view_size, PinpointLimits().patch_size, PinpointLimits().patch_grid) == (336, 14, 24)
     assert limits(max_crops=CROPS_LIMIT).max_crops == CROPS_LIMIT == 4096
     assert limits(max_crops=np.int64(3)).max_crops == 3
     for wrong in ({"view_size": 13}, {"max_crops": CROPS_LIMIT + 1}, {"unpad": 0}, {"global_view": 1}):
@@ -332,7 +332,7 @@ def test_pinpoints_are_kept_as_tuples():
     assert limits(pinpoints=[[56, 112], (168, 56)]).pinpoints == ((56, 112), (168, 56))
     assert limits(pinpoints=[[56 * 64, 56 * 64]]).pinpoints == ((3584, 3584),)
     with pytest.raises(ValueError, match="pinpoints"):
-        PlannerLimits(view_size=1, patch_size=1, pinpoints=[[True, 1]])
+        PinpointLimits(view_size=1, patch_size=1, pinpoints=[[True, 1]])
 
 
 def test_sizes_may_be_any_integers():

@@ -23,7 +23,6 @@ from builders.parts import (
     with_outliers,
 )
 from builders.tiny import make_batch, random_image, tiny_config, tiny_model, tiny_processor, tiny_text_config
-from hires_lmm.modeling import modeling_hires_lmm
 from hires_lmm.modeling.parts_hires_lmm import SLOTS
 from hires_lmm.modeling.routers_hires_lmm import keep_budget, keep_threshold
 
@@ -126,20 +125,20 @@ def test_empty_questions_in_half_precision(name, way, dtype):
     question = make_question(2, slots, inputs["embeds"].shape[1] - slots, inputs["embeds"])
     question.turn = question.turn.clone()
     question.turn[0] = 0
-    fixed = type(part).fixed_counts(part.options)
-    both = make_tokens([2, 3], inputs["features"], fixed and [fixed[0]] * 2)
+    slots_each = part.traits.own_tokens
+    both = make_tokens([2, 3], inputs["features"], slots_each and [slots_each] * 2)
     together, _ = part(both, question)
     parts = [together.per_image(tensor) for tensor in (together.features, *together.scores.values())]
     for image, crops in enumerate([2, 3]):
         own = both.per_image(inputs["features"])[image]
-        alone = make_tokens([crops], own, fixed and [fixed[0]])
+        alone = make_tokens([crops], own, slots_each and [slots_each])
         single = make_question(1, slots, question.turn.shape[1] - slots, inputs["embeds"][image : image + 1])
         single.ids, single.turn = question.ids[image : image + 1], question.turn[image : image + 1]
         found, _ = part(alone, single)
         for tensors, tensor in zip(parts, (found.features, *found.scores.values()), strict=True):
             mean, _ = errors(tensors[image], tensor)
             assert mean <= 2 * UNIT[dtype]
-    if "router" in together.scores and type(part).reads_question(part.options):
+    if "router" in together.scores and part.traits.reads_question:
         scores = together.per_image(together.scores["router"])
         assert (scores[0].nan_to_num() == 0).all() and scores[1].nan_to_num().any()
 
@@ -202,19 +201,10 @@ def test_views_that_hold_no_number_are_an_error(preset, value):
             call()
 
 
-def test_generate_looks_by_itself(monkeypatch):
-    """On a GPU it alone does: the geometry is on the host by then, and to look once more would wait."""
-    monkeypatch.setattr(modeling_hires_lmm, "check_finite", lambda *arguments: None)
-    model, batch = parts_of("slime")[0], dict(pictures("slime"))
-    batch["pixel_values"] = batch["pixel_values"] * float("nan")
-    with pytest.raises(ValueError, match="pixel_values holds values that are NaN"):
-        model.generate(**batch, max_new_tokens=1)
-
-
 @torch.no_grad()
 def test_cached_tower_features_that_hold_no_number_are_an_error():
     model, batch = parts_of("llava_next")[0], dict(pictures("llava_next"))
-    features = model.model.encode_views(batch.pop("pixel_values"))[0]
+    features = model.model.encode_pixels(batch.pop("pixel_values"))
     assert torch.isfinite(model(**batch, vision_features=features).logits).all()
     features[2, 7, 3] = float("nan")
     with pytest.raises(ValueError, match=r"vision_features holds values that are NaN or infinite, in the views \[2\]"):
@@ -252,7 +242,13 @@ def test_tokens_whose_score_is_no_number_are_kept():
 def test_images_of_one_pixel_width(preset):
     """1 × 1, 1 × 400 and 400 × 1: the tokens are those that were promised, and alone and together the logits agree."""
     connector = {"view_ops": [{"part": "query_compressor", "on": "crops", "num_queries": 4}]}
-    small = {"slime": connector, "slime_release": {**connector, "layout": {"between_views": 19}}}
+    small = {
+        "slime": connector,
+        "slime_release": {
+            **connector,
+            "layout": {"separators": {"separator": {"place": "between_views", "value": [19]}}},
+        },
+    }
     small["monkey"] = {"view_ops": [{"part": "query_compressor", "on": "all", "num_queries": 4}]}
     config = tiny_config(preset, **({"connector_config": small[preset]} if preset in small else {}))
     model, processor = tiny_model(config), tiny_processor(config)

@@ -15,7 +15,12 @@ from hires_lmm.processing.planners_hires_lmm import PLANNERS
 from hires_lmm.processing.processing_hires_lmm import HiResLmmProcessor
 
 
-LAYOUT = {"patch_grid": [2, 2], "global_grid": [2, 2], "crop_grid": [2, 2], "row_end": True, "budget": {"on": "all"}}
+LAYOUT = {
+    "patch_grid": [2, 2],
+    "grids": {"global": {"rows": 2, "cols": 2}, "crops": {"rows": 2, "cols": 2}},
+    "layout": {"separators": {"newline": {"place": "token_row_end", "on": "crops"}}},
+    "budget": {"on": "all"},
+}
 NAMES = ("pixel_values", "view_positions", "view_boxes", "view_spans")
 
 

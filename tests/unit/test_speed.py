@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from builders.tiny import make_batch, random_image, tiny_config, tiny_model, tiny_processor
+from hires_lmm.modeling.inputs_hires_lmm import all_finite
 from hires_lmm.modeling.routers_hires_lmm import cosine_scores, saliency_scores
-from hires_lmm.modeling.views_hires_lmm import all_finite
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
