@@ -90,7 +90,7 @@ def source_template(folder: Path) -> str | None:
 
 
 def prompt_settings(tokenizer: Any | None, chat_template: str | None) -> dict[str, Any]:
-    """Set the chat template, and read `answer_prefix_ids` and `question_prefix_ids` from it, as far as it shows them."""
+    """Set the chat template, and read `answer_prefix_ids` and `question_prefix_ids` from it where it shows them."""
     if tokenizer is None:
         return {}
     if chat_template is not None:
