@@ -79,8 +79,9 @@ def main() -> None:
     for entry in entries:
         image = Image.open(IMAGES / entry["image"]).convert("RGB")
         inputs = prompt(processor, image, entry["question"])
-        options = {"output_token_map": True, "return_dict_in_generate": True}
-        output = model.generate(**inputs, max_new_tokens=8, do_sample=False, **options)
+        output = model.generate(
+            **inputs, max_new_tokens=8, do_sample=False, output_token_map=True, return_dict_in_generate=True
+        )
         token_map = output.token_map
         answer = processor.decode(output.sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         is_right = answer == entry["answer"]
