@@ -63,6 +63,13 @@ class HiResLmmPreTrainedModel(HiResLmmLoadingMixin, PreTrainedModel):
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    on_saved: Any = None  # called with model and folder after saving; the package writes the card there
+
+    def save_pretrained(self, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any) -> None:
+        """See `PreTrainedModel.save_pretrained`."""
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+        if is_main_process and self.on_saved is not None:
+            self.on_saved(save_directory)
 
     def post_init(self) -> None:
         """Finish construction; keep only block classes that exist, since FSDP rejects the others."""

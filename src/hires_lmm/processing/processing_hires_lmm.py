@@ -87,6 +87,14 @@ class HiResLmmProcessor(ProcessorMixin):
     """
 
     valid_processor_kwargs = HiResLmmProcessorKwargs
+    on_saved: Any = None  # called with processor and folder after saving; the package writes the card there
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        """See `ProcessorMixin.save_pretrained`."""
+        files = super().save_pretrained(save_directory, *args, **kwargs)
+        if self.on_saved is not None:
+            self.on_saved(save_directory)
+        return files
 
     def __init__(
         self,
