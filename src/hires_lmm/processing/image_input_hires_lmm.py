@@ -324,26 +324,23 @@ def _tensor_to_numpy(tensor: torch.Tensor, index: int) -> np.ndarray:
 
 
 def _channels_last(array: np.ndarray, index: int, data_format: str | None) -> np.ndarray:
-    shape = array.shape
     if array.ndim == 2:
         return array
-    if array.ndim != 3:
-        raise ValueError(f"Image {index} has shape {shape}; it must have 2 or 3 dimensions.")
-    if data_format is None:
-        first, last = shape[0] in ARRAY_CHANNELS, shape[2] in ARRAY_CHANNELS
-        if first and last:
-            raise ValueError(
-                f"Image {index} has shape {shape}, of which the first or the last number may be the channels; pass "
-                f"input_data_format='channels_first' or 'channels_last'."
-            )
-        data_format = ChannelDimension.FIRST if first else ChannelDimension.LAST
-    channels_first = ChannelDimension(data_format) == ChannelDimension.FIRST
-    if shape[0 if channels_first else 2] not in ARRAY_CHANNELS:
+    axes = {ChannelDimension.FIRST: 0, ChannelDimension.LAST: 2}
+    if data_format is not None:
+        axes = {ChannelDimension(data_format): axes[ChannelDimension(data_format)]}
+    possible = [axis for axis in axes.values() if array.ndim == 3 and array.shape[axis] in ARRAY_CHANNELS]
+    if len(possible) > 1:
         raise ValueError(
-            f"Image {index} has shape {shape}, which is not 1, 3 or 4 channels in the order "
-            f"{ChannelDimension(data_format).value!r}; transpose it or correct input_data_format."
+            f"Image {index} has shape {array.shape}, of which the first or the last number may be the channels; pass "
+            "input_data_format='channels_first' or 'channels_last'."
         )
-    return array.transpose(1, 2, 0) if channels_first else array
+    if not possible:
+        where = f" in the order {ChannelDimension(data_format).value!r}" if data_format is not None else ""
+        raise ValueError(
+            f"Image {index} has shape {array.shape}: it must have 2 dimensions, or 3 with 1, 3 or 4 channels{where}."
+        )
+    return array.transpose(1, 2, 0) if possible[0] == 0 else array
 
 
 def _to_eight_bit(array: np.ndarray, index: int, unit_floats: bool) -> np.ndarray:
@@ -351,30 +348,21 @@ def _to_eight_bit(array: np.ndarray, index: int, unit_floats: bool) -> np.ndarra
         return array
     if array.dtype == np.bool_:
         return array.astype(np.uint8) * 255
-    if array.dtype.kind == "f":
-        return _floats_to_eight_bit(array, index, unit_floats)
-    lowest, highest = int(array.min()), int(array.max())
-    if lowest < 0 or highest > 65535:
-        raise ValueError(f"Image {index} holds integers from {lowest} to {highest}; scale them to 0..255 or 0..65535.")
+    is_float, lowest, highest = array.dtype.kind == "f", array.min(), array.max()
+    if not (lowest >= 0 and highest <= (255 if is_float else 65535)):
+        kind, scale = ("floats", "[0, 1] or [0, 255]") if is_float else ("integers", "0..255 or 0..65535")
+        raise ValueError(
+            f"Image {index} holds {kind} from {lowest} to {highest}; replace what is NaN or infinite, and scale them "
+            f"to {scale}."
+        )
+    if is_float and highest <= 1 and not unit_floats:
+        raise ValueError(
+            f"Image {index} holds floats in [0, 1], which do_rescale=False would leave at 0..255; leave do_rescale at "
+            "True: such images are recognised and end in [0, 1] as they are."
+        )
+    if is_float:
+        values = array.astype(np.float32, copy=False)
+        return np.rint(values if highest > 1 else values * np.float32(255)).astype(np.uint8)
     if highest <= 255 and array.dtype != np.uint16:
         return array.astype(np.uint8)
     return ((array.astype(np.uint32) + 128) // 257).astype(np.uint8)
-
-
-def _floats_to_eight_bit(array: np.ndarray, index: int, unit_floats: bool) -> np.ndarray:
-    lowest, highest = float(array.min()), float(array.max())
-    if not (np.isfinite(lowest) and np.isfinite(highest)):
-        count = int(array.size - np.isfinite(array).sum())
-        raise ValueError(f"Image {index} holds {count} values that are NaN or infinite; replace them.")
-    if lowest < 0 or highest > 255:
-        raise ValueError(
-            f"Image {index} holds floats from {lowest:.6g} to {highest:.6g}; scale them to [0, 1] or [0, 255]."
-        )
-    if highest > 1:
-        return np.rint(array.astype(np.float32, copy=False)).astype(np.uint8)
-    if not unit_floats:
-        raise ValueError(
-            f"Image {index} holds floats in [0, 1], which do_rescale=False would leave at 0..255; leave do_rescale at "
-            f"True: such images are recognised and end in [0, 1] as they are."
-        )
-    return np.rint(array.astype(np.float32, copy=False) * np.float32(255)).astype(np.uint8)
