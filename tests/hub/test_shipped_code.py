@@ -39,8 +39,7 @@ STANDARD = {  # module -> names that may be taken from it; None: the module itse
     "math": None,
     "os": {"PathLike", "getpid", "path"},
     "re": None,
-    "threading": {"Lock", "RLock", "local"},
-    "time": None,
+    "threading": {"Lock", "RLock"},
     "typing": {"Any", "Literal", "NamedTuple", "cast"},
     "warnings": None,
     "weakref": {"WeakKeyDictionary"},
@@ -210,12 +209,11 @@ EXCEPTIONS = {  # (file, text): images that a user names, memory of a GPU, the n
     (INPUT, "open"),
     (INPUT, "image.load"),
     (INPUT, "get_session"),
-    (INPUT, "get_session().stream"),
     (KERNEL, "tl.load"),
     (KERNEL, "triton.jit"),
     ("configuration_hires_lmm", "getattr(torch, dtype, None)"),
 }
-AT_IMPORT_CALLS = {"logging.get_logger", "field", "local", "SubConfigSpec"}
+AT_IMPORT_CALLS = {"logging.get_logger", "field", "SubConfigSpec"}
 AT_IMPORT_METHODS = {"strip", "replace"}  # of texts
 DECORATORS = {
     "can_return_tuple", "classmethod", "contextmanager", "dataclass", "lru_cache", "merge_with_config_defaults",

@@ -8,8 +8,8 @@ import torch
 from huggingface_hub import ModelCard
 from transformers import AutoModelForImageTextToText, Trainer
 
-from builders import random_image
-from builders_training import conversation, conversations, make_trainer, slime_parts, training_arguments
+from builders.tiny import random_image
+from builders.training import conversation, conversations, make_trainer, slime_parts, training_arguments
 from hires_lmm.training import HiResLmmCollator, Stage
 from hires_lmm.training.lora import lora_config
 

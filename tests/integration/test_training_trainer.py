@@ -197,7 +197,7 @@ def test_arguments_that_train_something_else_are_refused(tmp_path):
     model, processor = slime_parts()
     with pytest.raises(ValueError, match="remove_unused_columns=False"):
         make_trainer(model, processor, QUIET, conversations(2), tmp_path, remove_unused_columns=True)
-    stage = dataclasses.replace(QUIET, loss_weights={"gate_balance": 0.1}, expert="mixture")
+    stage = dataclasses.replace(QUIET, loss_weights={"gate_balance": 0.1}, settings={FORCED_EXPERT: None})
     with pytest.raises(ValueError, match=r"label_smoothing_factor=0\.1 is refused"):
         make_trainer(model, processor, stage, conversations(2), tmp_path, label_smoothing_factor=0.1)
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from inspect import signature
 from os import getpid
-from threading import Lock, local
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -57,9 +57,6 @@ response_template split_special_tokens tokenizer_file tokenizer_type truncation_
 SURROGATE = "[\ud800-\udfff]"
 LOCKS: dict[int, Lock] = {}
 """One lock a process: a forked one would inherit a lock that another thread holds for ever."""
-
-HELD = local()
-"""`lock`: what this thread holds."""
 
 TEMPLATE_BY_TOKEN = {"<|start_header_id|>": "llama3", "<|im_start|>": "chatml"}
 
@@ -196,7 +193,7 @@ class HiResLmmProcessor(ProcessorMixin):
         Tokenizers keep padding and truncation of a call as a state of their own. So one thread tokenises at a time,
         while others may cut images, and the state is put back.
         """
-        with tokenizer_alone(self.tokenizer):
+        with _tokenizer_alone(self.tokenizer):
             inputs = super().__call__(images=images, text=text, videos=videos, audio=audio, **kwargs)
         if text is not None and not self._has_warned:
             self._warn_beyond_context(inputs)
@@ -392,8 +389,12 @@ class HiResLmmProcessor(ProcessorMixin):
         return table
 
     def _process_images(self, images: Any, **kwargs: Any) -> tuple[Any, list[str]]:
-        with others_may_tokenise():
+        lock = LOCKS[getpid()]  # `__call__` holds it; nothing is tokenised yet, so another thread may
+        lock.release()
+        try:
             inputs = self.image_processor(images, **kwargs)
+        finally:
+            lock.acquire()
         number = len(flatten_images(images))
         return inputs, [self.replace_image_token(inputs, index, **kwargs) for index in range(number)]
 
@@ -434,15 +435,19 @@ class HiResLmmProcessor(ProcessorMixin):
             if not isinstance(kwargs.get(group, {}), dict):
                 raise ValueError(f"{group}={kwargs[group]!r} must be a dict of options.")
             _refuse_unknown(set(kwargs.get(group, {})), names, group)
+        saved = {name: value for name, value in (tokenizer_init_kwargs or {}).items() if name in text_names}
         try:
-            merged = super()._merge_kwargs(
-                ModelProcessorKwargs or self.valid_processor_kwargs, tokenizer_init_kwargs, **kwargs
-            )
-            _check_lengths(merged["text_kwargs"])
+            merged = super()._merge_kwargs(ModelProcessorKwargs or self.valid_processor_kwargs, saved, **kwargs)
             validate_typed_dict(TextKwargs, merged["text_kwargs"])
-            return merged
         except StrictDataclassError as error:
             raise ValueError(f"Wrong option. {str(error)[:1000]}") from error
+        if merged["text_kwargs"].get("is_split_into_words"):
+            raise ValueError("is_split_into_words=True is not supported: pass whole texts.")
+        for name, least in (("max_length", 0), ("stride", 0), ("pad_to_multiple_of", 1)):
+            value = merged["text_kwargs"].get(name)
+            if value is not None and value < least:
+                raise ValueError(f"{name}={value} must be at least {least}.")
+        return merged
 
     def _check_special_mm_tokens(self, text: list[str], text_inputs: Any, modalities: list[str]) -> None:
         drop_marks(text, text_inputs, self.image_token, self.tokenizer)
@@ -468,50 +473,19 @@ class HiResLmmProcessor(ProcessorMixin):
             raise
 
 
-def _check_lengths(options: dict[str, Any]) -> None:
-    """Refuse lengths for which tokenizers have no clear error, and texts in words."""
-    if options.get("is_split_into_words"):
-        raise ValueError("is_split_into_words=True is not supported: pass whole texts.")
-    for name, least in (("max_length", 0), ("stride", 0), ("pad_to_multiple_of", 1)):
-        value = options.get(name)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-            raise ValueError(f"{name}={value!r} must be an integer of at least {least}.")
-
-
 @contextmanager
-def tokenizer_alone(tokenizer: Any) -> Iterator[None]:
-    """Keep other threads of this process from tokenising, and give the tokenizer its padding and truncation back.
-
-    Args:
-        tokenizer: Any tokenizer; a fast one has a state.
-    """
-    lock = LOCKS.setdefault(getpid(), Lock())
+def _tokenizer_alone(tokenizer: Any) -> Iterator[None]:
+    """Keep other threads from tokenising, and give the tokenizer back the padding and truncation that it keeps."""
     backend = tokenizer.backend_tokenizer if hasattr(tokenizer, "backend_tokenizer") else None
-    with lock:
-        HELD.lock = lock
+    with LOCKS.setdefault(getpid(), Lock()):
         padding, truncation = (None, None) if backend is None else (backend.padding, backend.truncation)
         try:
             yield
         finally:
-            HELD.lock = None
             if backend is not None and backend.padding != padding:
                 backend.no_padding() if padding is None else backend.enable_padding(**padding)
             if backend is not None and backend.truncation != truncation:
                 backend.no_truncation() if truncation is None else backend.enable_truncation(**truncation)
-
-
-@contextmanager
-def others_may_tokenise() -> Iterator[None]:
-    """Within `tokenizer_alone`, before anything is tokenised: let other threads do so for a while."""
-    lock = getattr(HELD, "lock", None)
-    if lock is None:
-        yield
-        return
-    lock.release()
-    try:
-        yield
-    finally:
-        lock.acquire()
 
 
 def _is_batch(conversation: Any) -> bool:
