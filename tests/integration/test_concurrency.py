@@ -1,6 +1,8 @@
 """One model and one processor in many threads, and features that many calls share: the answers of each alone."""
 
 import functools
+import hashlib
+import json
 import sys
 import threading
 import time
