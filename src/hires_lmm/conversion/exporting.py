@@ -1,7 +1,6 @@
 """`export`: a checkpoint of ours as a self-contained folder with the code of this package, a processor and a card."""
 
 import json
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,6 @@ from typing import Any
 from transformers import GenerationConfig
 
 from ..modeling.configuration_hires_lmm import AUTO_MAP, HiResLmmConfig
-from ..modeling.tower_hires_lmm import POOLING_HEAD
 from ..processing.processing_hires_lmm import HiResLmmProcessor
 from .cards import write_card
 from .checkpoint import (
@@ -67,8 +65,7 @@ def _export(folder: Path, name: str, work: Path, progress: Progress | None, max_
         raise ConversionError(f"{folder.name} is no hires_lmm checkpoint; convert it first.")
     config = build_config(HiResLmmConfig.from_pretrained, "The configuration", pretrained_model_name_or_path=folder)
     config.auto_map = dict(AUTO_MAP)  # a foreign entry would name code of somebody else
-    unread = re.compile(POOLING_HEAD)
-    mapped = Mapped(entries={key: entry for key, entry in folder_entries(folder).items() if not unread.search(key)})
+    mapped = Mapped(entries=folder_entries(folder))
     check_complete(mapped, model_shapes(config), [], f"the checkpoint {folder.name}")
     write_tensors(work, mapped.entries, max_shard_bytes, progress)
     image_processor = _copy_processor(folder, work, config)
