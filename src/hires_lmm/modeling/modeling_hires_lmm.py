@@ -31,7 +31,7 @@ from .outputs_hires_lmm import (
 )
 from .packing_hires_lmm import expand, pack, plan_batch
 from .question_hires_lmm import PromptText, build_question, recover_text
-from .tower_hires_lmm import POOLING_HEAD, run_tower
+from .tower_hires_lmm import run_tower
 from .views_hires_lmm import (
     ImageGeometry,
     Question,
@@ -99,8 +99,6 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
         config (`HiResLmmConfig`): The configuration.
     """
 
-    _keys_to_ignore_on_load_unexpected = [POOLING_HEAD]  # no pattern of the head: vLLM loads nothing that one matches
-
     def __init__(self, config: HiResLmmConfig):
         super().__init__(config)
         self.vision_tower = AutoModel.from_config(config.vision_config)
@@ -116,7 +114,10 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
         self.post_init()
 
     def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
-        """Leave the head out of what is reported: this class has none."""
+        """Leave the head out of what is reported: this class has none.
+
+        A pattern in `_keys_to_ignore_on_load_unexpected` would do it here, but vLLM loads nothing that one names.
+        """
         super()._adjust_missing_and_unexpected_keys(loading_info)
         loading_info.unexpected_keys = {key for key in loading_info.unexpected_keys if not key.startswith("lm_head.")}
 
