@@ -32,6 +32,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from hires_lmm import PRESETS, HiResLmmConfig, HiResLmmForConditionalGeneration, HiResLmmProcessor
 from hires_lmm.conversion.random_model import build_byte_tokenizer
+from hires_lmm.modeling.compat_hires_lmm import CACHE
 from hires_lmm.modeling.configuration_hires_lmm import LLAVA_NEXT_GRIDS
 
 
@@ -111,7 +112,7 @@ class Case:
             handle.remove()
         seen["tower"][1].pop("output_hidden_states", None)
         for name in seen.keys() & {"language_model", "between"}:
-            seen[name][1].update(past_key_values=None, use_cache=True)
+            seen[name][1].update({CACHE: None, "use_cache": True})
         total = counter.get_total_flops()
         return Survey(self, seen, total, total - sum(spent.values()))
 

@@ -16,6 +16,8 @@ from prefill import build_cases, picture
 from record import write_result
 from shapes import PAD_TOKEN, SHAPES
 
+from hires_lmm.modeling.compat_hires_lmm import CACHE
+
 
 COLUMNS = {
     "model": "model",
@@ -72,7 +74,7 @@ def main() -> None:
     }
     rows: list[dict] = []
     for case in taken:
-        cache = generate(case, 1).past_key_values
+        cache = generate(case, 1)[CACHE]
         rows.append(
             {
                 "model": case.name,

@@ -19,7 +19,6 @@ import sys
 import time
 from pathlib import Path
 
-import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging
@@ -80,10 +79,11 @@ def main() -> None:
     for entry in entries:
         image = Image.open(IMAGES / entry["image"]).convert("RGB")
         inputs = prompt(processor, image, entry["question"])
-        with torch.inference_mode():
-            output = model.generate(**inputs, max_new_tokens=8, do_sample=False)
-            token_map = model(**inputs, output_token_map=True, logits_to_keep=1).token_map
-        answer = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+        output = model.generate(
+            **inputs, max_new_tokens=8, do_sample=False, output_token_map=True, return_dict_in_generate=True
+        )
+        token_map = output.token_map
+        answer = processor.decode(output.sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         is_right = answer == entry["answer"]
         right += is_right
         maps.append((image, token_map, entry["question"]))

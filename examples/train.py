@@ -36,6 +36,7 @@ from hires_lmm.training import (
     put_first,
     set_options,
 )
+from hires_lmm.training.arguments import build_arguments
 from hires_lmm.training.collator import find_image, read_messages
 from hires_lmm.training.data.cognition import with_cognition
 from hires_lmm.training.data.cognition_settings import build_cognition
@@ -76,7 +77,7 @@ def make_arguments(stage: Stage, recipe: dict, folder: Path, overrides: dict) ->
     size = values.get("per_device_train_batch_size", 8) * PartialState().num_processes
     if stage.batch_size is not None and "gradient_accumulation_steps" not in values:
         values["gradient_accumulation_steps"] = max(1, stage.batch_size // size)
-    return TrainingArguments(str(folder), remove_unused_columns=False, **values)
+    return build_arguments(folder, **values)
 
 
 def load_model(path: str, stage: Stage, folder: Path, recipe: dict) -> Any:

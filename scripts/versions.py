@@ -147,7 +147,9 @@ def run_tests(tests: str, python: Path, paths: list[Path], arguments: list[str],
         for line in run.stdout or ():
             print(line, end="", flush=True)
             summary = line
-    if not arguments and run.returncode in (0, 1):  # else nothing ran, or not to its end
+    if run.returncode not in (0, 1):
+        print(f"pytest ended with the status {run.returncode}; no row is written", flush=True)
+    elif not arguments:
         row = {"Tests": tests, **found, **count(summary), "Date": date.today().isoformat()}
         PAGE.write_text(put_row(PAGE.read_text(encoding="utf-8"), row), encoding="utf-8")
     return run.returncode == 0

@@ -144,6 +144,7 @@ def write_reference(folder: Path, model, processor) -> dict:
         "template": processor.chat_template,
         "generation": model.generation_config.to_dict(),
         "config": model.config.to_dict(),
+        "answer": model.generate(**batch, max_new_tokens=5).tolist(),
     }
     return json.loads(json.dumps(found, default=str))
 
@@ -161,7 +162,9 @@ def write_case(case: Case, root: Path) -> tuple[dict, dict]:
     return {"name": case.name, "how": "model", "tied": case.tied, **paths}, expected
 
 
-def run_worker(jobs: list[dict], work: Path, with_package: bool, timeout: int = 600) -> dict:
+def run_worker(
+    jobs: list[dict], work: Path, with_package: bool, timeout: int = 600, python: str = sys.executable
+) -> dict:
     """What a fresh process finds; without the package it has only the code in the folders."""
     work.mkdir(parents=True)
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "HF_", "COV"))}
@@ -174,7 +177,7 @@ def run_worker(jobs: list[dict], work: Path, with_package: bool, timeout: int = 
     }
     (work / "jobs.json").write_text(json.dumps(jobs))
     source = str(ROOT / "src") if with_package else "-"
-    command = [sys.executable, "-I", str(WORKER), source, str(work / "jobs.json"), str(work / "out.json")]
+    command = [python, "-I", str(WORKER), source, str(work / "jobs.json"), str(work / "out.json")]
     done = subprocess.run(
         command, capture_output=True, text=True, env=environment, cwd=work, stdin=subprocess.DEVNULL, timeout=timeout
     )

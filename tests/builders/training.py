@@ -58,7 +58,7 @@ def conversations(count: int, images: int = 1) -> list[dict]:
 
 def training_arguments(folder, **changes):
     """Arguments of a short quiet run on the CPU."""
-    from transformers import TrainingArguments
+    from hires_lmm.training.arguments import build_arguments
 
     values = {
         "per_device_train_batch_size": 2,
@@ -68,10 +68,9 @@ def training_arguments(folder, **changes):
         "report_to": "none",
         "use_cpu": True,
         "disable_tqdm": True,
-        "remove_unused_columns": False,
         "optim": "adamw_torch",
     }
-    return TrainingArguments(str(folder), **{**values, **changes})
+    return build_arguments(folder, **{**values, **changes})
 
 
 def make_trainer(model, processor, stage, data, folder, collator=None, callbacks=(), trainer_kwargs=None, **changes):

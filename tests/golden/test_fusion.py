@@ -46,8 +46,8 @@ def measure(model: nn.Module, inputs: dict) -> dict[str, torch.Tensor]:
     """Every number on the way, by the names of the set."""
     seen: dict = {}
     hooks = [
-        model.model.connector.token_ops[0].output.register_forward_pre_hook(
-            lambda module, args: seen.update(slots=args[0])
+        model.model.connector.token_ops[0].output.register_forward_hook(
+            lambda module, args, output: seen.update(slots=args[0], slots_projected=output)
         ),
         model.model.language_model.register_forward_pre_hook(
             lambda module, args, kwargs: seen.update(embeds=kwargs["inputs_embeds"]), with_kwargs=True
@@ -63,7 +63,7 @@ def measure(model: nn.Module, inputs: dict) -> dict[str, torch.Tensor]:
     return {
         "view_tokens": tokens.unflatten(0, (len(inputs["view_positions"]), -1)),
         "slots": seen["slots"],
-        "slots_projected": torch.cat(output.image_outputs.pooler_output),
+        "slots_projected": seen["slots_projected"],
         "llm_embeds": seen["embeds"],
         "llm_logits_valid": logits[inputs["attention_mask"].bool()][::2],
         "llm_loss": nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), inputs["labels"][:, 1:].flatten()),

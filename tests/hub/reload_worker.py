@@ -77,6 +77,7 @@ def check_model(job: dict) -> dict:
         "info": {key: sorted(map(str, value)) for key, value in info.items() if value},
         "generation": model.generation_config.to_dict() if hasattr(model, "generation_config") else None,
         "config": model.config.to_dict(),
+        "answer": model.generate(**reference["batch"], max_new_tokens=5).tolist() if job["how"] == "model" else None,
         "tied": model.get_output_embeddings() is not None
         and model.get_output_embeddings().weight is model.get_input_embeddings().weight,
     }

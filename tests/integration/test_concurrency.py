@@ -126,7 +126,6 @@ def test_threads_that_share_features_get_the_answers_of_each_alone(name):
     expected = [model.generate(**batch, **GREEDY) for batch in samples]
     with torch.no_grad():
         features = model.get_image_features(**views_of(samples[0]), return_dict=True)
-    before = fingerprint(features)
 
     def work(batch):
         return [
@@ -137,7 +136,6 @@ def test_threads_that_share_features_get_the_answers_of_each_alone(name):
     found = together(*(functools.partial(work, batch) for batch in samples))
     for own, wanted in zip(found, expected, strict=True):
         assert torch.equal(own[0], wanted) and torch.equal(own[2], wanted)
-    assert fingerprint(features) == before
 
 
 # --- features ------------------------------------------------------------------------------------------------------
@@ -183,34 +181,12 @@ def model_state(model: nn.Module) -> dict:
     return state
 
 
+# --- one processor -------------------------------------------------------------------------------------------------
 def processor_state(processor) -> dict:
     """Everything that hangs on a processor: attributes of its parts, and what the tokenizer would write to disk."""
     parts = {"processor": processor, "image": processor.image_processor, "tokenizer": processor.tokenizer}
     state = {name: {key: repr(value) for key, value in vars(part).items()} for name, part in parts.items()}
     return {**state, "backend": processor.tokenizer.backend_tokenizer.to_str()}
-
-
-@all_models
-def test_calls_leave_nothing_on_a_model(name):
-    """The first calls may leave what transformers installs once; none leaves anything of its inputs."""
-    model, processor = build(name)
-    batches = batches_of(name, processor)
-    both = make_batch(processor, [("<image> a", [random_image(60, 60)]), ("b", [])])
-
-    def call(number: int, batch) -> None:
-        ask(model, batch, number)
-        with torch.no_grad():
-            model(**both, labels=both["input_ids"], vision_chunk_size=1 + number)
-
-    for number in range(4):
-        call(number, batches[0])
-    before = model_state(model)
-    for number, batch in enumerate(batches):
-        call(number, batch)
-    after = model_state(model)
-    assert after.keys() == before.keys()
-    for path in before:
-        assert after[path] == before[path], path
 
 
 def process(processor, number: int):
@@ -226,13 +202,14 @@ def process(processor, number: int):
         {"truncation": True, "max_length": needed, "padding": False},
     ]
     messages = [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "What?"}]}]
-    return [
-        dict(call(**options[number])),
-        dict(call(**options[(number + 1) % 4], max_crops=1 + number)),
-        dict(processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")),
-        dict(processor.image_processor([picture], views="global", return_tensors="pt")),
-        processor.image_tokens(picture.height, picture.width, max_crops=1 + number),
+    results = [
+        call(**options[number]),
+        call(**options[(number + 1) % 4], max_crops=1 + number),
+        processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt"),
+        processor.image_processor([picture], views="global", return_tensors="pt"),
     ]
+    values = [{name: torch.as_tensor(value[0]).tolist() for name, value in result.items()} for result in results]
+    return [*values, processor.image_tokens(picture.height, picture.width, max_crops=1 + number)]
 
 
 def test_calls_leave_nothing_on_a_processor():
@@ -255,7 +232,7 @@ def test_calls_leave_nothing_on_a_processor():
 def test_threads_share_a_processor(monkeypatch):
     """Padding of one thread must not reach the texts of another, which would like to tokenise right between."""
     processor = build("slime")[1]
-    expected = [fingerprint(process(processor, number)) for number in range(4)]
+    expected = [process(processor, number) for number in range(4)]
     kind = type(processor.tokenizer)
     choose = kind.set_truncation_and_padding
 
@@ -266,7 +243,7 @@ def test_threads_share_a_processor(monkeypatch):
     monkeypatch.setattr(kind, "set_truncation_and_padding", choose_and_wait)
 
     def work(number):
-        return [fingerprint(process(processor, number)) for _ in range(2)]
+        return [process(processor, number) for _ in range(2)]
 
     found = together(*(functools.partial(work, number) for number in range(4)))
     assert found == [[wanted] * 2 for wanted in expected]
@@ -304,10 +281,10 @@ def test_a_process_that_is_forked_within_a_call_can_tokenise():
     """A lock that another thread held at the fork would never be released."""
     import multiprocessing
 
-    from hires_lmm.processing.processing_hires_lmm import tokenizer_alone
+    from hires_lmm.processing.processing_hires_lmm import _tokenizer_alone
 
     processor = build("slime")[1]
-    with tokenizer_alone(processor.tokenizer):
+    with _tokenizer_alone(processor.tokenizer):
         child = multiprocessing.get_context("fork").Process(target=lambda: processor(text="a b"))
         child.start()
         child.join(30)

@@ -1,4 +1,4 @@
-"""Each example runs as a user would run it, on the demo checkpoint; the image is what its script draws."""
+"""Each example runs as a user would run it, on random or shipped weights; the image is what its script draws."""
 
 import importlib.util
 import re

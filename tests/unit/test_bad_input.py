@@ -1,19 +1,26 @@
 """Bad input: a `ValueError` that names the image's index, the bad value and the remedy; nothing is skipped."""
 
 import io
+import os
+import resource
+import struct
+import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from builders.images import picture
+from builders.images import picture, psd
 from builders.text import tiny_tokenizer
 from hires_lmm.processing.image_processing_hires_lmm import HiResLmmImageProcessor
+from hires_lmm.processing.planners_hires_lmm import PLANNERS
 from hires_lmm.processing.processing_hires_lmm import HiResLmmProcessor
 
 
 GOOD = picture(12, 10)
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 20\n%%EndComments\nshowpage\n%%EOF\n"
 
 
 def small(**changes) -> HiResLmmImageProcessor:
@@ -47,13 +54,13 @@ IMAGES = {
     "zero height": (np.zeros((0, 5, 3), np.uint8), "is empty: 0x5"),
     "zero width": (Image.new("RGB", (0, 5)), "is empty: 5x0"),
     "zero tensor": (torch.zeros(3, 5, 0), "is empty: 5x0"),
-    "nan": (filled(np.nan), "holds 1 values that are NaN or infinite"),
+    "nan": (filled(np.nan), "NaN or infinite"),
     "inf": (filled(np.inf), "NaN or infinite"),
     "minus inf": (torch.from_numpy(filled(-np.inf)), "NaN or infinite"),
     "nan in mode F": (Image.fromarray(filled(np.nan)[:, :, 1]), "NaN or infinite"),
     "half precision nan": (torch.from_numpy(filled(np.nan)).bfloat16(), "NaN or infinite"),
-    "negative floats": (filled(-0.5), "floats from -0.5 to 0"),
-    "large floats": (filled(256.5), "floats from 0 to 256.5"),
+    "negative floats": (filled(-0.5), "floats from -0.5 to 0.0"),
+    "large floats": (filled(256.5), "floats from 0.0 to 256.5"),
     "huge double": (filled(1e300, np.float64), "NaN or infinite|floats from"),
     "8 bits in uint16": (filled(255, np.uint16), "array of uint16 with values up to 255: 8 bits"),
     "negative integers": (filled(-1, np.int32), "integers from -1"),
@@ -63,9 +70,9 @@ IMAGES = {
     "objects": (np.array([[None, 1]]), "array of object"),
     "complex": (np.zeros((4, 4, 3), np.complex64), "array of complex64"),
     "complex tensor": (torch.zeros(4, 4, 3, dtype=torch.complex64), "complex64"),
-    "two channels": (np.zeros((8, 9, 2), np.uint8), "not 1, 3 or 4 channels"),
-    "one dimension": (np.zeros(9, np.uint8), "2 or 3 dimensions"),
-    "five dimensions": (np.zeros((1, 2, 3, 4, 5), np.uint8), "2 or 3 dimensions"),
+    "two channels": (np.zeros((8, 9, 2), np.uint8), "must have 2 dimensions, or 3 with 1, 3 or 4 channels"),
+    "one dimension": (np.zeros(9, np.uint8), "must have 2 dimensions, or 3"),
+    "five dimensions": (np.zeros((1, 2, 3, 4, 5), np.uint8), "must have 2 dimensions, or 3"),
     "ambiguous": (np.zeros((3, 9, 3), np.uint8), "input_data_format='channels_first' or 'channels_last'"),
 }
 
@@ -131,7 +138,7 @@ def test_pillows_warning_as_an_error_is_wrapped(monkeypatch):
 
 def test_url_errors(monkeypatch):
     class Session:
-        def stream(self, method, url, **kwargs):
+        def get(self, url, **kwargs):
             raise OSError("no route")
 
     monkeypatch.setattr("hires_lmm.processing.image_input_hires_lmm.get_session", Session)
@@ -166,7 +173,7 @@ OPTIONS = [
     ({"pixel_limit": 0}, "pixel_limit=0"),
     ({"image_mean": [0.5, 0.5]}, "image_mean"),
     ({"image_mean": [0.5, 0.5, float("nan")]}, "image_mean"),
-    ({"image_std": 0.0}, "image_std=0.0 must not be 0"),
+    ({"image_std": 0.0}, r"image_std=0.0 must be .*not 0"),
     ({"rescale_factor": float("inf")}, "rescale_factor=inf"),
     ({"resample": 9}, "resample"),
     ({"input_data_format": "hwc"}, "input_data_format='hwc'"),
@@ -281,9 +288,9 @@ def test_bad_text(kwargs):
         ({"videos_kwargs": {"fps": 1}}, r"Unknown videos_kwargs \['fps'\]"),
         ({"images_kwargs": 3}, "images_kwargs=3 must be a dict"),
         ({"max_length": "8"}, "max_length"),
-        ({"max_length": -1, "truncation": True}, "max_length=-1 must be an integer of at least 0"),
-        ({"stride": -3, "truncation": True}, "stride=-3 must be an integer of at least 0"),
-        ({"pad_to_multiple_of": 0, "padding": True}, "pad_to_multiple_of=0 must be an integer of at least 1"),
+        ({"max_length": -1, "truncation": True}, "max_length=-1 must be at least 0"),
+        ({"stride": -3, "truncation": True}, "stride=-3 must be at least 0"),
+        ({"pad_to_multiple_of": 0, "padding": True}, "pad_to_multiple_of=0 must be at least 1"),
         ({"videos": [GOOD]}, "reads images and text"),
         ({"audio": [1.0]}, "reads images and text"),
     ],
@@ -291,3 +298,124 @@ def test_bad_text(kwargs):
 def test_unknown_call_options(kwargs, text):
     with pytest.raises(ValueError, match=text):
         HiResLmmProcessor(small(), tiny_tokenizer())(text="a", **kwargs)
+
+
+# ---- sizes and files that would take too much
+
+
+@pytest.mark.parametrize("opened", [False, True])
+def test_postscript_starts_no_program(tmp_path, monkeypatch, opened):
+    """Pillow decodes EPS by running `gs` on it; here that would leave a mark."""
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path / 'RAN'}\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None, raising=False)
+    image = Image.open(io.BytesIO(EPS)) if opened else EPS
+    with pytest.raises(ValueError, match="Image 1 is an EPS file, which Pillow decodes by starting another program"):
+        small()([picture(9, 9), image])
+    assert not (tmp_path / "RAN").exists()
+
+
+def test_an_opened_layered_file_at_a_layer():
+    array = np.asarray(picture(20, 30))
+    image = Image.open(io.BytesIO(psd(array, layers=2)))
+    expected = small()(Image.fromarray(array))["pixel_values"]
+    assert np.array_equal(small()(image)["pixel_values"], expected)
+    image = Image.open(io.BytesIO(psd(array, layers=2)))
+    image.seek(1)
+    assert np.isfinite(small()(image)["pixel_values"]).all() and image.tell() == 1
+
+
+def test_an_icon_that_is_larger_inside():
+    inner = io.BytesIO()
+    Image.new("1", (300, 300)).save(inner, format="png")
+    data = inner.getvalue()
+    icon = struct.pack("<HHH", 0, 1, 1) + struct.pack("<BBBBHHII", 16, 16, 0, 0, 1, 32, len(data), 22) + data
+    with pytest.warns(UserWarning, match="not the expected size"), pytest.raises(ValueError, match="300x300"):
+        small(pixel_limit=1000)(icon)
+
+
+@pytest.mark.parametrize("size", [(1_000_001, 1), (1, 1_000_001)])
+def test_a_side_that_no_filter_can_hold(size):
+    image = Image.new("1", size)
+    with pytest.raises(ValueError, match=r"Image 0 has .*, a side of more than 1000000; cut it"):
+        small()(image)
+
+
+@pytest.mark.parametrize("planner", PLANNERS)
+def test_a_long_thin_image_needs_little_memory(planner):
+    """Widened first, the 900 000 rows would be 1.2 GB; the address space that may be added is half of that."""
+    image = Image.new("L", (2, 900_000), 200)
+    processor = HiResLmmImageProcessor(planner=planner)
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 600_000_000, hard))
+    try:
+        pixels = processor(image)["pixel_values"]
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    assert np.isfinite(pixels).all()
+
+
+def test_resizing_in_two_steps_gives_the_same_picture():
+    image = Image.fromarray(np.linspace(0, 255, 600_000).astype(np.uint8)[:, None].repeat(3, 1))
+    tall = small(planner="multiple", view_size=336)(image, max_crops=1)["pixel_values"][0, 0]
+    rows = (np.arange(336) + 0.5) / 336 * 255
+    mean, std = small().image_mean[0], small().image_std[0]
+    assert np.abs(tall.mean(axis=1) * std * 255 + mean * 255 - rows).max() < 1
+
+
+def test_output_is_bounded_too():
+    processor = small(view_size=14_000, patch_size=1400, pinpoints=[[14_000, 14_000]])
+    with pytest.raises(ValueError, match=r"Image 0 would become 2 views of 14000x14000 = 392000000 pixels"):
+        processor(picture(9, 9))
+
+
+@pytest.mark.parametrize(
+    "changes, text",
+    [
+        ({"planner": "hd", "max_crops": 4097}, "max_crops=4097 is more than 4096"),
+        ({"planner": "slime_release", "max_crops": 10**18}, "is more than 4096"),
+        ({"pinpoints": [[28 * 65, 28 * 64]]}, "which is more than 4096 crops of 28"),
+        ({"rescale_factor": 10**400}, "rescale_factor"),
+        ({"image_std": 1e-320}, "float32 cannot hold"),
+        ({"image_mean": [1e39, 0, 0]}, "float32 cannot hold"),
+    ],
+)
+def test_settings_that_exhaust(changes, text):
+    with pytest.raises(ValueError, match=text):
+        small(**changes)
+    with pytest.raises(ValueError, match=text):
+        small()(picture(9, 9), **changes)
+
+
+def test_more_tokens_than_a_text_can_hold():
+    layout = {"patch_grid": [2, 2], "global_grid": [1000, 1001], "crop_grid": [2, 2]}
+    with pytest.raises(ValueError, match=r"Image 0 of 9x9 pixels would have .* tokens, more than 1000000"):
+        small(token_layout=layout).image_tokens(9, 9)
+
+
+@pytest.mark.parametrize(
+    "image, text",
+    [
+        (np.ma.masked_array(np.zeros((9, 9, 3), np.uint8)), "masked array"),
+        (torch.empty(9, 9, 3, dtype=torch.uint4), "no values to read"),
+        (torch.empty(9, 9, 3, device="meta"), "no values to read"),
+        (torch.eye(9).to_sparse(), "sparse_coo"),
+        (memoryview(np.array(5)), "is not an image"),
+    ],
+    ids=["masked", "uint4", "meta", "coo", "memoryview"],
+)
+def test_arrays_without_plain_values(image, text):
+    with pytest.raises(ValueError, match=f"Image 1.*{text}"):
+        small()([picture(9, 9), image])
+
+
+def test_a_png_that_names_a_million_rows_reads_none():
+    header = struct.pack(">IIBBBBB", 2_000_000_000, 1, 8, 2, 0, 0, 0)
+    kinds = ((b"IHDR", header), (b"IDAT", zlib.compress(b"")), (b"IEND", b""))
+    chunks = b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in kinds
+    )
+    with pytest.raises(ValueError, match=r"Image 0: .* is refused by Pillow"):
+        small()(b"\x89PNG\r\n\x1a\n" + chunks)

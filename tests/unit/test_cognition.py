@@ -17,8 +17,6 @@ from builders.training import conversation, slime_config
 from hires_lmm.training import HiResLmmCollator
 from hires_lmm.training.data.cognition import CodebookTask, CognitionTransform, PixelTask, with_cognition
 from hires_lmm.training.data.cognition_answers import (
-    code_accuracy,
-    pixel_error,
     read_codes,
     read_pixels,
     write_codes,
@@ -133,16 +131,6 @@ def test_what_is_not_exactly_so_many_codes_is_no_answer(text):
 )
 def test_what_is_not_exactly_so_many_colours_is_no_answer(text):
     assert read_pixels(text, (1, 2)) is None
-
-
-def test_scores():
-    target = np.array([[1, 2], [3, 4]])
-    assert code_accuracy(np.array([[1, 2], [3, 0]]), target) == 0.75
-    assert code_accuracy(None, target) == 0.0
-    colours = np.array([[[10, 20, 30]]], dtype=np.uint8)
-    assert pixel_error(np.array([[[13, 20, 24]]]), colours) == 3.0
-    assert pixel_error(np.array([[[0, 20, 30]]], dtype=np.uint8), colours) == pytest.approx(10 / 3)
-    assert pixel_error(None, colours) is None
 
 
 # ---- tasks
@@ -326,17 +314,6 @@ def test_an_image_part_moves_with_its_image():
         assert new[0]["content"][0]["image"] is image and new[0]["content"][1]["text"] == "\nP"
         assert new[2]["content"] == [{"type": "text", "text": "q"}] and len(new) == 4
         assert len(content) == 2
-
-
-def test_images_stay_in_their_turn_where_a_router_reads_it():
-    transform = CognitionTransform({PixelTask((1, 1)): 1.0}, places="after")
-    places = Counter()
-    for number in range(300):
-        before = row(number)
-        after = transform(before)
-        assert texts(after)[0] == texts(before)[0]
-        places[inserted(before, after)[0]] += 1
-    assert set(places) == {2, 4, 6}
 
 
 def test_images_are_named_and_asked_about_evenly_where_there_are_several():

@@ -202,3 +202,30 @@ def test_a_cached_batch_gives_the_same_loss_without_the_tower(tmp_path, views):
     text = HiResLmmCollator(processor, views=views, features=store)([TEXT_ONLY])
     assert text["vision_features"].shape[0] == 0
     assert model(**text).loss > 0
+
+
+def counts_of(batch) -> list[int]:
+    return batch["view_positions"][batch["view_positions"][:, 0] == 0, 5].tolist()
+
+
+def test_a_row_brings_its_own_budgets():
+    """One number or one an image, before those of the collator; None, as datasets fill in, is none."""
+    config = slime_config(token_ops=[{"part": "router", "on": "all", "score": "saliency"}])
+    processor = tiny_processor(config, "chatml")
+    collate = HiResLmmCollator(processor, max_image_tokens=12)
+    rows = [{**conversation(1, 2), "max_image_tokens": own} for own in ([9, 11], 10, None, [None, 8])]
+    batch = collate(rows)
+    full = counts_of(HiResLmmCollator(processor)([conversation(1, 2)]))
+    assert counts_of(batch) == [9, 11, 10, 10, 12, 12, full[0], 8]
+    assert (batch["input_ids"] == processor.image_token_id).sum(dim=1).tolist() == [20, 20, 24, full[0] + 8]
+    with pytest.raises(ValueError, match=r"\[9\] holds 1 budgets for 2 images"):
+        collate([{**conversation(1, 2), "max_image_tokens": [9]}])
+
+
+def test_a_lowered_budget_keeps_smaller_ones():
+    config = slime_config(token_ops=[{"part": "router", "on": "all", "score": "saliency"}])
+    processor = tiny_processor(config, "chatml")
+    row = {**conversation(1, 2), "max_image_tokens": [7, 20]}
+    length = HiResLmmCollator(processor)([row])["input_ids"].shape[1]
+    collator = HiResLmmCollator(processor, max_length=length - 6, too_long="lower_budget")
+    assert counts_of(collator([row])) == [7, 14]

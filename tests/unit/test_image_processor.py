@@ -1,7 +1,7 @@
 """Pixels against transformers' LLaVA-NeXT, SliME and the fusion paper's code; every kind of image; save and reload."""
 
-import contextlib
 import io
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -361,19 +361,10 @@ def test_url(monkeypatch):
     Image.fromarray(RGB).save(buffer, format="png")
     fetched = []
 
-    class Response(contextlib.nullcontext):
-        def raise_for_status(self):
-            pass
-
-        def iter_bytes(self):
-            yield from (buffer.getvalue()[:20], buffer.getvalue()[20:])
-
     class Session:
-        def stream(self, method, url, **kwargs):
+        def get(self, url, **kwargs):
             fetched.append(url)
-            response = Response()
-            response.enter_result = response
-            return response
+            return SimpleNamespace(content=buffer.getvalue(), raise_for_status=lambda: None)
 
     monkeypatch.setattr("hires_lmm.processing.image_input_hires_lmm.get_session", Session)
     assert np.array_equal(one_view("https://example.org/a.png"), RGB)

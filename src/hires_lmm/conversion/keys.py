@@ -22,12 +22,15 @@ class Rename:
 
     @property
     def targets(self) -> tuple[str, ...]:
+        """Names in ours."""
         return (self.target,)
 
     def forward(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """Foreign tensor -> our tensors."""
         return [tensor]
 
     def backward(self, tensors: list[torch.Tensor]) -> torch.Tensor:
+        """Our tensors -> foreign tensor."""
         return tensors[0]
 
 
@@ -41,12 +44,14 @@ class SplitRows:
     kind = "split rows"
 
     def forward(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """Foreign tensor -> our tensors."""
         rows = tensor.shape[0] if tensor.ndim else 0
         if not rows or rows % len(self.targets):
             raise ValueError(f"{self.source} has {rows} rows, which {len(self.targets)} does not divide.")
         return list(tensor.chunk(len(self.targets)))
 
     def backward(self, tensors: list[torch.Tensor]) -> torch.Tensor:
+        """Our tensors -> foreign tensor."""
         return torch.cat(tensors)
 
 
@@ -62,14 +67,17 @@ class Squeeze:
 
     @property
     def targets(self) -> tuple[str, ...]:
+        """Names in ours."""
         return (self.target,)
 
     def forward(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """Foreign tensor -> our tensors."""
         if tensor.ndim < self.axes or any(size != 1 for size in tensor.shape[: self.axes]):
             raise ValueError(f"{self.source} has the shape {tuple(tensor.shape)}; its first {self.axes} must be 1.")
         return [tensor.reshape(tensor.shape[self.axes :])]
 
     def backward(self, tensors: list[torch.Tensor]) -> torch.Tensor:
+        """Our tensors -> foreign tensor."""
         return tensors[0][(None,) * self.axes]
 
 
@@ -84,12 +92,14 @@ class TakeRows:
     kind = "table and chosen rows"
 
     def forward(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """Foreign tensor -> our tensors."""
         rows = tensor.shape[0] if tensor.ndim else 0
         if max(self.rows) >= rows:
             raise ValueError(f"{self.source} has {rows} rows, so no row {max(self.rows)}.")
         return [tensor, tensor[list(self.rows)]]
 
     def backward(self, tensors: list[torch.Tensor]) -> torch.Tensor:
+        """Our tensors -> foreign tensor."""
         table = tensors[0].clone()
         table[list(self.rows)] = tensors[1]
         return table
@@ -107,11 +117,13 @@ class Constant:
     targets = ()
 
     def forward(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """Foreign tensor -> our tensors."""
         if not tensor.is_meta and tensor.float().flatten().tolist() != list(self.value):
             raise ValueError(f"{self.source} holds {tensor.tolist()}, expected {list(self.value)}.")
         return []
 
     def backward(self, tensors: list[torch.Tensor]) -> torch.Tensor:
+        """Our tensors -> foreign tensor."""
         return torch.tensor(self.value, dtype=self.dtype)
 
 
@@ -125,15 +137,16 @@ class Unused:
     targets = ()
 
     def forward(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """Foreign tensor -> our tensors."""
         return []
 
     def backward(self, tensors: list[torch.Tensor]) -> torch.Tensor:
+        """Our tensors -> foreign tensor."""
         raise ValueError(f"{self.source} can only come from the side file of a conversion.")
 
 
 Rule = Rename | SplitRows | Squeeze | TakeRows | Constant | Unused
-"""`forward`: foreign tensor -> our tensors, a ValueError where its shape or value does not fit; `backward`: the way
-back. Both run on meta tensors too."""
+"""`forward` raises a ValueError where shape or value do not fit; both ways run on meta tensors too."""
 
 
 @dataclass(frozen=True)

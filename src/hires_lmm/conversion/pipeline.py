@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from ..modeling.configuration_hires_lmm import HiResLmmConfig
-from ..processing.chat_templates_hires_lmm import CHAT_TEMPLATES
 from .cards import write_card
 from .checkpoint import REPORT_NAME, UNUSED_STEM, finish_report, save_assets, save_code, versions
 from .configs import common_dtype, model_shapes, parse_dtype, with_dtype
@@ -119,10 +118,11 @@ def convert(
         generation = generation_defaults(source.generation, config, source.tokenizer, source.chat_template)
         image_processor = save_assets(work, config, PromptAssets(source.tokenizer, source.image_stats, generation))
         save_code(work, config)
-        facts = {"title": Path(destination).name, "summary": source.summary, "bases": source.bases}
+        card = {"title": Path(destination).name, "summary": source.summary, "bases": source.bases}
         has_chat = source.tokenizer is not None
-        write_card(work, config, image_processor, {**facts, "chat": has_chat, "versions": versions()})
-        report = finish_report(_report(source, added), mapped, entries)
+        write_card(work, config, image_processor, {**card, "chat": has_chat, "versions": versions()})
+        facts = {"image_token_id": source.image_token_id, "added_rows": added, **source.report}
+        report = finish_report({"conversion": source.format, "source": source.name, **facts}, mapped, entries)
         (work / REPORT_NAME).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return report
 
@@ -165,15 +165,3 @@ def _build_config(source: Source, dtype: torch.dtype | None) -> HiResLmmConfig:
             **{"image_token_id": source.image_token_id, **prompts, **source.settings},
         )
     return with_dtype(config, kind)
-
-
-def _report(source: Source, added: int) -> dict:
-    template = source.chat_template if source.chat_template in CHAT_TEMPLATES else "of the source"
-    return {
-        "conversion": source.format,
-        "source": source.name,
-        "image_token_id": source.image_token_id,
-        "added_rows": added,
-        "chat_template": template if source.tokenizer is not None else None,
-        **source.report,
-    }

@@ -49,6 +49,7 @@ class Entry:
 
     @property
     def num_bytes(self) -> int:
+        """Size of the tensor."""
         return self.meta().nbytes
 
 

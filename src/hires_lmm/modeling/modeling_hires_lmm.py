@@ -40,7 +40,7 @@ from .outputs_hires_lmm import (
 from .packing_hires_lmm import expand, pack, plan_batch
 from .question_hires_lmm import PromptText, build_question, recover_text
 from .splice_hires_lmm import find_placeholders, splice
-from .towers_hires_lmm import POOLING_HEAD, blank_groups, run_tower, run_towers
+from .towers_hires_lmm import blank_groups, run_tower, run_towers
 
 
 PEFT_EMBEDDINGS = "embeddings.word_embeddings"
@@ -59,6 +59,13 @@ class HiResLmmPreTrainedModel(HiResLmmLoadingMixin, PreTrainedModel):
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    on_saved: Any = None  # called with model and folder after saving; the package writes the card there
+
+    def save_pretrained(self, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any) -> None:
+        """See `PreTrainedModel.save_pretrained`."""
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+        if is_main_process and self.on_saved is not None:
+            self.on_saved(save_directory)
 
     def post_init(self) -> None:
         """Finish construction; keep only block classes that exist, since FSDP rejects the others."""
@@ -88,8 +95,6 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
         config (`HiResLmmConfig`): The configuration.
     """
 
-    _keys_to_ignore_on_load_unexpected = [POOLING_HEAD]  # no pattern of the head: vLLM loads nothing that one matches
-
     def __init__(self, config: HiResLmmConfig):
         super().__init__(config)
         self.vision_tower = AutoModel.from_config(config.vision_config)
@@ -104,7 +109,10 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
         self.post_init()
 
     def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
-        """Leave the head out of what is reported: this class has none."""
+        """Leave the head out of what is reported: this class has none.
+
+        A pattern in `_keys_to_ignore_on_load_unexpected` would do it here, but vLLM loads nothing that one names.
+        """
         super()._adjust_missing_and_unexpected_keys(loading_info)
         loading_info.unexpected_keys = {key for key in loading_info.unexpected_keys if not key.startswith("lm_head.")}
 

@@ -17,9 +17,6 @@ from .tower_table_hires_lmm import patch_side, tower_family, view_side
 
 logger = logging.get_logger(__name__)
 
-POOLING_HEAD = r"(^|\.)vision_tower\.head\."
-"""Names of tensors that checkpoints from before `HiResLmmConfig` left the head of SigLIP out may hold."""
-
 
 def is_sharded(module: torch.nn.Module) -> bool:
     """Whether the parameters of a module are spread over processes (FSDP, ZeRO-3), which then call it in step.

@@ -2,7 +2,6 @@
 
 import base64
 import binascii
-import time
 from io import BytesIO
 from os import PathLike, path
 from typing import Any
@@ -20,15 +19,6 @@ DEFAULT_PIXEL_LIMIT = 178_956_970
 SIDE_LIMIT = 1_000_000
 """Longest side of an image, pixels: a filter of Pillow holds up to 48 bytes for each pixel of a side."""
 
-DOWNLOAD_LIMIT = 268_435_456
-"""Most bytes that are fetched from a URL."""
-
-DOWNLOAD_SECONDS = 300
-"""Longest time that fetching a URL may take."""
-
-NESTING_LIMIT = 16
-"""Most lists around an image."""
-
 PROGRAM_FORMATS = ("EPS",)
 """Formats that Pillow decodes by starting another program (Ghostscript) on the file."""
 
@@ -42,29 +32,23 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""EXIF orientation -> what makes the image upright; every other value means upright."""
+"""EXIF orientation -> what makes the image upright. `ImageOps.exif_transpose` also writes EXIF, and fails where the
+other tags cannot be written."""
 
 ARRAY_CHANNELS = (1, 3, 4)
-BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 
-def flatten_images(images: Any, depth: int = 0) -> list:
+def flatten_images(images: Any) -> list:
     """Flatten nested lists and 4-d arrays into a list of single images, in order.
 
     Args:
         images: An image, a 4-d array of images, or a (nested) list of these; None is no image.
-        depth (`int`): Lists around `images` already.
 
     Returns:
         The images, untouched.
-
-    Raises:
-        ValueError: If the lists are nested too deeply, as one that holds itself.
     """
     if isinstance(images, (list, tuple)):
-        if depth >= NESTING_LIMIT:
-            raise ValueError(f"images is nested more than {NESTING_LIMIT} lists deep; pass one list, or one a sample.")
-        return [image for entry in images for image in flatten_images(entry, depth + 1)]
+        return [image for entry in images for image in flatten_images(entry)]
     if isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4:
         return list(images)
     return [] if images is None else [images]
@@ -115,28 +99,25 @@ def open_image(source: Any, index: int) -> Any:
     """
     if isinstance(source, dict) and source.keys() and source.keys() <= {"bytes", "path"}:
         source = source.get("path") if source.get("bytes") is None else source["bytes"]
-    if isinstance(source, (bytes, bytearray, memoryview)):
-        given = bytes(source)
-        return _open_bytes(given, f"{len(given)} bytes", index)
-    if not isinstance(source, (str, PathLike)):
+    if isinstance(source, (str, PathLike)):
+        shown = str(source) if len(str(source)) <= 120 else str(source)[:117] + "..."
+        data = _read(str(source), shown, index)
+    elif isinstance(source, (bytes, bytearray, memoryview)):
+        data = bytes(source)
+        shown = f"{len(data)} bytes"
+    else:
         return source
-    text = str(source)
-    shown = text if len(text) <= 120 else text[:117] + "..."
-    if text.startswith(("http://", "https://")):
-        return _open_bytes(_download(text, index), shown, index)
-    if path.isfile(text):
-        return _open_file(text, shown, index)
-    if isinstance(source, PathLike):
-        raise ValueError(f"Image {index}: there is no file {shown!r}; correct the path.")
-    encoded = text.split(",", 1)[-1] if text.startswith("data:image/") else text
+    if not data:
+        raise ValueError(f"Image {index}: {shown!r} is empty; pass the bytes of an image file.")
     try:
-        data = base64.b64decode("".join(encoded.split()), validate=True)
-    except (binascii.Error, ValueError) as error:
+        return _open(data)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(
-            f"Image {index}: {shown!r} is no URL (http:// or https://), no existing file and no base64 text; "
-            f"correct it or pass the image itself."
+            f"Image {index}: {shown!r} is refused by Pillow ({error}); shrink it, or raise PIL.Image.MAX_IMAGE_PIXELS "
+            f"and pixel_limit if you trust it."
         ) from error
-    return _open_bytes(data, shown, index)
+    except Exception as error:
+        raise ValueError(f"Image {index}: {shown!r} is not an image ({error}); replace it.") from error
 
 
 def to_rgb(
@@ -177,10 +158,9 @@ def to_rgb(
         raise ValueError(
             f"Image {index} is a {type(image).__name__}; pass a PIL image, an array, a tensor, a path, a URL or bytes."
         )
-    if isinstance(image, np.ma.MaskedArray):
-        raise ValueError(f"Image {index} is a masked array of shape {image.shape}; pass image.filled(value).")
-    if image.dtype.kind not in "biuf":
-        raise ValueError(f"Image {index} is an array of {image.dtype}; pass integers or floats.")
+    if image.dtype.kind not in "biuf" or isinstance(image, np.ma.MaskedArray):
+        kind = "a masked array" if isinstance(image, np.ma.MaskedArray) else f"an array of {image.dtype}"
+        raise ValueError(f"Image {index} is {kind}; pass integers or floats.")
     array = _channels_last(image, index, input_data_format)
     _check_size(array.shape[0], array.shape[1], index, pixel_limit)
     if array.dtype == np.uint16 and 0 < int(array.max()) <= 255:
@@ -194,44 +174,36 @@ def to_rgb(
     return _pillow_to_rgb(Image.fromarray(eight_bit), index, background, unit_floats)
 
 
-def _download(url: str, index: int) -> bytes:
-    stop, parts, size = time.monotonic() + DOWNLOAD_SECONDS, [], 0
+def _read(source: str, shown: str, index: int) -> bytes:
+    """The bytes of an address, a file or a base64 text."""
     try:
-        with get_session().stream("GET", url, follow_redirects=True, timeout=60) as response:
+        if source.startswith(("http://", "https://")):
+            response = get_session().get(source, follow_redirects=True, timeout=60)
             response.raise_for_status()
-            for part in response.iter_bytes():
-                parts.append(part)
-                size += len(part)
-                if size > DOWNLOAD_LIMIT or time.monotonic() > stop:
-                    raise OSError(f"{size} bytes so far, at most {DOWNLOAD_LIMIT} in {DOWNLOAD_SECONDS} s are taken")
-    except Exception as error:
-        raise ValueError(f"Image {index}: {url!r} cannot be fetched ({error}); check the address.") from error
-    return b"".join(parts)
-
-
-def _open_bytes(data: bytes, shown: str, index: int) -> Image.Image:
-    if not data:
-        raise ValueError(f"Image {index}: {shown!r} is empty; pass the bytes of an image file.")
-    return _open_file(BytesIO(data), shown, index)
-
-
-def _open_file(file: str | BytesIO, shown: str, index: int) -> Image.Image:
+            return response.content
+        if path.isfile(source):
+            with open(source, "rb") as file:
+                return file.read()
+    except Exception as error:  # of many kinds
+        raise ValueError(f"Image {index}: {shown!r} cannot be fetched ({error}); check the address.") from error
+    encoded = source.split(",", 1)[-1] if source.startswith("data:image/") else source
     try:
-        try:
-            return Image.open(file)
-        except BOMBS:
-            raise
-        except Exception:
-            with file if isinstance(file, BytesIO) else open(file, "rb") as stream:
-                stream.seek(0)
-                return Image.open(BytesIO(_without_metadata(stream.read())))
-    except BOMBS as error:
+        return base64.b64decode("".join(encoded.split()), validate=True)
+    except (binascii.Error, ValueError) as error:
         raise ValueError(
-            f"Image {index}: {shown!r} is refused by Pillow ({error}); shrink it, or raise PIL.Image.MAX_IMAGE_PIXELS "
-            f"and pixel_limit if you trust it."
+            f"Image {index}: {shown!r} is no URL (http:// or https://), no existing file and no base64 text; "
+            f"correct it or pass the image itself."
         ) from error
-    except Exception as error:
-        raise ValueError(f"Image {index}: {shown!r} is not an image ({error}); replace it.") from error
+
+
+def _open(data: bytes) -> Image.Image:
+    """Open an image file; metadata before its pixels that cannot be read are left out."""
+    try:
+        return Image.open(BytesIO(data))
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise
+    except Exception:
+        return Image.open(BytesIO(_without_metadata(data)))
 
 
 def _without_metadata(data: bytes) -> bytes:
@@ -284,14 +256,12 @@ def _upright_first_frame(image: Image.Image, index: int) -> Image.Image:
             image.seek(frame)
             image = first
         image = _decoded(image)
-        turn = TURNS.get(_orientation(image))
-        return image if turn is None else image.transpose(turn)
-    except BOMBS as error:
-        raise ValueError(f"Image {index} is refused by Pillow ({error}); shrink it.") from error
     except Exception as error:
         raise ValueError(
             f"Image {index} cannot be decoded ({error}); it is truncated or damaged, replace it."
         ) from error
+    turn = TURNS.get(_orientation(image))
+    return image if turn is None else image.transpose(turn)
 
 
 def _decoded(image: Image.Image) -> Image.Image:
@@ -343,37 +313,34 @@ def _lab_to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _tensor_to_numpy(tensor: torch.Tensor, index: int) -> np.ndarray:
-    kind = f"Image {index} is a tensor of {tensor.dtype}, {tensor.layout} on {tensor.device}"
-    if tensor.is_complex() or tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
-        raise ValueError(f"{kind}; pass integers or floats with values in memory.")
     try:
-        tensor = tensor.detach().cpu()
-        return (tensor.float() if tensor.is_floating_point() else tensor).numpy(force=True)
-    except (TypeError, RuntimeError, NotImplementedError) as error:
-        raise ValueError(f"{kind}, which has no values to read ({error}); pass integers or floats.") from error
+        values = tensor.detach().cpu()
+        return (values.float() if values.is_floating_point() else values).numpy(force=True)
+    except Exception as error:  # sparse, quantised, without memory, ...
+        kind = f"{tensor.dtype}, {tensor.layout} on {tensor.device}"
+        raise ValueError(
+            f"Image {index} is a tensor of {kind}, which has no values to read ({error}); pass integers or floats."
+        ) from error
 
 
 def _channels_last(array: np.ndarray, index: int, data_format: str | None) -> np.ndarray:
-    shape = array.shape
     if array.ndim == 2:
         return array
-    if array.ndim != 3:
-        raise ValueError(f"Image {index} has shape {shape}; it must have 2 or 3 dimensions.")
-    if data_format is None:
-        first, last = shape[0] in ARRAY_CHANNELS, shape[2] in ARRAY_CHANNELS
-        if first and last:
-            raise ValueError(
-                f"Image {index} has shape {shape}, of which the first or the last number may be the channels; pass "
-                f"input_data_format='channels_first' or 'channels_last'."
-            )
-        data_format = ChannelDimension.FIRST if first else ChannelDimension.LAST
-    channels_first = ChannelDimension(data_format) == ChannelDimension.FIRST
-    if shape[0 if channels_first else 2] not in ARRAY_CHANNELS:
+    axes = {ChannelDimension.FIRST: 0, ChannelDimension.LAST: 2}
+    if data_format is not None:
+        axes = {ChannelDimension(data_format): axes[ChannelDimension(data_format)]}
+    possible = [axis for axis in axes.values() if array.ndim == 3 and array.shape[axis] in ARRAY_CHANNELS]
+    if len(possible) > 1:
         raise ValueError(
-            f"Image {index} has shape {shape}, which is not 1, 3 or 4 channels in the order "
-            f"{ChannelDimension(data_format).value!r}; transpose it or correct input_data_format."
+            f"Image {index} has shape {array.shape}, of which the first or the last number may be the channels; pass "
+            "input_data_format='channels_first' or 'channels_last'."
         )
-    return array.transpose(1, 2, 0) if channels_first else array
+    if not possible:
+        where = f" in the order {ChannelDimension(data_format).value!r}" if data_format is not None else ""
+        raise ValueError(
+            f"Image {index} has shape {array.shape}: it must have 2 dimensions, or 3 with 1, 3 or 4 channels{where}."
+        )
+    return array.transpose(1, 2, 0) if possible[0] == 0 else array
 
 
 def _to_eight_bit(array: np.ndarray, index: int, unit_floats: bool) -> np.ndarray:
@@ -381,30 +348,21 @@ def _to_eight_bit(array: np.ndarray, index: int, unit_floats: bool) -> np.ndarra
         return array
     if array.dtype == np.bool_:
         return array.astype(np.uint8) * 255
-    if array.dtype.kind == "f":
-        return _floats_to_eight_bit(array, index, unit_floats)
-    lowest, highest = int(array.min()), int(array.max())
-    if lowest < 0 or highest > 65535:
-        raise ValueError(f"Image {index} holds integers from {lowest} to {highest}; scale them to 0..255 or 0..65535.")
+    is_float, lowest, highest = array.dtype.kind == "f", array.min(), array.max()
+    if not (lowest >= 0 and highest <= (255 if is_float else 65535)):
+        kind, scale = ("floats", "[0, 1] or [0, 255]") if is_float else ("integers", "0..255 or 0..65535")
+        raise ValueError(
+            f"Image {index} holds {kind} from {lowest} to {highest}; replace what is NaN or infinite, and scale them "
+            f"to {scale}."
+        )
+    if is_float and highest <= 1 and not unit_floats:
+        raise ValueError(
+            f"Image {index} holds floats in [0, 1], which do_rescale=False would leave at 0..255; leave do_rescale at "
+            "True: such images are recognised and end in [0, 1] as they are."
+        )
+    if is_float:
+        values = array.astype(np.float32, copy=False)
+        return np.rint(values if highest > 1 else values * np.float32(255)).astype(np.uint8)
     if highest <= 255 and array.dtype != np.uint16:
         return array.astype(np.uint8)
     return ((array.astype(np.uint32) + 128) // 257).astype(np.uint8)
-
-
-def _floats_to_eight_bit(array: np.ndarray, index: int, unit_floats: bool) -> np.ndarray:
-    lowest, highest = float(array.min()), float(array.max())
-    if not (np.isfinite(lowest) and np.isfinite(highest)):
-        count = int(array.size - np.isfinite(array).sum())
-        raise ValueError(f"Image {index} holds {count} values that are NaN or infinite; replace them.")
-    if lowest < 0 or highest > 255:
-        raise ValueError(
-            f"Image {index} holds floats from {lowest:.6g} to {highest:.6g}; scale them to [0, 1] or [0, 255]."
-        )
-    if highest > 1:
-        return np.rint(array.astype(np.float32, copy=False)).astype(np.uint8)
-    if not unit_floats:
-        raise ValueError(
-            f"Image {index} holds floats in [0, 1], which do_rescale=False would leave at 0..255; leave do_rescale at "
-            f"True: such images are recognised and end in [0, 1] as they are."
-        )
-    return np.rint(array.astype(np.float32, copy=False) * np.float32(255)).astype(np.uint8)

@@ -1,13 +1,14 @@
 """Images to views: pixels, positions, boxes, spans and the number of tokens of each image."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
-import torch  # noqa: F401  # `get_type_hints` of the options below finds the library's "torch.device" here
+import torch  # also for `get_type_hints` of the options below, which names "torch.device"
 from huggingface_hub.dataclasses import validate_typed_dict
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
+from torch.nn.functional import interpolate
 from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import (
@@ -20,9 +21,9 @@ from transformers.image_utils import (
 from transformers.processing_utils import ImagesKwargs, Unpack
 
 from .compat_hires_lmm import warn_if_untested
-from .geometry_hires_lmm import Grid
+from .geometry_hires_lmm import Grid, Kind
 from .image_input_hires_lmm import DEFAULT_PIXEL_LIMIT, flatten_budgets, flatten_images, open_image, to_rgb
-from .planners_hires_lmm import Planner, PlannerLimits, ViewPlan, find_planner, square_paste
+from .planners_hires_lmm import Planner, PlannerLimits, View, ViewPlan, find_planner, square_paste
 from .token_layout_hires_lmm import TokenLayout, apply_budget, count_tokens, min_budget
 
 
@@ -38,6 +39,8 @@ class HiResLmmImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[c
         global_view (`str`, *optional*): `"squeeze"` or `"pad"`.
         views (`str`): `"all"`, `"global"` or `"crops"`.
         token_layout (`dict`, *optional*): `config.token_layout()` of the model; `None` = every patch is a token.
+        extra_towers (`dict[str, dict]`, *optional*): Name of an extra tower -> `size`, `image_mean`, `image_std`; each
+            sees every image whole, as `pixel_values_<name>`.
         max_image_tokens (`int` or `list[int]`, *optional*): Most placeholders of one image: global view, crops and
             marks together. In a call also one number an image: a list in their order, or nested as they are.
         background (`list[int]`): Colour under transparent pixels, RGB.
@@ -53,7 +56,11 @@ class HiResLmmImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[c
     global_view: str | None
     views: str | None
     token_layout: dict | None
+    extra_towers: dict | None
     max_image_tokens: int | list | tuple | None
+    rescale_factor: float | int | None
+    image_mean: float | int | list | tuple | None
+    image_std: float | int | list | tuple | None
     background: list[int] | tuple[int, ...] | None
     pixel_limit: int | None
 
@@ -69,12 +76,7 @@ FIXED_OPTIONS = {
 }
 """Options of transformers that mean nothing here, with the values that ask for nothing."""
 
-NUMBER_OPTIONS = ("image_mean", "image_std", "rescale_factor")
-"""Options that may be given as integers."""
-
-OPTION_DEPTH = 8
-"""Most lists and dicts around a value of an option."""
-
+FORMATS = (ChannelDimension.FIRST.value, ChannelDimension.LAST.value)
 TOKENS_LIMIT = 1_000_000
 """Most placeholders of one image."""
 
@@ -114,6 +116,8 @@ class _Settings:
     pixel_limit: int
     input_data_format: str | None
     do_rescale: bool
+    extra_towers: dict | None
+    rescale_factor: float
 
 
 class HiResLmmImageProcessor(PilBackend):
@@ -140,6 +144,7 @@ class HiResLmmImageProcessor(PilBackend):
     global_view = None
     views = "all"
     token_layout = None
+    extra_towers = None
     max_image_tokens = None
     background = (255, 255, 255)
     pixel_limit = DEFAULT_PIXEL_LIMIT
@@ -155,14 +160,11 @@ class HiResLmmImageProcessor(PilBackend):
     def __init__(self, **kwargs: Unpack[HiResLmmImageProcessorKwargs]):
         warn_if_untested()
         options = {name: value for name, value in kwargs.items() if not _is_service_name(name)}
-        service = {name: value for name, value in kwargs.items() if _is_service_name(name)}
-        options = self._with_view_size(self._checked(options))
-        super().__init__(**options, **service)
+        self._check_types(options)
+        super().__init__(**_with_view_size(kwargs))
         self._settings({})
         if isinstance(self.max_image_tokens, (list, tuple)):
-            raise ValueError(
-                f"max_image_tokens={self.max_image_tokens!r} is one number for all; pass lists in a call."
-            )
+            raise ValueError(f"max_image_tokens={self.max_image_tokens!r} must be one number; pass lists in a call.")
 
     @property
     def size(self) -> dict[str, int]:
@@ -207,10 +209,11 @@ class HiResLmmImageProcessor(PilBackend):
             kwargs: Options for this call; `None` = the processor's own value.
 
         Returns:
-            A batch with one row a view, image after image, the global view first: `pixel_values` float32
-            `(views, 3, view_size, view_size)`; int64 `view_positions` `(views, 6)` (kind, grid rows, grid columns,
-            row, column, tokens of the image), `view_boxes` `(views, 4)` (top, left, bottom, right in 1/256 source
-            pixel) and `view_spans` `(views, 4)` (first and past-last row and column of patches that enter).
+            A batch with one row a view, image after image: `pixel_values` float32 `(views, 3, height, width)`, views of
+            unequal size padded at bottom and right; int64 `view_positions` `(views, 9)` (see `Column`), `view_boxes`
+            `(views, 4)` (top, left, bottom, right in 1/256 source pixel) and `view_spans` `(views, 4)` (first and
+            past-last row and column of patches that enter). For each extra tower `pixel_values_<name>`
+            `(images, 3, size, size)`.
 
         Raises:
             ValueError: If an image or option is wrong; the message names the image's index.
@@ -234,6 +237,8 @@ class HiResLmmImageProcessor(PilBackend):
         counts = self._count(plans, settings, images)
         _check_views(plans)
         data = {"pixel_values": _render(pictures, plans, settings), **_geometry(plans, counts)}
+        for name, tower in (settings.extra_towers or {}).items():
+            data[f"pixel_values_{name}"] = np.stack([_draw_whole(picture, tower, settings) for picture in pictures])
         batch = BatchFeature(data=data, tensor_type=kwargs.get("return_tensors"))
         return batch if kwargs.get("device") is None else batch.to(kwargs["device"])
 
@@ -311,21 +316,12 @@ class HiResLmmImageProcessor(PilBackend):
         counter[0] += len(flatten_images(images))
         return open_image(images, index)
 
-    def _checked(self, options: dict[str, Any]) -> dict[str, Any]:
-        """Refuse unknown names, wrong types and options that would have no effect."""
+    def _check_types(self, options: dict[str, Any]) -> None:
         self._refuse_unknown(set(options))
-        for name, allowed in FIXED_OPTIONS.items():
-            if options.get(name) not in allowed:
-                raise ValueError(f"{name}={options[name]!r} has no meaning for {type(self).__name__}; leave it out.")
-        deep = [name for name, value in options.items() if _is_deep(value)]
-        if deep:
-            raise ValueError(f"Image option {deep[0]!r} is nested too deeply; take it from a saved processor.")
-        options = {name: _as_floats(value) if name in NUMBER_OPTIONS else value for name, value in options.items()}
         try:
             validate_typed_dict(self.valid_kwargs, options)
         except StrictDataclassError as error:
             raise ValueError(f"Wrong image option. {str(error)[:1000]}") from error
-        return options
 
     @classmethod
     def _refuse_unknown(cls, names: set[str]) -> None:
@@ -334,47 +330,76 @@ class HiResLmmImageProcessor(PilBackend):
             shown = ", ".join(sorted(known - set(FIXED_OPTIONS)))
             raise ValueError(f"Unknown image options {sorted(names - known)}; the known ones are {shown}.")
 
-    def _with_view_size(self, options: dict[str, Any]) -> dict[str, Any]:
-        """Replace `size` by `view_size`."""
-        options = dict(options)
-        size = options.pop("size", None)
-        if size is not None:
-            side = _square_side(size)
-            if options.get("view_size") not in (None, side):
-                raise ValueError(f"size={size!r} contradicts view_size={options['view_size']}; pass one of them.")
-            options["view_size"] = side
-        return options
-
-    def _settings(self, options: dict[str, Any]) -> _Settings:
-        """The options of one call: given ones before the processor's own."""
-        given = self._with_view_size(self._checked(options))
-
-        def option(name: str) -> Any:
-            return getattr(self, name) if given.get(name) is None else given[name]
-
-        name, planner, own = find_planner(option("planner"))
-        if not option("do_convert_rgb"):
-            raise ValueError("do_convert_rgb=False has no meaning: the vision tower reads RGB; leave it out.")
-        names = ("view_size", "patch_size", "max_crops", "pinpoints", "unpad", "global_view", "views")
-        limits = planner.build_options(name, {**{each: option(each) for each in names}, **own})
-        layout = option("token_layout")
+    def _settings(self, kwargs: dict[str, Any]) -> _Settings:
+        """The options of one call, checked: given ones before the processor's own."""
+        self._check_types(kwargs)
+        names = set(self.valid_kwargs.__annotations__) - {"size"}
+        own = {name: getattr(self, name) for name in names if hasattr(self, name)}
+        given = {name: value for name, value in _with_view_size(kwargs).items() if value is not None}
+        options = {**own, **given}
+        _check_values(options)
+        name, planner, planner_options = find_planner(options["planner"])
+        shared = ("view_size", "patch_size", "max_crops", "pinpoints", "unpad", "global_view", "views")
+        limits = planner.build_options(name, {**{each: options[each] for each in shared}, **planner_options})
+        layout = options["token_layout"]
         scale, shift = _scale_and_shift(
-            option("rescale_factor") if option("do_rescale") else 1.0,
-            *((option("image_mean"), option("image_std")) if option("do_normalize") else (0.0, 1.0)),
+            options["rescale_factor"] if options["do_rescale"] else 1.0,
+            *((options["image_mean"], options["image_std"]) if options["do_normalize"] else (0.0, 1.0)),
         )
         return _Settings(
             planner=planner,
             limits=limits,
             layout=_plain_layout(limits) if layout is None else TokenLayout.from_dict(layout),
-            max_image_tokens=_checked_budgets(option("max_image_tokens")),
-            resample=_checked_resample(option("resample")),
             scale=scale,
             shift=shift,
-            background=_checked_color(option("background")),
-            pixel_limit=_checked_pixel_limit(option("pixel_limit")),
-            input_data_format=_checked_data_format(option("input_data_format")),
-            do_rescale=bool(option("do_rescale")),
+            **{name: options[name] for name in ("max_image_tokens", "resample", "pixel_limit", "do_rescale")},
+            extra_towers=options["extra_towers"],
+            rescale_factor=options["rescale_factor"] if options["do_rescale"] else 1.0,
+            background=tuple(options["background"]),
+            input_data_format=options.get("input_data_format"),
         )
+
+
+def _check_values(options: dict[str, Any]) -> None:
+    """Refuse values of the right type that are wrong or would have no effect."""
+    for name, allowed in FIXED_OPTIONS.items():
+        if options.get(name) not in allowed:
+            raise ValueError(f"{name}={options[name]!r} has no meaning here; leave it out.")
+    resample, color, limit, order, budget = (
+        options.get(name)
+        for name in ("resample", "background", "pixel_limit", "input_data_format", "max_image_tokens")
+    )
+    rules = {
+        "do_convert_rgb": (options["do_convert_rgb"], "True: the vision tower reads RGB"),
+        "resample": (resample is None or resample in list(PILImageResampling), "a Pillow filter, 0 to 5, or None"),
+        "background": (_is_color(color), "three integers from 0 to 255 (RGB)"),
+        "pixel_limit": (limit is not None and limit >= 1, "an integer of at least 1"),
+        "input_data_format": (order in (None, *FORMATS), f"'{FORMATS[0]}' or '{FORMATS[1]}'"),
+        "max_image_tokens": (_is_budget(budget), "an integer of at least 1 (in a call also a list), or None"),
+    }
+    for name, (is_right, words) in rules.items():
+        if not is_right:
+            raise ValueError(f"{name}={options.get(name)!r} must be {words}.")
+
+
+def _with_view_size(options: dict[str, Any]) -> dict[str, Any]:
+    """Options with `size`, of transformers, as `view_size`."""
+    if options.get("size") is None:
+        return {name: value for name, value in options.items() if name != "size"}
+    side = _square_side(options["size"])
+    if options.get("view_size") not in (None, side):
+        raise ValueError(f"size={options['size']!r} contradicts view_size={options['view_size']}; pass one of them.")
+    return {**{name: value for name, value in options.items() if name != "size"}, "view_size": side}
+
+
+def _is_color(value: Any) -> bool:
+    return value is not None and len(value) == 3 and all(type(part) is int and 0 <= part <= 255 for part in value)
+
+
+def _is_budget(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_budget, value))
+    return value is None or (type(value) is int and value >= 1)
 
 
 def _num_tokens(plan: ViewPlan, budget: int | None, settings: _Settings, index: int) -> int:
@@ -419,19 +444,39 @@ def _geometry(plans: list[ViewPlan], counts: list[int]) -> dict[str, np.ndarray]
 
 def _render(pictures: list[Image.Image], plans: list[ViewPlan], settings: _Settings) -> np.ndarray:
     """Draw all views: two resizes of each source at most, and every pixel is normalised where it will stay."""
-    side = settings.limits.view_size
-    pixels = np.empty((sum(len(plan.views) for plan in plans), 3, side, side), dtype=np.float32)
-    first = 0
+    sizes = [plan.view_pixels(view) for plan in plans for view in plan.views]
+    largest = [max(size[axis] for size in sizes) for axis in (0, 1)]
+    make = np.empty if len(set(sizes)) == 1 else np.zeros
+    pixels, row = make((len(sizes), 3, *largest), dtype=np.float32), 0
     for picture, plan in zip(pictures, plans, strict=True):
         filters = [_first_given(settings.resample, chosen, PILImageResampling.BICUBIC) for chosen in plan.resample]
-        _normalise(_draw_global(picture, plan, settings.resample, filters[0]), pixels[first], settings)
-        if plan.grid[0]:
-            canvas = _draw_canvas(picture, plan, filters[1])
-            for offset, view in enumerate(plan.views[1:], start=1):
-                top, left = view.row * side, view.col * side
-                _normalise(canvas[top : top + side, left : left + side], pixels[first + offset], settings)
-        first += len(plan.views)
+        canvas = _draw_canvas(picture, plan, filters[1]) if any(plan.canvas) else None
+        for view in plan.views:
+            height, width = sizes[row]
+            if view.kind == Kind.GLOBAL:
+                drawn = _draw_global(picture, plan, sizes[row], settings.resample, filters[0])
+            else:
+                drawn = _cut(cast("np.ndarray", canvas), view, sizes[row])
+            _normalise(drawn, pixels[row, :, :height, :width], settings)
+            row += 1
     return pixels
+
+
+def _cut(canvas: np.ndarray, view: View, size: tuple[int, int]) -> np.ndarray:
+    """A crop of the canvas; of a strided view every n-th pixel, from its place in the grid on."""
+    if view.kind == Kind.STRIDED:
+        return canvas[view.row :: view.grid_rows, view.col :: view.grid_cols][: size[0], : size[1]]
+    top, left = view.row * size[0], view.col * size[1]
+    return canvas[top : top + size[0], left : left + size[1]]
+
+
+def _draw_whole(picture: Image.Image, tower: dict[str, Any], settings: _Settings) -> np.ndarray:
+    """The whole image squeezed to the square of an extra tower, with the numbers of that tower."""
+    side = tower["size"]
+    factor = settings.rescale_factor
+    scale, shift = _scale_and_shift(factor, tower["image_mean"], tower["image_std"])
+    drawn = _draw(picture, (side, side), (side, side), (0, 0), settings.background, PILImageResampling.BICUBIC)
+    return drawn.transpose(2, 0, 1).astype(np.float32) * scale + shift
 
 
 def _first_given(*choices: int | None) -> int:
@@ -458,41 +503,16 @@ def _draw(
     return drawn
 
 
-def _draw_global(picture: Image.Image, plan: ViewPlan, asked: int | None, resample: int) -> np.ndarray:
+def _draw_global(
+    picture: Image.Image, plan: ViewPlan, size: tuple[int, int], asked: int | None, resample: int
+) -> np.ndarray:
     """The global view as uint8, or as float32 where it is interpolated; a filter that was asked for goes first."""
     side, square = plan.view_size, plan.global_square
     if square is None or asked is not None:
-        return _draw(picture, plan.global_size, (side, side), plan.global_paste, plan.global_fill, resample)
-    paste = square_paste(plan.size, square)
-    return interpolate_bicubic(_draw(picture, plan.size, (square, square), paste, plan.global_fill, resample), side)
-
-
-def interpolate_bicubic(square: np.ndarray, side: int) -> np.ndarray:
-    """Resize a square image by bicubic interpolation without antialiasing, with the numbers of torch.
-
-    Args:
-        square (`np.ndarray` of shape `(n, n, 3)`): Pixels.
-        side (`int`): Side of the result, pixels.
-
-    Returns:
-        `(side, side, 3)` float32; may overshoot the range of the pixels.
-    """
-    size = square.shape[0]
-    if size == side:
-        return square.astype(np.float32)
-    places = (np.arange(side) + 0.5) * (size / side) - 0.5
-    first = np.floor(places).astype(np.int64)
-    taps = [np.clip(first + tap, 0, size - 1) for tap in range(-1, 3)]
-    weights = [_cubic_weight(places - first - tap).astype(np.float32) for tap in range(-1, 3)]
-    rows = sum(weight[:, None, None] * square[tap] for weight, tap in zip(weights, taps, strict=True))
-    return sum(weight[:, None] * rows[:, tap] for weight, tap in zip(weights, taps, strict=True))
-
-
-def _cubic_weight(distance: np.ndarray, a: float = -0.75) -> np.ndarray:
-    """The cubic convolution kernel."""
-    x = np.abs(distance)
-    near = (a + 2) * x**3 - (a + 3) * x**2 + 1
-    return np.where(x <= 1, near, np.where(x < 2, a * (x**3 - 5 * x**2 + 8 * x - 4), 0.0))
+        return _draw(picture, plan.global_size, size, plan.global_paste, plan.global_fill, resample)
+    drawn = _draw(picture, plan.size, (square, square), square_paste(plan.size, square), plan.global_fill, resample)
+    planes = torch.tensor(drawn).permute(2, 0, 1)[None].float()
+    return interpolate(planes, size=(side, side), mode="bicubic", align_corners=False)[0].permute(1, 2, 0).numpy()
 
 
 def _draw_canvas(picture: Image.Image, plan: ViewPlan, resample: int) -> np.ndarray:
@@ -511,24 +531,18 @@ def _normalise(view: np.ndarray, pixels: np.ndarray, settings: _Settings) -> Non
 
 def _scale_and_shift(factor: float, mean: Any, std: Any) -> tuple[np.ndarray, np.ndarray]:
     """Rescaling and normalisation as one multiplication and one addition per channel."""
-    numbers = []
-    for name, value in (("image_mean", mean), ("image_std", std)):
-        values = np.asarray(value, dtype=np.float64) if value is not None else np.empty(0)
-        if values.shape not in ((), (3,)) or not np.isfinite(values).all():
-            raise ValueError(f"{name}={value!r} must be one finite number or three.")
-        numbers.append(np.broadcast_to(values, (3,)))
-    if (numbers[1] == 0).any():
-        raise ValueError(f"image_std={std!r} must not be 0.")
-    if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not np.isfinite(factor):
-        raise ValueError(f"rescale_factor={factor!r} must be a finite number.")
-    with np.errstate(over="ignore"):
-        scale = (factor / numbers[1]).astype(np.float32).reshape(3, 1, 1)
-        shift = (-numbers[0] / numbers[1]).astype(np.float32).reshape(3, 1, 1)
-    if not np.isfinite(scale * 255).all() or not np.isfinite(shift).all():
+    try:
+        means, stds = (np.broadcast_to(np.asarray(value, dtype=np.float64), (3,)) for value in (mean, std))
+        with np.errstate(all="ignore"):
+            scale = (float(factor) / stds).astype(np.float32).reshape(3, 1, 1)
+            shift = (-means / stds).astype(np.float32).reshape(3, 1, 1)
+        if not (np.isfinite(scale * 255) & np.isfinite(shift)).all():
+            raise ValueError("float32 cannot hold the pixels")
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(
-            f"rescale_factor={factor!r}, image_mean={mean!r} and image_std={std!r} give pixels that float32 cannot "
-            "hold; correct them."
-        )
+            f"rescale_factor={factor!r}, image_mean={mean!r} and image_std={std!r} must be finite, one number or one "
+            f"a channel, image_std not 0 ({error})."
+        ) from error
     return scale, shift
 
 
@@ -546,69 +560,6 @@ def _square_side(size: Any) -> int:
     if set(sides) != {"height", "width"} or sides["height"] != sides["width"]:
         raise ValueError(f"size={size!r} must be one side of a square view, as {{'height': 336, 'width': 336}}.")
     return sides["height"]
-
-
-def _checked_budgets(value: Any) -> Any:
-    if isinstance(value, (list, tuple)):
-        return [_checked_budgets(own) for own in value]
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-        raise ValueError(
-            f"max_image_tokens={value!r} must be an integer of at least 1 (in a call also a list), or None."
-        )
-    return value
-
-
-def _checked_resample(value: Any) -> int | None:
-    if value is not None and (isinstance(value, bool) or value not in list(PILImageResampling)):
-        names = ", ".join(f"{member.value} ({member.name})" for member in PILImageResampling)
-        raise ValueError(f"resample={value!r} is no Pillow filter; choose one of {names}, or None.")
-    return value
-
-
-def _checked_color(value: Any) -> tuple[int, int, int]:
-    valid = isinstance(value, (list, tuple)) and len(value) == 3
-    if not valid or any(isinstance(part, bool) or not isinstance(part, int) or not 0 <= part <= 255 for part in value):
-        raise ValueError(f"background={value!r} must be three integers from 0 to 255 (RGB).")
-    return value[0], value[1], value[2]
-
-
-def _checked_pixel_limit(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"pixel_limit={value!r} must be an integer number of pixels of at least 1.")
-    return value
-
-
-def _checked_data_format(value: Any) -> str | None:
-    if value is None:
-        return None
-    try:
-        return ChannelDimension(value).value
-    except ValueError as error:
-        raise ValueError(f"input_data_format={value!r} is unknown; 'channels_first' or 'channels_last'.") from error
-
-
-def _as_floats(value: Any) -> Any:
-    return tuple(map(_as_float, value)) if isinstance(value, (list, tuple)) else _as_float(value)
-
-
-def _as_float(value: Any) -> Any:
-    try:
-        return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
-    except OverflowError:  # an integer of hundreds of digits; the check of types names it
-        return value
-
-
-def _is_deep(value: Any) -> bool:
-    """Whether lists and dicts are nested further than any option needs."""
-    level = [value]
-    for _ in range(OPTION_DEPTH):
-        level = [
-            inner
-            for outer in level
-            if isinstance(outer, (list, tuple, dict))
-            for inner in (outer.values() if isinstance(outer, dict) else outer)
-        ]
-    return bool(level)
 
 
 def _is_service_name(name: str) -> bool:

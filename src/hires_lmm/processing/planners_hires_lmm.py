@@ -155,6 +155,12 @@ class ViewPlan:
         """Rows and columns of the crops; `(0, 0)` without crops."""
         return self.views[0].grid_rows, self.views[0].grid_cols
 
+    def view_pixels(self, view: View) -> Size:
+        """Height and width of a view in pixels: the tower's own size, or as many patches as the view has."""
+        if view.patches == (self.patch_grid, self.patch_grid):
+            return self.view_size, self.view_size
+        return view.patches[0] * self.patch_size, view.patches[1] * self.patch_size
+
     @property
     def patch_grid(self) -> int:
         """Patches along one side of a view."""

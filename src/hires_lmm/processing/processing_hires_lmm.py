@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from inspect import signature
 from os import getpid
-from threading import Lock, local
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ from .image_input_hires_lmm import flatten_images
 from .image_processing_hires_lmm import HiResLmmImageProcessor, HiResLmmImageProcessorKwargs, is_loading_name
 from .messages_hires_lmm import QUERY_TOKEN, clean_messages, drop_marks, protect, protect_messages
 from .planners_hires_lmm import find_planner
-from .tower_table_hires_lmm import TOWERS, known_stats
+from .tower_table_hires_lmm import TOWERS, known_stats, view_side
 
 
 logger = logging.get_logger(__name__)
@@ -45,9 +45,6 @@ response_template split_special_tokens tokenizer_file tokenizer_type truncation_
 SURROGATE = "[\ud800-\udfff]"
 LOCKS: dict[int, Lock] = {}
 """One lock a process: a forked one would inherit a lock that another thread holds for ever."""
-
-HELD = local()
-"""`lock`: what this thread holds."""
 
 TEMPLATE_BY_TOKEN = {"<|start_header_id|>": "llama3", "<|im_start|>": "chatml"}
 
@@ -75,6 +72,14 @@ class HiResLmmProcessor(ProcessorMixin):
     """
 
     valid_processor_kwargs = HiResLmmProcessorKwargs
+    on_saved: Any = None  # called with processor and folder after saving; the package writes the card there
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        """See `ProcessorMixin.save_pretrained`."""
+        files = super().save_pretrained(save_directory, *args, **kwargs)
+        if self.on_saved is not None:
+            self.on_saved(save_directory)
+        return files
 
     def __init__(
         self,
@@ -142,6 +147,7 @@ class HiResLmmProcessor(ProcessorMixin):
         shared = HiResLmmImageProcessorKwargs.__annotations__
         own = {key: options.pop(key) for key in list(options) if key not in shared}
         options["planner"] = {"name": name, **own} if own else name
+        options["extra_towers"] = _extra_towers(config)
         options["token_layout"] = config.token_layout()
         options["patch_size"] = config.vision_config.patch_size
         if not {"view_size", "size"} & set(changes):
@@ -173,7 +179,7 @@ class HiResLmmProcessor(ProcessorMixin):
         Tokenizers keep padding and truncation of a call as a state of their own. So one thread tokenises at a time,
         while others may cut images, and the state is put back.
         """
-        with tokenizer_alone(self.tokenizer):
+        with _tokenizer_alone(self.tokenizer):
             inputs = super().__call__(images=images, text=text, videos=videos, audio=audio, **kwargs)
         if text is not None and not self._has_warned:
             self._warn_beyond_context(inputs)
@@ -369,8 +375,12 @@ class HiResLmmProcessor(ProcessorMixin):
         return table
 
     def _process_images(self, images: Any, **kwargs: Any) -> tuple[Any, list[str]]:
-        with others_may_tokenise():
+        lock = LOCKS[getpid()]  # `__call__` holds it; nothing is tokenised yet, so another thread may
+        lock.release()
+        try:
             inputs = self.image_processor(images, **kwargs)
+        finally:
+            lock.acquire()
         number = len(flatten_images(images))
         return inputs, [self.replace_image_token(inputs, index, **kwargs) for index in range(number)]
 
@@ -411,15 +421,19 @@ class HiResLmmProcessor(ProcessorMixin):
             if not isinstance(kwargs.get(group, {}), dict):
                 raise ValueError(f"{group}={kwargs[group]!r} must be a dict of options.")
             _refuse_unknown(set(kwargs.get(group, {})), names, group)
+        saved = {name: value for name, value in (tokenizer_init_kwargs or {}).items() if name in text_names}
         try:
-            merged = super()._merge_kwargs(
-                ModelProcessorKwargs or self.valid_processor_kwargs, tokenizer_init_kwargs, **kwargs
-            )
-            _check_lengths(merged["text_kwargs"])
+            merged = super()._merge_kwargs(ModelProcessorKwargs or self.valid_processor_kwargs, saved, **kwargs)
             validate_typed_dict(TextKwargs, merged["text_kwargs"])
-            return merged
         except StrictDataclassError as error:
             raise ValueError(f"Wrong option. {str(error)[:1000]}") from error
+        if merged["text_kwargs"].get("is_split_into_words"):
+            raise ValueError("is_split_into_words=True is not supported: pass whole texts.")
+        for name, least in (("max_length", 0), ("stride", 0), ("pad_to_multiple_of", 1)):
+            value = merged["text_kwargs"].get(name)
+            if value is not None and value < least:
+                raise ValueError(f"{name}={value} must be at least {least}.")
+        return merged
 
     def _check_special_mm_tokens(self, text: list[str], text_inputs: Any, modalities: list[str]) -> None:
         drop_marks(text, text_inputs, self.image_token, self.tokenizer)
@@ -445,50 +459,19 @@ class HiResLmmProcessor(ProcessorMixin):
             raise
 
 
-def _check_lengths(options: dict[str, Any]) -> None:
-    """Refuse lengths for which tokenizers have no clear error, and texts in words."""
-    if options.get("is_split_into_words"):
-        raise ValueError("is_split_into_words=True is not supported: pass whole texts.")
-    for name, least in (("max_length", 0), ("stride", 0), ("pad_to_multiple_of", 1)):
-        value = options.get(name)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-            raise ValueError(f"{name}={value!r} must be an integer of at least {least}.")
-
-
 @contextmanager
-def tokenizer_alone(tokenizer: Any) -> Iterator[None]:
-    """Keep other threads of this process from tokenising, and give the tokenizer its padding and truncation back.
-
-    Args:
-        tokenizer: Any tokenizer; a fast one has a state.
-    """
-    lock = LOCKS.setdefault(getpid(), Lock())
+def _tokenizer_alone(tokenizer: Any) -> Iterator[None]:
+    """Keep other threads from tokenising, and give the tokenizer back the padding and truncation that it keeps."""
     backend = tokenizer.backend_tokenizer if hasattr(tokenizer, "backend_tokenizer") else None
-    with lock:
-        HELD.lock = lock
+    with LOCKS.setdefault(getpid(), Lock()):
         padding, truncation = (None, None) if backend is None else (backend.padding, backend.truncation)
         try:
             yield
         finally:
-            HELD.lock = None
             if backend is not None and backend.padding != padding:
                 backend.no_padding() if padding is None else backend.enable_padding(**padding)
             if backend is not None and backend.truncation != truncation:
                 backend.no_truncation() if truncation is None else backend.enable_truncation(**truncation)
-
-
-@contextmanager
-def others_may_tokenise() -> Iterator[None]:
-    """Within `tokenizer_alone`, before anything is tokenised: let other threads do so for a while."""
-    lock = getattr(HELD, "lock", None)
-    if lock is None:
-        yield
-        return
-    lock.release()
-    try:
-        yield
-    finally:
-        lock.acquire()
 
 
 def _is_batch(conversation: Any) -> bool:
@@ -579,6 +562,17 @@ def _view_size(vision_config: Any) -> int:
     if not isinstance(size, int):
         raise ValueError(f"vision_config.image_size={size!r} is no side of a square; pass view_size=… (pixels).")
     return size
+
+
+def _extra_towers(config: Any) -> dict[str, dict] | None:
+    """Size and numbers of the views of extra towers."""
+    towers = {}
+    for name, tower in config.extra_tower_configs().items():
+        stats = known_stats(tower.model_type)
+        if stats is None:
+            raise ValueError(f"Mean and deviation of the extra tower {name!r} ({tower.model_type}) are not known.")
+        towers[name] = {"size": view_side(tower), **{key: list(stats[key]) for key in ("image_mean", "image_std")}}
+    return towers or None
 
 
 def _tower_stats(model_type: str, planner: str, image_stats: Any) -> dict[str, Any]:

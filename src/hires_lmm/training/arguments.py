@@ -1,0 +1,24 @@
+"""Arguments of the Trainer as recipes hold them."""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments
+
+
+def build_arguments(folder: str | Path, **values: Any) -> TrainingArguments:
+    """Build `TrainingArguments` for our collator, with `activation_checkpointing` at every minor of transformers.
+
+    Args:
+        folder (`str` or `Path`): The output folder.
+        values: Fields of `TrainingArguments`; before 5.23 those of activation checkpointing had another name.
+
+    Returns:
+        The arguments.
+    """
+    known = TrainingArguments.__dataclass_fields__
+    named = {
+        name if name in known else name.replace("activation_checkpointing", "gradient_checkpointing"): value
+        for name, value in values.items()
+    }
+    return TrainingArguments(str(folder), **{"remove_unused_columns": False, **named})

@@ -1,0 +1,243 @@
+"""What this package takes from transformers and its companions beyond their documented surface, each with its reason.
+
+A place is `module:name`. `parameters` are those of the signature, None for what has none; `CACHE` is the name of the
+cache, which `compat` knows. A mention is a text in the source of a place: a name that the library asks for or sets.
+"""
+
+from typing import NamedTuple
+
+from hires_lmm.modeling.compat_hires_lmm import CACHE
+
+
+class Use(NamedTuple):
+    """One name, with the parameters it must have and what we do with it."""
+
+    place: str
+    parameters: str | None
+    reason: str
+
+
+class Mention(NamedTuple):
+    """A text that the source of a place must hold, and what rests on it."""
+
+    place: str
+    text: str
+    reason: str
+
+
+GENERATION, MODEL, CONFIG = (
+    "transformers.generation.utils:GenerationMixin",
+    "transformers.modeling_utils:PreTrainedModel",
+    "transformers.configuration_utils:PreTrainedConfig",
+)
+PROCESSOR, IMAGES = "transformers.processing_utils:ProcessorMixin", "transformers.image_processing_backends:PilBackend"
+
+USES = [
+    # generate
+    Use(
+        f"{GENERATION}._maybe_prepare_encoder_kwargs_for_generation",
+        "self, inputs_tensor, model_kwargs, model_input_name, generation_config",
+        "the one place before beams and prefill: images are encoded once and told where the prompt ends",
+    ),
+    Use(
+        f"{GENERATION}._expand_multimodal_outputs",
+        "self, input_ids, mm_encoder_output, expand_size, inputs_embeds",
+        "beams and returned sequences repeat images, whose features hold more than one list",
+    ),
+    Use(
+        f"{GENERATION}._update_model_kwargs_for_generation",
+        "self, outputs, model_kwargs, is_encoder_decoder, num_new_tokens",
+        "decoding goes on with the mask and positions of what was kept",
+    ),
+    Use(
+        "transformers.masking_utils:create_masks_for_generate",
+        f"config, inputs_embeds, attention_mask, {CACHE}, position_ids, or_mask_function, and_mask_function, "
+        "block_sequence_ids, **kwargs",
+        "masks of a static cache after the first step; our hook of that name leaves the first one two-dimensional",
+    ),
+    # the model
+    Use(f"{MODEL}.post_init", "self", "block classes that are absent leave `_no_split_modules` once all is built"),
+    Use(f"{MODEL}.initialize_weights", "self", "each half starts its weights by its own rules"),
+    Use(f"{MODEL}._init_weights", "self, module", "parts of the connector start their own weights"),
+    Use(
+        f"{MODEL}._finalize_model_loading",
+        "model, load_config, loading_info",
+        "the lists of missing tensors are kept where those of an adapter would replace them",
+    ),
+    Use("transformers.utils.loading_report:LoadStateDictInfo.to_dict", "self", "those lists, by name"),
+    Use(
+        f"{MODEL}._resize_token_embeddings",
+        "self, new_num_tokens, pad_to_multiple_of, mean_resizing",
+        "parts with word embeddings follow the vocabulary",
+    ),
+    Use(f"{MODEL}._from_config", "config, **kwargs", "a new model of a configuration in a wanted precision"),
+    Use(f"{MODEL}._no_split_modules", None, "blocks that FSDP and `device_map` keep whole"),
+    Use(f"{MODEL}._skip_keys_device_placement", None, "the cache stays where it is under `device_map`"),
+    Use(f"{MODEL}._tied_weights_keys", None, "the head may be the word embeddings"),
+    Use(f"{MODEL}._tp_plan", None, "the head under tensor parallelism"),
+    Use(f"{MODEL}._fsdp_plan", None, "the head under FSDP"),
+    Use(f"{MODEL}._keys_to_ignore_on_load_unexpected", None, "the base model loads from a file with a head"),
+    Use(f"{MODEL}._keys_to_ignore_on_save", None, "weights of objectives stay out of checkpoints"),
+    Use(f"{MODEL}._supports_flash_attn", None, "parts and language model take every backend of attention"),
+    Use(f"{MODEL}._supports_sdpa", None, "as above"),
+    Use(f"{MODEL}._supports_flex_attn", None, "as above"),
+    Use(f"{MODEL}._supports_attention_backend", None, "as above; servers ask for it"),
+    Use(f"{CONFIG}._attn_implementation", None, "the backend that the attention of our parts looks up"),
+    Use("transformers.modeling_utils:ALL_ATTENTION_FUNCTIONS", None, "the backends of attention by name"),
+    Use(
+        "transformers.modeling_utils:AttentionInterface.get_interface",
+        "self, attn_implementation, default",
+        "one of them, or our plain one",
+    ),
+    Use("transformers.utils.generic:can_return_tuple", "func", "`return_dict=False` of `forward`"),
+    Use(
+        "transformers.utils.generic:merge_with_config_defaults",
+        "func",
+        "`use_cache` and `vision_feature_layer` of the config",
+    ),
+    Use(
+        "transformers.utils.generic:maybe_autocast",
+        "device_type, dtype, enabled, cache_enabled",
+        "position tables are stretched in float32",
+    ),
+    Use("transformers.utils:ModelOutput.to_tuple", "self", "features of images are a tuple in a tuple"),
+    Use("transformers.utils:TransformersKwargs", None, "the annotation of what `forward` hands on"),
+    Use("transformers.processing_utils:Unpack", None, "as above"),
+    Use("transformers.activations:ACT2FN", None, "activations by name"),
+    Use("transformers.initialization:normal_", "tensor, mean, std, generator", "spares weights that were loaded"),
+    Use("transformers.initialization:trunc_normal_", "tensor, mean, std, a, b, generator", "as above"),
+    Use("transformers.initialization:zeros_", "tensor", "as above"),
+    Use("transformers.initialization:copy_", "tensor, other", "as above"),
+    Use("transformers.integrations:is_fsdp_enabled", "", "weights without storage are no fault then"),
+    Use(
+        "transformers.loss.loss_utils:ForCausalLMLoss",
+        "logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs",
+        "`shift_labels` spares the head positions without a label",
+    ),
+    Use("transformers.cache_utils:Cache.get_seq_length", "self, layer_idx", "positions that the cache holds"),
+    Use(
+        "transformers.cache_utils:DynamicCache.update",
+        "self, key_states, value_states, layer_idx, *args, **kwargs",
+        "fusion fills a cache with what it has read before",
+    ),
+    Use(
+        "transformers.cache_utils:DynamicLayer.update",
+        "self, key_states, value_states, *args, **kwargs",
+        "as above; a layer has `keys` and `values`, which fusion cuts",
+    ),
+    # the configuration
+    Use(f"{CONFIG}.__post_init__", "self, **kwargs", "checks after the parts are configurations"),
+    Use(f"{CONFIG}.sub_configs_defaults", None, "tower, language model and connector as parts"),
+    Use(
+        "transformers.configuration_utils:SubConfigSpec", "config_class, model_type, init_kwargs, optional", "as above"
+    ),
+    Use("huggingface_hub.dataclasses:strict", "cls, accept_kwargs", "wrong types of options are refused"),
+    Use("huggingface_hub.dataclasses:validate_typed_dict", "schema, data", "as above, of processors"),
+    # the processors
+    Use(
+        f"{PROCESSOR}.prepare_inputs_layout",
+        "self, images, text, videos, audio, **kwargs",
+        "videos and audio are refused",
+    ),
+    Use(
+        f"{PROCESSOR}.validate_inputs",
+        "self, images, text, videos, audio, **kwargs",
+        "images and `<image>` are compared by sample",
+    ),
+    Use(
+        f"{PROCESSOR}._merge_kwargs",
+        "self, ModelProcessorKwargs, tokenizer_init_kwargs, **kwargs",
+        "unknown options are refused",
+    ),
+    Use(f"{PROCESSOR}._process_images", "self, images, **kwargs", "other threads may tokenise meanwhile"),
+    Use(
+        f"{PROCESSOR}.replace_image_token", "self, image_inputs, image_idx, **kwargs", "as many placeholders as tokens"
+    ),
+    Use(
+        f"{PROCESSOR}.get_text_with_replacements",
+        "self, text, images_replacements, videos_replacements, audio_replacements",
+        "`<query>` of later turns",
+    ),
+    Use(
+        f"{PROCESSOR}._check_special_mm_tokens",
+        "self, text, text_inputs, modalities",
+        "truncation names the length that is needed",
+    ),
+    Use(f"{PROCESSOR}.valid_processor_kwargs", None, "our options"),
+    Use(
+        "transformers.processing_utils:MultiModalData",
+        "num_image_tokens, num_video_tokens, num_audio_tokens, num_image_patches",
+        "counts for servers",
+    ),
+    Use(
+        "transformers.models.llava_next.processing_llava_next:LlavaNextProcessor._get_num_multimodal_tokens",
+        "self, image_sizes, **kwargs",
+        "the name that servers call; the same of LLaVA-NeXT is what our counts are compared with",
+    ),
+    Use(
+        "transformers.models.llava_next.image_processing_pil_llava_next:LlavaNextImageProcessorPil",
+        "**kwargs",
+        "as above",
+    ),
+    Use(IMAGES, "**kwargs", "an image processor without torchvision"),
+    Use(f"{IMAGES}.fetch_images", "self, image_url_or_urls", "sources are opened with the limits of ours"),
+    Use(
+        f"{IMAGES}.preprocess", "self, images, *args, image_like_kwargs, **kwargs", "views in place of resized images"
+    ),
+    Use(f"{IMAGES}.from_dict", "image_processor_dict, **kwargs", "a `size` beside a saved file"),
+    Use(f"{IMAGES}.valid_kwargs", None, "our options"),
+    # checkpoints and training
+    Use(
+        "transformers.dynamic_module_utils:custom_object_save",
+        "obj, folder, config",
+        "conversion writes our code into folders without a model",
+    ),
+    Use("transformers.trainer:TRAINER_STATE_NAME", None, "the file that is written last tells a whole checkpoint"),
+    Use("transformers.trainer_utils:PREFIX_CHECKPOINT_DIR", None, "the folders of checkpoints"),
+    Use("transformers.trainer_callback:ExportableState", "", "the stage stands in `trainer_state.json`"),
+    Use("transformers.trainer_callback:ExportableState.state", "self", "as above"),
+    Use(
+        "transformers.trainer:Trainer.get_optimizer_cls_and_kwargs",
+        "args, model",
+        "the optimizer of the arguments with our groups",
+    ),
+    Use(
+        "transformers.trainer:Trainer.compute_loss",
+        "self, model, inputs, return_outputs, num_items_in_batch",
+        "a run on captions has a loss of its own",
+    ),
+]
+
+MENTIONS = [
+    Mention(f"{GENERATION}.prepare_inputs_for_generation", '"create_masks_for_generate"', "our hook is asked"),
+    Mention(
+        f"{GENERATION}.generate", "generation_config._mask_length", "the length of a mask of ones that was dropped"
+    ),
+    Mention(f"{GENERATION}._expand_inputs_for_generation", '"mm_encoder_outputs"', "features wait there for beams"),
+    Mention(
+        f"{GENERATION}._supports_mm_encoder_outputs", '"mm_encoder_outputs"', "`forward` takes them under this name"
+    ),
+    Mention(
+        f"{GENERATION}._prepare_multimodal_encoder_kwargs_for_generation",
+        "get_{modality}_features",
+        "our encoder is called",
+    ),
+    Mention(
+        "transformers.generation.candidate_generator:AssistedCandidateGenerator.__init__",
+        "is_assistant = True",
+        "drafts may go on with a packed cache",
+    ),
+    Mention(
+        "transformers.trainer:Trainer.prediction_step",
+        '"keys_to_ignore_at_inference"',
+        "evaluation gathers logits alone",
+    ),
+    Mention("transformers.trainer_utils:RemoveColumnsCollator", "self.data_collator", "our collator is found within"),
+    Mention(
+        "transformers.configuration_utils:PreTrainedConfig.save_pretrained",
+        "_auto_class",
+        "saved folders carry their code",
+    ),
+    Mention("transformers.dynamic_module_utils:custom_object_save", "auto_map", "and name its classes"),
+    Mention("accelerate.hooks:add_hook_to_module", "_hf_hook", "weights that an offload hook holds are no fault"),
+]
