@@ -213,7 +213,8 @@ AT_IMPORT_CALLS = {"Planner", "TowerFamily", "logging.get_logger", "field", "loc
 AT_IMPORT_METHODS = {"strip", "replace"}  # of texts
 DECORATORS = {
     "cached_property", "can_return_tuple", "classmethod", "contextmanager", "dataclass", "lru_cache",
-    "merge_with_config_defaults", "property", "size.setter", "staticmethod", "strict", "torch.autograd.function.once_differentiable",
+    "merge_with_config_defaults", "property", "size.setter", "staticmethod", "strict",
+    "torch.autograd.function.once_differentiable",
     "takes_cache", "torch.compiler.assume_constant_result", "torch.no_grad", "triton.jit", "wraps",
 }  # fmt: skip
 DEFINITIONS = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)

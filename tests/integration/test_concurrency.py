@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import reference_routing as routing
-from builders import GEOMETRY, make_batch, random_image, tiny_config, tiny_model, tiny_processor
+from builders import GEOMETRY, geometry_of, make_batch, random_image, tiny_config, tiny_model, tiny_processor
 from hires_lmm.inference import AnswerStream, map_tokens, prepare
 
 
@@ -200,7 +200,8 @@ def test_calls_leave_nothing_on_a_model(name):
     def call(number: int, batch) -> None:
         ask(model, batch, number)
         with torch.no_grad():
-            model(**both, labels=both["input_ids"], vision_chunk_size=1 + number)
+            model(**both, labels=both["input_ids"])
+            model.get_image_features(**geometry_of(both), vision_chunk_size=1 + number)
 
     for number in range(4):
         call(number, batches[0])
