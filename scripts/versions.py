@@ -33,7 +33,7 @@ SHOWN = ("transformers", "torch", "peft", "trl", "accelerate")
 HEAD = ("Tests", *SHOWN, "Python", "Passed", "Failed", "Skipped", "Date")
 
 SUBSETS = {
-    "contract": ["contract", "hub/test_shipped_code.py"],
+    "upstream": ["upstream", "hub/test_shipped_code.py"],
     "processor": ["unit/test_processor.py", "unit/test_image_processor.py", "unit/test_chat_templates.py"],
     "generate": [
         "integration/test_generate_modes.py",
@@ -42,12 +42,7 @@ SUBSETS = {
         "integration/test_routing.py",
         "integration/test_batch_equals_single.py",
     ],
-    "parity": [
-        "integration/test_slime_parity.py",
-        "integration/test_llava_next_parity.py",
-        "integration/test_fusion_golden.py",
-        "convert/test_slime_golden.py",
-    ],
+    "parity": ["golden"],
     "remote code": [
         "hub/test_remote_code.py",
         "hub/test_remote_fusion.py",

@@ -84,7 +84,7 @@ PROCESSORS = {
     "unknown option": (values(PROCESSOR, image_processor__zoom=3), r"Unknown image options \['zoom'\]"),
     "unknown planner": (values(PROCESSOR, image_processor__planner="grid"), "planner='grid'"),
     "no deviation": (values(PROCESSOR, image_processor__image_std=[0, 0, 0]), "image_std"),
-    "layout in part": (values(PROCESSOR, image_processor__token_layout={"patch_grid": [2, 2]}), "global_grid"),
+    "layout in part": (values(PROCESSOR, image_processor__token_layout={"patch_grid": [2, 2]}), "no grids"),
     "no tokenizer": (no("tokenizer.json"), "tokenizer"),
     "tokenizer cut off": (cut("tokenizer.json"), "line|EOF|expected"),
 }

@@ -73,7 +73,7 @@ def kept_positions(model, batch) -> torch.Tensor:
     mask = torch.ones_like(batch["input_ids"][0], dtype=torch.bool)
     if "pixel_values" in batch:
         found = model(**batch, output_token_map=True).token_map
-        counts = batch["view_positions"][batch["view_positions"][:, 0] == 0, 5].tolist()
+        counts = batch["view_positions"][batch["view_positions"][:, 8] == 1, 5].tolist()
         kept = []
         for image, count in enumerate(counts):
             mine = found.kept[found.image == image]

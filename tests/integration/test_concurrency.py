@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import reference_routing as routing
-from builders import GEOMETRY, make_batch, random_image, tiny_config, tiny_model, tiny_processor
+from builders import GEOMETRY, geometry_of, make_batch, random_image, tiny_config, tiny_model, tiny_processor
 from hires_lmm.inference import AnswerStream, map_tokens, prepare
 
 
@@ -187,6 +187,30 @@ def processor_state(processor) -> dict:
     parts = {"processor": processor, "image": processor.image_processor, "tokenizer": processor.tokenizer}
     state = {name: {key: repr(value) for key, value in vars(part).items()} for name, part in parts.items()}
     return {**state, "backend": processor.tokenizer.backend_tokenizer.to_str()}
+
+
+@all_models
+def test_calls_leave_nothing_on_a_model(name):
+    """The first calls may leave what transformers installs once; none leaves anything of its inputs."""
+    model, processor = build(name)
+    batches = batches_of(name, processor)
+    both = make_batch(processor, [("<image> a", [random_image(60, 60)]), ("b", [])])
+
+    def call(number: int, batch) -> None:
+        ask(model, batch, number)
+        with torch.no_grad():
+            model(**both, labels=both["input_ids"])
+            model.get_image_features(**geometry_of(both), vision_chunk_size=1 + number)
+
+    for number in range(4):
+        call(number, batches[0])
+    before = model_state(model)
+    for number, batch in enumerate(batches):
+        call(number, batch)
+    after = model_state(model)
+    assert after.keys() == before.keys()
+    for path in before:
+        assert after[path] == before[path], path
 
 
 def process(processor, number: int):

@@ -72,7 +72,7 @@ def test_predicted_counts_equal_placeholders(preset, with_budget):
             if got != wanted
         ]
         positions = batch["view_positions"]
-        assert positions[positions[:, 0] == 0, 5].tolist() == placeholders
+        assert positions[positions[:, 8] == 1, 5].tolist() == placeholders
         rows = processor._get_num_multimodal_tokens(sizes[part], **extra)["num_image_patches"]
         assert sum(rows) == len(batch["pixel_values"]) == len(positions)
     if with_budget:

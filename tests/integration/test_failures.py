@@ -133,7 +133,7 @@ class Scale(Objective):
         return {"layout": model.connector.layout}
 
     def forward(self, step):
-        return (step.calls["layout"][-1].args[0].global_features.float().mean() - self.scale).square().mean()
+        return (step.calls["layout"][-1].args[0].group("global").features.float().mean() - self.scale).square().mean()
 
 
 def test_an_objective_is_written_before_the_checkpoint_before_is_deleted(tmp_path, monkeypatch):

@@ -37,7 +37,7 @@ class Energy(Objective):
         return {"layout": model.connector.layout}
 
     def forward(self, step):
-        tokens = step.calls["layout"][-1].args[0].global_features
+        tokens = step.calls["layout"][-1].args[0].group("global").features
         return step.per_row(self.factor * tokens.float().square().sum(dim=(1, 2)) / 2)
 
 
@@ -83,7 +83,7 @@ def test_the_loss_is_the_sum_of_its_parts(tmp_path):
     generation = tokens.sum() / (labels[:, 1:] != -100).sum()
     torch.manual_seed(100)
     with torch.no_grad():
-        each = objective.image_losses(views[0].global_features, views[0].aux["global_embedding"], images)
+        each = objective.image_losses(views[0].group("global").features, views[0].aux["global_embedding"], images)
     share = (labels[:, 1:] != -100).sum(dim=1) / (labels[:, 1:] != -100).sum()
     painted = share[0] * each[0] + share[1] * (each[1] + each[2]) / 2
     trainer = objective_trainer(

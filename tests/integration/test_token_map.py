@@ -43,6 +43,12 @@ def of_image(found, image: int) -> dict[str, torch.Tensor]:
     return {name: getattr(found, name)[mine] for name in ("view", "cell", "kind", "box", "score", "kept")}
 
 
+def grid_of(layout: dict, kind: int) -> tuple[int, int]:
+    """Token rows and columns of a whole view."""
+    grid = layout["grids"]["crops" if kind else "global"]
+    return grid["rows"], grid["cols"]
+
+
 # --- records -------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("preset", [*PRESETS, "vlsa"])
 def test_records_are_the_tokens_before_selection(preset):
@@ -50,20 +56,20 @@ def test_records_are_the_tokens_before_selection(preset):
     found, layout = output.token_map, model.config.token_layout()
     features = model.get_image_features(**geometry_of(batch), return_dict=True)
     positions, spans = batch["view_positions"].tolist(), batch["view_spans"].tolist()
-    starts = [row for row, position in enumerate(positions) if position[0] == 0] + [len(positions)]
+    starts = [row for row, position in enumerate(positions) if position[8] == 1] + [len(positions)]
     assert len(found.image) == sum(len(part) for part in features.pooler_output)
     for image in range(len(SIZES)):
         records, (start, stop) = of_image(found, image), starts[image : image + 2]
         kinds = reference.layout_kinds(positions[start:stop], spans[start:stop], layout)
         assert [NAMES[kind] for kind in records["kind"]] == kinds
         for view, kind, cell in zip(records["view"], records["kind"], records["cell"], strict=True):
-            if kind == 2:
+            if kind == -1:
                 assert view == -1
                 continue
             assert start <= view < stop and positions[view][0] == kind
-            grid = layout["global_grid"] if kind == 0 else layout["crop_grid"]
+            grid = grid_of(layout, kind)
             assert 0 <= cell[0] < grid[0] and 0 <= cell[1] < grid[1]
-        addresses = torch.cat([records["view"][:, None], records["cell"]], 1)[records["kind"] < 2]
+        addresses = torch.cat([records["view"][:, None], records["cell"]], 1)[records["kind"] >= 0]
         assert len(addresses.unique(dim=0)) == len(addresses)
 
 
@@ -89,7 +95,7 @@ def test_scores_and_kept_are_those_of_the_router(rule):
                 records["score"][scored].double(), torch.tensor(wanted).double(), atol=1e-4, rtol=0
             )
         scored = ~records["score"].isnan()
-        assert torch.equal(scored, records["kind"] < 2 if rule.on == "all" else records["kind"] == 1)
+        assert torch.equal(scored, records["kind"] >= 0 if rule.on == "all" else records["kind"] == 1)
         assert records["kept"][~scored].all()
         assert records["score"][records["kept"] & scored].min() > records["score"][~records["kept"]].max()
 
@@ -193,9 +199,9 @@ def test_boxes_of_crop_tokens_tile_the_image(preset, size):
         assert (hits == 1).mean() > 0.6
     else:
         assert (hits == 0).sum() <= rounding
-    boxes = records["box"][records["kind"] < 2]
+    boxes = records["box"][records["kind"] >= 0]
     assert torch.isfinite(boxes).all() and (boxes[:, 2:] > boxes[:, :2]).all()
-    assert records["box"][records["kind"] == 2].isnan().all()
+    assert records["box"][records["kind"] == -1].isnan().all()
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -227,7 +233,8 @@ def test_a_token_lies_where_it_came_from(preset, centre):
     pixels[max(top, 0) : top + BRIGHT, max(left, 0) : left + BRIGHT] = 255
     model, batch, output = run(preset, [Image.fromarray(pixels)])
     records, layout = of_image(output.token_map, 0), model.config.token_layout()
-    for kind, grid in ((0, layout["global_grid"]), (1, layout["crop_grid"])):
+    for kind in (0, 1):
+        grid = grid_of(layout, kind)
         index = (records["kind"] == kind).nonzero()[:, 0].tolist()
         means = {i: patch_means(batch, int(records["view"][i]), records["cell"][i], grid) for i in index}
         brightest = max(means, key=means.get)

@@ -87,10 +87,11 @@ def leaves(output):
 
 @pytest.mark.parametrize("chunk", [None, 2])
 @torch.no_grad()
-def test_the_output_carries_what_the_tower_gave_for_its_images(parts, tower, chunk):
+def test_the_output_carries_what_the_tower_gave_for_its_images(parts, tower, chunk, monkeypatch):
     model = parts[0]
+    monkeypatch.setattr(model.config, "vision_chunk_size", chunk)
     whole = make_batch(tiny_processor(model.config), [("<image>What is it?", [random_image(90, 130)])])
-    asked = {"output_hidden_states": True, "output_attentions": True, "vision_chunk_size": chunk}
+    asked = {"output_hidden_states": True, "output_attentions": True}
     for network in (model, model.model):
         images = network(**whole, **asked).image_outputs
         torch.testing.assert_close(images.hidden_states, tower.hidden_states)
@@ -124,18 +125,17 @@ def test_the_images_of_an_output_hold_what_was_spliced_and_serve_a_further_call(
 
 
 @torch.no_grad()
-def test_the_layer_of_a_call_is_that_of_its_features():
+def test_the_layer_of_features_is_that_of_the_configuration_or_of_the_call():
     model = tiny_model(tiny_config("llava_next"))
     batch = make_batch(tiny_processor(model.config), [("<image>What is it?", [random_image(90, 130)])])
     views = geometry_of(batch)
     features = model.get_image_features(**views, vision_feature_layer=1)
-    wanted = model(input_ids=batch["input_ids"], mm_encoder_outputs={"image": features}).logits
-    torch.testing.assert_close(model(**batch, vision_feature_layer=1).logits, wanted)
+    text = {"input_ids": batch["input_ids"], "mm_encoder_outputs": {"image": features}}
+    wanted, written = model(**text).logits, model.generate(**text, max_new_tokens=4, do_sample=False)
     assert not torch.allclose(model(**batch).logits, wanted)
-    short, long = (
-        model.generate(**batch, max_new_tokens=4, do_sample=False, vision_feature_layer=layer) for layer in (1, -1)
-    )
-    assert short.shape == long.shape  # generate hands it on as well
+    model.config.vision_feature_layer = 1
+    torch.testing.assert_close(model(**batch).logits, wanted)
+    assert torch.equal(model.generate(**batch, max_new_tokens=4, do_sample=False), written)
 
 
 WRONG = {
@@ -143,8 +143,8 @@ WRONG = {
     "an option of a part": ({"gamma": 0.5}, "gamma=0.5 is no argument of the model"),
     "a short mask": ({"attention_mask": torch.ones(1, 3)}, r"attention_mask has the shape \(1, 3\), expected \(1, "),
     "short labels": ({"labels": torch.ones(1, 3, dtype=torch.long)}, r"labels have the shape \(1, 3\), expected"),
-    "a text for a chunk": ({"vision_chunk_size": "a"}, "vision_chunk_size='a' must be an integer"),
-    "half a view": ({"vision_chunk_size": 1.5}, "vision_chunk_size=1.5 must be an integer"),
+    "views at once": ({"vision_chunk_size": 2}, "vision_chunk_size=2 is no argument of the model.* configuration or"),
+    "a layer": ({"vision_feature_layer": 1}, "vision_feature_layer=1 is no argument of the model"),
     "a bare tensor": ({"mm_encoder_outputs": {"image": torch.ones(2, 3)}}, "is a Tensor; pass what get_image"),
 }
 
@@ -158,3 +158,10 @@ def test_wrong_arguments_of_a_call_are_named(parts, name):
         batch = {"input_ids": batch["input_ids"]}
     with pytest.raises(ValueError, match=message):
         model(**{**batch, **changes})
+
+
+@pytest.mark.parametrize("chunk", ["a", 1.5, True])
+def test_a_number_of_views_at_once_that_is_none_is_named(parts, chunk):
+    model, batch = parts
+    with pytest.raises(ValueError, match=f"vision_chunk_size={chunk!r} must be an integer"):
+        model.get_image_features(**batch, vision_chunk_size=chunk)

@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from builders.tiny import make_batch, random_image, tiny_config, tiny_model, tiny_processor, tiny_vision_config
+from builders.tiny import (
+    geometry_of,
+    make_batch,
+    random_image,
+    tiny_config,
+    tiny_model,
+    tiny_processor,
+    tiny_vision_config,
+)
 from hires_lmm import HiResLmmConfig, HiResLmmForConditionalGeneration
 from hires_lmm.modeling.towers_hires_lmm import is_sharded, split_views
 
@@ -29,13 +37,15 @@ def rows_of(model, call) -> list[int]:
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 100])
-def test_values_are_equal_and_chunks_bounded(parts, size):
+def test_values_are_equal_and_chunks_bounded(parts, size, monkeypatch):
     model, batch = parts
     views = len(batch["pixel_values"])
     found = {}
     with torch.no_grad():
         expected = model(**batch, output_token_map=True)
-        rows = rows_of(model, lambda: found.update(out=model(**batch, vision_chunk_size=size)))
+        with monkeypatch.context() as patch:
+            patch.setattr(model.config, "vision_chunk_size", size)
+            rows = rows_of(model, lambda: found.update(out=model(**batch)))
         features = model.get_image_features(
             *(batch[name] for name in ("pixel_values", "view_positions", "view_spans")), vision_chunk_size=size
         )
@@ -44,7 +54,7 @@ def test_values_are_equal_and_chunks_bounded(parts, size):
     assert features.last_hidden_state.shape[0] == views
 
 
-def test_gradients_are_equal(parts):
+def test_gradients_are_equal(parts, monkeypatch):
     model, batch = parts
     kept = model.train().model.connector.token_ops[0].options.noise
     model.model.connector.token_ops[0].options.noise = 0.0
@@ -54,7 +64,8 @@ def test_gradients_are_equal(parts):
         for size in (None, 2):
             model.zero_grad()
             labels = torch.where(batch["input_ids"] == model.config.image_token_id, -100, batch["input_ids"])
-            model(**batch, labels=labels, prompt_mask=batch["attention_mask"], vision_chunk_size=size).loss.backward()
+            monkeypatch.setattr(model.config, "vision_chunk_size", size)
+            model(**batch, labels=labels, prompt_mask=batch["attention_mask"]).loss.backward()
             named = model.model.vision_tower.named_parameters()
             found.append({name: p.grad.clone() for name, p in named if p.grad is not None})
     finally:
@@ -73,9 +84,10 @@ def test_the_configuration_sets_it_and_the_call_goes_before(parts, tmp_path):
     try:
         with torch.no_grad():
             assert max(rows_of(model, lambda: model(**batch))) == 4
-            assert max(rows_of(model, lambda: model(**batch, vision_chunk_size=views))) == views
-            generated = rows_of(model, lambda: model.generate(**batch, max_new_tokens=2, vision_chunk_size=3))
-        assert max(generated) == 3 and sum(generated) == views
+            images = geometry_of(batch)
+            assert max(rows_of(model, lambda: model.get_image_features(**images, vision_chunk_size=views))) == views
+            generated = rows_of(model, lambda: model.generate(**batch, max_new_tokens=2))
+        assert max(generated) == 4 and sum(generated) == views
         model.save_pretrained(tmp_path)
     finally:
         model.config.vision_chunk_size = None
@@ -86,7 +98,7 @@ def test_the_configuration_sets_it_and_the_call_goes_before(parts, tmp_path):
 def test_a_wrong_size_is_refused(parts, size):
     model, batch = parts
     with pytest.raises(ValueError, match=f"vision_chunk_size={size} must be an integer of at least 1"):
-        model(**batch, vision_chunk_size=size)
+        model.get_image_features(**geometry_of(batch), vision_chunk_size=size)
     with pytest.raises(ValueError, match=f"vision_chunk_size={size} must be at least 1"):
         HiResLmmConfig(vision_chunk_size=size)
 

@@ -77,8 +77,14 @@ def test_the_model_makes_as_many_tokens_as_promised(extra):
     assert model(**batch, output_token_map=True).token_map.kept.all()
 
 
+MARKS = {
+    "newline": {"place": "token_row_end", "on": "crops"},
+    "end": {"place": "view_end"},
+}
+
+
 def test_marks_and_routers_count():
-    config = tiny_config("vlsa", connector_config={"layout": {"view_end": "learned", "row_end": "learned"}})
+    config = tiny_config("vlsa", connector_config={"layout": {"separators": MARKS}})
     assert tiny_processor(config).image_tokens(100, 180) == TOKENS + 1
     batch = make_batch(tiny_processor(config), [("<image>", [random_image(100, 180)])])
     assert len(tiny_model(config).model.get_image_features(**geometry_of(batch)).pooler_output[0]) == TOKENS + 1

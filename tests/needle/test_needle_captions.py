@@ -73,7 +73,9 @@ def test_the_loss_is_the_relative_distance_to_summed_embeddings_with_groups_alik
     tokens = right.clone()
     tokens[2] = 0  # half of the background tokens
     tokens[3] = 0
-    connector = SimpleNamespace(adapt=lambda views: SimpleNamespace(global_features=tokens[None], crop_features=None))
+    connector = SimpleNamespace(
+        adapt=lambda views: replace(views, groups=[replace(group, features=tokens[None]) for group in views.groups])
+    )
     model = SimpleNamespace(
         connector=connector, config=SimpleNamespace(patch_grid=(2, 2)), get_input_embeddings=lambda: words
     )

@@ -59,7 +59,7 @@ def assert_whole(batch) -> None:
     """Finite views, a global one first, then crops in raster order."""
     pixels, positions = np.asarray(batch["pixel_values"]), np.asarray(batch["view_positions"])
     assert len(pixels) == len(positions) and np.isfinite(pixels).all()
-    for own in np.split(positions, np.flatnonzero(positions[:, 0] == 0)[1:]):
+    for own in np.split(positions, np.flatnonzero(positions[:, 8] == 1)[1:]):
         rows, cols = own[0, 1:3]
         crops = [[1, row, col] for row in range(rows) for col in range(cols)]
         assert own[:, [0, 3, 4]].tolist() == [[0, 0, 0], *crops] and own[0, 5] >= 1
@@ -215,5 +215,5 @@ def test_any_text_has_as_many_placeholders_as_tokens_or_is_named(text, count, pa
     if batch is None or text is None:
         return
     found = sum(list(row).count(processor().image_token_id) for row in batch.get("input_ids", []))
-    positions = np.asarray(batch["view_positions"]) if count else np.zeros((0, 6), int)
-    assert found == positions[positions[:, 0] == 0, 5].sum()
+    positions = np.asarray(batch["view_positions"]) if count else np.zeros((0, 9), int)
+    assert found == positions[positions[:, 8] == 1, 5].sum()

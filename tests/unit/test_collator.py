@@ -45,7 +45,7 @@ def test_labels_are_the_answers_with_their_end_and_nothing_else(template):
 
 def test_batches_mix_no_one_and_three_images(processor, batch):
     image_rows = (batch["input_ids"] == processor.image_token_id).sum(dim=1)
-    starts = batch["view_positions"][:, 0] == 0
+    starts = batch["view_positions"][:, 8] == 1
     assert starts.sum() == 4 and image_rows[1] == 0
     counts = batch["view_positions"][starts, 5]
     assert image_rows[[0, 2]].tolist() == [counts[0], counts[1:].sum()]
@@ -125,7 +125,7 @@ def test_the_budget_is_lowered_to_the_largest_that_fits(images):
     collator = HiResLmmCollator(processor, max_length=full - 5, too_long="lower_budget")
     batch = collator([conversation(1, images)])
     assert full - 5 - images < batch["input_ids"].shape[1] <= full - 5
-    counts = batch["view_positions"][batch["view_positions"][:, 0] == 0, 5]
+    counts = batch["view_positions"][batch["view_positions"][:, 8] == 1, 5]
     assert len(set(counts.tolist())) == 1
     assert collator.counts() == {"dropped_samples": 0, "lowered_budgets": 1, "broken_samples": 0}
 

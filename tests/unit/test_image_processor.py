@@ -106,19 +106,16 @@ def test_geometry_tensors_equal_the_plan(planner):
     batch = processor(images, return_tensors="pt")
     plans = [processor.plan(image.height, image.width) for image in images]
     views = [view for plan in plans for view in plan.views]
-    counts = [
-        processor.image_tokens(image.height, image.width)
-        for image, plan in zip(images, plans, strict=True)
-        for _ in plan.views
-    ]
     assert {name: value.dtype for name, value in batch.items() if name != "pixel_values"} == {
         "view_positions": torch.int64,
         "view_boxes": torch.int64,
         "view_spans": torch.int64,
     }
     expected = [
-        [view.kind, view.grid_rows, view.grid_cols, view.row, view.col, count]
-        for view, count in zip(views, counts, strict=True)
+        [*place, processor.image_tokens(*plan.size), *view.patches, int(number == 0)]
+        for plan in plans
+        for number, view in enumerate(plan.views)
+        for place in [(view.kind, view.grid_rows, view.grid_cols, view.row, view.col)]
     ]
     assert batch["view_positions"].tolist() == expected
     assert batch["view_boxes"].tolist() == [list(view.box) for view in views]

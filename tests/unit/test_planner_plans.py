@@ -269,8 +269,10 @@ def test_bounds_of_max_crops(planner, most, accepted):
 
 @pytest.mark.parametrize("planner", ["slime_release", "multiple", "hd"])
 def test_planners_without_pinpoints(planner):
-    with pytest.raises(ValueError, match=f"planner='{planner}' takes no pinpoints"):
-        plan(planner, 30, 40, pinpoints=[[56, 56]])
+    options = {"view_size": 56, "patch_size": 14, "pinpoints": None}
+    assert PLANNERS[planner].build_options(planner, options).view_size == 56
+    with pytest.raises(ValueError, match=f"planner='{planner}' takes no pinpoints; its options are view_size"):
+        PLANNERS[planner].build_options(planner, {**options, "pinpoints": [[56, 56]]})
 
 
 def test_bounds_of_the_limits():

@@ -224,7 +224,6 @@ def test_wrong_limits(arguments, text):
         ("slime", {"max_crops": 37}, "from 1 to 36"),
         ("slime_release", {"max_crops": 1}, "at least 2"),
         ("llava_next", {"max_crops": 1}, "smallest of the list has 2"),
-        ("hd", {"pinpoints": [[336, 336]]}, "takes no pinpoints"),
     ],
 )
 def test_limits_a_planner_cannot_use(planner, arguments, text):

@@ -65,7 +65,7 @@ def test_mixed_batch_equals_single_samples(nested):
         assert batch["attention_mask"][index].tolist() == sorted(batch["attention_mask"][index].tolist())
     for name in NAMES:
         assert torch.equal(batch[name], torch.cat([single[name] for single in singles[1:]]))
-    total = batch["view_positions"][batch["view_positions"][:, 0] == 0][:, 5].sum()
+    total = batch["view_positions"][batch["view_positions"][:, 8] == 1][:, 5].sum()
     assert sum(placeholders(expanding, batch["input_ids"])) == total
 
 
@@ -138,7 +138,7 @@ def test_text_only_and_images_only():
 def test_grey_arrays_go_through_the_processor():
     grey = np.zeros((20, 30), np.uint8)
     batch = processor()(text="<image><image>", images=[grey, torch.from_numpy(grey)])
-    assert (batch["view_positions"][:, 0] == 0).sum() == 2
+    assert batch["view_positions"][:, 8].sum() == 2
 
 
 def test_token_types_mark_placeholders():
@@ -229,9 +229,9 @@ def test_from_config_template(given, expected):
     [
         (config(image_token_id=9), {}, "'<image>' as id 3, the config has image_token_id=9"),
         (config(model_type="dinov2"), {}, "model_type='dinov2'.*image_stats"),
-        (config({"name": "slime", "crops": 2}), {}, "config.planner"),
-        (config({"max_crops": 2}), {}, "config.planner"),
-        (config({"name": "grid"}), {}, "planner='grid' must be one of slime, slime_release"),
+        (config({"name": "slime", "crops": 2}), {}, "planner='slime' takes no crops; its options are"),
+        (config({"max_crops": 2}), {}, "planner={'max_crops': 2} is unknown; choose one of"),
+        (config({"name": "grid"}), {}, "planner={'name': 'grid'} is unknown; choose one of slime, slime_release"),
         (config(image_size=None), {}, "image_size=None.*view_size"),
         (config(image_size=56), {}, "4x4 patches, token_layout has 2x2"),
         (config(), {"max_crop": 3}, "Unknown image options \\['max_crop'\\]"),
@@ -394,7 +394,7 @@ def test_one_budget_an_image():
 
 
 def counts_of(batch) -> list[int]:
-    return batch["view_positions"][batch["view_positions"][:, 0] == 0][:, 5].tolist()
+    return batch["view_positions"][batch["view_positions"][:, 8] == 1][:, 5].tolist()
 
 
 @pytest.mark.parametrize(

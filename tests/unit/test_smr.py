@@ -119,7 +119,7 @@ def test_the_result_trains(root):
     build_smr(root, root / "smr.jsonl")
     data = LlavaConversations(root / "smr.jsonl", root)
     batch = HiResLmmCollator(tiny_processor(slime_config(), "chatml"))([data[index] for index in range(len(data))])
-    assert (batch["view_positions"][:, 0] == 0).sum() == len(data) == 14
+    assert batch["view_positions"][:, 8].sum() == len(data) == 14
 
 
 def test_missing_sources_are_named_and_skipped_only_on_request(root, caplog):

@@ -66,7 +66,7 @@ def test_cells_lie_over_the_part_of_the_image_they_stand_for():
     """Only tokens over the left half are kept: orange stays, blue goes."""
 
     def left_half(rows):
-        return torch.tensor([kind == 2 or box[3] <= 151 for _, _, kind, box, _ in rows])
+        return torch.tensor([kind == -1 or box[3] <= 151 for _, _, kind, box, _ in rows])
 
     bright = draw_token_map(plain(), make_map(), width=1000)
     picture = draw_token_map(plain(), make_map(kept=left_half), width=1000)
@@ -111,7 +111,7 @@ def test_the_legend_shows_the_colours_of_the_picture_and_no_others(kept):
     chosen = {"all": lambda left: True, "left": lambda left: left, "none": lambda left: False}[kept]
 
     def keep(rows):
-        return torch.tensor([kind == 2 or chosen(box[3] <= 151) for _, _, kind, box, _ in rows])
+        return torch.tensor([kind == -1 or chosen(box[3] <= 151) for _, _, kind, box, _ in rows])
 
     legend = legend_of(draw_token_map(plain(), make_map(grid=(0, 1), kept=keep, scored=False), width=1000))
     dim_blue, dim_orange, edge = (51, 59, 75), (68, 62, 62), (255, 196, 0)
@@ -135,7 +135,7 @@ def test_the_scale_of_scores_is_in_the_legend_where_tokens_were_scored():
 
 def test_kept_tokens_are_counted_with_marks_and_by_image():
     def left_half(rows):
-        return torch.tensor([kind == 2 or box[3] <= 151 for _, _, kind, box, _ in rows])
+        return torch.tensor([kind == -1 or box[3] <= 151 for _, _, kind, box, _ in rows])
 
     one, two = (
         make_map(kept=left_half),

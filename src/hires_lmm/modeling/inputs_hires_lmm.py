@@ -12,7 +12,10 @@ from .geometry_hires_lmm import KINDS, Column
 from .question_hires_lmm import PromptText
 
 
-OPTIONS_ELSEWHERE = {"max_image_tokens", "max_crops", "views", "planner", "pinpoints", "gamma"}
+OPTIONS_ELSEWHERE = {
+    *("max_image_tokens", "max_crops", "views", "planner", "pinpoints", "gamma"),
+    *("vision_chunk_size", "vision_feature_layer"),
+}
 """What `forward` takes no notice of, so that it must not be passed there."""
 
 NUM_COLUMNS = 9
@@ -209,7 +212,8 @@ def check_text(text: PromptText, cache: Any, options: Mapping[str, Any]) -> None
     if found:
         raise ValueError(
             f"{found[0]}={options[found[0]]!r} is no argument of the model: limits of images go to the processor, "
-            "with images and text, and options of parts into connector_config."
+            "with images and text, options of parts into connector_config, vision_chunk_size and vision_feature_layer "
+            "into the configuration or to get_image_features."
         )
 
 
