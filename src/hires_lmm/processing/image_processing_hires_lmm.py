@@ -210,9 +210,9 @@ class HiResLmmImageProcessor(PilBackend):
 
         Returns:
             A batch with one row a view, image after image: `pixel_values` float32 `(views, 3, height, width)`,
-            views of unequal size padded at bottom and right; int64 `view_positions` `(views, 9)` (see `Column`), `view_boxes`
-            `(views, 4)` (top, left, bottom, right in 1/256 source pixel) and `view_spans` `(views, 4)` (first and
-            past-last row and column of patches that enter). For each extra tower `pixel_values_<name>`
+            views of unequal size padded at bottom and right; int64 `view_positions` `(views, 9)` (see `Column`),
+            `view_boxes` `(views, 4)` (top, left, bottom, right in 1/256 source pixel) and `view_spans` `(views, 4)`
+            (first and past-last row and column of patches that enter). For each extra tower `pixel_values_<name>`
             `(images, 3, size, size)`.
 
         Raises:
