@@ -215,5 +215,5 @@ def test_any_text_has_as_many_placeholders_as_tokens_or_is_named(text, count, pa
     if batch is None or text is None:
         return
     found = sum(list(row).count(processor().image_token_id) for row in batch.get("input_ids", []))
-    positions = np.asarray(batch["view_positions"]) if count else np.zeros((0, 6), int)
+    positions = np.asarray(batch["view_positions"]) if count else np.zeros((0, 9), int)
     assert found == positions[positions[:, 8] == 1, 5].sum()

@@ -134,7 +134,10 @@ def test_deeply_nested_settings():
 
 
 def test_more_tokens_than_a_text_can_hold():
-    layout = {"patch_grid": [2, 2], "grids": {"global": {"rows": 1000, "cols": 1001, "stride": None}, "crops": {"rows": 2, "cols": 2}}}
+    layout = {
+        "patch_grid": [2, 2],
+        "grids": {"global": {"rows": 1000, "cols": 1001, "stride": None}, "crops": {"rows": 2, "cols": 2}},
+    }
     with pytest.raises(ValueError, match=r"Image 0 of 9x9 pixels would have .* tokens, more than 1000000"):
         small(token_layout=layout).image_tokens(9, 9)
 
