@@ -11,7 +11,7 @@ from transformers import StaticCache
 
 from builders.tiny import make_batch, random_image, tiny_config, tiny_model, tiny_processor, tiny_vision_config
 from hires_lmm import HiResLmmForConditionalGeneration
-from hires_lmm.modeling import generation_hires_lmm, modeling_hires_lmm
+from hires_lmm.modeling import inputs_hires_lmm
 
 
 COMPRESS = {"part": "query_compressor", "on": "crops", "num_queries": 4}
@@ -86,7 +86,7 @@ def test_one_copy_before_the_tower_and_none_after_it(name, budget, monkeypatch):
     batch = encode(processor, images=2, **({"max_image_tokens": budget} if budget else {}))
     model = on_meta(config)
     copies = Copies(model, known(batch, config))
-    monkeypatch.setattr(modeling_hires_lmm, "copy_to_host", copies)
+    monkeypatch.setattr(inputs_hires_lmm, "copy_to_host", copies)
     with torch.no_grad():
         logits = model(**moved(batch), use_cache=True).logits
     assert logits.shape[:2] == batch["input_ids"].shape and logits.device.type == "meta"
@@ -98,7 +98,7 @@ def test_the_hook_of_generate_copies_once_as_well(monkeypatch):
     batch = encode(processor)
     model = on_meta(config)
     copies = Copies(model, known(batch, config))
-    monkeypatch.setattr(generation_hires_lmm, "copy_to_host", copies)
+    monkeypatch.setattr(inputs_hires_lmm, "copy_to_host", copies)
     inputs = moved(batch)
     ids = inputs.pop("input_ids")
     with torch.no_grad():

@@ -50,19 +50,32 @@ def test_four_images_have_four_times_576_tokens():
     assert set(batch["view_positions"][:, 5].tolist()) == {576}
 
 
-def test_a_smaller_budget_is_refused_and_a_larger_one_changes_nothing():
+@torch.no_grad()
+def test_a_smaller_budget_keeps_the_most_salient_tokens_and_a_larger_one_changes_nothing():
     processor = preset_processor("vlsa")
     for budget in (576, 577, 5000):
         assert processor.image_tokens(2000, 3000, max_image_tokens=budget) == 576
-    with pytest.raises(ValueError, match=r"Image 0: max_image_tokens=575 is too small; this model uses 576 tokens"):
-        processor.image_tokens(2000, 3000, max_image_tokens=575)
-    with pytest.raises(ValueError, match=r"Image 0: max_image_tokens=9 .* uses 16 tokens .* Use 16 or more"):
-        build()[1](text="<image>" * 2, images=[random_image(60, 50)] * 2, max_image_tokens=9)
+    assert [processor.image_tokens(2000, 3000, max_image_tokens=budget) for budget in (575, 1)] == [575, 1]
+    with pytest.raises(
+        ValueError, match=r"Image 0: max_image_tokens=0 .* smallest value for this image is 1, its full"
+    ):
+        processor.image_tokens(2000, 3000, max_image_tokens=0)
+    model, processor = build()
+    images = [random_image(60, 50), random_image(100, 180)]
+    found = model(**make_batch(processor, [("<image>" * 2, images)], max_image_tokens=9), output_token_map=True)
+    for image, tokens in enumerate(found.image_outputs.pooler_output):
+        score, kept = (
+            values[found.token_map.image == image] for values in (found.token_map.score, found.token_map.kept)
+        )
+        assert (len(tokens), len(kept), int(kept.sum())) == (9, TOKENS, 9)
+        assert score[kept].min() >= score[~kept].max()
+    with pytest.raises(ValueError, match="has no tokens with views='crops'"):
+        processor(text="<image>", images=images[0], views="crops")
 
 
 @pytest.mark.parametrize(
     "extra",
-    [{}, {"views": "global"}, {"views": "crops"}, {"unpad": True, "global_view": "pad"}, {"max_crops": 2}],
+    [{}, {"views": "global"}, {"unpad": True, "global_view": "pad"}, {"max_crops": 2}],
     ids=str,
 )
 @torch.no_grad()

@@ -28,7 +28,7 @@ def make_map(cells: int = 4, grid=(2, 3), size=(200, 300), kept=None, scored=Tru
                 h, w = (bottom - top) / cells, (right - left) / cells
                 box = (top + i * h, left + j * w, top + (i + 1) * h, left + (j + 1) * w)
                 rows.append((view, (i, j), kind, box, 0.1 * i if kind and scored else NAN))
-    rows += [(-1, (0, 0), 2, (NAN,) * 4, NAN)] * marks
+    rows += [(-1, (0, 0), -1, (NAN,) * 4, NAN)] * marks
     number = len(rows)
     return TokenMap(
         image=torch.zeros(number, dtype=torch.long),

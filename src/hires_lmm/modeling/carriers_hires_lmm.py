@@ -168,6 +168,12 @@ def constant_index(numbers: tuple[int, ...], device: str) -> torch.Tensor:
     return found
 
 
+@torch.compiler.assume_constant_result
+def constant_indices(numbers: tuple[tuple[int, ...], ...], device: str) -> tuple[torch.Tensor, ...]:
+    """Several at once: in a compiled graph each of these functions can be called one time."""
+    return tuple(constant_index(each, device) for each in numbers)
+
+
 @lru_cache(maxsize=256)
 def _cached_index(numbers: tuple[int, ...], device: str) -> torch.Tensor:
     return index_tensor(numbers, device)

@@ -12,10 +12,7 @@ from .geometry_hires_lmm import KINDS, Column
 from .question_hires_lmm import PromptText
 
 
-OPTIONS_ELSEWHERE = {
-    *("max_image_tokens", "max_crops", "views", "planner", "pinpoints", "gamma"),
-    *("vision_chunk_size", "vision_feature_layer"),
-}
+OPTIONS_ELSEWHERE = {"max_image_tokens", "max_crops", "views", "planner", "pinpoints", "gamma", "vision_chunk_size"}
 """What `forward` takes no notice of, so that it must not be passed there."""
 
 NUM_COLUMNS = 9
@@ -197,7 +194,7 @@ def placeholders_per_image(features: BaseModelOutputWithPooling) -> list[int]:
     return [len(part) for part in features.pooler_output] if tokens is None else list(tokens.num_tokens)
 
 
-def check_text(text: PromptText, cache: Any, options: Mapping[str, Any]) -> None:
+def check_text(text: PromptText, cache: Any, options: Mapping[str, Any], layer: int) -> None:
     """Refuse what would be ignored or fail deep inside: wrong lengths of mask and labels, options of the processor.
 
     Raises:
@@ -209,6 +206,8 @@ def check_text(text: PromptText, cache: Any, options: Mapping[str, Any]) -> None
     if labels is not None and tuple(labels.shape) != shape:
         raise ValueError(f"labels have the shape {tuple(labels.shape)}, expected {shape}.")
     found = sorted(OPTIONS_ELSEWHERE & options.keys())
+    if options.get("vision_feature_layer", layer) != layer:  # the library fills in that of the configuration
+        found.append("vision_feature_layer")
     if found:
         raise ValueError(
             f"{found[0]}={options[found[0]]!r} is no argument of the model: limits of images go to the processor, "

@@ -254,7 +254,7 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
         embeds = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
         labels = kwargs.pop("question_labels", None)
         text = PromptText(input_ids, embeds, attention_mask, prompt_mask, labels, question_ids)
-        check_text(text, cache, kwargs)
+        check_text(text, cache, kwargs, self.config.vision_feature_layer)
         features = self._see(
             text,
             mm_encoder_outputs,

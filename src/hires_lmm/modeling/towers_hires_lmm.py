@@ -9,7 +9,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import logging
 
 from .bases_hires_lmm import Needs
-from .carriers_hires_lmm import ImageGeometry, ViewGroup, constant_index
+from .carriers_hires_lmm import ImageGeometry, ViewGroup, constant_index, constant_indices
 from .geometry_hires_lmm import MAIN_TOWER, Kind
 from .inputs_hires_lmm import ImageInputs
 from .tower_table_hires_lmm import patch_side, tower_family, view_side
@@ -279,11 +279,14 @@ def run_towers(
     else:
         sizes = [views[row][5:7] for row in used]
         seen = run_tower(model.vision_tower, source, layer, connector.needs, chunk_size, sizes, **wanted)
-    groups = []
-    for kind in dict.fromkeys(key[0] for key in connector.entering if key[1] == MAIN_TOWER):
-        places = tuple(place for place, row in enumerate(used) if views[row][0] == kind)
-        if places:
-            groups.append(_take(seen, kind, places, tuple(used[place] for place in places)))
+    kinds = dict.fromkeys(key[0] for key in connector.entering if key[1] == MAIN_TOWER)
+    places = {kind: tuple(place for place, row in enumerate(used) if views[row][0] == kind) for kind in kinds}
+    places = {kind: own for kind, own in places.items() if own}
+    indices = constant_indices(tuple(places.values()), str(seen.features.device)) if len(places) != 1 else (None,)
+    groups = [
+        _take(seen, kind, tuple(used[place] for place in own), index)
+        for (kind, own), index in zip(places.items(), indices, strict=True)
+    ]
     for name, tower in model.extra_towers.items():
         output = run_tower(tower, images.extra[name], -1, chunk_size=chunk_size)
         rows = tuple(row for row, view in enumerate(views) if view[0] == Kind.GLOBAL)
@@ -296,11 +299,10 @@ def run_towers(
     return groups, seen.output
 
 
-def _take(seen: TowerOutput, kind: int, places: tuple[int, ...], rows: tuple[int, ...]) -> ViewGroup:
-    """The views of one kind."""
-    if len(places) == len(seen.features):
+def _take(seen: TowerOutput, kind: int, rows: tuple[int, ...], index: torch.Tensor | None) -> ViewGroup:
+    """The views of one kind; without an index all."""
+    if index is None:
         return ViewGroup(kind, seen.features, seen.grid, rows, scores=seen.scores, hidden=seen.hidden)
-    index = constant_index(places, str(seen.features.device))
     scores = {name: score[index] for name, score in seen.scores.items()}
     hidden = {layer: states[index] for layer, states in seen.hidden.items()}
     return ViewGroup(kind, seen.features[index], seen.grid, rows, scores=scores, hidden=hidden)

@@ -34,13 +34,13 @@ class Kind(IntEnum):
 
 
 KINDS = {
-    "global": Kind.GLOBAL,
-    "crops": Kind.CROP,
-    "strided": Kind.STRIDED,
-    "frames": Kind.FRAME,
-    "detail": Kind.DETAIL,
+    "global": Kind.GLOBAL.value,
+    "crops": Kind.CROP.value,
+    "strided": Kind.STRIDED.value,
+    "frames": Kind.FRAME.value,
+    "detail": Kind.DETAIL.value,
 }
-"""Names of kinds in options (`on`, `order`)."""
+"""Names of kinds in options (`on`, `order`); plain numbers, which compilers follow."""
 
 MAIN_TOWER = "vision_tower"
 
@@ -48,11 +48,11 @@ MAIN_TOWER = "vision_tower"
 def kinds_on(on: Any) -> tuple[int, ...]:
     """The kinds that an option `on` names: `"all"`, one name of `KINDS`, or a list of names."""
     if on == "all":
-        return tuple(int(kind) for kind in KINDS.values())
+        return tuple(KINDS.values())
     names = [on] if isinstance(on, str) else on
     if not isinstance(names, (list, tuple)) or not names or any(name not in KINDS for name in names):
         raise ValueError(f'on={on!r} names no views; use "all", one of {", ".join(KINDS)}, or a list of them.')
-    return tuple(int(KINDS[name]) for name in names)
+    return tuple(KINDS[name] for name in names)
 
 
 class ViewShape(NamedTuple):

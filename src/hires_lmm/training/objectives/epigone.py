@@ -86,10 +86,11 @@ def find_widths(model: Any) -> tuple[int, int | None]:
     """Widths of image tokens and global embedding (or None) that a model gives, from a blank image."""
     connector = model.connector
     was_training = connector.training
+    connector.eval()  # whatever views the stage uses
     with torch.no_grad():
         groups = blank_groups(model, next(model.parameters()).device, use_tower=False)
         image = idle_image([group.kind for group in groups if group.tower == MAIN_TOWER], connector.patch_grid)
-        views = connector.eval().adapt(ViewFeatures(groups, [image]))
+        views = connector.adapt(ViewFeatures(groups, [image]))
     connector.train(was_training)
     tokens, embedding = read_views(views)
     return tokens.shape[-1], None if embedding is None else embedding.shape[-1]
