@@ -43,10 +43,9 @@ SUBSETS = {
         "integration/test_batch_equals_single.py",
     ],
     "parity": [
-        "integration/test_slime_parity.py",
-        "integration/test_llava_next_parity.py",
-        "integration/test_fusion_golden.py",
-        "convert/test_slime_golden.py",
+        "golden/test_slime.py",
+        "golden/test_llava_next.py",
+        "golden/test_fusion.py",
     ],
     "remote code": [
         "hub/test_remote_code.py",

@@ -301,14 +301,14 @@ def test_generate_returns_the_map_of_the_images_as_passed(preset, rule, mode):
 
 
 @torch.no_grad()
-def test_an_assistant_of_text_alone_is_not_asked_for_a_map(deprecation_catcher):
+def test_an_assistant_of_text_alone_is_not_asked_for_a_map(deprecations):
     model, processor = build("slime")
     batch = make_batch(processor, [(TEXT, [random_image(100, 90)])])
     helper = LlamaForCausalLM(model.config.text_config).eval()
     options = {"max_new_tokens": 3, "return_dict_in_generate": True, "output_token_map": True}
     output = model.generate(**batch, **options, assistant_model=helper)
     same_map(output.token_map, model(**batch, output_token_map=True).token_map)
-    deprecation_catcher.take()  # the library's own loop calls its assistant in a way that it calls deprecated
+    deprecations.clear()  # the library's own loop calls its assistant in a way that it calls deprecated
 
 
 def test_generate_has_no_place_for_a_map_in_a_tensor():
