@@ -76,6 +76,11 @@ def test_what_needs_no_model_is_fast_and_loads_nothing_heavy(arguments, expected
     assert seconds < 1  # 0.15 to 0.4 measured
 
 
+def test_using_a_model_does_not_import_the_converter():
+    code = "import sys, hires_lmm.page; assert not [name for name in sys.modules if 'hires_lmm.conversion' in name]"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT / "src", check=True)
+
+
 @pytest.mark.parametrize(
     "command",
     ["ask", "tokens", "show", "sweep", "export", "compose", "demo", "convert slime", "convert to-slime"],
