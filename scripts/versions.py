@@ -42,7 +42,11 @@ SUBSETS = {
         "integration/test_routing.py",
         "integration/test_batch_equals_single.py",
     ],
-    "parity": ["golden"],
+    "parity": [
+        "golden/test_slime.py",
+        "golden/test_llava_next.py",
+        "golden/test_fusion.py",
+    ],
     "remote code": [
         "hub/test_remote_code.py",
         "hub/test_remote_fusion.py",

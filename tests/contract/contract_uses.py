@@ -55,7 +55,22 @@ USES = [
         "block_sequence_ids, **kwargs",
         "masks of a static cache after the first step; our hook of that name leaves the first one two-dimensional",
     ),
+    Use(
+        "transformers.models.auto.modeling_auto:MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+        None,
+        "the Trainer shifts the labels that it smooths for classes in it",
+    ),
+    Use(
+        "transformers.models.auto.modeling_auto:MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
+        None,
+        "remote code is known as a model of images and text",
+    ),
     # the model
+    Use(
+        f"{MODEL}._adjust_missing_and_unexpected_keys",
+        "self, loading_info",
+        "the base model does not report the head of a file",
+    ),
     Use(f"{MODEL}.post_init", "self", "block classes that are absent leave `_no_split_modules` once all is built"),
     Use(f"{MODEL}.initialize_weights", "self", "each half starts its weights by its own rules"),
     Use(f"{MODEL}._init_weights", "self, module", "parts of the connector start their own weights"),
@@ -70,7 +85,6 @@ USES = [
         "self, new_num_tokens, pad_to_multiple_of, mean_resizing",
         "parts with word embeddings follow the vocabulary",
     ),
-    Use(f"{MODEL}._from_config", "config, **kwargs", "a new model of a configuration in a wanted precision"),
     Use(f"{MODEL}._no_split_modules", None, "blocks that FSDP and `device_map` keep whole"),
     Use(f"{MODEL}._skip_keys_device_placement", None, "the cache stays where it is under `device_map`"),
     Use(f"{MODEL}._tied_weights_keys", None, "the head may be the word embeddings"),
@@ -135,6 +149,11 @@ USES = [
     Use("huggingface_hub.dataclasses:validate_typed_dict", "schema, data", "as above, of processors"),
     # the processors
     Use(
+        f"{PROCESSOR}._get_arguments_from_pretrained",
+        "pretrained_model_name_or_path, processor_dict, **kwargs",
+        "each part is loaded with its own options, and unknown ones are refused",
+    ),
+    Use(
         f"{PROCESSOR}.prepare_inputs_layout",
         "self, images, text, videos, audio, **kwargs",
         "videos and audio are refused",
@@ -174,11 +193,6 @@ USES = [
         "self, image_sizes, **kwargs",
         "the name that servers call; the same of LLaVA-NeXT is what our counts are compared with",
     ),
-    Use(
-        "transformers.models.llava_next.image_processing_pil_llava_next:LlavaNextImageProcessorPil",
-        "**kwargs",
-        "as above",
-    ),
     Use(IMAGES, "**kwargs", "an image processor without torchvision"),
     Use(f"{IMAGES}.fetch_images", "self, image_url_or_urls", "sources are opened with the limits of ours"),
     Use(
@@ -200,11 +214,6 @@ USES = [
         "transformers.trainer:Trainer.get_optimizer_cls_and_kwargs",
         "args, model",
         "the optimizer of the arguments with our groups",
-    ),
-    Use(
-        "transformers.trainer:Trainer.compute_loss",
-        "self, model, inputs, return_outputs, num_items_in_batch",
-        "a run on captions has a loss of its own",
     ),
 ]
 

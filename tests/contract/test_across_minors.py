@@ -9,8 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from builders_reload import DIAGONAL, ROOT, Case, run_worker, write_case
 
+from builders.reload import DIAGONAL, ROOT, Case, run_worker, write_case
 from hires_lmm.modeling.compat_hires_lmm import TESTED
 
 

@@ -25,11 +25,13 @@ DOCUMENTED = {  # modules with a page of their own
     "huggingface_hub", "huggingface_hub.errors", "huggingface_hub.utils", "peft", "transformers.image_utils",
     "transformers.modeling_outputs",
 }  # fmt: skip
-DOCUMENTED_NAMES = {"ModelOutput", "from_pretrained", "logging"}
+DOCUMENTED_NAMES = {
+    "ModelOutput", "apply_chat_template", "from_pretrained", "generate", "get", "logging", "save_pretrained",
+}  # fmt: skip
 EVENTS = {name for name in dir(transformers.TrainerCallback) if name.startswith("on_")}
 SET_BY_DECORATORS = {"_auto_class", "config_class", "validate"}
 MODULES = {"transformers.initialization"}  # imported as a whole
-NOT_THEIRS = {"_modules", "_weights_info"}  # of torch; of ours, on a model
+NOT_THEIRS = {"_modules", "_replace", "_weights_info"}  # of torch; of named tuples; of ours, on a model
 
 
 def find(place: str) -> Any:

@@ -143,7 +143,7 @@ def test_a_question_may_hold_the_token_that_stands_for_an_image(checkpoint):
     asked = ["--question", "What does <image> mean?", "--max-crops", 1, "--max-new-tokens", 2, "--json"]
     result = run("ask", checkpoint, BOARD, *asked)
     assert result.exit_code == 0, result.output
-    assert [image["tokens"] for image in json.loads(result.stdout)["images"]] == [576 + 144]
+    assert [image["visual_tokens"] for image in json.loads(result.stdout)["images"]] == [576 + 144]
 
 
 def test_ask_in_half_precision(checkpoint):

@@ -28,7 +28,7 @@ def test_four_of_five_are_right_through_remote_code_where_the_needle_task_is_not
     assert "code came from transformers_modules" in text
     assert text.count("question: ") == text.count("answer: ") == 5
     assert int(re.search(r"\n   (\d) of 5 right\n", text)[1]) >= 4
-    kept = [int(number) for number in re.findall(r"language model: (\d+) of 208", text)]
+    kept = [int(number) for number in re.findall(r"(\d+) of 208 visual tokens kept", text)]
     assert len(kept) == 5 and all(number < 208 for number in kept)
     assert Image.open(tmp_path / "out" / "kept_tokens.png").width >= 1000
 

@@ -12,7 +12,7 @@ from transformers import Trainer
 
 from builders.training import conversation, slime_parts, training_arguments
 from hires_lmm import HiResLmmForConditionalGeneration
-from hires_lmm.training import HiResLmmCollator, set_expert
+from hires_lmm.training import HiResLmmCollator, set_options
 from hires_lmm.training.lora import lora_config
 from hires_lmm.training.settings import set_noise
 
@@ -89,7 +89,7 @@ def test_a_loss_of_ones_own_gets_logits_when_it_asks_for_them(tmp_path):
     logged = []
     for trainer_class in (Trainer, Own):
         model, processor = slime_parts(token_ops=[])
-        set_expert(model, "mlp")
+        set_options(model, {"connector.adapter.forced_expert": "mlp"})
         collator = HiResLmmCollator(processor)
         args = training_arguments(tmp_path, max_steps=1)
         trainer = trainer_class(model, args, train_dataset=[conversation(1), conversation(2)], data_collator=collator)

@@ -10,7 +10,7 @@ from builders.training import QUIET_ROUTER, conversation, training_arguments
 from hires_lmm.modeling.compat_hires_lmm import CACHE
 from hires_lmm.modeling.question_hires_lmm import PromptText, recover_text
 from hires_lmm.processing.chat_templates_hires_lmm import answer_prefix_ids, question_prefix_ids
-from hires_lmm.training import HiResLmmCollator, set_expert
+from hires_lmm.training import HiResLmmCollator, set_options
 
 
 peft = pytest.importorskip("peft")
@@ -31,7 +31,7 @@ def parts(preset):
     config.answer_prefix_ids, config.question_prefix_ids = answer_prefix_ids(processor), question_prefix_ids(processor)
     model = tiny_model(config)
     if preset == "slime":
-        set_expert(model, "mlp")
+        set_options(model, {"connector.adapter.forced_expert": "mlp"})
     examples = [conversation(1), conversation(2)]
     examples[1]["messages"][0]["content"] += " Tell me more about them."
     return model, processor, HiResLmmCollator(processor)(examples)

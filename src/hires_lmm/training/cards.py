@@ -9,6 +9,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from ..conversion.cards import write_card
+from ..files import write_text
 from ..modeling.configuration_hires_lmm import HiResLmmConfig
 
 
@@ -63,7 +64,7 @@ def describe_folder(processor: Any, folder: str | Path) -> None:
             "versions": _versions(),
         }
         write_card(folder, config, processor.image_processor, facts)
-        (folder / "README.md").write_text(f"{_read(folder).rstrip()}\n\n{MARK}\n", encoding="utf-8")
+        write_text(folder / "README.md", f"{_read(folder).rstrip()}\n\n{MARK}\n")
 
 
 def _read(folder: Path) -> str:
@@ -106,4 +107,4 @@ def _write_short(folder: Path, code: str, library: str, base: str | None, traini
         "## Versions\n\n" + "\n".join(f"* {name} {number}" for name, number in _versions().items()),
         MARK,
     ]
-    (folder / "README.md").write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
+    write_text(folder / "README.md", "\n\n".join(part for part in parts if part) + "\n")
