@@ -56,7 +56,7 @@ def run(chunk: int | None, device: str, shapes: str, repeats: int = 3) -> dict[s
     """
     shared = Shared(SHAPES["cuda"] if device == "cuda" else cpu_shapes(shapes), device)
     case = ours(NAME, shared).take([picture(4096, 4096)])
-    case.inputs["vision_chunk_size"] = chunk
+    case.model.config.vision_chunk_size = chunk
     before = own_peak()
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()

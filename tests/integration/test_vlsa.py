@@ -56,10 +56,7 @@ def test_a_smaller_budget_keeps_the_most_salient_tokens_and_a_larger_one_changes
     for budget in (576, 577, 5000):
         assert processor.image_tokens(2000, 3000, max_image_tokens=budget) == 576
     assert [processor.image_tokens(2000, 3000, max_image_tokens=budget) for budget in (575, 1)] == [575, 1]
-    with pytest.raises(
-        ValueError, match=r"Image 0: max_image_tokens=0 .* smallest value for this image is 1, its full"
-    ):
-        processor.image_tokens(2000, 3000, max_image_tokens=0)
+    assert processor.min_image_tokens(2000, 3000) == 1
     model, processor = build()
     images = [random_image(60, 50), random_image(100, 180)]
     found = model(**make_batch(processor, [("<image>" * 2, images)], max_image_tokens=9), output_token_map=True)
