@@ -40,6 +40,11 @@ USES = [
         "the one place before beams and prefill: images are encoded once and told where the prompt ends",
     ),
     Use(
+        f"{GENERATION}._validate_model_kwargs",
+        "self, model_kwargs",
+        "views of extra towers have names that only the configuration knows",
+    ),
+    Use(
         f"{GENERATION}._expand_multimodal_outputs",
         "self, input_ids, mm_encoder_output, expand_size, inputs_embeds",
         "beams and returned sequences repeat images, whose features hold more than one list",
