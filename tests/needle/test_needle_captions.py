@@ -90,7 +90,7 @@ def test_batches_hold_the_crops_with_objects_and_as_many_without(tmp_path):
     model, processor = joined()
     scenes = scene_set(3, "train")
     store = cache_scenes(model, processor, scenes, tmp_path)
-    captions = SceneCaptions(processor.tokenizer, *model.model.connector.adapted_grids)
+    captions = SceneCaptions(processor.tokenizer, *(grid.size for grid in model.model.connector.layout.grids.values()))
     batch = CaptionCollator(captions, scenes, store, "all")([{"scene": 1, "visit": 0}])
     features = store.first_views([1], 37)
     torch.testing.assert_close(batch["global_views"], features[:1])

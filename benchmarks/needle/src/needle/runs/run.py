@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hires_lmm.files import write_text
+from hires_lmm.modeling.geometry_hires_lmm import Kind
 from hires_lmm.training.callbacks import StageCallback
 from hires_lmm.training.checkpoints import last_checkpoint
 from hires_lmm.training.objectives.files import FOLDER as OBJECTIVES_FOLDER
@@ -361,7 +362,7 @@ def _caption_collator(
         "train", options.caption_views, options=replace(near_options(options.options), kinds=CAPTION_KINDS)
     )
     return CaptionCollator(
-        SceneCaptions(processor.tokenizer, *connector.adapted_grids),
+        SceneCaptions(processor.tokenizer, *(connector.layout.grids[kind].size for kind in (Kind.GLOBAL, Kind.CROP))),
         scenes,
         cache_scenes(model, processor, scenes, options.cache),
         stage.views,
