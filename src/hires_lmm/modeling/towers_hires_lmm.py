@@ -18,6 +18,7 @@ from .tower_table_hires_lmm import patch_side, tower_family, view_side
 logger = logging.get_logger(__name__)
 
 
+@torch.compiler.assume_constant_result  # names of types are nothing to compile
 def is_sharded(module: torch.nn.Module) -> bool:
     """Whether the parameters of a module are spread over processes (FSDP, ZeRO-3), which then call it in step.
 
