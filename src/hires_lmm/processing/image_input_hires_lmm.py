@@ -248,9 +248,9 @@ def _without_metadata(data: bytes) -> bytes:
     elif data.startswith(b"\xff\xd8\xff"):
         kept, place = [data[:2]], 2
         while data[place : place + 1] == b"\xff" and data[place + 1 : place + 2] not in (b"\xda", b""):
-            kind, length = data[place + 1], int.from_bytes(data[place + 2 : place + 4], "big")
-            is_application, is_color = 0xE0 <= kind <= 0xEF, kind == 0xEE and length >= 14
-            if is_color or kind == 0xE1 or not (is_application or kind == 0xFE):
+            marker, length = data[place + 1], int.from_bytes(data[place + 2 : place + 4], "big")
+            is_application, is_color = 0xE0 <= marker <= 0xEF, marker == 0xEE and length >= 14
+            if is_color or marker == 0xE1 or not (is_application or marker == 0xFE):
                 kept.append(data[place : place + 2 + length])
             place += 2 + length
     return b"".join(kept) + data[place:]
@@ -284,7 +284,7 @@ def _upright_first_frame(image: Image.Image, index: int) -> Image.Image:
             image.seek(frame)
             image = first
         image = _decoded(image)
-        turn = TURNS.get(_orientation(image))
+        turn = TURNS.get(_orientation(image) or 0)
         return image if turn is None else image.transpose(turn)
     except BOMBS as error:
         raise ValueError(f"Image {index} is refused by Pillow ({error}); shrink it.") from error
