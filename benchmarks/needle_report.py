@@ -21,6 +21,7 @@ NAMES = {
     "scene": "scene questions",
     "all": "all questions",
 }
+TRAINED_WITH = ("seeds", "scenes with captions", "scenes with questions", "processor minutes a run")
 NOT_RUN = "*not run yet*"
 
 
@@ -79,31 +80,29 @@ def cell(results: Sequence[dict[str, Any]], views: str, name: str) -> str:
 
 
 def run_table(results: dict[str, list[dict[str, Any]]], runs: Sequence[str]) -> str:
-    """One row a group and kind, one column a run, each scored on the views it was trained on.
+    """One row a run, scored on the views it was trained on, with what it was trained with.
 
     Args:
         results (`dict`): From `read_results`.
-        runs (sequence of `str`): Columns; those without results are left out.
+        runs (sequence of `str`): Rows; those without results are left out.
     """
-    found = [name for name in runs if name in results]
+    found = [results[name] for name in runs if name in results]
     if not found:
         return NOT_RUN
-    views = {name: results[name][0]["run"]["views"] or "all" for name in found}
-    kinds = [kind for kind in results[found[0]][0]["scores"][views[found[0]]] if kind not in GROUPS]
-    lines = [[NAMES.get(name, f"`{name}`"), *(cell(results[r], views[r], name) for r in found)] for name in GROUPS]
-    lines += [[f"`{name}`", *(cell(results[r], views[r], name) for r in found)] for name in kinds]
-    lines.append(["seeds", *(str(len(results[name])) for name in found)])
-    stages = {name: [stage["visits"] for stage in results[name][0]["stages"]] for name in found}
-    lines.append(["scored on", *(f"{results[n][0]['scenes']} {results[n][0]['split']} scenes" for n in found)])
-    lines.append(["scenes with captions", *(str(sum(stages[name][:-1])) for name in found)])
-    lines.append(["scenes with questions", *(str(stages[name][-1]) for name in found)])
-    seconds = {name: [sum(s["processor"] for s in r["stages"]) for r in results[name]] for name in found}
-    lines.append(["processor minutes a run", *(f"{sum(seconds[n]) / len(seconds[n]) / 60:.0f}" for n in found)])
-    return markdown(["%", *(results[name][0]["run"]["text"] for name in found)], lines)
+    lines = []
+    for seeds in found:
+        first = seeds[0]
+        visits = [stage["visits"] for stage in first["stages"]]
+        seconds = [sum(stage["processor"] for stage in result["stages"]) for result in seeds]
+        scores = [cell(seeds, first["run"]["views"] or "all", group) for group in GROUPS]
+        counts = [len(seeds), sum(visits[:-1]), visits[-1], round(sum(seconds) / len(seconds) / 60)]
+        lines.append([first["run"]["text"], *scores, *map(str, counts)])
+    head = f"% of {found[0][0]['scenes']} {found[0][0]['split']} scenes"
+    return markdown([head, *(NAMES[group] for group in GROUPS), *TRAINED_WITH], lines)
 
 
 def views_table(results: dict[str, list[dict[str, Any]]], run: str) -> str:
-    """A run with views switched off at test time.
+    """A run with views switched off at test time, one row a choice of views.
 
     Args:
         results (`dict`): From `read_results`.
@@ -112,8 +111,8 @@ def views_table(results: dict[str, list[dict[str, Any]]], run: str) -> str:
     if run not in results:
         return NOT_RUN
     views = list(results[run][0]["scores"])
-    lines = [[NAMES[name], *(cell(results[run], view, name) for view in views)] for name in GROUPS]
-    return markdown(["%", *(f"views `{view}`" for view in views)], lines)
+    lines = [[f"`{view}`", *(cell(results[run], view, group) for group in GROUPS)] for view in views]
+    return markdown(["views, %", *(NAMES[group] for group in GROUPS)], lines)
 
 
 def read_sweeps(folder: Path, split: str) -> dict[str, list[dict[str, Any]]]:

@@ -10,8 +10,10 @@ benchmarks/results/*.json.
 import json
 import re
 import sys
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from hires_lmm.accounting import PRESET_SETTINGS, account_image
@@ -22,101 +24,7 @@ SIZES = ((336, 336), (1024, 1024), (2048, 3072), (2160, 3840), (4000, 400))
 MAX_CROPS = 6
 RESULTS = ROOT / "benchmarks" / "results"
 KEPT_SHARE = RESULTS / "kept_share.json"
-PREFILL = {
-    "ratio": "Time / time of transformers' llava_next",
-    "overhead": "Time / floor",
-    "tokens": "Visual tokens",
-    "peak_mib": "Peak MiB above weights and inputs",
-}
-"""Value of a row of the prefill -> title of its table; one column a batch of images."""
-
-OTHER_SHAPES = {
-    "images": "image",
-    "model": "model",
-    "tokens": "visual tokens",
-    "ratio": "time / llava_next",
-    "overhead": "time / floor",
-    "peak_mib": "peak MiB",
-}
-SPEED = {
-    "prefill_counted": {
-        "images": "image",
-        "model": "model",
-        "tokens": "visual tokens",
-        "tera_operations": "Top",
-        "ratio": "operations / llava_next",
-        "between": "share outside tower and language model",
-    },
-    "prefill_wide": OTHER_SHAPES,
-    "prefill_deep": OTHER_SHAPES,
-    "parts": {
-        "part": "part",
-        "milliseconds": "ms",
-        "giga_operations": "Gop",
-        "mebibytes": "MiB moved",
-        "share": "share of roofline",
-    },
-    "decode": {
-        "model": "model",
-        "tokens": "visual tokens",
-        "tokens_per_second": "tokens/s",
-        "ratio": "tokens/s / llava_next's",
-        "cache_mib": "cache MiB",
-    },
-    "train_step": {
-        "stage": "stage",
-        "milliseconds": "ms",
-        "overhead": "time / floor",
-        "tower_calls": "tower calls",
-        "peak_mib": "peak MiB",
-        "memory_overhead": "memory / floor",
-    },
-    "train_step_deep": {
-        "stage": "stage",
-        "milliseconds": "ms",
-        "overhead": "time / floor",
-        "tower_calls": "tower calls",
-        "peak_mib": "peak MiB",
-        "memory_overhead": "memory / floor",
-    },
-    "load": {
-        "model": "model",
-        "weights": "weights",
-        "seconds": "s",
-        "ratio": "time / llava_next",
-        "peak_mib": "peak MiB",
-    },
-    "chunks": {
-        "chunk": "views at once",
-        "views": "views",
-        "seconds": "s",
-        "ratio": "time / all at once",
-        "peak_mib": "peak MiB above the weights",
-    },
-    "attention_kernels": {
-        "implementation": "asked for",
-        "model": "model",
-        "batch": "batch",
-        "tower": "tower",
-        "connector": "connector",
-        "language_model": "language model",
-        "copies_to_host": "copies to the host",
-        "milliseconds": "ms",
-        "wrong": "wrong",
-    },
-}
-"""Benchmark -> key of a row and title of a column."""
-
-COMMANDS = {
-    "prefill_counted": "python benchmarks/prefill.py --count",
-    "prefill_wide": "python benchmarks/prefill.py --shapes wide",
-    "prefill_deep": "python benchmarks/prefill.py --shapes deep",
-    "train_step_deep": "python benchmarks/train_step.py --shapes deep --batch 1",
-}
-"""Benchmark -> how it is run, where that is not its name."""
-
-GPU_ONLY = {"milliseconds", "images_per_second", "tokens_per_second", "seconds", "copies_to_host"}
-"""Not said of CPU cores: absolute times, which the next machine does not have. The JSON files hold them."""
+SQUARE = "1024x1024"
 
 
 def token_table() -> str:
@@ -142,7 +50,7 @@ def cell(value: Any) -> str:
     if value is None:
         return "-"
     if isinstance(value, str):
-        return value.replace("|", "/").replace("scaled_dot_product_", "")
+        return value
     return f"{value:.3g}" if isinstance(value, float) and abs(value) < 1000 else f"{value:,.0f}"
 
 
@@ -164,58 +72,49 @@ def results(name: str) -> list[tuple[dict, str]]:
     return found
 
 
-def speed_table(name: str) -> str:
-    """What a benchmark found on each device where it was run, in Markdown.
+def speed_tables(name: str, build: Callable[[list[dict]], str]) -> str:
+    """A table of what a benchmark found, one a device where it was run, in Markdown.
 
     Args:
-        name (`str`): Key of `SPEED`.
+        name (`str`): Of the benchmark.
+        build (`Callable`): Makes the table from the rows of a result.
     """
-    pieces = []
-    for result, said in results(name):
-        on_gpu = not result["device"].startswith("CPU")
-        columns = {key: title for key, title in SPEED[name].items() if on_gpu or key not in GPU_ONLY}
-        rows = [[cell(row.get(key)) for key in columns] for row in result["rows"]]
-        pieces.append(f"{said}\n\n{markdown(list(columns.values()), rows)}")
-    return "\n\n".join(pieces) or f"Not measured yet: `{COMMANDS.get(name, f'python benchmarks/{name}.py')}`."
+    tables = [f"{said}\n\n{build(result['rows'])}" for result, said in results(name)]
+    return "\n\n".join(tables) or "Not measured yet."
 
 
-def pivot(rows: list[dict], names: tuple[str, ...], column: str, value: str) -> str:
-    """One value of many rows as a table, in Markdown.
-
-    Args:
-        rows (`list[dict]`): Rows of a result.
-        names (`tuple[str, ...]`): Keys whose values name a line.
-        column (`str`): Key whose values name the columns.
-        value (`str`): Key of the cells; lines without any are left out.
-    """
-    columns = list(dict.fromkeys(row[column] for row in rows))
-    at = {(*(row[name] for name in names), row[column]): row.get(value) for row in rows}
-    lines = dict.fromkeys(key[:-1] for key, found in at.items() if found is not None)
-    cells = [[*line, *(cell(at.get((*line, name))) for name in columns)] for line in lines]
-    return markdown([*names, *columns], cells)
-
-
-def prefill_tables() -> str:
-    """The prefill on each device where it was run: models by batches, one table a value, in Markdown."""
-    pieces = []
-    for result, said in results("prefill"):
-        values = {**PREFILL, **({"milliseconds": "ms"} if not result["device"].startswith("CPU") else {})}
-        pieces.append(said)
-        for key, title in values.items():
-            pieces += [f"{title}:", pivot(result["rows"], ("model",), "images", key)]
-    return "\n\n".join(pieces) or "Not measured yet: `python benchmarks/prefill.py`."
+def prefill_table(rows: list[dict]) -> str:
+    """Time of the prefill against transformers' llava_next by model and image, and against the floor, in Markdown."""
+    images = list(dict.fromkeys(row["images"] for row in rows))
+    models: dict[str, dict[str, dict]] = {}
+    for row in rows:
+        models.setdefault(row["model"], {})[row["images"]] = row
+    lines = []
+    for model, found in models.items():
+        floors = [row["overhead"] for row in found.values()]
+        tokens = cell(found.get(SQUARE, {}).get("tokens"))
+        ratios = [cell(found.get(image, {}).get("ratio")) for image in images]
+        lines.append([model, tokens, *ratios, cell(median(floors)), cell(max(floors))])
+    return markdown(["model", f"tokens of {SQUARE}", *images, "time / floor, median", "largest"], lines)
 
 
-def preprocess_tables() -> str:
-    """Images to views: processors and sources by sizes of the image, in Markdown."""
-    pieces = []
-    for result, said in results("preprocess"):
-        decoded = [row for row in result["rows"] if row["source"] == "decoded"]
-        pieces += [said, "Ours is faster by, where as many pixels are made:"]
-        pieces.append(pivot(result["rows"], ("processor", "source"), "size", "speedup"))
-        for key, title in {"of_resizes": "Time / two resizes", "peak_mib": "Peak MiB"}.items():
-            pieces += [f"{title}, from decoded images:", pivot(decoded, ("processor",), "size", key)]
-    return "\n\n".join(pieces) or "Not measured yet: `python benchmarks/preprocess.py`."
+def preprocess_table(rows: list[dict]) -> str:
+    """Images to views: a line a processor, each cell the smallest and largest value over sizes, in Markdown."""
+    sources = list(dict.fromkeys(row["source"] for row in rows))
+    lines = []
+    for name in dict.fromkeys(row["processor"] for row in rows):
+        own = [row for row in rows if row["processor"] == name]
+        decoded = [row for row in own if row["source"] == "decoded"]
+        faster = [ends(row.get("speedup") for row in own if row["source"] == source) for source in sources]
+        measured = [ends(row.get(key) for row in decoded) for key in ("of_resizes", "peak_mib")]
+        lines.append([name, *faster, *measured])
+    return markdown(["processor", *sources, "time / two resizes", "peak MiB"], lines)
+
+
+def ends(values: Iterable[float | None]) -> str:
+    """The smallest and the largest value, `-` where there is none."""
+    known = [value for value in values if value is not None]
+    return "–".join(dict.fromkeys((cell(min(known)), cell(max(known))))) if known else "-"
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:
@@ -240,14 +139,14 @@ TABLES = {
     ),
     **{
         (f"<!-- {name}: benchmarks/results -->", f"<!-- end of {name} -->"): (
-            partial(speed_table, name),
+            partial(speed_tables, name, build),
             (ROOT / "docs" / "speed.md",),
         )
-        for name in SPEED
-    },
-    **{
-        (f"<!-- {name}: benchmarks/results -->", f"<!-- end of {name} -->"): (build, (ROOT / "docs" / "speed.md",))
-        for name, build in {"prefill": prefill_tables, "preprocess": preprocess_tables}.items()
+        for name, build in {
+            "prefill": prefill_table,
+            "prefill_deep": prefill_table,
+            "preprocess": preprocess_table,
+        }.items()
     },
 }
 
