@@ -390,7 +390,8 @@ def test_settings_that_exhaust(changes, text):
 
 
 def test_more_tokens_than_a_text_can_hold():
-    layout = {"patch_grid": [2, 2], "global_grid": [1000, 1001], "crop_grid": [2, 2]}
+    grids = {"global": {"rows": 1000, "cols": 1001, "stride": None}, "crops": {"rows": 2, "cols": 2, "stride": None}}
+    layout = {"patch_grid": [2, 2], "grids": grids}
     with pytest.raises(ValueError, match=r"Image 0 of 9x9 pixels would have .* tokens, more than 1000000"):
         small(token_layout=layout).image_tokens(9, 9)
 

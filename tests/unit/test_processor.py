@@ -163,6 +163,7 @@ def config(planner=None, model_type="clip_vision_model", image_token_id=3, **vis
         image_token_id=image_token_id,
         answer_prefix_ids=None,
         question_prefix_ids=None,
+        extra_tower_configs=dict,
     )
 
 
