@@ -8,6 +8,7 @@ whole image; the *canvas* is the padded enlargement of the image that is cut int
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from itertools import product
 from typing import Any
 
 from .geometry_hires_lmm import Kind, ViewShape
@@ -462,19 +463,11 @@ def _crop_views(size: Size, limits: PlannerLimits, grid: Size, canvas: _Canvas, 
             spans.append([_pixel_span(*pixels, index, limits) for index in range(grid[axis])])
         else:
             spans.append([_clip_interval(kept, index * patches, patches) for index in range(grid[axis])])
-    return [
-        View(
-            Kind.CROP,
-            *grid,
-            row,
-            col,
-            (edges[0][row], edges[1][col], edges[0][row + 1], edges[1][col + 1]),
-            (*spans[0][row], *spans[1][col]),
-            (patches, patches),
-        )
-        for row in range(grid[0])
-        for col in range(grid[1])
-    ]
+    views = []
+    for row, col in product(range(grid[0]), range(grid[1])):
+        box = (edges[0][row], edges[1][col], edges[0][row + 1], edges[1][col + 1])
+        views.append(View(Kind.CROP, *grid, row, col, box, (*spans[0][row], *spans[1][col]), (patches, patches)))
+    return views
 
 
 def _source_edges(source: int, resized: int, offset: int, cuts: Sequence[int]) -> list[int]:
@@ -579,11 +572,8 @@ def _checked_pinpoints(pinpoints: Sequence[Size], side: int) -> tuple[Size, ...]
     for pinpoint in pinpoints:
         if isinstance(pinpoint, str) or not isinstance(pinpoint, Sequence) or len(pinpoint) != 2:
             raise ValueError(f"pinpoints holds {pinpoint!r}; every entry must be (height, width) in pixels.")
-        for value in pinpoint:
-            if isinstance(value, bool) or not isinstance(value, int) or value < side or value % side:
-                raise ValueError(
-                    f"pinpoints holds {tuple(pinpoint)}; its sides must be multiples of view_size={side}."
-                )
+        if any(type(value) is not int or value < side or value % side for value in pinpoint):
+            raise ValueError(f"pinpoints holds {tuple(pinpoint)}; its sides must be multiples of view_size={side}.")
         if pinpoint[0] * pinpoint[1] > CROPS_LIMIT * side**2:
             raise ValueError(f"pinpoints holds {tuple(pinpoint)}, which is more than {CROPS_LIMIT} crops of {side}.")
     return tuple((pinpoint[0], pinpoint[1]) for pinpoint in pinpoints)
