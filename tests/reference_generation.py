@@ -128,7 +128,7 @@ def full_visual_tokens(model, processor, images: list, **images_kwargs) -> tuple
         pixel_values = batch["pixel_values"].to(model.dtype)
         features = model.model.get_image_features(pixel_values=pixel_values, **geometry).pooler_output
     positions, spans = batch["view_positions"].tolist(), batch["view_spans"].tolist()
-    starts = [index for index, row in enumerate(positions) if row[0] == 0] + [len(positions)]
+    starts = [index for index, row in enumerate(positions) if row[8] == 1] + [len(positions)]
     layout = model.config.token_layout()
     kinds = [layout_kinds(positions[a:b], spans[a:b], layout) for a, b in itertools.pairwise(starts)]
     return list(features), kinds
