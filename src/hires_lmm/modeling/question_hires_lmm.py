@@ -73,7 +73,7 @@ def recover_text(
 ) -> PromptText:
     """Look up the ids of a call that passed embeddings alone, as PEFT does for its virtual tokens.
 
-    An id is -1 where the embedding is none of the vocabulary, and nobody reads there; all are None where none is known.
+    An id is -1 where the embedding is none of the vocabulary, which nobody reads; all are None where none is known.
     A shorter prompt mask leaves out what stands in front.
     """
     prompt_mask = text.prompt_mask
