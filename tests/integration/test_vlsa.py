@@ -176,7 +176,7 @@ def test_a_checkpoint_loads_and_trains_without_triton_and_diffusers(tmp_path):
     folder, again = tmp_path / "one", tmp_path / "two"
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
-    assert (folder / "silu_kernel_hires_lmm.py").is_file()  # the kernel ships, where triton is installed it runs
+    assert not list(folder.glob("*kernel*"))
     batch = make_batch(processor, [("USER: <image> a boat", [random_image(100, 180)])])
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -193,7 +193,7 @@ def test_a_checkpoint_loads_and_trains_without_triton_and_diffusers(tmp_path):
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["loaded"] == []
     assert result["results"] == [[True, ids.tolist(), TOKENS]] * 2
-    assert (again / "silu_kernel_hires_lmm.py").is_file()
+    assert not list(again.glob("*kernel*"))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -24,21 +24,7 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Softmax attention in plain PyTorch, with the signature of transformers' attention interface; scores are float32.
-
-    Args:
-        module (`nn.Module`): The calling module; not used.
-        query (`torch.Tensor` of shape `(B, H, Q, E)`): Queries.
-        key (`torch.Tensor` of shape `(B, H, K, E)`): Keys.
-        value (`torch.Tensor` of shape `(B, H, K, E)`): Values.
-        attention_mask (`torch.Tensor`, *optional*): Added to the scores.
-        scaling (`float`): Multiplies the scores.
-        dropout (`float`): Not used.
-        kwargs: Not used.
-
-    Returns:
-        `(B, Q, H, E)` and the weights `(B, H, Q, K)`.
-    """
+    """Softmax attention in plain PyTorch with float32 scores and the signature of the attention interface."""
     wide = torch.promote_types(query.dtype, torch.float32)
     weights = torch.matmul(query.to(wide), key.to(wide).transpose(2, 3)) * scaling
     if attention_mask is not None:
@@ -76,16 +62,7 @@ class HiResLmmCrossAttention(nn.Module):
         return states.unflatten(-1, (self.num_heads, self.head_width)).transpose(1, 2)
 
     def forward(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """Attend from queries to keys.
-
-        Args:
-            queries (`torch.Tensor` of shape `(B, Q, D)` or `(1, Q, D)`): One row is shared by the whole batch.
-            keys (`torch.Tensor` of shape `(B, K, D)`): Keys.
-            values (`torch.Tensor` of shape `(B, K, D)`): Values.
-
-        Returns:
-            `(B, Q, D)`.
-        """
+        """Attend from queries `(B or 1, Q, D)` to keys and values `(B, K, D)`: `(B, Q, D)`."""
         query = self._heads(self.q_proj(queries)).expand(keys.shape[0], -1, -1, -1)
         key, value = self._heads(self.k_proj(keys)), self._heads(self.v_proj(values))
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
@@ -94,24 +71,12 @@ class HiResLmmCrossAttention(nn.Module):
 
 
 def default_num_heads(width: int) -> int:
-    """Number of heads of 128 channels, at least one (the rule of the released query formers).
-
-    Args:
-        width (`int`): Channels in all.
-    """
+    """Number of heads of 128 channels, at least one: the rule of the released query formers."""
     return max(1, width // HEAD_WIDTH)
 
 
 def square_side(count: int, name: str) -> int:
-    """Side of a square number of tokens.
-
-    Args:
-        count (`int`): Number of tokens.
-        name (`str`): Name of the option, for the message.
-
-    Raises:
-        ValueError: If `count` is no positive square.
-    """
+    """Side of a square number of tokens, which the option `name` gave."""
     side = math.isqrt(max(count, 0))
     if count < 1 or side * side != count:
         raise ValueError(f"{name}={count} is not a square number; use for instance 64, 144, 196 or 576.")
@@ -119,20 +84,10 @@ def square_side(count: int, name: str) -> int:
 
 
 def sincos_positions(width: int, side: int) -> torch.Tensor:
-    """Two-dimensional sine-cosine table of a square grid.
+    """Sine-cosine table of a square grid, `(side * side, width)` float32, rounded to float16 as the released ones are.
 
     The first half of the channels encodes the column, the second half the row; within a half, sines come before
     cosines of frequencies 10000^(-k / (width / 4)).
-
-    Args:
-        width (`int`): Channels, a multiple of 4.
-        side (`int`): Rows and columns.
-
-    Returns:
-        `(side * side, width)` float32, rounded to float16 as the released tables are.
-
-    Raises:
-        ValueError: If `width` is no multiple of 4.
     """
     if width % 4:
         raise ValueError(f"Sine-cosine positions need a width that is a multiple of 4, got {width}.")
@@ -145,15 +100,7 @@ def sincos_positions(width: int, side: int) -> torch.Tensor:
 
 
 def resize_positions(table: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """Resize a position table of a square grid bicubically.
-
-    Args:
-        table (`torch.Tensor` of shape `(side * side, D)`): Positions, row-major.
-        grid (`tuple[int, int]`): Rows and columns wanted.
-
-    Returns:
-        `(rows * cols, D)` in the dtype of the table.
-    """
+    """Resize the positions `(side * side, D)` of a square grid to another one bicubically: `(rows * cols, D)`."""
     side, width = math.isqrt(table.shape[0]), table.shape[1]
     if (side, side) == tuple(grid):
         return table
@@ -212,14 +159,7 @@ class HiResLmmQueryFormer(nn.Module):
         init.copy_(self.positions, sincos_positions(self.queries.shape[1], self.side))
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Compress the tokens of each view.
-
-        Args:
-            features (`torch.Tensor` of shape `(V, L, C)`): Tokens of views, row-major on the grid.
-
-        Returns:
-            `(V, num_queries, C)`.
-        """
+        """Compress the row-major tokens of views: `(V, L, C)` -> `(V, num_queries, C)`."""
         if not features.shape[0]:
             return features.new_zeros(0, *self.queries.shape)
         positions = self.positions.to(features.dtype)

@@ -50,14 +50,7 @@ class Prefix(NamedTuple):
         return self.cut(next((at for at, (own, other) in enumerate(pairs) if own != other), len(pairs)))
 
     def extended(self, blocks: tuple[Block, ...], hidden: torch.Tensor, known: int, layers: tuple) -> "Prefix":
-        """The conversation with further blocks.
-
-        Args:
-            blocks (`tuple[Block]`): The further blocks.
-            hidden (`torch.Tensor` of shape `(L, C)`): States of the positions from `known` on.
-            known (`int`): Positions before them.
-            layers (`tuple`): Keys and values of the longer conversation; empty = it will not be kept.
-        """
+        """The conversation with further blocks, whose states `hidden` holds from position `known` on."""
         ends, states = list(self.ends), list(self.states)
         for block in blocks:
             ends.append(ends[-1] + len(block.question) + block.num_slots)
@@ -103,28 +96,13 @@ class ImageMemory:
 
 
 def find_runs(flags: list) -> list[tuple[int, int]]:
-    """First and past-last position of each run of true values.
-
-    Args:
-        flags (`list[bool]`): Placeholders of a row.
-    """
+    """First and past-last position of each run of true values."""
     edges = [at for at, (before, now) in enumerate(pairwise([False, *map(bool, flags), False])) if before != now]
     return list(zip(edges[::2], edges[1::2], strict=True))
 
 
 def read_blocks(question: Question, reads: bool) -> list[list[tuple[Block, int]]]:
-    """The blocks that a call shows, by the runs of placeholders.
-
-    Args:
-        question (`Question`): Readable text and placeholders.
-        reads (`bool`): Whether the questions are read; otherwise all are empty.
-
-    Returns:
-        For each image its blocks, each with the position behind its run.
-
-    Raises:
-        ValueError: If questions are wanted and there are no ids.
-    """
+    """The blocks of each image that a call shows, each with the position behind its run of placeholders."""
     if reads and question.ids is None and question.asked is None:
         raise ValueError("fusion reads questions as ids, and inputs_embeds has none; pass input_ids.")
     wanted = [question.ids, question.turn, question.next_turn] if reads and question.asked is None else []
@@ -165,14 +143,7 @@ def _foreign_questions(asked: list, num_runs: int, row: int, continues: bool) ->
 
 
 def stack_prefixes(prefixes: list[Prefix | None]) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], list[int]]:
-    """Keys and values of several conversations as a batch, padded in front.
-
-    Args:
-        prefixes (`list[Prefix]`): What was read; None = nothing. At least one is given.
-
-    Returns:
-        Keys and values `(B, H, longest, C / H)` a layer, and the length of each conversation.
-    """
+    """Keys and values a layer of several conversations, padded in front to the longest, and their lengths."""
     lengths = [prefix.ends[-1] if prefix else 0 for prefix in prefixes]
     longest, layers = max(lengths), []
     for number, pair in enumerate(next(prefix for prefix in prefixes if prefix).layers):
@@ -186,13 +157,7 @@ def stack_prefixes(prefixes: list[Prefix | None]) -> tuple[list[tuple[torch.Tens
 
 
 def cut_cache(cache: Any, row: int, start: int, stop: int) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
-    """Copy keys and values of some positions of one row, so that the rest of the batch is not held.
-
-    Args:
-        cache (`DynamicCache`): Of the whole batch.
-        row (`int`): The row.
-        start, stop (`int`): First and past-last position.
-    """
+    """Copy keys and values of some positions of one row, so that the rest of the batch is not held."""
     return tuple(
         (layer.keys[row : row + 1, :, start:stop].clone(), layer.values[row : row + 1, :, start:stop].clone())
         for layer in cache.layers

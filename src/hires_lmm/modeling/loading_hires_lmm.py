@@ -1,11 +1,9 @@
 """Loading that refuses what does not fit: no model starts with random weights unnoticed."""
 
-from collections.abc import Iterable
 from os import getpid
 from threading import RLock
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 from transformers.integrations import is_fsdp_enabled
 
@@ -15,17 +13,10 @@ from .configuration_hires_lmm import check_dtype
 LOCKS: dict[int, Any] = {}  # by process: a lock that was held while a process forked stays locked in the copy
 SHOWN_NAMES = 5
 PEFT_MARKS = ("lora_", "base_layer", "modules_to_save", "original_module")
-ON_PURPOSE = (
-    "To keep what fits and start the rest anew on purpose, ask for the list with output_loading_info=True, for shapes "
-    "with ignore_mismatched_sizes=True."
-)
 
 
 class HiResLmmCheckpointError(ValueError, RuntimeError):
-    """Tensors of a checkpoint are missing, superfluous or of another shape.
-
-    A `RuntimeError` too, because that is what torch and transformers raise where they refuse a checkpoint.
-    """
+    """Tensors do not fit the model; a `RuntimeError` too, which torch and transformers raise for that."""
 
 
 class HiResLmmLoadingMixin:
@@ -43,22 +34,17 @@ class HiResLmmLoadingMixin:
         """Load a checkpoint; see `PreTrainedModel.from_pretrained`.
 
         Threads load one after another: transformers swaps functions of its classes meanwhile, and two loads at once
-        would leave a stand-in there for good, after which no head is tied to its word embeddings.
+        would leave a stand-in there, after which no head is tied to its word embeddings.
 
         Args:
             pretrained_model_name_or_path (`str`): Folder or Hub id, of a model or of an adapter for one; None with an
                 empty `state_dict` makes a new model.
-            model_args: For the constructor.
+            model_args, kwargs: As in transformers.
             ignore_mismatched_sizes (`bool`): Start tensors anew whose shape in the checkpoint differs.
-            output_loading_info (`bool`): Return the lists of what is missing, superfluous and of another shape; the
-                caller looks at them, and tensors that are missing or superfluous are no error.
-            kwargs: Everything else that transformers takes.
-
-        Returns:
-            The model, or the model and the lists.
+            output_loading_info (`bool`): Return the lists too; what is missing or superfluous is then no error.
 
         Raises:
-            HiResLmmCheckpointError: If tensors are missing, superfluous or of another shape.
+            HiResLmmCheckpointError: If tensors are missing, superfluous, of another shape or without values.
             ValueError: If `dtype` names no floating-point format.
         """
         for name in ("dtype", "torch_dtype"):
@@ -73,14 +59,16 @@ class HiResLmmLoadingMixin:
                 output_loading_info=True,
                 **kwargs,
             )
-        weights = model.__dict__.pop("_weights_info", info)
         is_new = pretrained_model_name_or_path is None and not kwargs.get("state_dict")
-        for found in [weights] if weights is info else [weights, info]:
-            allowed = {"mismatched_keys"} if ignore_mismatched_sizes else set()
-            if output_loading_info or is_new:
-                allowed |= {"missing_keys", "unexpected_keys"}
-            _check_report({name: keys for name, keys in found.items() if name not in allowed}, model)
-        _check_devices(model)
+        for found in (model.__dict__.pop("_weights_info", info), info):
+            shapes = [] if ignore_mismatched_sizes else found.get("mismatched_keys", ())
+            _check(model, {} if output_loading_info or is_new else found, shapes)
+        bare = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+        if bare and not is_fsdp_enabled() and not hasattr(model, "hf_device_map"):
+            raise HiResLmmCheckpointError(
+                f"After loading, tensors of {type(model).__name__} have no values: {_shorten(sorted(bare))}. Load "
+                "outside of torch.device('meta') and init_empty_weights()."
+            )
         return (model, info) if output_loading_info else model
 
     def initialize_weights(self) -> None:
@@ -104,12 +92,12 @@ class HiResLmmLoadingMixin:
         return loading_info
 
 
-def _check_report(report: dict, model: PreTrainedModel) -> None:
-    """Raise if anything is listed under `missing_keys`, `unexpected_keys` or `mismatched_keys`."""
+def _check(model: PreTrainedModel, report: dict, mismatched: Any) -> None:
+    """Raise if anything is missing, superfluous or of another shape."""
     missing, extra = sorted(report.get("missing_keys", ())), sorted(report.get("unexpected_keys", ()))
     shapes = [
         f"{name} ({tuple(found)} in the checkpoint, {tuple(wanted)} in the model)"
-        for name, found, wanted in sorted(report.get("mismatched_keys", ()), key=lambda entry: entry[0])
+        for name, found, wanted in sorted(mismatched, key=lambda entry: entry[0])
     ]
     lists = (("missing", missing), ("not part of the model", extra), ("of another shape", shapes))
     faults = "; ".join(f"{title}: {_shorten(names)}" for title, names in lists if names)
@@ -117,7 +105,9 @@ def _check_report(report: dict, model: PreTrainedModel) -> None:
         source = model.name_or_path
         where = "The given state_dict" if source in ("", "None") else repr(source)
         raise HiResLmmCheckpointError(
-            f"{where} does not fit {type(model).__name__}. Tensors {faults}. {_remedy(missing, extra)} {ON_PURPOSE}"
+            f"{where} does not fit {type(model).__name__}. Tensors {faults}. {_remedy(missing, extra)} To keep what "
+            "fits and start the rest anew on purpose, ask for the list with output_loading_info=True, for shapes with "
+            "ignore_mismatched_sizes=True."
         )
 
 
@@ -129,38 +119,12 @@ def _shorten(names: list[str]) -> str:
 def _remedy(missing: list[str], extra: list[str]) -> str:
     """What the names say about how the checkpoint came about."""
     if any(mark in name for name in extra for mark in PEFT_MARKS):
-        return (
-            "These are the names of a model that PEFT wraps: save its adapter alone and load that, or save "
-            "merge_and_unload()."
-        )
+        return "PEFT wraps this model: save its adapter alone and load that, or save merge_and_unload()."
     for prefix in {name[: -len(missing[0])] for name in extra if missing and name.endswith("." + missing[0])}:
+        pattern = {f"^{prefix}".replace(".", "[.]"): ""}
         return (
-            f"Every name in the file begins with {prefix!r}: save the model without its wrapper, or load with "
-            f"key_mapping={{{'^' + prefix.replace('.', '[.]')!r}: ''}}."
+            f"Every name begins with {prefix!r}: save the model without its wrapper, or pass key_mapping={pattern!r}."
         )
     if missing == ["lm_head.weight"] and not extra:
         return "It was saved without its head: load it with AutoModel, or save HiResLmmForConditionalGeneration."
     return "Save it again whole, or load it with the configuration that it was trained with."
-
-
-def _check_devices(model: PreTrainedModel) -> None:
-    """Raise if a tensor has no storage and nothing will give it any: no offload hook and no other process."""
-    if is_fsdp_enabled():
-        return
-    bare = sorted(
-        f"{prefix}.{name}" if prefix else name
-        for prefix, module in model.named_modules()
-        if not hasattr(module, "_hf_hook")
-        for name, tensor in _own_tensors(module)
-        if tensor.is_meta
-    )
-    if bare:
-        raise HiResLmmCheckpointError(
-            f"After loading, tensors of {type(model).__name__} have no values: {_shorten(bare)}. Load outside of "
-            "torch.device('meta') and init_empty_weights()."
-        )
-
-
-def _own_tensors(module: torch.nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
-    yield from module.named_parameters(recurse=False)
-    yield from module.named_buffers(recurse=False)

@@ -13,16 +13,7 @@ MULTIPLY_INSTEAD = ("hyperclovax",)
 
 
 def select_positions(hidden: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
-    """Pick the positions whose logits are wanted.
-
-    Args:
-        hidden (`torch.Tensor` of shape `(B, S, D)`): Hidden states.
-        logits_to_keep (`int` or `torch.Tensor`): The last n positions (0 = all); or indices `(k,)`, `(B, k)`, or a
-            mask `(B, S)`.
-
-    Returns:
-        `(B, k, D)`, or `(kept, D)` for a mask.
-    """
+    """Pick from `(B, S, D)` the last n positions (0 = all), or by indices `(k,)`, `(B, k)` or a mask `(B, S)`."""
     if isinstance(logits_to_keep, int):
         return hidden[:, -logits_to_keep:] if logits_to_keep else hidden
     if logits_to_keep.ndim == 2 and logits_to_keep.dtype == torch.bool:
@@ -35,16 +26,9 @@ def select_positions(hidden: torch.Tensor, logits_to_keep: int | torch.Tensor) -
 def select_learned(
     hidden: torch.Tensor, labels: torch.Tensor, shift_labels: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pick the positions whose next token is learned: the only ones whose logits a loss needs.
+    """Pick the positions of `(B, S, D)` whose next token is learned, and their targets: `(1, k, D)` and `(1, k)`.
 
-    Args:
-        hidden (`torch.Tensor` of shape `(B, S, D)`): Hidden states.
-        labels (`torch.Tensor` of shape `(B, S)`): Targets; -100 where nothing is learned.
-        shift_labels (`torch.Tensor` of shape `(B, S)`, *optional*): Targets that are shifted already, in place of
-            `labels`.
-
-    Returns:
-        `(1, k, D)` and their targets `(1, k)`; k may be 0, which keeps the head in the graph.
+    `shift_labels` are targets that are shifted already. k may be 0, which keeps the head in the graph.
     """
     if shift_labels is None:
         shift_labels = nn.functional.pad(labels, (0, 1), value=IGNORED_LABEL)[:, 1:]
@@ -53,15 +37,7 @@ def select_learned(
 
 
 def scale_logits(logits: torch.Tensor, text_config: Any) -> torch.Tensor:
-    """Apply what some language models do after their head: a factor, a divisor, a soft cap.
-
-    Args:
-        logits (`torch.Tensor` of shape `(..., vocabulary)`): Output of the head.
-        text_config (`PreTrainedConfig`): Configuration of the language model.
-
-    Returns:
-        The logits that the language model itself would return.
-    """
+    """Apply what some language models do after their head: a factor, a divisor, a soft cap."""
     for name in MULTIPLIERS + DIVIDERS:
         factor = getattr(text_config, name, None)
         if factor is not None:

@@ -25,15 +25,10 @@ class Packing:
 
 
 def plan_packing(real: torch.Tensor, padding_side: str) -> Packing:
-    """Plan the removal of positions, keeping order.
+    """Plan to keep the positions that are true in `(B, L)`; rows pad at `padding_side`.
 
-    Args:
-        real (`torch.Tensor` of shape `(B, L)`): True for positions that stay.
-        padding_side (`str`): Where shorter rows are padded: `"left"` or `"right"`.
-
-    Returns:
-        The plan. A removed position expands to the last kept one before it (to the first kept one at the start of a
-        row), so that "the token after the image" is still predicted from the state it follows.
+    A removed position expands to the last kept one before it (to the first kept one at the start of a row), so that
+    "the token after the image" is still predicted from the state it follows.
     """
     order = torch.argsort((~real).to(torch.int8), dim=1, stable=True)
     counts = real.sum(dim=1)
@@ -49,19 +44,9 @@ def plan_packing(real: torch.Tensor, padding_side: str) -> Packing:
 def plan_batch(
     kept: torch.Tensor, attention_mask: Any, past: int, in_generate: bool
 ) -> tuple[Packing, torch.Tensor, torch.Tensor]:
-    """Plan the packing of a batch with its padding and its cache.
+    """Plan a batch with padding and `past` cached positions: the plan, the mask `(B, past + P)`, positions `(B, P)`.
 
-    Args:
-        kept (`torch.Tensor` of shape `(B, S)`): False where a visual token is dropped.
-        attention_mask (`torch.Tensor` of shape `(B, past + S)`, *optional*): 0 at padding.
-        past (`int`): Positions in the cache.
-        in_generate (`bool`): Whether new tokens follow, so that rows must end together.
-
-    Returns:
-        The plan, the mask `(B, past + P)` and the positions `(B, P)`.
-
-    Raises:
-        ValueError: If the mask is not two-dimensional.
+    In `generate` new tokens follow, so rows end together.
     """
     if attention_mask is not None and (not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2):
         raise ValueError(
@@ -81,26 +66,10 @@ def plan_batch(
 
 
 def pack(states: torch.Tensor, packing: Packing) -> torch.Tensor:
-    """Gather the kept positions.
-
-    Args:
-        states (`torch.Tensor` of shape `(B, L, D)`): States of all positions.
-        packing (`Packing`): The plan.
-
-    Returns:
-        `(B, P, D)`.
-    """
+    """Gather the kept positions of `(B, L, D)`: `(B, P, D)`."""
     return states.gather(1, packing.index[..., None].expand(-1, -1, states.shape[-1]))
 
 
 def expand(states: torch.Tensor, packing: Packing) -> torch.Tensor:
-    """Put packed states back to the input length.
-
-    Args:
-        states (`torch.Tensor` of shape `(B, P, D)`): States of packed positions.
-        packing (`Packing`): The plan.
-
-    Returns:
-        `(B, L, D)`.
-    """
+    """Put packed states `(B, P, D)` back to the input length: `(B, L, D)`."""
     return states.gather(1, packing.expand[..., None].expand(-1, -1, states.shape[-1]))

@@ -9,15 +9,7 @@ from .carriers_hires_lmm import Question
 
 
 def find_sequence(ids: torch.Tensor, sequence: list[int]) -> torch.Tensor:
-    """Mark where a sequence of ids begins.
-
-    Args:
-        ids (`torch.Tensor` of shape `(B, S)`): Token ids.
-        sequence (`list[int]`): Ids to look for; an empty list is found nowhere.
-
-    Returns:
-        `(B, S)` bool, True at each first id of an occurrence.
-    """
+    """True in `(B, S)` at each first id of an occurrence of a sequence; an empty one is found nowhere."""
     found = torch.zeros_like(ids, dtype=torch.bool)
     length = len(sequence)
     if not length or ids.shape[1] < length:
@@ -29,14 +21,7 @@ def find_sequence(ids: torch.Tensor, sequence: list[int]) -> torch.Tensor:
 
 
 def latest(marks: torch.Tensor) -> torch.Tensor:
-    """Position of the latest mark at or before each position.
-
-    Args:
-        marks (`torch.Tensor` of shape `(B, S)`): True at marks.
-
-    Returns:
-        `(B, S)` int64; -1 before the first mark.
-    """
+    """Position of the latest mark at or before each position of `(B, S)`; -1 before the first."""
     positions = torch.arange(marks.shape[1], device=marks.device)
     return torch.where(marks, positions, -1).cummax(dim=1).values
 
@@ -49,15 +34,8 @@ def number_turns(
     A turn runs from the end of `question_prefix` to the start of `answer_prefix`. A first turn without its prefix
     opens the sequence; where no turn has one, later turns open with their first placeholder.
 
-    Args:
-        ids (`torch.Tensor` of shape `(B, S)`): Token ids.
-        placeholder (`torch.Tensor` of shape `(B, S)`): True at image placeholders.
-        answer_prefix (`list[int]`): Ids that open an answer; empty = the whole sequence is one turn.
-        question_prefix (`list[int]`): Ids that open a user turn; may be empty.
-
-    Returns:
-        Two `(B, S)` int64 tensors: the number of the user turn a token is part of, from 1 (0 outside user turns), and
-        the number of the turn that is open or comes next.
+    The first result says of which user turn a token is part, from 1 (0 outside user turns); the second, which one is
+    open or comes next. Without an answer prefix the whole sequence is one turn.
     """
     positions = torch.arange(ids.shape[1], device=ids.device)
     answers, questions = find_sequence(ids, answer_prefix), find_sequence(ids, question_prefix)
@@ -93,17 +71,10 @@ class PromptText(NamedTuple):
 def recover_text(
     text: PromptText, placeholder: torch.Tensor, embed: Callable[[torch.Tensor], torch.Tensor], vocabulary: int
 ) -> PromptText:
-    """Look up the ids of a call that passed embeddings, as PEFT's prompt tuning does.
+    """Look up the ids of a call that passed embeddings alone, as PEFT does for its virtual tokens.
 
-    Args:
-        text (`PromptText`): The text of the call, without ids. A shorter prompt mask leaves out what stands in front.
-        placeholder (`torch.Tensor` of shape `(B, S)`): True at image placeholders.
-        embed (`Callable`): Looks up token embeddings.
-        vocabulary (`int`): Tokens of the language model.
-
-    Returns:
-        The text with ids, -1 where an embedding is none of the vocabulary: a virtual token, which nobody reads. None
-        instead of ids where no embedding is known.
+    An id is -1 where the embedding is none of the vocabulary, which nobody reads; all are None where none is known.
+    A shorter prompt mask leaves out what stands in front.
     """
     prompt_mask = text.prompt_mask
     if prompt_mask is not None:
@@ -121,19 +92,7 @@ def recover_text(
 def find_readable(
     text: PromptText, placeholder: torch.Tensor, prompt_length: int | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Positions that are neither padding, placeholders nor generated.
-
-    Args:
-        text (`PromptText`): The text of the call.
-        placeholder (`torch.Tensor` of shape `(B, S)`): True at image placeholders.
-        prompt_length (`int`, *optional*): Positions beyond it are generated.
-
-    Returns:
-        A mask `(B, S)`, and the caller's prompt mask at that length.
-
-    Raises:
-        ValueError: If the prompt mask has another shape than the text.
-    """
+    """Positions that are neither padding, placeholders nor generated, and the caller's prompt mask at that length."""
     readable, length = ~placeholder, placeholder.shape[1]
     mask, prompt_mask = text.attention_mask, text.prompt_mask
     if isinstance(mask, torch.Tensor) and mask.ndim == 2:
@@ -166,23 +125,8 @@ def build_question(
 ) -> Question:
     """Collect the text that question-reading operations may see.
 
-    Args:
-        text (`PromptText`): The text of the call.
-        placeholder (`torch.Tensor` of shape `(B, S)`): True at image placeholders.
-        lengths (`list[int]`): Placeholders of each image, in reading order.
-        prompt_length (`int`, *optional*): Set by `generate`: positions beyond it are generated.
-        scope (`str`): `"turn"` or `"prompt"` (see `HiResLmmConfig`).
-        answer_prefix (`list[int]`): Ids that open an answer.
-        question_prefix (`list[int]`): Ids that open a user turn.
-        training (`bool`): Whether a missing source of the question is an error.
-        continues (`bool`): Whether earlier positions are in a cache and not shown.
-        has_later (`bool`): Whether later turns have placeholders of their own; a row then holds one image.
-
-    Returns:
-        The question of each image.
-
-    Raises:
-        ValueError: In training, if nothing tells question from answer; if a row should hold one image and does not.
+    `training` makes a missing source of the question an error; `continues` says that earlier positions are in a cache,
+    not shown, `has_later` that later turns have placeholders of their own, so that a row holds one image.
     """
     readable, prompt_mask = find_readable(text, placeholder, prompt_length)
     ids, labels = text.ids, text.labels

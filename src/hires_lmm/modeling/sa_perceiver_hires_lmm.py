@@ -1,7 +1,8 @@
 """The spatially aware perceiver: the low-resolution view reads all crops and alone reaches the language model."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from typing import Any, Literal
 
 import torch
@@ -23,6 +24,9 @@ FLASH_HEAD_WIDTH = 256
 NORM_FLOOR = 1.0
 """Added to the mean square under the root of a norm, which so shrinks what is large and never amplifies. A query with
 scores far below zero reads next to nothing, in bfloat16 all rounding error, which a small epsilon would blow up."""
+
+SILU_KERNEL = "silu_triton"
+"""Name of the kernel in the attention interface, where `hires_lmm.kernels` was imported."""
 
 GLOBAL_EMBEDDING = "global_embedding"
 """Name of the global embeddings `(I, C)` in `aux`."""
@@ -159,18 +163,20 @@ class HiResLmmSaPerceiver(HiResLmmPart):
         return states.unflatten(-1, (self.options.num_heads, self.head_width))
 
     def _attend(
-        self, activation: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, offsets: list[int]
+        self, activation: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, counts: list[int]
     ) -> torch.Tensor:
-        """`(I, Q, C)` queries read the `(T, C)` keys of their image: `(I, Q, C)`."""
+        """`(I, Q, C)` queries read the keys of their image, `counts` of the `(T, C)`: `(I, Q, C)`."""
         keys = self._heads(key)
-        heads = (self._heads(query), keys, keys if value is key else self._heads(value))
-        if activation == "silu":
-            is_normed = self.options.norm != "none"
-            mean = self.options.score_scale == "1/num_keys" or is_normed
-            dtype = torch.promote_types(query.dtype, torch.float32) if is_normed else None  # the norm takes any size
-            return silu_attention(*heads, offsets, self.scaling, mean, dtype=dtype).flatten(2)
-        self._check_backend()
-        return _softmax_attention(self, *heads, offsets, self.scaling).flatten(2)
+        states = (self._heads(query), keys, keys if value is key else self._heads(value))
+        if activation == "softmax":
+            self._check_backend()
+            name = self.config._attn_implementation
+            attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
+            return _attend_by_count(self, attend, *states, counts)
+        attend = ALL_ATTENTION_FUNCTIONS.get(SILU_KERNEL, silu_attention)
+        mean = self.options.score_scale == "1/num_keys" or self.options.norm != "none"
+        output = _attend_by_count(self, attend, *states, counts, mean)
+        return output if self.options.norm != "none" else output.to(query.dtype)  # the norm takes any size
 
     def cross_step(self, tokens: torch.Tensor, crops: torch.Tensor, counts: list[int]) -> torch.Tensor:
         """Let each image read its crops.
@@ -184,16 +190,19 @@ class HiResLmmSaPerceiver(HiResLmmPart):
             `(I, Q, C)`, without the residual.
         """
         keys = self.kv_proj(crops).flatten(0, 1)
-        offsets = [count * crops.shape[1] for count in accumulate(counts, initial=0)]
+        numbers = [count * crops.shape[1] for count in counts]
         return self.cross_out(
-            self.cross_norm(self._attend(self.options.activation, self.q_proj(tokens), keys, keys, offsets))
+            self.cross_norm(self._attend(self.options.activation, self.q_proj(tokens), keys, keys, numbers))
         )
 
     def self_step(self, tokens: torch.Tensor) -> torch.Tensor:
         """Let each image read its own tokens `(I, Q, C)`; without the residual."""
-        offsets = list(range(0, (tokens.shape[0] + 1) * tokens.shape[1], tokens.shape[1]))
-        keys, values = self.k_proj(tokens).flatten(0, 1), tokens.flatten(0, 1)
-        return self.self_out(self.self_norm(self._attend(self.options.self_attention, tokens, keys, values, offsets)))
+        keys, values, numbers = (
+            self.k_proj(tokens).flatten(0, 1),
+            tokens.flatten(0, 1),
+            [tokens.shape[1]] * len(tokens),
+        )
+        return self.self_out(self.self_norm(self._attend(self.options.self_attention, tokens, keys, values, numbers)))
 
     def forward(self, views: ViewFeatures) -> ViewFeatures:
         """Apply the operation.
@@ -239,35 +248,37 @@ def _make_norm(name: str, width: int) -> nn.Module:
     return HiResLmmWideLayerNorm(width, eps=NORM_FLOOR, bias=False)
 
 
-def _softmax_attention(
+def _attend_by_count(
     module: HiResLmmSaPerceiver,
+    attend: Callable,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    offsets: list[int],
-    scaling: float,
+    counts: list[int],
+    mean: bool = False,
 ) -> torch.Tensor:
-    """Softmax attention with the arguments of `silu_attention`, one call of the backend for each number of keys."""
-    attend = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, eager_attention_forward)
-    lengths = [stop - start for start, stop in pairwise(offsets)]
-    order, outputs = [], []
-    for length in sorted(set(lengths)):
-        rows = [row for row, own in enumerate(lengths) if own == length]
+    """`(I, Q, H, E)` queries read their `counts` of the `(T, H, E)` keys, one call for each number: `(I, Q, C)`.
+
+    Keys behind the last image belong to nobody. With `mean` the sum over the keys is divided by their number.
+    """
+    starts, order, outputs = list(accumulate(counts, initial=0)), [], []
+    for count in sorted(set(counts)):
+        rows = [row for row, own in enumerate(counts) if own == count]
         order += rows
         queries = torch.stack([query[row] for row in rows])
-        if not length:
+        if not count:
             outputs.append(0.0 * queries)
             continue
-        keys, values = (
-            torch.stack([part[offsets[row] : offsets[row + 1]] for row in rows]).transpose(1, 2)
-            for part in (key, value)
-        )
+        keys = torch.stack([key[starts[row] : starts[row] + count] for row in rows]).transpose(1, 2)
+        values = keys
+        if value is not key:
+            values = torch.stack([value[starts[row] : starts[row] + count] for row in rows]).transpose(1, 2)
         output, _ = attend(
-            module, queries.transpose(1, 2), keys, values, None, dropout=0.0, scaling=scaling, is_causal=False
+            module, queries.transpose(1, 2), keys, values, None, dropout=0.0, scaling=module.scaling, is_causal=False
         )
-        outputs.append(output)
-    unused = (0.0 * key[offsets[-1] :]).sum() + (0.0 * value[offsets[-1] :]).sum()  # keeps projections in the graph
+        outputs.append(output / count if mean else output)
+    unused = (0.0 * key[starts[-1] :]).sum() + (0.0 * value[starts[-1] :]).sum()  # keeps projections in the graph
     if not outputs:
-        return query + unused
+        return (query + unused).flatten(2)
     places = sorted(range(len(order)), key=order.__getitem__)
-    return torch.cat(outputs)[torch.tensor(places, device=query.device)] + unused
+    return (torch.cat(outputs)[torch.tensor(places, device=query.device)] + unused).flatten(2)

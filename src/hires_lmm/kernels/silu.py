@@ -1,4 +1,4 @@
-"""Triton kernels of SiLU attention. This file needs triton; only the functions that launch the kernels import it.
+"""Triton kernels of SiLU attention, and the function that the attention interface gets.
 
 A program owns one tile of rows and `BLOCK_V` of the channels of its result; the scores need all channels, so they are
 summed over pieces of `BLOCK_D` and made anew for each piece of the result. That bounds registers for heads of up to
@@ -6,11 +6,18 @@ summed over pieces of `BLOCK_D` and made anew for each piece of the result. That
 loads as zero, and SiLU(0) = 0, so scores need no mask.
 """
 
-from itertools import pairwise
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from torch import nn
+
+from ..modeling.silu_attention_hires_lmm import silu_attention
+
+
+KERNEL_DTYPES = (torch.float16, torch.bfloat16)
+"""Without TF32 float32 products are slow in the kernel."""
 
 
 @triton.jit
@@ -72,25 +79,15 @@ def _products(
 
 
 @triton.jit
-def _share(count, MEAN: tl.constexpr):
-    """Factor on the sum over the keys of an image."""
-    share = 1.0
-    if MEAN:
-        share = 1.0 / tl.maximum(count, 1).to(tl.float32)
-    return share
-
-
-@triton.jit
 def _forward_kernel(
     query,
     key,
     value,
-    offsets,
     output,
     scale,
     num_queries,
+    num_keys,
     heads,
-    MEAN: tl.constexpr,
     CHANNELS: tl.constexpr,
     OPERAND: tl.constexpr,
     BLOCK_Q: tl.constexpr,
@@ -100,7 +97,7 @@ def _forward_kernel(
 ):
     """Tile of queries × piece of the channels of the output."""
     image, head = tl.program_id(2) // heads, tl.program_id(2) % heads
-    first, stop = tl.load(offsets + image), tl.load(offsets + image + 1)
+    first, stop = image * num_keys, (image + 1) * num_keys
     rows = image * num_queries + tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     row_stop = (image + 1) * num_queries
     columns = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -112,7 +109,6 @@ def _forward_kernel(
         )
         values = _load_tile(value, keys, stop, columns, heads, head, CHANNELS)
         total = _weigh(scores * tl.sigmoid(scores), values, total, OPERAND)
-    total = total * _share(stop - first, MEAN)
     _store_tile(output, total, rows, row_stop, columns, heads, head, CHANNELS)
 
 
@@ -129,12 +125,11 @@ def _grad_query_kernel(
     query,
     key,
     value,
-    offsets,
     grad_query,
     scale,
     num_queries,
+    num_keys,
     heads,
-    MEAN: tl.constexpr,
     CHANNELS: tl.constexpr,
     OPERAND: tl.constexpr,
     BLOCK_Q: tl.constexpr,
@@ -144,7 +139,7 @@ def _grad_query_kernel(
 ):
     """Tile of queries × piece of the channels of their gradient."""
     image, head = tl.program_id(2) // heads, tl.program_id(2) % heads
-    first, stop = tl.load(offsets + image), tl.load(offsets + image + 1)
+    first, stop = image * num_keys, (image + 1) * num_keys
     rows = image * num_queries + tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     row_stop = (image + 1) * num_queries
     columns = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -159,7 +154,7 @@ def _grad_query_kernel(
         )
         piece = _load_tile(key, keys, stop, columns, heads, head, CHANNELS)
         total = _weigh(grad_weights * _slope(scores), piece, total, OPERAND)
-    total = total * (scale * _share(stop - first, MEAN))
+    total = total * scale
     _store_tile(grad_query, total, rows, row_stop, columns, heads, head, CHANNELS)
 
 
@@ -169,14 +164,13 @@ def _grad_key_value_kernel(
     query,
     key,
     value,
-    offsets,
     grad_key,
     grad_value,
     scale,
     num_queries,
+    num_keys,
     heads,
     SHARED: tl.constexpr,
-    MEAN: tl.constexpr,
     CHANNELS: tl.constexpr,
     OPERAND: tl.constexpr,
     BLOCK_Q: tl.constexpr,
@@ -186,7 +180,7 @@ def _grad_key_value_kernel(
 ):
     """Tile of keys × piece of the channels of the gradients of keys and values, or of both in one."""
     image, head = tl.program_id(2) // heads, tl.program_id(2) % heads
-    first, stop = tl.load(offsets + image), tl.load(offsets + image + 1)
+    first, stop = image * num_keys, (image + 1) * num_keys
     keys = first + tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     row_stop = (image + 1) * num_queries
     columns = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -205,9 +199,7 @@ def _grad_key_value_kernel(
             total_value = _weigh(scores * tl.sigmoid(scores), grads, total_value, OPERAND)
             queries = _load_tile(query, rows, row_stop, columns, heads, head, CHANNELS)
             total_key = _weigh(grad_weights * _slope(scores), queries, total_key, OPERAND)
-        share = _share(stop - first, MEAN)
-        total_key = total_key * (scale * share)
-        total_value = total_value * share
+        total_key = total_key * scale
         if SHARED:
             total_key += total_value
         else:
@@ -252,81 +244,83 @@ def block_sizes(channels: int, is_backward: bool) -> dict:
 
 
 def launch_forward(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor | None,
-    offsets: tuple,
-    scale: float,
-    mean: bool,
-    dtype: torch.dtype | None = None,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor | None, scale: float, dtype: torch.dtype | None = None
 ) -> torch.Tensor:
-    """SiLU attention, see `silu_attention`.
-
-    Args:
-        query (`torch.Tensor` of shape `(I, Q, H, E)`): Contiguous, as all tensors here.
-        key (`torch.Tensor` of shape `(T, H, E)`): Keys of all images.
-        value (`torch.Tensor` of shape `(T, H, E)`, *optional*): Values of all images; None = the keys.
-        offsets (`tuple[int]`): First key of each image and the end of the last.
-        scale (`float`): Multiplies the scores.
-        mean (`bool`): Divide by the number of keys.
-        dtype (`torch.dtype`, *optional*): Dtype of the result; that of the query by default.
-
-    Returns:
-        `(I, Q, H, E)`.
-    """
-    images, queries, heads, channels = query.shape
+    """SiLU attention of `(I, Q, H, E)` queries over `(I, K, H, E)` keys; a value of None stands for the key."""
+    (images, queries, heads, channels), keys = query.shape, key.shape[1]
     output = torch.empty_like(query, dtype=dtype)
     if not output.numel():
         return output
     blocks = block_sizes(channels, is_backward=False)
     grid = (triton.cdiv(queries, blocks["BLOCK_Q"]), triton.cdiv(channels, blocks["BLOCK_V"]), images * heads)
-    numbers = torch.tensor(offsets, dtype=torch.int32, device=query.device)
-    settings = {"MEAN": mean, "CHANNELS": channels, "OPERAND": operand_type(query), **blocks}
+    settings = {"CHANNELS": channels, "OPERAND": operand_type(query), **blocks}
     values = key if value is None else value
-    _forward_kernel[grid](query, key, values, numbers, output, scale, queries, heads, **settings)
+    _forward_kernel[grid](query, key, values, output, scale, queries, keys, heads, **settings)
     return output
 
 
 def launch_backward(
-    grad: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor | None,
-    offsets: tuple,
-    scale: float,
-    mean: bool,
+    grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor | None, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Gradients of query, key and value.
-
-    Args:
-        grad (`torch.Tensor` of shape `(I, Q, H, E)`): Gradient of the output.
-        query (`torch.Tensor` of shape `(I, Q, H, E)`): As in `launch_forward`, like the rest.
-        key (`torch.Tensor` of shape `(T, H, E)`): Keys.
-        value (`torch.Tensor` of shape `(T, H, E)`, *optional*): Values; None = the keys.
-        offsets (`tuple[int]`): First key of each image and the end of the last.
-        scale (`float`): Multiplies the scores.
-        mean (`bool`): Divide by the number of keys.
-
-    Returns:
-        Gradients of query, key and value; None for a value that is the key, whose gradient then holds both.
-    """
-    images, queries, heads, channels = query.shape
-    grad_query, grad_key = torch.zeros_like(query), torch.zeros_like(key)
-    grad_value = None if value is None else torch.zeros_like(value)
+    """Float32 gradients of query, key and value; None for a value that is the key, whose gradient then holds both."""
+    (images, queries, heads, channels), keys = query.shape, key.shape[1]
+    grad_query, grad_key = (torch.zeros_like(states, dtype=torch.float32) for states in (query, key))
+    grad_value = None if value is None else torch.zeros_like(value, dtype=torch.float32)
     values = key if value is None else value
-    most_keys = max((stop - start for start, stop in pairwise(offsets)), default=0)
-    if not most_keys or not query.numel():
+    if not key.numel() or not query.numel():
         return grad_query, grad_key, grad_value
     blocks = block_sizes(channels, is_backward=True)
     pieces = triton.cdiv(channels, blocks["BLOCK_V"])
-    numbers = torch.tensor(offsets, dtype=torch.int32, device=query.device)
-    tensors = (grad, query, key, values, numbers)
-    settings = {"MEAN": mean, "CHANNELS": channels, "OPERAND": operand_type(query), **blocks}
+    tensors = (grad, query, key, values)
+    settings = {"CHANNELS": channels, "OPERAND": operand_type(query), **blocks}
     grid = (triton.cdiv(queries, blocks["BLOCK_Q"]), pieces, images * heads)
-    _grad_query_kernel[grid](*tensors, grad_query, scale, queries, heads, **settings)
-    grid = (triton.cdiv(most_keys, blocks["BLOCK_K"]), pieces, images * heads)
-    settings["SHARED"] = value is None
-    _grad_key_value_kernel[grid](
-        *tensors, grad_key, grad_key if grad_value is None else grad_value, scale, queries, heads, **settings
-    )
+    _grad_query_kernel[grid](*tensors, grad_query, scale, queries, keys, heads, **settings)
+    grid = (triton.cdiv(keys, blocks["BLOCK_K"]), pieces, images * heads)
+    outputs = (grad_key, grad_key if grad_value is None else grad_value)
+    _grad_key_value_kernel[grid](*tensors, *outputs, scale, queries, keys, heads, SHARED=value is None, **settings)
     return grad_query, grad_key, grad_value
+
+
+class KernelSiluAttention(torch.autograd.Function):
+    """SiLU attention by the kernels; the result is float32 as that of `silu_attention`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor | None, scale: float
+    ) -> torch.Tensor:
+        """See `launch_forward`."""
+        ctx.save_for_backward(query, key, value)
+        ctx.scale = scale
+        return launch_forward(query, key, value, scale, torch.float32)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple:
+        """See `launch_backward`."""
+        query, key, value = ctx.saved_tensors
+        size = grad_output.abs().amax().clamp(min=1e-30)  # a mean over many keys leaves less than float16 can say
+        grad = (grad_output / size).to(query.dtype).contiguous()
+        found = launch_backward(grad, query, key, value, ctx.scale)
+        return *(None if each is None else (each * size).to(query.dtype) for each in found), None
+
+
+def silu_triton(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    scaling: float = 1.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """`silu_attention` by the kernels where the tensors are on a GPU in half precision, else itself."""
+    if not query.is_cuda or query.dtype not in KERNEL_DTYPES:
+        return silu_attention(module, query, key, value, attention_mask, scaling, **kwargs)
+    return run_kernels(query, key, value, scaling), None
+
+
+def run_kernels(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
+    """Run the kernels on `(B, H, Q, E)` queries and `(B, H, K, E)` keys and values: `(B, Q, H, E)` float32."""
+    queries, keys = (states.transpose(1, 2).to(query.dtype).contiguous() for states in (query, key))
+    values = None if value is key else value.transpose(1, 2).to(query.dtype).contiguous()
+    return KernelSiluAttention.apply(queries, keys, values, float(scaling))
