@@ -27,7 +27,7 @@ LINKS = [file for file in FILES if file.is_symlink()]  # files that both folders
 STANDARD = {  # module -> names that may be taken from it; None: the module itself, with all it has
     "base64": None,
     "binascii": None,
-    "collections.abc": {"Callable", "Iterable", "Iterator", "Mapping", "Sequence"},
+    "collections.abc": {"Callable", "Iterator", "Mapping", "Sequence"},
     "contextlib": {"contextmanager"},
     "copy": {"deepcopy", None},
     "dataclasses": {"asdict", "dataclass", "field", "fields", "replace"},
@@ -35,7 +35,7 @@ STANDARD = {  # module -> names that may be taken from it; None: the module itse
     "functools": {"cached_property", "lru_cache", "wraps"},
     "inspect": {"signature"},
     "io": {"BytesIO"},
-    "itertools": {"accumulate", "pairwise"},
+    "itertools": {"accumulate", "pairwise", "product"},
     "json": None,
     "math": None,
     "os": {"PathLike", "getpid", "path"},
