@@ -170,7 +170,7 @@ ROWS = [
     Row(
         "test_call_numpy_4_channels test_image_processor_from_dict_with_kwargs_has_attributes",
         "Towers read RGB; an option that would have no effect is refused.",
-        fails="do_convert_rgb=False must be True|must be one finite number or three",
+        fails="do_convert_rgb=False must be True|must be finite, one number or one a channel",
     ),
     Row(
         "test_apply_chat_template_image_*",
