@@ -465,3 +465,10 @@ def test_padding_is_no_context(caplog):
     assert not caplog.records
     built(text=["a", "zq" * 600], padding=True, return_tensors="np")
     assert len(caplog.records) == 1
+
+
+def test_what_a_tokenizer_keeps_is_no_image_option():
+    built = HiResLmmProcessor.from_config(config(), tiny_tokenizer())
+    wanted = built(text="<image>", images=picture(90, 60))["input_ids"]
+    built.tokenizer.init_kwargs["max_crops"] = 1
+    assert built(text="<image>", images=picture(90, 60))["input_ids"] == wanted
