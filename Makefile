@@ -12,6 +12,7 @@ MINORS ?=
 WORKERS ?= 2
 PYTEST_ARGS ?=
 MUTATION_ARGS ?=
+GPU_ARGS ?=
 LOCK_ARGS ?=
 
 BIN := $(VENV)/bin
@@ -27,13 +28,13 @@ TORCH_STAMP := $(VENV)/.torch-$(call key,grep ^torch= constraints.txt)
 CORE_STAMP := $(VENV)/.core-$(call key,cat constraints.txt pyproject.toml)
 SETUP_STAMP := $(VENV)/.setup-$(call key,cat constraints.txt pyproject.toml benchmarks/needle/pyproject.toml)
 
-.PHONY: help setup demo docs lock test test-slow test-versions test-latest test-upstream coverage mutation quality \
-	format clean distclean
+.PHONY: help setup demo docs lock test test-slow test-gpu test-versions test-latest test-upstream coverage mutation \
+	quality format clean distclean
 .NOTPARALLEL:
 
 help:
-	@echo "make setup | demo | docs | lock | test | test-slow | test-versions | test-latest | test-upstream | coverage"
-	@echo "     mutation | quality | format | clean | distclean"
+	@echo "make setup | demo | docs | lock | test | test-slow | test-gpu | test-versions | test-latest | test-upstream"
+	@echo "     coverage | mutation | quality | format | clean | distclean"
 
 setup: $(SETUP_STAMP)
 
@@ -85,6 +86,10 @@ test: quality | $(BIN)/pytest $(TEST_PY)
 
 test-slow: | $(BIN)/pytest $(TEST_PY)
 	$(PYTEST) tests -m "slow and not gpu" -n $(WORKERS) $(PYTEST_ARGS) || [ $$? -eq 5 ]  # 5: there is no slow test
+
+# What needs CUDA, at most 8 minutes; GPU_ARGS=--dry-run shows on a CPU that all of it runs.
+test-gpu: | $(BIN)/pytest
+	$(PY) benchmarks/gpu.py $(GPU_ARGS)
 
 # What may break with a version, at each supported minor of transformers and at the newest of everything but torch.
 # These three write their results into docs/compatibility.md, unless PYTEST_ARGS chooses among the tests.

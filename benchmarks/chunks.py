@@ -82,6 +82,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--shapes", default="tower", choices=("tower", "cpu", "tiny"), help="CPU only")
+    parser.add_argument("--sizes", nargs="*", type=int, help="views at once beside all; by default those of the page")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -91,7 +92,7 @@ def main() -> int:
         return 0
     case = {"device": arguments.device, "shapes": arguments.shapes, "repeats": arguments.repeats}
     rows = []
-    for size in SIZES[arguments.device]:
+    for size in (None, *arguments.sizes) if arguments.sizes else SIZES[arguments.device]:
         rows.append(in_subprocess(__file__, {**case, "chunk": size}))
         rows[-1]["ratio"] = rows[-1]["seconds"] / rows[0]["seconds"]
         say(f"views at once {rows[-1]['chunk']}: {rows[-1]['peak_mib']:.0f} MiB")

@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -13,7 +14,9 @@ import torch
 from hires_lmm.files import write_text
 
 
-RESULTS = Path(__file__).parent / "results"
+FOLDER_VARIABLE = "HIRES_RESULTS"
+RESULTS = Path(os.environ.get(FOLDER_VARIABLE) or Path(__file__).parent / "results")
+"""The folder of results; another one where the variable names it."""
 
 
 def surroundings() -> dict:
@@ -30,18 +33,19 @@ def surroundings() -> dict:
     }
 
 
-def write_result(name: str, rows: list[dict], seeds: list[int]) -> Path:
+def write_result(name: str, rows: list[dict], seeds: list[int], folder: Path = RESULTS) -> Path:
     """Write rows and surroundings as `results/<name>.json`.
 
     Args:
         name (`str`): Name of the benchmark.
         rows (`list[dict]`): One dict a measured point.
         seeds (`list[int]`): Seeds used.
+        folder (`Path`): Where, in place of `results`.
 
     Returns:
         The path.
     """
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{name}.json"
     write_text(path, json.dumps({**surroundings(), "seeds": seeds, "rows": rows}, indent=1) + "\n")
     return path

@@ -120,7 +120,7 @@ def measure_cuda(point: dict) -> dict:
     }
 
 
-def points(device: str) -> list[dict]:
+def points(device: str, most_crops: int) -> list[dict]:
     """What is measured."""
     versions = ("naive", "torch", "triton") if device == "cuda" else ("naive", "torch")
     usual, other = ("bfloat16", "float32") if device == "cuda" else ("float32", "bfloat16")
@@ -129,6 +129,7 @@ def points(device: str) -> list[dict]:
     return [
         {"version": v, "crops": c, "heads": h, "dtype": t, "direction": d, "device": device}
         for c, h, t in settings
+        if c <= most_crops
         for d in ("forward", "forward + backward")
         for v in versions
     ]
@@ -144,10 +145,12 @@ def main() -> None:
     """Measure all points."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    device = parser.parse_args().device
+    parser.add_argument("--crops", type=int, default=64, help="crops of the largest image")
+    arguments = parser.parse_args()
+    device = arguments.device
     torch.set_num_threads(1)
     rows = []
-    for point in points(device):
+    for point in points(device, arguments.crops):
         rows.append({**point, **(measure_cuda if device == "cuda" else in_a_process)(point)})
         sys.stdout.write(json.dumps(rows[-1]) + "\n")
         sys.stdout.flush()
