@@ -5,6 +5,7 @@ Stands in `processing/` and, as a link, in `modeling/`.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 from huggingface_hub.dataclasses import strict
@@ -209,13 +210,7 @@ class Arrangement:
 
     def count(self, views: Sequence[ViewShape]) -> dict[int, int]:
         """Tokens of one image by kind; separators under `Kind.SEPARATOR`."""
-        counts = dict.fromkeys((int(Kind.SEPARATOR), *self.kinds), 0)
-        for piece in self.walk(views):
-            if isinstance(piece, Run):
-                counts[piece.kind] += piece.stop - piece.start
-            else:
-                counts[int(Kind.SEPARATOR)] += self.separators[piece.separator].num_tokens
-        return counts
+        return dict(_count(self, tuple(views)))
 
     def elastic_limits(self, views: Sequence[ViewShape], num_tokens: int) -> dict[int, list[int]]:
         """Tokens of each view of the elastic kinds under a budget, in proportion to its own."""
@@ -302,15 +297,28 @@ class Arrangement:
             for band in bands
             for r in range(*cells[band[0]][:2])
         ]
+        between, end = self._marks("between_token_rows", kind), self._marks("token_row_end", kind)
         for number, line in enumerate(lines):
             if limit is not None:
                 line = [(n, r, left, min(right, left + limit)) for n, r, left, right in line]
                 limit -= sum(right - left for _, _, left, right in line)
             if number:
-                out += self._marks("between_token_rows", kind)
+                out += between
             out += [Run(kind, *piece) for piece in line if piece[3] > piece[2]]
-            out += self._marks("token_row_end", kind)
+            out += end
         return [*out, *self._marks("view_end", kind, row, col)]
+
+
+@lru_cache(maxsize=1024)
+def _count(arrangement: Arrangement, views: tuple[ViewShape, ...]) -> dict[int, int]:
+    """Images of a data set share few grids, so that most are walked once."""
+    counts = dict.fromkeys((int(Kind.SEPARATOR), *arrangement.kinds), 0)
+    for piece in arrangement.walk(views):
+        if isinstance(piece, Run):
+            counts[piece.kind] += piece.stop - piece.start
+        else:
+            counts[int(Kind.SEPARATOR)] += arrangement.separators[piece.separator].num_tokens
+    return counts
 
 
 def split_budget(total: int, sizes: Sequence[int]) -> list[int]:

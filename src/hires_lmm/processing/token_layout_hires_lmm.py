@@ -1,7 +1,8 @@
 """How many tokens an image becomes: from its plan and the layout of the model, without pixels."""
 
+import json
 from dataclasses import dataclass, field, fields
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 from .geometry_hires_lmm import KINDS, Grid, kinds_on
@@ -82,7 +83,10 @@ class TokenLayout:
         if unknown or missing:
             wrong = f"unknown keys {unknown}" if unknown else f"no {', '.join(missing)}"
             raise ValueError(f"token_layout has {wrong}; its keys are {', '.join(known)}.")
-        return cls(**values)
+        try:
+            return _read(json.dumps(values))
+        except TypeError:  # holds what JSON does not know, such as grids as objects
+            return cls(**values)
 
     def to_dict(self) -> dict:
         """The layout as a dict of JSON types with all keys."""
@@ -167,6 +171,12 @@ def apply_budget(count: TokenCount, layout: TokenLayout, max_image_tokens: int |
             f"tells the smallest), lower max_crops or leave views out."
         )
     return min(max_image_tokens, count.total)
+
+
+@lru_cache(maxsize=64)
+def _read(text: str) -> TokenLayout:
+    """One layout for equal dicts, so that a processor checks its own once and not in every call."""
+    return TokenLayout(**json.loads(text))
 
 
 def _as_grid(grid: Any) -> Grid:
