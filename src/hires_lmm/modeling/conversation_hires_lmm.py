@@ -1,18 +1,24 @@
 """What generation remembers of a conversation: one object, an attribute of the cache that holds the conversation."""
 
-from typing import Any, Protocol
+from typing import Any
 
+import torch
 from transformers.cache_utils import EncoderDecoderCache
 
 
-class Record(Protocol):
-    """What one part remembers; changed by the part alone, between two calls of `follow`."""
+class Record:
+    """Base of what one part remembers; only the part writes to it, between two calls of `follow`."""
 
     def select(self, rows: list[int]) -> None:
         """Gather rows of the batch, with repetition: beams and return sequences follow their prompt."""
+        raise NotImplementedError
 
-    def follow(self, cache: Any) -> None:
-        """Forget what the cache, which may have been cropped, does not hold any more."""
+    def follow(self, cache: Any, length: int) -> None:
+        """Forget what the cache, of `length` positions and perhaps cropped, does not hold any more."""
+        raise NotImplementedError
+
+    def pack(self, expand: torch.Tensor) -> None:
+        """Positions of this call move before the language model sees them: input `(B, L)` to packed position."""
 
 
 class Conversation:
@@ -59,8 +65,13 @@ class Conversation:
         elif batch_size != self.batch_size and self.records:
             self._repeat(batch_size)
         for record in self.records.values():
-            record.follow(cache)
+            record.follow(cache, self.length)
         self.batch_size = batch_size
+
+    def pack(self, expand: torch.Tensor) -> None:
+        """Tell all records that positions of this call move: `(B, L)`, see `Packing`."""
+        for record in self.records.values():
+            record.pack(expand)
 
     def select(self, rows: list[int]) -> None:
         """Gather rows, with repetition; for callers who gather rows of the cache themselves.
