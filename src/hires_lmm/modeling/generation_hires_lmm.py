@@ -1,7 +1,7 @@
 """What `generate` needs to know about a prompt that changes its length inside the model: four hooks."""
 
 import copy
-from typing import Any, cast
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, GenerationMixin
@@ -14,7 +14,6 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import ModelOutput
 
-from .carriers_hires_lmm import VisualTokens
 from .compat_hires_lmm import CACHE
 from .inputs_hires_lmm import (
     check_encoder_outputs,
@@ -26,8 +25,7 @@ from .inputs_hires_lmm import (
     refuse_both,
     take_extra,
 )
-from .outputs_hires_lmm import HiResLmmImageFeatures
-from .question_hires_lmm import PromptText
+from .outputs_hires_lmm import GeneratePrompt, HiResLmmImageFeatures
 
 
 def images_after(placeholder: torch.Tensor, lengths: list[int], position: int) -> list[int]:
@@ -54,6 +52,26 @@ def images_after(placeholder: torch.Tensor, lengths: list[int], position: int) -
         chosen += [index] if True in is_after else []
         start += length
     return chosen
+
+
+def rows_after(placeholder: torch.Tensor, position: int) -> list[int]:
+    """Images, one a row that has placeholders, of the rows that have some at or after a position.
+
+    Args:
+        placeholder (`torch.Tensor` of shape `(B, S)`): True at placeholders.
+        position (`int`): First position that counts.
+
+    Raises:
+        ValueError: If the position is within the tokens of a turn.
+    """
+    cut = (placeholder[:, position - 1 : position] & placeholder[:, position : position + 1]).any(dim=1)
+    if bool(cut.any()):
+        raise ValueError(
+            f"cache ends after {position} positions, in the middle of the image tokens of conversation "
+            f"{int(cut.nonzero()[0])}; crop it to before them."
+        )
+    with_image = placeholder.any(dim=1)
+    return placeholder[with_image, position:].any(dim=1).nonzero()[:, 0].tolist()
 
 
 def mask_length(length: int, model_kwargs: dict[str, Any], generation_config: GenerationConfig) -> int:
@@ -163,53 +181,31 @@ class HiResLmmGenerationMixin(GenerationMixin):
         has_turns = self.model.connector.has_turns
         if inputs is not None:
             image = self.model.encode_images(inputs)
-            image.keep_nothing()
             flags = [inputs.is_unpadded, inputs.is_right_padded]
         elif not has_turns:
             compare_counts(int(count), sum(placeholders_per_image(image)))
         image = copy.copy(image)
         if not isinstance(image, HiResLmmImageFeatures):
             image = HiResLmmImageFeatures.of(image)
-        if cached and has_turns:
-            image = self._after_history(image, ids, inputs_tensor, placeholder, cached, model_kwargs)
-        elif cached:
-            image = image.select_images(images_after(placeholder, placeholders_per_image(image), cached))
+        if cached:
+            find = (
+                rows_after(placeholder, cached)
+                if has_turns
+                else images_after(placeholder, placeholders_per_image(image), cached)
+            )
+            image = image.select_images(find)
         if cached and model_kwargs.get("prompt_mask") is not None:
             model_kwargs["prompt_mask"] = model_kwargs["prompt_mask"][:, cached:]
-        image.pooler_output, image.prompt_length = list(image.pooler_output), inputs_tensor.shape[1] - cached
-        image.token_maps = token_maps
-        image.mask_length = mask_length(inputs_tensor.shape[1], model_kwargs, generation_config)
-        image.is_unpadded, image.is_right_padded = map(bool, flags) if flags else (None, False)
+        image.pooler_output = list(image.pooler_output)
+        image.is_unpadded, is_right_padded = map(bool, flags) if flags else (None, False)
+        image.prompt = GeneratePrompt(
+            length=inputs_tensor.shape[1] - cached,
+            mask_length=mask_length(inputs_tensor.shape[1], model_kwargs, generation_config),
+            is_right_padded=is_right_padded,
+            keeps_cache=model_kwargs.get(CACHE) is not None or bool(generation_config.return_dict_in_generate),
+            token_maps=token_maps,
+        )
         return {**model_kwargs, "mm_encoder_outputs": {"image": image if image.pooler_output else None}}
-
-    def _after_history(
-        self,
-        image: HiResLmmImageFeatures,
-        ids: torch.Tensor | None,
-        inputs_tensor: torch.Tensor,
-        placeholder: torch.Tensor,
-        cached: int,
-        model_kwargs: dict[str, Any],
-    ) -> HiResLmmImageFeatures:
-        """Images that are asked about behind a cached history, with what was asked before.
-
-        So features that served other conversations in between are no danger: the ids say what must have been read.
-        """
-        names = ("attention_mask", "prompt_mask", "labels", "question_ids")
-        text = PromptText(ids, inputs_tensor, *(model_kwargs.get(name) for name in names))
-        lengths = cast("VisualTokens", image.tokens).num_tokens
-        question = self.model.read_question(text, placeholder, lengths, inputs_tensor.shape[1])
-        blocks = self.model.connector.read_blocks(question)
-        for row, own in zip(question.image_row.tolist(), blocks, strict=True):
-            if any(stop - block.num_slots < cached < stop for block, stop in own):
-                raise ValueError(
-                    f"cache ends after {cached} positions, in the middle of the image tokens of "
-                    f"conversation {row}; crop it to before them."
-                )
-        asked = [index for index, own in enumerate(blocks) if any(stop > cached for _, stop in own)]
-        image = image.select_images(asked)
-        image.earlier = [tuple(block for block, stop in blocks[index] if stop <= cached) for index in asked]
-        return image
 
     def _cached_history(
         self,

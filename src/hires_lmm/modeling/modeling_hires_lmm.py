@@ -16,6 +16,7 @@ from .carriers_hires_lmm import ImageGeometry, Question, ViewFeatures, read_geom
 from .compat_hires_lmm import CACHE, CACHE_NAMES, takes_cache
 from .configuration_hires_lmm import HiResLmmConfig, HiResLmmConnectorConfig, check_fit
 from .connector_hires_lmm import HiResLmmConnector, drop
+from .conversation_hires_lmm import Conversation
 from .generation_hires_lmm import HiResLmmGenerationMixin, check_context
 from .inputs_hires_lmm import (
     ImageInputs,
@@ -267,18 +268,22 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
             view_spans=view_spans,
             view_boxes=view_boxes,
         )
+        conversation = None
+        if self.connector.has_turns and (cache is not None or use_cache is not False):
+            conversation = Conversation.of(cache).follow(cache, embeds.shape[0])
         past = cache.get_seq_length() if cache is not None else 0
-        packing, remember = None, None
+        packing = None
         extra: dict[str, Any] = {}
         if features is not None:
-            embeds, kept, remember, extra = self._splice(features, text, cache, output_token_map)
-            if not self.connector.is_count_static or features.is_right_padded:
-                packing, attention_mask, position_ids = plan_batch(
-                    kept, attention_mask, past, features.prompt_length is not None
-                )
+            embeds, kept, extra = self._splice(features, text, conversation, output_token_map)
+            prompt = features.prompt
+            if not self.connector.is_count_static or (prompt is not None and prompt.is_right_padded):
+                packing, attention_mask, position_ids = plan_batch(kept, attention_mask, past, prompt is not None)
                 embeds = pack(embeds, packing)
-                prompt = past + kept.shape[1] - extra.get("num_drafted", 0)
-                extra["packed_attention_mask"] = attention_mask[:, features.num_virtual(prompt) :]
+                virtual = 0 if prompt is None else prompt.num_virtual(past + kept.shape[1] - extra["num_drafted"])
+                extra["packed_attention_mask"] = attention_mask[:, virtual:]
+                if conversation is not None:
+                    conversation.pack(packing.expand)
             elif features.is_unpadded and (position_ids is None or cache is not None):
                 attention_mask = None  # all ones: the language model need not look
             if "num_drafted" in extra:
@@ -295,8 +300,8 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
             **{CACHE: cache},
             **kwargs,
         )
-        for memory, conversation in remember or []:
-            memory.remember(outputs.get(CACHE), conversation)
+        if conversation is not None:
+            conversation.attach(outputs.get(CACHE))
         hidden = outputs.last_hidden_state
         return HiResLmmModelOutputWithPast(
             last_hidden_state=hidden if packing is None else expand(hidden, packing),
@@ -333,11 +338,10 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
             )
         if features is None and images is not None:
             features = self.encode_images(images, **wanted)
-            features.keep_nothing()
             return features
         if features is not None and not isinstance(features, HiResLmmImageFeatures):
             features = HiResLmmImageFeatures.of(features)
-        if features is not None and features.prompt_length is None and not self.connector.has_turns:
+        if features is not None and features.prompt is None and not self.connector.has_turns:
             mask = self.get_placeholder_mask(text.ids, text.embeds)
             compare_counts(int(mask.sum()), sum(placeholders_per_image(features)))
         return features
@@ -355,11 +359,16 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
         return read_geometry(*(part.tolist() for part in copy_to_host(view_positions, view_spans)))
 
     def _splice(
-        self, features: HiResLmmImageFeatures, text: PromptText, cache: Cache | None, output_token_map: bool
-    ) -> tuple[torch.Tensor, torch.Tensor, list | None, dict]:
-        """Run what needs the question and write visual tokens over placeholders: embeddings, kept positions, what was
-        read of conversations, and more outputs."""
-        prompt_length = features.prompt_length
+        self,
+        features: HiResLmmImageFeatures,
+        text: PromptText,
+        conversation: Conversation | None,
+        output_token_map: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor, dict]:
+        """Run what needs the question and write visual tokens over placeholders: embeddings, kept positions, and more
+        outputs."""
+        prompt = features.prompt
+        prompt_length = None if prompt is None else prompt.length
         if prompt_length is not None and text.ids is None:  # PEFT puts virtual tokens before what generate was given
             prompt_length = text.embeds.shape[1]
         placeholder = self.get_placeholder_mask(text.ids, text.embeds, prompt_length)
@@ -370,9 +379,10 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
                     "These image features hold only pooler_output; pass what get_image_features returned."
                 )
             if self.connector.reads_question or self.connector.has_turns:
-                past = cache.get_seq_length() if cache is not None else 0
-                question = self.read_question(text, placeholder, tokens.num_tokens, prompt_length, past)
-                question.cache, question.earlier = cache, features.earlier
+                goes_on = prompt is None or prompt.keeps_cache
+                question = self.read_question(
+                    text, placeholder, tokens.num_tokens, prompt_length, conversation if goes_on else None
+                )
             tokens, question = self.connector.finish(tokens, question)
         parts = features.pooler_output if self.connector.is_done_early else tokens
         spliced = splice(text.embeds, placeholder, cast("Any", parts), question)
@@ -384,17 +394,22 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
             extra["num_drafted"] = placeholder.shape[1] - prompt_length
         if tokens is not None and tokens.aux:
             extra["aux"] = tokens.aux
-        if output_token_map or features.token_maps is not None:
+        token_maps = None if prompt is None else prompt.token_maps
+        if output_token_map or token_maps is not None:
             if tokens is None:
                 raise ValueError("output_token_map=True needs the features that get_image_features returned.")
             extra["token_map"] = build_token_map(tokens, features.view_boxes)
-            if features.token_maps == []:
-                sources = features.sources or range(tokens.num_images)
-                features.token_maps.append(extra["token_map"].merge_images(sources))
-        return spliced.embeds, spliced.kept, None if tokens is None else tokens.read, extra
+            if token_maps == []:
+                token_maps.append(extra["token_map"].merge_images(tokens.sources or range(tokens.num_images)))
+        return spliced.embeds, spliced.kept, extra
 
     def read_question(
-        self, text: PromptText, placeholder: torch.Tensor, lengths: list[int], prompt_length: int | None, past: int = 0
+        self,
+        text: PromptText,
+        placeholder: torch.Tensor,
+        lengths: list[int],
+        prompt_length: int | None,
+        conversation: Conversation | None = None,
     ) -> Question:
         """Collect the readable text of each image.
 
@@ -403,7 +418,7 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
             placeholder (`torch.Tensor` of shape `(B, S)`): True at image placeholders.
             lengths (`list[int]`): Placeholders of each image.
             prompt_length (`int`, *optional*): Set by `generate`: positions beyond it are generated.
-            past (`int`): Positions in the cache.
+            conversation (`Conversation`, *optional*): What is remembered with the cache.
         """
         if text.ids is None and self.connector.reads_question:
             vocabulary = self.get_input_embeddings().num_embeddings
@@ -417,8 +432,8 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
             answer_prefix=self.config.answer_prefix_ids or [],
             question_prefix=self.config.question_prefix_ids or [],
             training=self.training and prompt_length is None and self.connector.reads_question,  # or no answer is read
-            continues=past > 0,
             has_later=self.connector.has_turns,
+            conversation=conversation,
         )
 
     def _idle(self, device: torch.device, use_tower: bool) -> torch.Tensor:
