@@ -28,6 +28,7 @@ from .inputs_hires_lmm import (
     refuse_both,
     take_extra,
 )
+from .layer_ops_hires_lmm import install_layer_ops, open_layers, place
 from .loading_hires_lmm import HiResLmmLoadingMixin
 from .logits_hires_lmm import scale_logits, select_learned, select_positions
 from .outputs_hires_lmm import (
@@ -106,6 +107,7 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
         )
         self.language_model = AutoModel.from_config(config.text_config)
         check_fit(config, self.language_model)
+        install_layer_ops(self)
         self.post_init()
 
     def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
@@ -286,6 +288,7 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
                 check_context(length, attention_mask, extra["num_drafted"], self.config.text_config)
         elif self.training and cache is None:
             embeds = embeds + self._idle(embeds.device, use_tower=vision_features is None).to(embeds)
+        layers = open_layers(self, extra.pop("placed", None), packing, embeds, attention_mask, cache, kwargs)
         outputs = self.language_model(
             inputs_embeds=embeds,
             attention_mask=attention_mask,
@@ -297,7 +300,7 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
         )
         for memory, conversation in remember or []:
             memory.remember(outputs.get(CACHE), conversation)
-        hidden = outputs.last_hidden_state
+        hidden = outputs.last_hidden_state if layers is None else layers.close(outputs, extra)
         return HiResLmmModelOutputWithPast(
             last_hidden_state=hidden if packing is None else expand(hidden, packing),
             hidden_states=outputs.hidden_states,
@@ -382,6 +385,8 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
         extra: dict[str, Any] = {"image_outputs": image_outputs, "kept_mask": spliced.kept}
         if prompt_length is not None:
             extra["num_drafted"] = placeholder.shape[1] - prompt_length
+        if self.connector.layer_ops:
+            extra["placed"] = place(text, placeholder, tokens, extra.get("num_drafted"))
         if tokens is not None and tokens.aux:
             extra["aux"] = tokens.aux
         if output_token_map or features.token_maps is not None:
