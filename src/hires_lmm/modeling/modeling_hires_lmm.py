@@ -26,6 +26,7 @@ from .inputs_hires_lmm import (
     take_images,
     take_text,
 )
+from .layer_ops_hires_lmm import install_layer_ops, open_layers
 from .logits_hires_lmm import scale_logits, select_learned, select_positions
 from .outputs_hires_lmm import (
     HiResLmmCausalLMOutputWithPast,
@@ -61,6 +62,7 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
         )
         self.language_model = AutoModel.from_config(config.text_config)
         check_fit(config, self.language_model)
+        install_layer_ops(self)
         self.post_init()
 
     def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
@@ -215,15 +217,16 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
             mm_encoder_outputs=mm_encoder_outputs,
         )
         conversation = None
-        if self.connector.has_turns and (cache is not None or use_cache is not False):
-            conversation = Conversation.of(cache).follow(cache, text.embeds.shape[0])
+        if self.connector.layer_ops or (self.connector.has_turns and (cache is not None or use_cache is not False)):
+            conversation = Conversation.of(cache).follow(cache, len(text.embeds))
         features = self._see(given, text, **{name: kwargs.get(name) for name in TOWER_OUTPUTS})
         if features is not None:
             prompt = splice_images(self, text, features, cache, position_ids, conversation, output_token_map)
         else:
-            prompt = Prompt(text.embeds, attention_mask, position_ids)
+            prompt = Prompt(text.embeds, attention_mask, position_ids, conversation=conversation)
             if self.training and cache is None:
                 prompt.embeds = text.embeds + self._idle(text.embeds, given.vision_features is None)
+        prompt.layers = open_layers(self, prompt, cache, kwargs)
         outputs = self.language_model(
             inputs_embeds=prompt.embeds,
             attention_mask=prompt.attention_mask,
@@ -233,8 +236,7 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
             **{CACHE: cache},
             **kwargs,
         )
-        if conversation is not None:
-            conversation.attach(outputs.get(CACHE))
+        prompt.remember(outputs.get(CACHE))
         return HiResLmmModelOutputWithPast(
             last_hidden_state=prompt.expand(outputs.last_hidden_state),
             hidden_states=outputs.hidden_states,

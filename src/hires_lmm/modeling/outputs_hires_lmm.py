@@ -87,6 +87,7 @@ class TokenMap:
         box (`torch.Tensor` of shape `(N, 4)`): Top, left, bottom, right in source pixels; NaN for separators.
         score (`torch.Tensor` of shape `(N,)`): The score that decided; NaN where a token was not scored.
         kept (`torch.Tensor` of shape `(N,)`): True where the token reached the language model.
+        left_at (`torch.Tensor` of shape `(N,)`): Layer of the language model behind which it left; -1 for none.
     """
 
     image: torch.Tensor
@@ -96,6 +97,7 @@ class TokenMap:
     box: torch.Tensor
     score: torch.Tensor
     kept: torch.Tensor
+    left_at: torch.Tensor
 
     def merge_images(self, sources: Sequence[int]) -> "TokenMap":
         """The records under the numbers of the caller's images, without those of repeated ones.
@@ -135,6 +137,7 @@ def build_token_map(tokens: VisualTokens, view_boxes: torch.Tensor | None) -> To
         box=torch.from_numpy(tokens.boxes(view_boxes)).float(),
         score=score.detach().float().cpu(),
         kept=torch.ones(count, dtype=torch.bool) if tokens.kept is None else tokens.kept.cpu(),
+        left_at=torch.full((count,), -1),
     )
 
 

@@ -11,6 +11,7 @@ from .carriers_hires_lmm import Question, VisualTokens
 from .connector_hires_lmm import drop
 from .conversation_hires_lmm import Conversation
 from .inputs_hires_lmm import check_context, placeholders_per_image
+from .layer_ops_hires_lmm import LanguageCall, Placed, place
 from .outputs_hires_lmm import HiResLmmImageFeatures, build_token_map
 from .packing_hires_lmm import Packing, expand, pack, plan_batch
 from .question_hires_lmm import PromptText, read_question
@@ -26,6 +27,9 @@ class Prompt:
         position_ids (`torch.Tensor` of shape `(B, P)`, *optional*): Positions; None = one after the other.
         packing (`Packing`, *optional*): How rows were packed.
         outputs (`dict`): Further fields of `HiResLmmModelOutputWithPast`.
+        conversation (`Conversation`, *optional*): What is remembered with the cache.
+        placed (`Placed`, *optional*): Where visual tokens stand, for layer ops.
+        layers (`LanguageCall`, *optional*): What layer ops do with the call.
     """
 
     embeds: torch.Tensor
@@ -33,10 +37,26 @@ class Prompt:
     position_ids: torch.Tensor | None
     packing: Packing | None = None
     outputs: dict[str, Any] = field(default_factory=dict)
+    conversation: Conversation | None = None
+    placed: Placed | None = None
+    layers: LanguageCall | None = None
 
     def expand(self, hidden: torch.Tensor) -> torch.Tensor:
-        """States `(B, P, D)` at the caller's positions `(B, S, D)`."""
+        """States of the language model at the caller's positions `(B, S, D)`."""
+        hidden = hidden if self.layers is None else self.layers.expand(hidden)
         return hidden if self.packing is None else expand(hidden, self.packing)
+
+    def remember(self, cache: Any) -> None:
+        """Note what the cache now holds and what became of the tokens."""
+        if self.layers is not None:
+            self.layers.remember(cache, self.outputs)
+        if self.conversation is not None:
+            self.conversation.attach(cache)
+        images: Any = self.outputs.get("image_outputs")
+        token_map = self.outputs.get("token_map")
+        if token_map is not None and images.prompt is not None and images.prompt.token_maps == []:
+            sources = images.tokens.sources or range(images.tokens.num_images)
+            images.prompt.token_maps.append(token_map.merge_images(sources))
 
 
 @dataclass
@@ -137,7 +157,7 @@ def splice_images(
     finished: Any = features.pooler_output if model.connector.is_done_early else tokens
     spliced = splice(text.embeds, placeholder, finished, question)
     outputs = _describe(features, tokens, spliced, output_token_map)
-    prompt = Prompt(spliced.embeds, text.attention_mask, position_ids, outputs=outputs)
+    prompt = Prompt(spliced.embeds, text.attention_mask, position_ids, outputs=outputs, conversation=conversation)
     num_drafted = placeholder.shape[1] - prompt_length if prompt_length is not None else 0
     if not model.connector.is_count_static or (known is not None and known.is_right_padded):
         prompt.packing, prompt.attention_mask, prompt.position_ids = plan_batch(
@@ -150,6 +170,8 @@ def splice_images(
             conversation.pack(prompt.packing.expand)
     elif features.is_unpadded and (position_ids is None or cache is not None):
         prompt.attention_mask = None  # all ones: the language model need not look
+    if model.connector.layer_ops:
+        prompt.placed = place(text, placeholder, tokens, None if known is None else num_drafted)
     if known is not None:
         outputs["num_drafted"] = num_drafted
         length = past + prompt.embeds.shape[1] - num_drafted
@@ -189,11 +211,8 @@ def _describe(
     outputs: dict[str, Any] = {"image_outputs": images, "kept_mask": spliced.kept}
     if tokens is not None and tokens.aux:
         outputs["aux"] = tokens.aux
-    token_maps = None if features.prompt is None else features.prompt.token_maps
-    if output_token_map or token_maps is not None:
+    if output_token_map or (features.prompt is not None and features.prompt.token_maps is not None):
         if tokens is None:
             raise ValueError("output_token_map=True needs the features that get_image_features returned.")
         outputs["token_map"] = build_token_map(tokens, features.view_boxes)
-        if token_maps == []:
-            token_maps.append(outputs["token_map"].merge_images(tokens.sources or range(tokens.num_images)))
     return outputs
