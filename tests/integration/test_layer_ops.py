@@ -4,6 +4,7 @@ import functools
 
 import pytest
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 import reference_generation as reference
@@ -19,7 +20,11 @@ from builders import (
     tiny_processor,
     tiny_text_config,
 )
-from hires_lmm.modeling.compat_hires_lmm import CACHE
+from hires_lmm.modeling.bases_hires_lmm import HiResLmmLayerOp
+from hires_lmm.modeling.compat_hires_lmm import CACHE, layers_of
+from hires_lmm.modeling.inputs_hires_lmm import ImageInputs
+from hires_lmm.modeling.parts_hires_lmm import LAYER_OPS
+from hires_lmm.modeling.towers_hires_lmm import run_towers
 from reference_layers import keep_share, masked_model
 
 
@@ -49,8 +54,7 @@ def build(name, attention="sdpa", threshold=False, seed=0):
     connector |= {"token_ops": THRESHOLD} if threshold else {}
     config = tiny_config("llava_next", "clip", tiny_text_config(family, **changes), connector_config=connector)
     model = tiny_model(config, seed)
-    if attention == "eager" or family != "gemma2":
-        model.set_attn_implementation({"text_config": attention})
+    model.set_attn_implementation({"text_config": "eager" if family == "gemma2" else attention})
     model.generation_config.suppress_tokens = [config.image_token_id]
     return model, tiny_processor(config)
 
@@ -228,10 +232,133 @@ def test_chunked_prefill_is_refused_by_name():
 def test_later_layers_cache_what_stayed():
     model, processor = build("llama")
     out = model(**make_batch(processor, [ROWS[0]]), use_cache=True)
-    text, visual = out.logits.shape[1] - 40, 40
-    assert (model.get_submodule("model.connector.layer_ops.0").layers) == (0, 2)
     lengths = [layer.get_seq_length() for layer in out[CACHE].layers]
     image_tokens = int((make_batch(processor, [ROWS[0]])["input_ids"] == model.config.image_token_id).sum())
     rest = lengths[0] - image_tokens
     first = int(0.4 * image_tokens + 0.5)
     assert lengths == [rest + image_tokens, rest + first, rest + first, rest + int(0.4 * first + 0.5)]
+
+
+# --- training ------------------------------------------------------------------------------------------------------
+def learned(name, rows=(0, 2)):
+    """A batch with labels on the words behind each prompt, and what it gives without cache, padding and driver."""
+    model, processor = build(name)
+    answers = [" A red boat.", " Two cats on it."]
+    batch = make_batch(
+        processor, [(ROWS[row][0] + answer, ROWS[row][1]) for row, answer in zip(rows, answers, strict=True)]
+    )
+    labels, logits, stand_ins = torch.full_like(batch["input_ids"], -100), [], []
+    for place, (row, answer) in enumerate(zip(rows, answers, strict=True)):
+        ids = torch.tensor(processor.tokenizer(answer, add_special_tokens=False).input_ids)
+        end = int(batch["attention_mask"][place].nonzero().max()) + 1
+        labels[place, end - len(ids) : end] = ids
+        stand_in, embeds = expectation(name, row)
+        words = stand_in.model.language_model.get_input_embeddings()(ids)[None]
+        hidden = stand_in.model.language_model(torch.cat([embeds, words], 1)).last_hidden_state
+        logits.append(model.lm_head(hidden)[0, -len(ids) - 1 : -1])
+        stand_ins.append(stand_in.model.language_model.plain)
+    loss = nn.functional.cross_entropy(torch.cat(logits), labels[labels != -100])
+    loss.backward()
+    gradients = {
+        key: sum(own.get_parameter(key).grad for own in stand_ins)
+        for key, _ in stand_ins[0].named_parameters()
+        if "embed" not in key
+    }
+    return model, {**batch, "labels": labels}, loss.detach(), gradients
+
+
+@pytest.mark.parametrize("name", ["llama", "mixed"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("prompt_mask", [False, True])
+def test_loss_and_gradients_are_those_of_masking(name, checkpointing, prompt_mask):
+    """Also with two passes before one step back, as preference losses do; answers choose nothing."""
+    model, batch, loss, gradients = learned(name)
+    labels = batch["labels"]
+    if prompt_mask:
+        batch = {**batch, "prompt_mask": (labels == -100) & batch["attention_mask"].bool()}
+    model.zero_grad()
+    model.train()
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    try:
+        if prompt_mask:  # nobody but the head sees the labels, as in trainers that have a loss of their own
+            hidden = [
+                model.model(**{key: value for key, value in batch.items() if key != "labels"}).last_hidden_state
+                for _ in range(2)
+            ]
+            losses = [
+                nn.functional.cross_entropy(model.lm_head(part[:, :-1]).flatten(0, 1), labels[:, 1:].flatten())
+                for part in hidden
+            ]
+        else:
+            losses = [model(**batch).loss for _ in range(2)]
+        (sum(losses) / 2).backward()
+    finally:
+        model.eval()
+        model.gradient_checkpointing_disable()
+    torch.testing.assert_close(losses[1].detach(), loss, atol=1e-5, rtol=0)
+    for key, wanted in gradients.items():
+        torch.testing.assert_close(model.model.language_model.get_parameter(key).grad, wanted, atol=1e-5, rtol=1e-3)
+    model.zero_grad()
+
+
+# --- in the tower --------------------------------------------------------------------------------------------------
+class Spread(HiResLmmLayerOp):
+    """Adds to every patch of an image the mean over all its views, from the first row of views on."""
+
+    def __init__(self, context, options):
+        super().__init__(context, options)
+        self.gate = nn.Linear(context.width, context.width)
+        self.seen = []
+
+    def forward(self, layer, hidden, call):
+        self.seen.append([len(image.views) for image in call.images])
+        patches, parts = hidden[:, call.prefix :], []
+        for image in call.images:
+            own = patches[image.first_view : image.first_view + len(image.views)]
+            parts.append(own + self.gate(own.mean(dim=(0, 1))))
+        return torch.cat([hidden[:, : call.prefix], torch.cat(parts)], dim=1), None
+
+
+@pytest.mark.parametrize("vision", ["clip", "siglip"])
+@torch.no_grad()
+def test_an_op_of_the_tower_sees_whole_images(monkeypatch, vision):
+    monkeypatch.setitem(LAYER_OPS, "spread", Spread)
+    spec = {"part": "spread", "of": "vision_tower", "layers": [0]}
+    config = tiny_config("llava_next", vision, connector_config={"layer_ops": [spec]})
+    model, processor = tiny_model(config), tiny_processor(config)
+    batch = make_batch(processor, ROWS)
+    whole = model(**batch).logits
+    op = model.model.connector.layer_ops[0]
+    counts = [len(image.views) for image in model.model.read_images(batch["view_positions"], batch["view_spans"])]
+    assert op.seen == [counts] and max(counts) > 2
+    op.seen.clear()
+    model.config.vision_chunk_size = 2
+    torch.testing.assert_close(model(**batch).logits, whole)
+    assert op.seen == [[count] for count in counts]
+
+    tower, pixels = model.model.vision_tower, batch["pixel_values"]
+    layers, start, rows = [], 0, []
+    handle = layers_of(tower)[0].register_forward_hook(lambda module, args, output: layers.append(output))
+    tower(pixels)
+    handle.remove()
+    prefix = layers[0].shape[1] - 16
+    for count in counts:
+        own = layers[0][start : start + count]
+        rows.append(torch.cat([own[:, :prefix], own[:, prefix:] + op.gate(own[:, prefix:].mean(dim=(0, 1)))], 1))
+        start += count
+    handle = layers_of(tower)[0].register_forward_hook(lambda module, args, output: torch.cat(rows))
+    wanted = tower(pixels, output_hidden_states=True).hidden_states[-2][:, prefix:]
+    handle.remove()
+    seen = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-2][:, prefix:]
+    assert (seen - wanted).abs().max() > 1e-2
+    features, _ = run_towers(
+        model.model,
+        ImageInputs(pixels, model.model.read_images(batch["view_positions"], batch["view_spans"]), {}, False, None),
+    )
+    got = torch.empty_like(wanted)
+    for group in features:
+        got[list(group.rows)] = group.features
+    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="whole images"):
+        model.model.encode_pixels(pixels)
