@@ -1,11 +1,14 @@
 """Tokens that leave the language model behind a layer: in every mode equal to a reference that masks them."""
 
+import copy
 import functools
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
 
 import reference_generation as reference
 from builders import (
@@ -239,6 +242,110 @@ def test_later_layers_cache_what_stayed():
     assert lengths == [rest + image_tokens, rest + first, rest + first, rest + int(0.4 * first + 0.5)]
 
 
+@all_models
+@torch.no_grad()
+def test_hidden_states_keep_their_length_and_the_result_its_values(name):
+    """Whoever asks for all states gets masks in place of removal, on the same cache too."""
+    model, processor = build(name)
+    batch = make_batch(processor, ROWS, padding_side="left")
+    packed, shown = model(**batch, use_cache=True), model(**batch, use_cache=True, output_hidden_states=True)
+    real = batch["attention_mask"].bool()
+    torch.testing.assert_close(packed.logits[real], shown.logits[real], atol=1e-4, rtol=0)
+    assert {states.shape[1] for states in shown.hidden_states} == {real.shape[1]}
+    token, mask = packed.logits[:, -1:].argmax(-1), torch.cat([real, real[:, :1] | True], 1).long()
+    steps = [
+        model(input_ids=token, attention_mask=mask, **{CACHE: out[CACHE]}, output_hidden_states=flag).logits
+        for out, flag in ((packed, True), (shown, False))
+    ]
+    torch.testing.assert_close(*steps, atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_features_given_back_and_the_token_map_of_generate():
+    model, processor = build("llama")
+    batch = make_batch(processor, [ROWS[2]])
+    features = model.get_image_features(**geometry_of(batch))
+    text = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "return_dict_in_generate": True}
+    for _ in range(2):
+        out = model.generate(**text, mm_encoder_outputs={"image": features}, output_token_map=True, **options)
+        assert out.sequences[0, batch["input_ids"].shape[1] :].tolist() == greedy("llama", 2)
+    stand_in, embeds = expectation("llama", 2)
+    stand_in.model.language_model(embeds)
+    left = stand_in.model.language_model.left_at
+    visual = [
+        place for place, token in enumerate(batch["input_ids"][0].tolist()) if token == model.config.image_token_id
+    ]
+    assert out.token_map.left_at.tolist() == [left.get(place, -1) for place in visual]
+    assert set(left.values()) == {0, 2}
+    bare = model.generate(
+        **text, mm_encoder_outputs={"image": SimpleNamespace(pooler_output=features.pooler_output)}, **options
+    )
+    assert bare.sequences.tolist() == out.sequences.tolist()
+
+
+@torch.no_grad()
+def test_a_cache_is_not_cropped_to_before_what_left_and_its_rows_repeat():
+    model, processor = build("llama")
+    batch = make_batch(processor, [ROWS[0]])
+    out = model(**batch, use_cache=True)
+    token = out.logits[:, -1:].argmax(-1)
+    cropped = copy.deepcopy(out[CACHE])
+    cropped.crop(-1)
+    with pytest.raises(ValueError, match="crop it to no less than 67"):
+        model(input_ids=token, **{CACHE: cropped})
+    repeated = copy.deepcopy(out[CACHE])
+    repeated.batch_repeat_interleave(2)
+    logits = model(input_ids=token.expand(2, -1), **{CACHE: repeated}).logits
+    torch.testing.assert_close(logits[1:], model(input_ids=token, **{CACHE: out[CACHE]}).logits)
+
+
+def test_copies_reloads_and_threads_share_nothing(tmp_path):
+    """What is known of a call travels with it: no hook holds another model's parts."""
+    model, processor = build("llama")
+    twin = randomise(copy.deepcopy(model), 5)
+    batches = [make_batch(processor, [ROWS[row]]) for row in (0, 2)]
+    options = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
+    other = twin.generate(**batches[0], **options)[0, batches[0]["input_ids"].shape[1] :].tolist()
+    with ThreadPoolExecutor(2) as pool:
+        texts = list(pool.map(lambda batch: model.generate(**batch, **options), batches * 3))
+    for number, batch in enumerate(batches * 3):
+        assert texts[number][0, batch["input_ids"].shape[1] :].tolist() == greedy("llama", (0, 2)[number % 2])
+    assert other != greedy("llama", 0)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path).eval()
+    assert again.config.connector_config.layer_ops == [{"part": "keep_after", "layers": [0, 2], "share": 0.4}]
+    torch.testing.assert_close(again(**batches[0]).logits, model(**batches[0]).logits)
+
+
+@pytest.mark.parametrize(
+    "spec, message",
+    [
+        ({"layers": 2}, "layers of language_model from 0 to 1"),
+        ({"layers": []}, "layers of language_model from 0 to 1"),
+        ({"share": 1.5}, "between 0 and 1"),
+        ({"shares": 0.5}, "'shares'"),
+        ({"of": "vision_tower"}, "works in the language model"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(spec, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_config(connector_config={"layer_ops": [{"part": "keep_after", **spec}]})
+
+
+def test_attention_that_cannot_be_masked_is_refused_by_name(monkeypatch):
+    model, processor = build("llama", seed=3)
+    for interface in (AttentionInterface, AttentionMaskInterface):
+        monkeypatch.setitem(interface._global_mapping, "other", interface._global_mapping["sdpa"])
+    monkeypatch.setattr(model.config.text_config, "_attn_implementation_internal", "other")
+    with pytest.raises(ValueError, match="this model has 'other'"):
+        model.model(**make_batch(processor, ROWS[:2]))
+    text = tiny_text_config("llama", layer_types=["full_attention", "chunked_attention"])
+    config = tiny_config(text=text, connector_config={"layer_ops": [{"part": "keep_after", "layers": 0}]})
+    with pytest.raises(ValueError, match="layer 1 has chunked_attention"):
+        tiny_model(config)
+
+
 # --- training ------------------------------------------------------------------------------------------------------
 def learned(name, rows=(0, 2)):
     """A batch with labels on the words behind each prompt, and what it gives without cache, padding and driver."""
@@ -278,8 +385,9 @@ def test_loss_and_gradients_are_those_of_masking(name, checkpointing, prompt_mas
         batch = {**batch, "prompt_mask": (labels == -100) & batch["attention_mask"].bool()}
     model.zero_grad()
     model.train()
+    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # renamed in 5.23
     if checkpointing:
-        model.gradient_checkpointing_enable()
+        getattr(model, f"{kind}_checkpointing_enable")()
     try:
         if prompt_mask:  # nobody but the head sees the labels, as in trainers that have a loss of their own
             hidden = [
@@ -295,11 +403,120 @@ def test_loss_and_gradients_are_those_of_masking(name, checkpointing, prompt_mas
         (sum(losses) / 2).backward()
     finally:
         model.eval()
-        model.gradient_checkpointing_disable()
+        getattr(model, f"{kind}_checkpointing_disable")()
     torch.testing.assert_close(losses[1].detach(), loss, atol=1e-5, rtol=0)
     for key, wanted in gradients.items():
         torch.testing.assert_close(model.model.language_model.get_parameter(key).grad, wanted, atol=1e-5, rtol=1e-3)
     model.zero_grad()
+
+
+# --- other ops -----------------------------------------------------------------------------------------------------
+class Exit(HiResLmmLayerOp):
+    """All visual tokens of a row leave behind the first layer whose gate says so: DyVTE in small."""
+
+    def __init__(self, context, options):
+        super().__init__(context, options)
+        self.gates = nn.ModuleDict({str(layer): nn.Linear(2 * context.width, 2) for layer in context.layers})
+
+    def forward(self, layer, hidden, call):
+        if not call.is_prefill:
+            return hidden, None
+        places = torch.arange(hidden.shape[1])
+        behind = (
+            call.text & (call.visual.cumsum(1) == call.visual.sum(1, keepdim=True)) & (places < call.last[:, None])
+        )
+        mean = (hidden * behind[..., None]).sum(1) / behind.sum(1, keepdim=True).clamp(min=1)
+        logits = self.gates[str(layer)](torch.cat([mean, hidden[range(len(hidden)), call.last]], dim=-1))
+        call.aux[f"exit/{layer}"] = logits
+        return hidden, ~(call.visual & (logits[:, 1] > logits[:, 0])[:, None])
+
+
+@torch.no_grad()
+def test_an_exit_at_the_layer_that_a_gate_chooses_is_one_class_and_one_line(monkeypatch):
+    monkeypatch.setitem(LAYER_OPS, "exit", Exit)
+    text = tiny_text_config("llama", **DEEP)
+    config = tiny_config("llava_next", text=text, connector_config={"layer_ops": [{"part": "exit"}]})
+    model, processor = tiny_model(config, 1), tiny_processor(config)
+    gates = model.model.connector.layer_ops[0].gates
+
+    def leave(layer, candidates, weights, states, last):
+        mean = states[candidates[-1] + 1 : last].mean(0)
+        logits = gates[str(layer)](torch.cat([mean, states[last]]))
+        return candidates if logits[1] > logits[0] else []
+
+    batch, left_at = make_batch(processor, [ROWS[0], ROWS[2]], padding_side="left"), []
+    got = model.generate(**batch, max_new_tokens=NEW_TOKENS, do_sample=False)[
+        :, batch["input_ids"].shape[1] :
+    ].tolist()
+    out = model(**batch, output_token_map=True)
+    assert [out.aux[f"exit/{layer}"].shape for layer in range(4)] == [(2, 2)] * 4
+    for row, (prompt, images) in enumerate([ROWS[0], ROWS[2]]):
+        lengths = [len(tokens) for tokens in reference.full_visual_tokens(model, processor, images)[0]]
+        embeds = reference.prompt_embeds(model, processor, prompt, images, select=select_all)
+        stand_in = masked_model(model, leave, prompts_of([spans(processor, prompt, lengths)]))
+        assert got[row] == reference.greedy(stand_in, embeds, NEW_TOKENS)
+        stand_in.model.language_model(embeds)
+        layers = set(stand_in.model.language_model.left_at.values()) or {-1}
+        assert layers == set(
+            out.token_map.left_at[torch.isin(out.token_map.image, torch.tensor([[0], [1, 2]][row]))].tolist()
+        )
+        left_at += layers
+    assert len(set(left_at)) == 2, "rows leave at one layer: take another seed"
+
+
+class Soft(HiResLmmLayerOp):
+    """In training, visual tokens are weighed by a learned threshold on their attention; else it is hard."""
+
+    reads_attention = True
+
+    def __init__(self, context, options):
+        super().__init__(context, options)
+        self.threshold = nn.Parameter(torch.full((), 0.02))
+
+    def init_weights(self):
+        nn.init.constant_(self.threshold, 0.02)
+
+    def forward(self, layer, hidden, call):
+        if not call.is_prefill:
+            return hidden, None
+        margin = call.attention.weights(call.last[:, None])[:, :, 0].mean(1) - self.threshold
+        return hidden, torch.sigmoid(50 * margin) if call.training else margin > 0
+
+
+def test_a_soft_mask_weighs_keys_in_training_and_its_threshold_learns(monkeypatch):
+    monkeypatch.setitem(LAYER_OPS, "soft", Soft)
+    text = tiny_text_config("llama", **DEEP)
+    config = tiny_config("llava_next", text=text, connector_config={"layer_ops": [{"part": "soft", "layers": 0}]})
+    model, processor = tiny_model(config), tiny_processor(config)
+    op = model.model.connector.layer_ops[0]
+    nn.init.constant_(op.threshold, 0.02)
+    batch = make_batch(processor, [ROWS[0]])
+    visual = batch["input_ids"][0] == config.image_token_id
+    stand_in, embeds = (
+        masked_model(model, lambda *_: [], []),
+        reference.prompt_embeds(model, processor, *ROWS[0], select=select_all),
+    )
+    plain, found = stand_in.model.language_model, []
+
+    def leave(layer, candidates, weights, states, last):
+        if layer == 0:
+            soft = torch.where(visual, torch.sigmoid(50 * (weights[:, last].mean(0) - 0.02)), 1.0)
+            found.append(soft.log())
+        return []
+
+    def weigh(args, kwargs):
+        return args, {**kwargs, "attention_mask": kwargs["attention_mask"] + found[-1]}
+
+    plain.leave, plain.prompts = leave, prompts_of([[(True, len(visual))]])
+    for layer in plain.plain.layers[1:]:
+        layer.register_forward_pre_hook(lambda module, args, kwargs: weigh(args, kwargs), with_kwargs=True)
+    with torch.no_grad():
+        wanted = reference.run_logits(stand_in, embeds)[~visual]
+    model.train()
+    logits = model(**batch).logits[0][~visual]
+    torch.testing.assert_close(logits, wanted, atol=1e-4, rtol=0)
+    logits.square().sum().backward()
+    assert op.threshold.grad.abs() > 1e-3
 
 
 # --- in the tower --------------------------------------------------------------------------------------------------
