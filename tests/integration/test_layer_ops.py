@@ -8,7 +8,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModelForCausalLM,
+    CompileConfig,
+    GenerationConfig,
+    StaticCache,
+)
 
 import reference_generation as reference
 from builders import (
@@ -194,6 +201,17 @@ def test_behind_a_threshold(side):
         parts = prompts_of([spans(processor, text, [len(part) for part in chosen])])
         stand_in = masked_model(model, keep_share([0, 2], 0.4), parts)
         assert got[row] == reference.greedy(stand_in, embeds, NEW_TOKENS, process=hide_image)
+
+
+def test_nothing_is_compiled_by_itself_whatever_the_cache():
+    """Elsewhere than on a GPU too, where somebody asks for all devices."""
+    compiled = CompileConfig()
+    compiled._compile_all_devices = True
+    cache = StaticCache(build("llama")[0].config.text_config, max_cache_len=8)
+    for layer_ops, valid in (([], True), ([{"part": "keep_after"}], False)):
+        model = tiny_model(tiny_config(connector_config={"layer_ops": layer_ops}))
+        config = GenerationConfig(compile_config=compiled)
+        assert model._valid_auto_compile_criteria({CACHE: cache}, config) is valid
 
 
 def test_chunked_prefill_is_refused_by_name():

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface
 
 from .compat_hires_lmm import CACHE
 
@@ -27,9 +26,6 @@ def give_queries(
 ) -> tuple[torch.Tensor, tuple]:
     """An attention function that attends to nothing: queries, scale and cap come out in place of the weights."""
     return query.transpose(1, 2), (query, query.shape[-1] ** -0.5 if scaling is None else scaling, softcap)
-
-
-AttentionInterface.register(QUERIES, give_queries)
 
 
 def visible(slots: torch.Tensor, own: torch.Tensor, columns: torch.Tensor, window: int | None) -> torch.Tensor:

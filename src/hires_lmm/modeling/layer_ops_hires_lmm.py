@@ -10,13 +10,23 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import AttentionInterface
 
 from .bases_hires_lmm import LayerCall, TowerCall
 from .carriers_hires_lmm import ImageGeometry, VisualTokens
 from .compat_hires_lmm import CACHE, attention_of, attention_window, layers_of
 from .connector_hires_lmm import drop
 from .conversation_hires_lmm import Conversation, Record
-from .layer_attention_hires_lmm import KeyNote, LayerAttention, shown_columns, take, take_ids, visible
+from .layer_attention_hires_lmm import (
+    QUERIES,
+    KeyNote,
+    LayerAttention,
+    give_queries,
+    shown_columns,
+    take,
+    take_ids,
+    visible,
+)
 from .packing_hires_lmm import Packing, expand, pack, plan_packing
 from .question_hires_lmm import PromptText
 
@@ -470,6 +480,7 @@ def install_layer_ops(model: Any) -> None:
         return
     config = model.config.text_config
     check_attention(config._attn_implementation)
+    AttentionInterface.register(QUERIES, give_queries)
     for number, layer in enumerate(layers_of(model.language_model)):
         attention_window(config, number)
         layer.register_forward_pre_hook(partial(enter_layer, number), with_kwargs=True)
