@@ -246,6 +246,12 @@ class LayerCall:
         """True at tokens that are neither visual nor padding."""
         return self.real & ~self.visual
 
+    @property
+    def prompt(self) -> torch.Tensor:
+        """True at tokens up to the last one of the prompt: not at answers and drafts, which nobody may read."""
+        places = torch.arange(self.real.shape[1], device=self.real.device)
+        return self.real & (places <= self.last[:, None])
+
 
 @dataclass
 class TowerCall:
