@@ -224,7 +224,8 @@ class LayerCall:
         token (`torch.Tensor` of shape `(B, m)`): Row of each visual token in `tokens`; -1 elsewhere, and where image
             features came without their geometry.
         tokens (`VisualTokens`, *optional*): View, cell and scores of each, on the CPU.
-        attention (`LayerAttention`, *optional*): The attention of the layer, where the op sets `reads_attention`.
+        attention (`LayerAttention`, *optional*): The attention of the layer, where the op sets `reads_attention`; None
+            in conversations without images.
         is_prefill (`bool`): Whether the call holds images; elsewhere nothing may leave.
         training (`bool`): Whether the model is in training.
         aux (`dict[str, torch.Tensor]`): Takes tensors for losses and logs; they come out as `outputs.aux`.

@@ -140,8 +140,8 @@ class ResolvedChain:
         for op in self.layer_ops:
             width = first.width if op.options.of == "vision_tower" else first.text_width
             layers = layers_behind(op.options, first.depths[op.options.of])
-            own = replace(first, width=width, layers=layers)
-            steps.append(Step("layer_ops", op.part, op.options, own, op.part.describe(op.options, own)))
+            around = replace(first, width=width, layers=layers)
+            steps.append(Step("layer_ops", op.part, op.options, around, op.part.describe(op.options, around)))
         return FittedChain(steps, self.layout, first, behind, context.width)
 
 
