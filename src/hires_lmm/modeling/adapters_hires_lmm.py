@@ -10,7 +10,7 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 
 from .attention_hires_lmm import HiResLmmQueryFormer, square_side
-from .bases_hires_lmm import HiResLmmAdapter, PartContext
+from .bases_hires_lmm import HiResLmmAdapter, PartContext, Traits
 from .geometry_hires_lmm import KINDS, Grid
 from .noise_hires_lmm import HiResLmmNoise
 
@@ -231,6 +231,20 @@ class HiResLmmMixtureAdapter(HiResLmmAdapter):
         gate: Literal["paper", "release"] = "paper"
         forced_expert: Literal["mlp", "query_former"] | None = None
         num_heads: int | None = None
+
+    @classmethod
+    def describe(cls, options: Any, context: PartContext) -> Traits:
+        """As other adapters.
+
+        Raises:
+            ValueError: If there is nothing to mix, as in an extra tower.
+        """
+        if not context.keys(options.mix_on):
+            raise ValueError(
+                f"The adapter 'mixture' mixes on {options.mix_on!r} views of the main tower, and there are none here; "
+                "use another adapter, for an extra tower in tower_adapters, such as mlp."
+            )
+        return super().describe(options, context)
 
     def __init__(self, context: PartContext, options: Options):
         super().__init__(context, options)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from .carriers_hires_lmm import Question, ViewFeatures, ViewGroup, VisualTokens
-from .geometry_hires_lmm import MAIN_TOWER, Grid, kinds_on
+from .geometry_hires_lmm import KINDS, MAIN_TOWER, Grid, kinds_on
 
 
 @dataclass(frozen=True)
@@ -55,21 +55,22 @@ class PartContext:
         """The groups of the main tower that an option `on` names."""
         return [key for key in self.grids if key[0] in kinds_on(on) and key[1] == MAIN_TOWER]
 
-    def grid(self, on: Any, tower: str = MAIN_TOWER) -> Grid:
-        """The one token grid of the views that `on` names.
+    def grid(self, on: Any) -> Grid:
+        """The one token grid of the views that `on` names, of the main tower; of an extra one where that is alone.
 
         Raises:
             ValueError: If there is none, or if they differ.
         """
-        found = {
-            (grid.rows, grid.cols) for key, grid in self.grids.items() if key[0] in kinds_on(on) and key[1] == tower
-        }
+        towers = {key[1] for key in self.grids}
+        tower = MAIN_TOWER if MAIN_TOWER in towers else next(iter(towers), MAIN_TOWER)
+        grids = [grid for key, grid in self.grids.items() if key[0] in kinds_on(on) and key[1] == tower]
+        found = {(grid.rows, grid.cols) for grid in grids}
         if len(found) != 1:
             raise ValueError(
                 f"on={on!r} needs views of one token grid, but these have {sorted(found) or 'none'}; give each kind "
                 "of views a part of its own, or move the part."
             )
-        return next(grid for key, grid in self.grids.items() if key[0] in kinds_on(on) and key[1] == tower)
+        return grids[0]
 
 
 @dataclass(frozen=True)
@@ -216,6 +217,10 @@ def entering(grids: Mapping[tuple[int, str], Grid]) -> dict[int, Grid]:
     found: dict[int, Grid] = {}
     for (kind, tower), grid in grids.items():
         if kind in found:
-            raise ValueError(f"Views of kind {kind} come from two towers ({tower} is one); let a part join them.")
+            name = next(name for name, number in KINDS.items() if number == kind)
+            raise ValueError(
+                f"Tokens of the views {name!r} come from two towers, {tower!r} and another; the sequence takes those of "
+                "one. Let a map op join them, or leave one of the towers to a map op that reads it."
+            )
         found[kind] = grid
     return found

@@ -88,10 +88,13 @@ class HiResLmmConnector(PreTrainedModel):
             op.resize_vocabulary(rows, mean_resizing)
 
     def uses(self, kind: int) -> bool:
-        """Whether the views of a kind are used: in training, a stage may leave some out on every process."""
+        """Whether the views of a kind are used: in training, a stage may leave some out on every process.
+
+        Extra towers see whole images, so they go with the global views.
+        """
         if not self.training or self.training_views == "all":
             return True
-        return (kind == Kind.GLOBAL) == (self.training_views == "global")
+        return (kind in (Kind.GLOBAL, Kind.DETAIL)) == (self.training_views == "global")
 
     @property
     def used(self) -> list[tuple[int, str]]:

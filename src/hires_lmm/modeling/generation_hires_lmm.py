@@ -20,6 +20,7 @@ from .inputs_hires_lmm import (
     check_encoder_outputs,
     compare_counts,
     copy_to_host,
+    extra_arguments,
     padding_flags,
     placeholders_per_image,
     read_images,
@@ -127,7 +128,7 @@ class HiResLmmGenerationMixin(GenerationMixin):
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         """As in the library; the views of extra towers have names that only the configuration knows."""
-        known = [f"pixel_values_{name}" for name in self.config.tower_names]
+        known = extra_arguments(self.config)
         super()._validate_model_kwargs({key: value for key, value in model_kwargs.items() if key not in known})
 
     def _maybe_prepare_encoder_kwargs_for_generation(

@@ -8,8 +8,9 @@ import torch
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .carriers_hires_lmm import ImageGeometry, read_geometry
-from .geometry_hires_lmm import KINDS, Column
+from .geometry_hires_lmm import KINDS, Column, Kind
 from .question_hires_lmm import PromptText
+from .tower_table_hires_lmm import tower_grid, tower_width, view_side
 
 
 OPTIONS_ELSEWHERE = {"max_image_tokens", "max_crops", "views", "planner", "pinpoints", "gamma", "vision_chunk_size"}
@@ -26,7 +27,7 @@ class ImageInputs:
     Args:
         source (`torch.Tensor` of shape `(V, ...)`): Views, or their features where the tower ran before.
         images (`list[ImageGeometry]`): The geometry of each image.
-        extra (`dict[str, torch.Tensor]`): Views `(R, 3, H, W)` of extra towers by name.
+        extra (`dict[str, torch.Tensor]`): Views `(R, 3, H, W)` of extra towers, or their features, see `take_extra`.
         is_encoded (`bool`): Whether `source` holds features.
         view_boxes (`torch.Tensor` of shape `(V, 4)`, *optional*): For token maps.
         is_unpadded, is_right_padded (`bool`, *optional*): Whether the attention mask is all ones, and whether a row
@@ -216,10 +217,44 @@ def check_text(text: PromptText, cache: Any, options: Mapping[str, Any], layer: 
         )
 
 
+def extra_arguments(config: Any) -> dict[str, str]:
+    """The arguments of a call that belong to an extra tower, its views or their features, with its name."""
+    return {f"{what}_{name}": name for name in config.tower_names for what in ("pixel_values", "vision_features")}
+
+
 def take_extra(model: Any, options: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Take the views of extra towers out of the keyword arguments of a call."""
-    found = {name: options.pop(f"pixel_values_{name}", None) for name in model.config.tower_names}
-    return {name: views for name, views in found.items() if views is not None}
+    """Take what belongs to extra towers out of the keyword arguments of a call: argument -> tensor."""
+    found = {argument: options.pop(argument, None) for argument in extra_arguments(model.config)}
+    return {argument: views for argument, views in found.items() if views is not None}
+
+
+def check_extra(model: Any, extra: dict[str, torch.Tensor], images: list[ImageGeometry], prefix: str) -> None:
+    """Compare the views of extra towers, or their features, with the images and with the towers.
+
+    Args:
+        model (`HiResLmmModel`): Holds the towers.
+        extra (`dict[str, torch.Tensor]`): See `take_extra`.
+        images (`list[ImageGeometry]`): The images of the call.
+        prefix (`str`): `"pixel_values"` or `"vision_features"`: what was given for the main tower.
+
+    Raises:
+        ValueError: If one is missing, of the other kind, or of another shape.
+    """
+    count = sum(len(image.rows(Kind.GLOBAL)) for image in images)
+    for name, config in model.config.extra_tower_configs().items():
+        argument = f"{prefix}_{name}"
+        if argument not in extra or len(extra) != len(model.config.tower_names):
+            raise ValueError(
+                f"{prefix} came without {argument}, or with more: {', '.join(extra) or 'nothing'} was passed for the "
+                "extra towers. Pass all that the processor gives, or cached features of every tower."
+            )
+        side, (rows, cols) = view_side(config), tower_grid(config)
+        one = (config.num_channels, side, side) if prefix == "pixel_values" else (rows * cols, tower_width(config))
+        if tuple(extra[argument].shape) != (count, *one):
+            raise ValueError(
+                f"{argument} has the shape {tuple(extra[argument].shape)}, but these images need {(count, *one)}: one "
+                "row a global view. Use the processor that belongs to this checkpoint."
+            )
 
 
 def read_images(
@@ -239,7 +274,7 @@ def read_images(
         model (`HiResLmmModel`): Says what views it reads.
         pixel_values (`torch.Tensor` of shape `(V, 3, H, W)`, *optional*): Views.
         vision_features (`torch.Tensor` of shape `(V, L, C)`, *optional*): In place of them, what the tower gave.
-        extra (`dict[str, torch.Tensor]`): Views of extra towers.
+        extra (`dict[str, torch.Tensor]`): See `take_extra`.
         view_positions, view_spans, view_boxes (`torch.Tensor`, *optional*): Geometry, as the processor gave it.
         attention_mask (`torch.Tensor`, *optional*): To know whether there is padding.
         placeholder (`torch.Tensor` of shape `(B, S)`, *optional*): True at placeholders, to compare their number.
@@ -263,11 +298,9 @@ def read_images(
     if source is None or not source.shape[0]:
         return None
     name = "vision_features" if is_encoded else "pixel_values"
-    missing = [tower for tower in model.config.tower_names if tower not in extra]
-    if missing:
-        raise ValueError(f"{name} came without pixel_values_{missing[0]}; pass all that the processor gives.")
     is_here = placeholder is not None or view_positions is None or view_positions.device == source.device
-    flags = [all_finite(source)] if is_here else []  # on another device, looking would wait for it once more
+    sources = {name: source, **extra} if is_here else {}  # on another device, looking would wait for it once more
+    flags = [all_finite(each) for each in sources.values()]
     count = None if placeholder is None else placeholder.sum()
     positions, spans, count, *flags = copy_to_host(
         view_positions, view_spans, count, *flags, *padding_flags(attention_mask)
@@ -275,8 +308,9 @@ def read_images(
     if placeholder is not None:
         check_placeholders(count, positions, model.connector.has_turns)
     check_views(model, source, is_encoded, positions, spans)
-    if is_here:
-        check_finite(flags.pop(0), source, name)
+    for argument, each in sources.items():
+        check_finite(flags.pop(0), each, argument)
     images = read_geometry(positions.tolist(), spans.tolist())
     check_kinds(model, images)
+    check_extra(model, extra, images, name)
     return ImageInputs(source, images, extra, is_encoded, view_boxes, *map(bool, flags))

@@ -196,6 +196,23 @@ class Stage:
         return lambda: lambda model: self.optimizer(model, args), {}
 
 
+def tower_rates(rate: float | dict[str, float] | None) -> dict[str, float]:
+    """Learning rates of towers in `Stage.trainable`.
+
+    Args:
+        rate (`float` or `dict[str, float]`, *optional*): Of the main tower; or of towers by name, such as
+            `{"vision_tower": 2e-6, "extra_towers.fine": 1e-5}`. None: all are frozen.
+
+    Raises:
+        ValueError: If a name is none of a tower.
+    """
+    rates = {} if rate is None else dict(rate) if isinstance(rate, dict) else {"vision_tower": rate}
+    for name in rates:
+        if name.split(".")[0] not in ("vision_tower", "extra_towers"):
+            raise ValueError(f"tower_rate names {name!r}; towers are 'vision_tower' and 'extra_towers.<name>'.")
+    return rates
+
+
 @dataclass(frozen=True)
 class PartRow:
     """One row of the table that a run opens with.
