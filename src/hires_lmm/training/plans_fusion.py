@@ -17,9 +17,7 @@ QUESTIONS = {"with_question": True, "without_question": False}
 """Column -> whether the fusion transformer reads the question in the last stages."""
 
 
-def fusion(
-    column: str = "with_question", tower_rate: Any = None, tokens: tuple[int, ...] = TOKENS
-) -> list[Stage]:
+def fusion(column: str = "with_question", tower_rate: Any = None, tokens: tuple[int, ...] = TOKENS) -> list[Stage]:
     """One model a number of tokens, as the paper.
 
     Args:
