@@ -1,6 +1,7 @@
 """Extra towers: known by name to stages, LoRA, quantisation, cached features, export and loading."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from hires_lmm.training.quantization import skip_modules
 
 NEWLINE = {"newline": {"place": "token_row_end", "on": "crops"}}
 ORDER = {"layout": {"order": ["global", "crops", "detail"], "separators": NEWLINE}}
+MLP = {"fine": {"part": "mlp"}}
 FINE, WIDE = "extra_towers.fine", "vision_tower"
 
 
@@ -105,7 +107,7 @@ def test_a_stage_on_crops_runs_no_extra_tower():
     compress = {"part": "query_compressor", "on": "crops", "num_queries": 4}
     config = tiny_config(
         "slime", extra_towers={"fine": siglip()}, planner={"name": "slime", "max_crops": 4},
-        connector_config={**ORDER, "view_ops": [compress], "token_ops": [], "tower_adapters": {"fine": {"part": "mlp"}}},
+        connector_config={**ORDER, "view_ops": [compress], "token_ops": [], "tower_adapters": MLP},
     )  # fmt: skip
     model, processor = tiny_model(config).train(), tiny_processor(config, "chatml")
     Stage("crops", {"connector.view_ops": 1e-3}, views="crops").apply(model)
@@ -166,7 +168,7 @@ def test_lora_and_skip_lists_name_every_tower(tower):
     model, _ = parts(tower())
     towers = ("model.vision_tower.", "model.extra_towers.")
     for preset, own in (("language_only", ()), ("language_and_vision", towers)):
-        pattern = __import__("re").compile(LORA_TARGETS[preset])
+        pattern = re.compile(LORA_TARGETS[preset])
         matched = [name for name, _ in model.named_modules() if pattern.fullmatch(name)]
         assert matched == [name for name in linear_names(model) if name.startswith(("model.language_model.", *own))]
     for quantize_tower, own in ((False, ()), (True, towers)):
@@ -250,5 +252,5 @@ def test_a_tower_has_an_adapter_of_its_own():
 
 
 def test_a_tower_that_nothing_reads_is_refused():
-    with pytest.raises(ValueError, match="Nothing reads the extra tower 'fine': add 'detail' to layout.order"):
+    with pytest.raises(ValueError, match=r"Nothing reads the extra tower 'fine': add 'detail' to layout\.order"):
         tiny_config("llava_next", extra_towers={"fine": siglip()})

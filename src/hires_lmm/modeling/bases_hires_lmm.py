@@ -219,8 +219,8 @@ def entering(grids: Mapping[tuple[int, str], Grid]) -> dict[int, Grid]:
         if kind in found:
             name = next(name for name, number in KINDS.items() if number == kind)
             raise ValueError(
-                f"Tokens of the views {name!r} come from two towers, {tower!r} and another; the sequence takes those of "
-                "one. Let a map op join them, or leave one of the towers to a map op that reads it."
+                f"Tokens of the views {name!r} come from two towers, {tower!r} and another; the sequence takes those "
+                "of one. Let a map op join them, or leave one of the towers to a map op that reads it."
             )
         found[kind] = grid
     return found
