@@ -11,6 +11,7 @@ from transformers.activations import ACT2FN
 
 from .attention_hires_lmm import HiResLmmQueryFormer, square_side
 from .bases_hires_lmm import HiResLmmAdapter, PartContext, Traits
+from .carriers_hires_lmm import ViewGroup
 from .geometry_hires_lmm import KINDS, Grid
 from .noise_hires_lmm import HiResLmmNoise
 
@@ -257,12 +258,18 @@ class HiResLmmMixtureAdapter(HiResLmmAdapter):
         )
         self.gate = HiResLmmGate(context.width, options.gate)
 
-    def forward(self, features: torch.Tensor, kind: int) -> torch.Tensor:
+    def adapt(self, group: ViewGroup) -> ViewGroup:
+        """Adapt one group; `aux["gates"]` holds the weights of the experts `(V, L, 2)` where they are mixed."""
+        aux: dict[str, torch.Tensor] = {}
+        return replace(group, features=self(group.features, group.kind, aux), aux=aux)
+
+    def forward(self, features: torch.Tensor, kind: int, aux: dict | None = None) -> torch.Tensor:
         """Adapt the views of one kind.
 
         Args:
             features (`torch.Tensor` of shape `(V, L, C)`): Features of the views of one kind.
             kind (`int`): See `Kind`.
+            aux (`dict`, *optional*): Takes the weights of the experts.
 
         Returns:
             `(V, L, D)`.
@@ -272,5 +279,8 @@ class HiResLmmMixtureAdapter(HiResLmmAdapter):
         queried = self.mlp(self.query_former(features))
         if self.forced_expert == "query_former":
             return queried
-        gates = self.gate(features).to(queried.dtype)
+        gates = self.gate(features)
+        if aux is not None:
+            aux["gates"] = gates
+        gates = gates.to(queried.dtype)
         return self.mlp(features) * gates[..., :1] + queried * gates[..., 1:]

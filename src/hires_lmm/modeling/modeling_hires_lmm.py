@@ -287,7 +287,8 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
                 length = past + embeds.shape[1] - extra["num_drafted"]
                 check_context(length, attention_mask, extra["num_drafted"], self.config.text_config)
         elif self.training and cache is None:
-            embeds = embeds + self._idle(embeds.device, use_tower=vision_features is None).to(embeds)
+            zero, extra["aux"] = self._idle(embeds.device, use_tower=vision_features is None)
+            embeds = embeds + zero.to(embeds)
         outputs = self.language_model(
             inputs_embeds=embeds,
             attention_mask=attention_mask,
@@ -423,8 +424,8 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
             has_later=self.connector.has_turns,
         )
 
-    def _idle(self, device: torch.device, use_tower: bool) -> torch.Tensor:
-        """Zero, computed from the visual modules of the stage, so that they train on every rank alike."""
+    def _idle(self, device: torch.device, use_tower: bool) -> tuple[torch.Tensor, dict]:
+        """Zero and `aux`, computed from the visual modules of the stage, so that they train on every rank alike."""
         return self.connector.run_idle(blank_groups(self, device, use_tower), self._embed_token)
 
 
