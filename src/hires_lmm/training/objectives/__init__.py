@@ -1,6 +1,6 @@
 """Losses beside the language loss."""
 
-from .base import BatchColumn, Call, Objective, StepValues
+from .base import BatchColumn, Objective, StepValues
 from .contrastive import Contrastive
 from .files import load_objectives, save_objectives
 from .gate_balance import GateBalance, gate_balance
@@ -12,7 +12,6 @@ __all__ = [
     "GENERATION",
     "OBJECTIVES",
     "BatchColumn",
-    "Call",
     "Contrastive",
     "GateBalance",
     "Objective",

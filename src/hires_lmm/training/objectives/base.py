@@ -1,7 +1,7 @@
 """What an objective is and what it sees of a training step."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -10,26 +10,13 @@ from ...modeling.geometry_hires_lmm import Column
 from ..columns import BatchColumn
 
 
-class Call(NamedTuple):
-    """One call of a watched module.
-
-    Args:
-        args (`tuple`): Its positional arguments.
-        kwargs (`dict`): Its keyword arguments.
-        output: What it returned; not detached.
-    """
-
-    args: tuple
-    kwargs: dict
-    output: Any
-
-
 @dataclass
 class StepValues:
     """What an objective sees of one forward pass of the model in training.
 
     Args:
-        calls (`dict[str, list[Call]]`): Calls of the modules that `Objective.watch` names, in order.
+        aux (`dict[str, torch.Tensor]`): What parts say for losses, with gradients: `global_tokens` `(I, L, D)`, the
+            adapted tokens of the global views; what the parts of the model name; of a blank image without images.
         columns (`dict[str, Any]`): The columns of the batch that the objectives of the run own; one is missing where
             no sample of the batch gave a value.
         inputs (`dict[str, Any]`): The other keyword arguments of the model: `input_ids`, `labels` and so on.
@@ -37,7 +24,7 @@ class StepValues:
         model (`nn.Module`): The `HiResLmmModel`.
     """
 
-    calls: dict[str, list[Call]]
+    aux: dict[str, Any]
     columns: dict[str, Any]
     inputs: dict[str, Any]
     has_images: bool
@@ -87,14 +74,6 @@ class Objective(nn.Module):
     def columns(self) -> list[BatchColumn]:
         """Columns of the batch that it reads, for `HiResLmmCollator(..., columns=...)`."""
         return []
-
-    def watch(self, model: Any) -> dict[str, nn.Module]:
-        """Modules whose calls it reads, by names of its own.
-
-        Args:
-            model (`nn.Module`): The `HiResLmmModel`.
-        """
-        return {}
 
     def check(self, stage: Any, model: Any) -> None:
         """Refuse what cannot work.

@@ -145,10 +145,6 @@ class Contrastive(Objective):
             raise ValueError("The contrastive objective has no tokenizer; set objective.tokenizer to the encoder's.")
         return [AnswerColumn(self.tokenizer)]
 
-    def watch(self, model: Any) -> dict[str, nn.Module]:
-        """The fusion transformer."""
-        return {"fusion": find_fusion(model)}
-
     def check(self, stage: Any, model: Any) -> None:
         """Refuse models without a fusion transformer, or with one of another width.
 
@@ -164,8 +160,7 @@ class Contrastive(Objective):
 
     def forward(self, step: StepValues) -> torch.Tensor:
         """A scalar for the batch: contrastive loss of the end states and the weighted identity term."""
-        aux = step.calls["fusion"][-1].output[0].aux
-        slots, blocks = aux["fusion_slots"], aux["fusion_blocks"]
+        slots, blocks = step.aux["fusion_slots"], step.aux["fusion_blocks"]
         sizes = torch.bincount(blocks)
         ends = slots[sizes.cumsum(0) - 1]
         answers = self._answers(step, len(ends))

@@ -8,6 +8,8 @@ import torch
 from PIL import Image
 
 from ...modeling.carriers_hires_lmm import ViewFeatures
+from ...modeling.inputs_hires_lmm import read_images, take_images
+from ...modeling.towers_hires_lmm import run_towers
 from ..parameters import find_base
 from .epigone import read_views
 from .files import find_folder, load_objectives
@@ -62,15 +64,10 @@ def look(
         Image tokens `(1, L, D)` and global embedding `(1, C)` or None.
     """
     base = find_base(model)
-    inputs = processor.image_processor(image, return_tensors="pt", **(images_kwargs or {}))
-    seen: list[ViewFeatures] = []
-    handle = base.connector.layout.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    try:
-        names = ("pixel_values", "view_positions", "view_spans")
-        base.get_image_features(**{name: inputs[name].to(base.device) for name in names})
-    finally:
-        handle.remove()
-    return read_views(seen[0])
+    inputs = dict(processor.image_processor(image, return_tensors="pt", **(images_kwargs or {})).to(base.device))
+    images: Any = read_images(base, take_images(base.config, inputs))
+    views = base.connector.adapt(ViewFeatures(run_towers(base, images)[0], images.images))
+    return read_views(views)
 
 
 def find_reconstruction(checkpoint: str, folder: str | Path | None = None) -> Reconstruction:

@@ -11,7 +11,7 @@ from torch import nn
 from ...extras import import_extra
 from ..parameters import find_base
 from .base import BatchColumn, Objective, StepValues
-from .epigone import Epigone, find_widths, read_views
+from .epigone import Epigone, find_widths, read_aux
 from .source_images import SOURCE_IMAGES, SourceImages
 
 
@@ -166,10 +166,6 @@ class Reconstruction(Objective):
         """The source images."""
         return [SourceImages(self.image_size)]
 
-    def watch(self, model: Any) -> dict[str, nn.Module]:
-        """The layout, to which view operations and adapter have led."""
-        return {"layout": model.connector.layout}
-
     def check(self, stage: Any, model: Any) -> None:
         """Compare widths with the model and views with the stage.
 
@@ -202,7 +198,7 @@ class Reconstruction(Objective):
 
     def forward(self, step: StepValues) -> torch.Tensor:
         """The loss of each row `(B,)`: the mean over its images."""
-        tokens, embedding = read_views(step.calls["layout"][-1].args[0])
+        tokens, embedding = read_aux(step.aux)
         images = step.columns.get(SOURCE_IMAGES)
         if images is None and not step.has_images:
             images = tokens.new_zeros(len(tokens), 3, self.image_size, self.image_size, dtype=torch.float32)
