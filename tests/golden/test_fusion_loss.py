@@ -67,11 +67,11 @@ def objective_on_model(cases: dict, weights: dict, tensors: dict, settings: dict
     )
     contrastive.projection.weight.data.copy_(weights["imgque_projection.weight"])
     contrastive.logit_scale.data.copy_(weights["logit_scale"])
-    aux = model.train()(**inputs).aux
+    outputs = model.train()(**inputs)
     rows = zip(tensors["input.ans_input_ids"].long(), tensors["input.ans_input_tps"], strict=True)
     answers = [ids[kind == kinds["ANS"]] for ids, kind in rows]
     column = AnswerColumn(None).join([answers[:1], answers[1:]])
-    loss = contrastive(StepValues(aux, {"answers": column}, inputs, True, model.model))
+    loss = contrastive(StepValues(outputs, {"answers": column}, inputs, True, model.model))
     loss.backward()
     connector = model.model.connector
     return {

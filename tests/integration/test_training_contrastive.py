@@ -153,8 +153,8 @@ def test_every_turn_has_a_block_and_an_answer(tmp_path):
     batch = HiResLmmCollator(trainer.processing_class, max_image_tokens=6, columns=contrastive.columns())([two])
     assert batch["answers"]["turns"].tolist() == [2]
     batch["answers"]["lengths"] = torch.cat([batch["answers"]["lengths"], torch.zeros(1, dtype=torch.long)])
-    aux = trainer.model.train()(**{name: value for name, value in batch.items() if name != "answers"}).aux
-    step = StepValues(aux, {"answers": batch["answers"]}, batch, True, None)
+    outputs = trainer.model.train()(**{name: value for name, value in batch.items() if name != "answers"})
+    step = StepValues(outputs, {"answers": batch["answers"]}, batch, True, None)
     with pytest.raises(ValueError, match="3 user turns, but the fusion transformer made 2 blocks"):
         contrastive(step)
 

@@ -255,7 +255,10 @@ class HiResLmmCollator:
     def _end_row(self) -> dict[str, torch.Tensor]:
         """A row that teaches next to nothing: an end token after an end token."""
         ids = torch.full((2,), self.processor.tokenizer.eos_token_id, dtype=torch.long)
+        silence = [{"role": role, "content": [{"type": "text", "text": ""}]} for role in ("user", "assistant")]
+        values = {column.name: column.encode(silence) for column in self.columns}
         return {
+            **{name: value for name, value in values.items() if value is not None},
             "input_ids": ids,
             "labels": torch.tensor([IGNORED, ids[1].item()]),
             "prompt_mask": torch.tensor([True, False]),

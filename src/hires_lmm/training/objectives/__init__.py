@@ -6,6 +6,7 @@ from .files import load_objectives, save_objectives
 from .gate_balance import GateBalance, gate_balance
 from .reconstruction import Reconstruction
 from .registry import GENERATION, OBJECTIVES
+from .second_model import SecondModel
 
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "GateBalance",
     "Objective",
     "Reconstruction",
+    "SecondModel",
     "StepValues",
     "gate_balance",
     "load_objectives",

@@ -15,8 +15,7 @@ class StepValues:
     """What an objective sees of one forward pass of the model in training.
 
     Args:
-        aux (`dict[str, torch.Tensor]`): What parts say for losses, with gradients: `global_tokens` `(I, L, D)`, the
-            adapted tokens of the global views; what the parts of the model name; of a blank image without images.
+        outputs (`HiResLmmTrainingOutput`): What the model returned; with logits and the like as `Objective.asks` says.
         columns (`dict[str, Any]`): The columns of the batch that the objectives of the run own; one is missing where
             no sample of the batch gave a value.
         inputs (`dict[str, Any]`): The other keyword arguments of the model: `input_ids`, `labels` and so on.
@@ -24,11 +23,17 @@ class StepValues:
         model (`nn.Module`): The `HiResLmmModel`.
     """
 
-    aux: dict[str, Any]
+    outputs: Any
     columns: dict[str, Any]
     inputs: dict[str, Any]
     has_images: bool
     model: Any
+
+    @property
+    def aux(self) -> dict[str, Any]:
+        """What parts say for losses, with gradients: `global_tokens` `(I, L, D)`, the adapted tokens of the global
+        views, and what the parts of the model name. Without images in the batch it speaks of a blank one."""
+        return self.outputs.aux or {}
 
     def image_rows(self) -> torch.Tensor:
         """Row of the batch that holds each image `(I,)`; for the blank image of a batch without images, row 0."""
@@ -60,7 +65,14 @@ class Objective(nn.Module):
 
     `forward` runs in every training step of every process and must use the same parameters each time. Where
     `has_images` is False it works on a blank item; what it returns is then multiplied by zero, and must be finite.
+    A frozen model with a processor of its own, such as a teacher, is a `SecondModel`, held as an attribute.
     """
+
+    needs_images: ClassVar[bool] = True
+    """Whether it says nothing of batches without images."""
+
+    asks: ClassVar[dict[str, Any]] = {}
+    """Arguments of the model's `forward` that it needs in training, such as `{"return_logits": True}`."""
 
     is_automatic: ClassVar[bool] = False
     """Whether it is built without arguments as soon as a stage weighs it."""

@@ -28,11 +28,13 @@ class CarriedObjectives(nn.ModuleDict):
         self.blocks: set[str] = set()
         self.taken: dict[str, Any] = {}
         self._columns = frozenset(column.name for objective in objectives.values() for column in objective.columns())
+        self._asks = {name: value for each in objectives.values() for name, value in each.asks.items()}
 
     def take_columns(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        """A pre-hook of the model: keep the columns of the objectives away from it."""
+        """A pre-hook of the model: keep the columns of the objectives away from it, and pass what they ask for."""
         self.taken = {name: value for name, value in kwargs.items() if name in self._columns}
-        return args, {name: value for name, value in kwargs.items() if name not in self._columns}
+        rest = {name: value for name, value in kwargs.items() if name not in self._columns}
+        return args, {**rest, **(self._asks if module.training else {})}
 
 
 def choose_objectives(stage: Any, given: dict[str, Objective]) -> dict[str, Objective]:
@@ -186,9 +188,9 @@ class StepHooks:
         self.sums.add("share", shares.sum())
         self.sums.add(f"loss/{GENERATION}", loss.detach())
         for name, objective in self.carried.items():
-            step = StepValues(output.aux or {}, self.carried.taken, inputs, has_images, base)
+            step = StepValues(output, self.carried.taken, inputs, has_images, base)
             values = objective(step).float()
-            part = (shares * values).sum() * (1.0 if has_images else 0.0)
+            part = (shares * values).sum() * (1.0 if has_images or not objective.needs_images else 0.0)
             self.sums.add(f"loss/{name}", part.detach())
             total = total + self.weights[name] * part
         return total
