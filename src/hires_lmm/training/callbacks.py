@@ -115,10 +115,7 @@ class StageCallback(TrainerCallback, ExportableState):
             state.log_history[-1].update(numbers)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Write the objectives into a checkpoint that is about to be written, which holds the model without them.
-
-        Before the Trainer does: once it has written its own part it may delete the checkpoint before.
-        """
+        """Write the objectives into a checkpoint before the Trainer does: it may then delete the one before."""
         if control.should_save:
             self._write(Path(args.output_dir) / f"checkpoint-{state.global_step}", state)
             self._written = state.global_step
@@ -289,10 +286,6 @@ def render_table(model: nn.Module, stage: Stage) -> Table:
 
 
 def put_first(trainer: Any) -> None:
-    """Move stage callbacks before all others, so that TensorBoard and the like see their numbers too.
-
-    Args:
-        trainer (`Trainer`): A trainer with a `StageCallback`.
-    """
+    """Move stage callbacks before all others, so that TensorBoard and the like see their numbers too."""
     first = (DefaultFlowCallback, StageCallback)  # the former decides when to log and to save
     trainer.callback_handler.callbacks.sort(key=lambda callback: [not isinstance(callback, kind) for kind in first])

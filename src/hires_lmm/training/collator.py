@@ -98,12 +98,7 @@ class HiResLmmCollator:
         self._origin = torch.tensor([0, 1]).share_memory_()
 
     def start(self, step: int = 0, batches_per_step: int = 1) -> None:
-        """Number the coming batches, from which the draws of budgets follow; `StageCallback` calls this.
-
-        Args:
-            step (`int`): Optimizer steps that were done before, in a run that is resumed.
-            batches_per_step (`int`): Batches of an optimizer step on one process.
-        """
+        """Number the coming batches, from which the draws of budgets follow; `StageCallback` calls this."""
         self._batches.zero_()
         self._origin.copy_(torch.tensor([step * batches_per_step, batches_per_step]))
 

@@ -58,37 +58,16 @@ def tower_key(model: nn.Module, name: str = MAIN_TOWER) -> str:
 
 
 class VisionFeatureStore(ImageStore):
-    """Reads what `cache_vision_features` wrote.
-
-    Args:
-        folder (`str`): The folder.
-        made_from (`dict`, *optional*): See `ImageStore`.
-    """
+    """Reads what `cache_vision_features` wrote."""
 
     written_by = "cache_vision_features"
 
     def check_processor(self, processor: Any) -> None:
-        """Compare the processor with the one that made the views.
-
-        Raises:
-            ValueError: If an option differs.
-        """
+        """Compare the processor with the one that made the views."""
         self.check(planner_key(processor))
 
     def rows(self, processor: Any, images: list, view_positions: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Features of the views that a processor call made.
-
-        Args:
-            processor (`HiResLmmProcessor`): The processor.
-            images (`list`): The images of the call, in order.
-            view_positions (`torch.Tensor` of shape `(V, 9)`): Its geometry; without crops the global view is taken.
-
-        Returns:
-            `vision_features` `(V, L, C)`, and `vision_features_<name>` `(R, L, C)` of each extra tower.
-
-        Raises:
-            ValueError: If an image is missing or was cut differently.
-        """
+        """Features of the views that a processor call made."""
         options = processor.image_processor
         starts = [*torch.nonzero(view_positions[:, Column.STARTS_IMAGE])[:, 0].tolist(), len(view_positions)]
         parts: dict[str, list] = {name: [features] for name, features in self.empty().items()}

@@ -102,14 +102,7 @@ class Stage:
 
     @classmethod
     def from_dict(cls, values: dict) -> "Stage":
-        """Read a stage from plain values, as recipes and checkpoints hold it.
-
-        Args:
-            values (`dict`): Fields of the class.
-
-        Raises:
-            ValueError: If a field is unknown.
-        """
+        """Read a stage from plain values, as recipes and checkpoints hold it."""
         known = [entry.name for entry in fields(cls)]
         unknown = [key for key in values if key not in known]
         if unknown:
@@ -126,17 +119,7 @@ class Stage:
         return next((pattern for pattern in self.trainable if matches(part, pattern)), None)
 
     def parameters(self, model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
-        """Parameters of each pattern.
-
-        Args:
-            model (`nn.Module`): The model, bare or wrapped.
-
-        Returns:
-            Pattern -> `(name, parameter)` pairs, in the order of the model.
-
-        Raises:
-            ValueError: If a pattern matches nothing.
-        """
+        """Parameters of each pattern."""
         found: dict[str, list] = {pattern: [] for pattern in self.trainable}
         named: set[str] = set()
         seen: set[int] = set()
@@ -215,14 +198,7 @@ def tower_rates(rate: float | dict[str, float] | None) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class PartRow:
-    """One row of the table that a run opens with.
-
-    Args:
-        part (`str`): Path of the part.
-        parameters (`int`): All its parameters.
-        trainable (`int`): Those that learn.
-        learning_rates (`tuple[float, ...]`): Their rates, without repetition.
-    """
+    """One row of the table that a run opens with."""
 
     part: str
     parameters: int

@@ -14,13 +14,7 @@ from ...modeling.towers_hires_lmm import blank_groups
 
 
 class LowRank(nn.Module):
-    """Two linear layers with a narrow middle and SiLU between them.
-
-    Args:
-        width (`int`): Width that enters.
-        rank (`int`): Width of the middle.
-        out_width (`int`): Width that leaves.
-    """
+    """Two linear layers with a narrow middle and SiLU between them."""
 
     def __init__(self, width: int, rank: int, out_width: int):
         super().__init__()
@@ -57,15 +51,7 @@ class Epigone(nn.Module):
         self.pooled = LowRank(width if global_width is None else global_width, rank, pooled_width)
 
     def forward(self, tokens: torch.Tensor, embedding: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Make the conditions.
-
-        Args:
-            tokens (`torch.Tensor` of shape `(I, L, width)`): Image tokens.
-            embedding (`torch.Tensor` of shape `(I, global_width)`, *optional*): Global embeddings.
-
-        Returns:
-            Prompt `(I, L, prompt_width)` and pooled prompt `(I, pooled_width)`.
-        """
+        """Make the conditions."""
         pooled = tokens.mean(dim=1) if self.global_width is None else embedding
         return self.prompt(tokens), self.pooled(pooled)
 

@@ -28,11 +28,7 @@ class GateBalance(Objective):
     is_automatic: ClassVar[bool] = True
 
     def check(self, stage: Any, model: Any) -> None:
-        """Refuse models without a gate, and stages that use one expert alone.
-
-        Raises:
-            ValueError: If no gate runs.
-        """
+        """Refuse models without a gate, and stages that use one expert alone."""
         adapter = model.config.connector_config.adapter
         if adapter["part"] != "mixture" or adapter.get("forced_expert") is not None:
             raise ValueError(

@@ -16,11 +16,7 @@ ATTRIBUTE = "objectives"
 
 
 class CarriedObjectives(nn.ModuleDict):
-    """The objectives of a run, as the model holds them.
-
-    Args:
-        objectives (`dict[str, Objective]`): Name -> objective.
-    """
+    """The objectives of a run, as the model holds them."""
 
     def __init__(self, objectives: dict[str, Objective]):
         super().__init__(objectives)
