@@ -18,18 +18,11 @@ FORCED_EXPERT = "connector.adapter.forced_expert"
 
 @dataclass(frozen=True)
 class Column:
-    """One column of SliME's Table 7: numbers of the first two stages (align) and of the third (tune).
+    """One column of SliME's Table 7: batch size, learning rate and ZeRO stage of stages I and II (align) and of stage
+    III (tune), and its LoRA preset.
 
-    All columns share AdamW, bf16, one epoch, a cosine schedule with a linear warm-up of 0.03, and no weight decay.
-
-    Args:
-        align_batch (`int`): Samples of an optimizer step in stages I and II.
-        align_rate (`float`): Learning rate of stages I and II.
-        align_zero (`int`): ZeRO stage of stages I and II.
-        tune_batch (`int`): Samples of an optimizer step in stage III.
-        tune_rate (`float`): Learning rate of stage III.
-        tune_zero (`int`): ZeRO stage of stage III (the 70B run also offloads).
-        lora (`str`, *optional*): Preset of `lora_config` for stage III.
+    All columns share AdamW, bf16, one epoch, a cosine schedule with a linear warm-up of 0.03, and no weight decay; the
+    tuning of the 70B run also offloads.
 
     Source: SliME, huggingface.co/papers/2406.08487, Table 7.
     """
@@ -77,14 +70,10 @@ def slime(column: str = "vicuna_7b", tower_rate: Any = None) -> list[Stage]:
 
 
 def query_former(column: str = "vicuna_7b", tower_rate: Any = None) -> list[Stage]:
-    """Alternating training of the adapter that is a query former alone: projection, then queries and attention.
+    """Alternating training of the adapter `query_former` alone: projection, then queries and attention, then all.
 
     Args:
-        column (`str`): Column of Table 7, a key of `COLUMNS`.
-        tower_rate (`float` or `dict`, *optional*): See `tower_rates`, in the last stage.
-
-    Returns:
-        Three stages for a model with the adapter `query_former`.
+        column, tower_rate: As in `slime`.
 
     Source: SliME, huggingface.co/papers/2406.08487, Fig. 1 and footnote 3.
     """
@@ -97,14 +86,10 @@ def query_former(column: str = "vicuna_7b", tower_rate: Any = None) -> list[Stag
 
 
 def end_to_end(column: str = "vicuna_7b", tower_rate: Any = None) -> list[Stage]:
-    """Training without alternation: the whole connector on all views, then everything.
+    """Training without alternation, of any model: the whole connector on all views, then everything.
 
     Args:
-        column (`str`): Column of Table 7, a key of `COLUMNS`.
-        tower_rate (`float` or `dict`, *optional*): See `tower_rates`, in the last stage.
-
-    Returns:
-        Two stages for any model of this package.
+        column, tower_rate: As in `slime`.
 
     Source: the "end-to-end" row of SliME's Table 4, huggingface.co/papers/2406.08487.
     """

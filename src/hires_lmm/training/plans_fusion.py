@@ -51,15 +51,10 @@ def fusion_nested(
     """One model for all numbers of tokens: the number is drawn anew for every optimizer step.
 
     Args:
-        column (`str`): `"with_question"`, or `"without_question"`: the last stage switches the question off.
-        tower_rate (`float` or `dict`, *optional*): See `tower_rates`.
-        tokens (`tuple[int]`): Numbers of tokens to draw from.
+        column, tower_rate, tokens: As in `fusion`; the question is switched off in the last stage.
 
     Returns:
         `fusion_nested/contrastive` (needs the objective `contrastive`) and `fusion_nested/generation`.
-
-    Raises:
-        ValueError: If the column is unknown.
 
     Source: not of the paper. Its blocks are nested (a shorter one takes the first rows of a longer one), which makes
     this possible.

@@ -107,11 +107,8 @@ class Reconstruction(Objective):
         Args:
             model (`nn.Module`): The model that is to be trained; where its parts give a global embedding (the
                 perceiver), that makes the pooled prompt.
-            denoiser (`SD3Transformer2DModel`): The denoiser.
-            vae (`AutoencoderKL`): The autoencoder.
-            scheduler (`FlowMatchEulerDiscreteScheduler`): The scheduler.
+            denoiser, vae, scheduler, options: Arguments of the class.
             rank (`int`): Width of the middle of the Epigone.
-            options: More arguments of the class.
         """
         width, global_width = find_widths(find_base(model))
         config = denoiser.config
