@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from enum import Enum
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -368,9 +369,9 @@ def _compose(
             compose_random(destination, preset, seed)
             output.print(f"wrote {_escape(str(destination))}; its weights are random")
             return
+        build = partial(compose, vision, text, preset, destination, dtype=dtype, chat_template=chat_template)
         with _progress() as progress:
-            options = {"dtype": dtype, "chat_template": chat_template, "extra_towers": towers, "progress": progress}
-            compose(vision, text, preset, destination, **options)
+            build(extra_towers=towers, progress=progress)
         output.print(f"wrote {_escape(str(destination))}; its new parts are untrained")
         _show_choices(destination)
 
