@@ -1,6 +1,5 @@
 """Extra towers: known by name to stages, LoRA, quantisation, cached features, export and loading."""
 
-import json
 import re
 
 import pytest
@@ -18,6 +17,7 @@ from builders import (
     tiny_processor,
     tiny_vision_config,
 )
+from builders.reload import run_worker, write_reference
 from builders.training import conversations, make_trainer
 from hires_lmm.conversion import export
 from hires_lmm.training import HiResLmmCollator, Stage, cache_vision_features, get_plan
@@ -217,8 +217,12 @@ def test_a_checkpoint_exports_and_reloads_equal_in_half_and_with_offload(tmp_pat
         tmp_path / "out", device_map=devices, offload_folder=str(tmp_path / "offload")
     )
     torch.testing.assert_close(spread(**batch).logits, expected, atol=1e-5, rtol=1e-5)
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config["extra_towers"]["fine"]["model_type"] == "siglip_vision_model"
+    written = write_reference(tmp_path / "reference", model, processor)
+    job = {"name": "it", "how": "model", "folder": str(tmp_path / "out"), "reference": str(tmp_path / "reference")}
+    found = run_worker([job], tmp_path / "work", with_package=False)["it"]  # the code of the folder alone
+    assert found["model"]["same"] and found["model"]["answer"] == written["answer"] and not found["model"]["info"]
+    assert not found["processor"]["different"] and found["processor"]["image_tokens"] == written["image_tokens"]
+    assert found["model"]["config"]["extra_towers"]["fine"]["model_type"] == "siglip_vision_model"
 
 
 @pytest.mark.parametrize(
