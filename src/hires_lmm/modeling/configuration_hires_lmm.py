@@ -114,6 +114,7 @@ class HiResLmmConnectorConfig(PreTrainedConfig):
         tower_adapters (`dict[str, dict]`, *optional*): Adapters of extra towers by name; like the main one by default.
         map_ops (`list[dict]`, *optional*): Operations on adapted features of views.
         token_ops (`list[dict]`, *optional*): Operations on the token sequence.
+        layer_ops (`list[dict]`, *optional*): Operations behind layers of the language model or the vision tower.
         layout (`dict`, *optional*): Order of views and separators, see `LayoutOptions`.
         initializer_range (`float`): Standard deviation of new linear weights.
 
@@ -129,6 +130,7 @@ class HiResLmmConnectorConfig(PreTrainedConfig):
     tower_adapters: dict | None = None
     map_ops: list | None = None
     token_ops: list | None = None
+    layer_ops: list | None = None
     layout: dict | None = None
     initializer_range: float | int = 0.02
 
@@ -138,10 +140,11 @@ class HiResLmmConnectorConfig(PreTrainedConfig):
             key for key in kwargs if not key.startswith("_") and key not in own and not hasattr(type(self), key)
         ]
         if unknown:
-            known = "view_ops, adapter, tower_adapters, map_ops, token_ops, layout, initializer_range"
+            known = "view_ops, adapter, tower_adapters, map_ops, token_ops, layer_ops, layout, initializer_range"
             raise ValueError(f"Unknown key {unknown[0]!r} in connector_config; known keys: {known}.")
         super().__post_init__(**kwargs)
         self.view_ops, self.map_ops, self.token_ops = self.view_ops or [], self.map_ops or [], self.token_ops or []
+        self.layer_ops = self.layer_ops or []
         self.adapter = self.adapter if self.adapter is not None else {"part": "mlp"}
         self.tower_adapters, self.layout = self.tower_adapters or {}, self.layout or {}
         self.resolve()
@@ -160,6 +163,7 @@ class HiResLmmConnectorConfig(PreTrainedConfig):
             self.map_ops or [],
             self.token_ops or [],
             self.layout or {},
+            self.layer_ops or [],
         )
 
 
@@ -374,6 +378,10 @@ class HiResLmmConfig(PreTrainedConfig):
             self.patch_grid,
             self.text_config.vocab_size,
             {name: tower_width(tower) for name, tower in towers.items()},
+            {
+                "language_model": self.text_config.num_hidden_layers,
+                "vision_tower": self.vision_config.num_hidden_layers,
+            },
         )
 
     def fitted_chain(self) -> Any:
@@ -396,6 +404,8 @@ class HiResLmmConfig(PreTrainedConfig):
                         f"layout.separators.{name} is the token id {mark}, but the language model has "
                         f'{self.text_config.vocab_size} tokens; use one of them, or "learned".'
                     )
+        if self.unequal_views and any(step.options.of == "vision_tower" for step in chain.of("layer_ops")):
+            raise ValueError("A layer op of the vision tower needs views of one size; leave out unequal_views.")
         from .towers_hires_lmm import check_needs
 
         for step in chain.steps:

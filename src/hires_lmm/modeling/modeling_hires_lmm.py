@@ -15,6 +15,7 @@ from .carriers_hires_lmm import ImageGeometry, ViewFeatures, read_geometry
 from .compat_hires_lmm import CACHE, takes_cache
 from .configuration_hires_lmm import HiResLmmConfig, HiResLmmConnectorConfig, check_fit
 from .connector_hires_lmm import HiResLmmConnector, drop
+from .conversation_hires_lmm import Conversation
 from .generation_hires_lmm import HiResLmmGenerationMixin
 from .inputs_hires_lmm import (
     ImageArguments,
@@ -25,6 +26,7 @@ from .inputs_hires_lmm import (
     take_images,
     take_text,
 )
+from .layer_ops_hires_lmm import install_layer_ops, open_layers, ops_of
 from .logits_hires_lmm import scale_logits, select_learned, select_positions
 from .outputs_hires_lmm import (
     HiResLmmCausalLMOutputWithPast,
@@ -60,6 +62,7 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
         )
         self.language_model = AutoModel.from_config(config.text_config)
         check_fit(config, self.language_model)
+        install_layer_ops(self)
         self.post_init()
 
     def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
@@ -142,6 +145,8 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
         """Run the main tower: `(V, 3, H, W)` -> patch features of one layer `(V, L, C)`."""
         layer = self.config.vision_feature_layer if layer is None else layer
         chunk_size = self.config.vision_chunk_size if chunk_size is None else chunk_size
+        if ops_of(self, "vision_tower"):
+            raise ValueError("A layer op runs in the vision tower and needs whole images: call get_image_features.")
         return run_tower(self.vision_tower, pixel_values, layer, chunk_size=chunk_size).features
 
     def embed_token(self, ids: torch.Tensor) -> torch.Tensor:
@@ -213,13 +218,17 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
             view_boxes=view_boxes,
             mm_encoder_outputs=mm_encoder_outputs,
         )
+        conversation = None
+        if self.connector.layer_ops or (self.connector.has_turns and (cache is not None or use_cache is not False)):
+            conversation = Conversation.of(cache).follow(cache, len(text.embeds))
         features = self._see(given, text, **{name: kwargs.get(name) for name in TOWER_OUTPUTS})
         if features is not None:
-            prompt = splice_images(self, text, features, cache, position_ids, output_token_map)
+            prompt = splice_images(self, text, features, cache, position_ids, conversation, output_token_map)
         else:
-            prompt = Prompt(text.embeds, attention_mask, position_ids)
+            prompt = Prompt(text.embeds, attention_mask, position_ids, conversation=conversation)
             if self.training and cache is None:
                 prompt.embeds, prompt.outputs["aux"] = self._idle(text.embeds, given.vision_features is None)
+        prompt.layers = open_layers(self, prompt, cache, kwargs)
         outputs = self.language_model(
             inputs_embeds=prompt.embeds,
             attention_mask=prompt.attention_mask,
@@ -240,7 +249,7 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
 
     def _see(self, given: ImageArguments, text: PromptText, **wanted: Any) -> HiResLmmImageFeatures | None:
         """Encode the images of a call, or take the caller's features."""
-        if given.features is not None and given.features.prompt_length is not None:
+        if given.features is not None and given.features.prompt is not None:
             return given.features  # `generate` has compared them
         placeholder = self.get_placeholder_mask(text.ids, text.embeds)
         if given.features is not None:
@@ -249,9 +258,7 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
         images = read_images(self, given, text.attention_mask, placeholder)
         if images is None:
             return None
-        features = self.encode_images(images, **wanted)
-        features.keep_nothing()
-        return features
+        return self.encode_images(images, **wanted)
 
     def read_images(self, view_positions: torch.Tensor, view_spans: torch.Tensor) -> list[ImageGeometry]:
         """Read the geometry of a batch, as `image_geometry` of `forward` wants it.
