@@ -1,0 +1,357 @@
+"""What every registered part must do, inside a tiny model; the sketches show that a fault would be noticed."""
+
+import copy
+import random
+
+import peft
+import pytest
+import torch
+from torch import nn
+
+from builders.registry import CASES, SIZES, SKETCH_CASES, batch_of, built, config_of, part_of, register
+from builders.tiny import geometry_of, make_batch, random_image, tiny_model, tiny_processor
+from hires_lmm.modeling.carriers_hires_lmm import ViewFeatures, VisualTokens
+from hires_lmm.modeling.geometry_hires_lmm import KINDS, Kind, kinds_on
+from hires_lmm.training.lora import lora_config
+
+
+ALL = [*CASES, *SKETCH_CASES]
+HALF = {torch.float16: 2e-2, torch.bfloat16: 1e-1}
+every_part = pytest.mark.parametrize("case", ALL, ids=str)
+
+
+@pytest.fixture(autouse=True)
+def registered(monkeypatch):
+    register(monkeypatch)
+
+
+@torch.no_grad()
+def logits_of(model, batch) -> torch.Tensor:
+    return model(**batch).logits
+
+
+@torch.no_grad()
+def tokens_of(model, batch) -> VisualTokens:
+    """The visual tokens of a batch behind all parts that need no question."""
+    return model.model.get_image_features(**images_of(batch)).tokens
+
+
+def images_of(batch) -> dict:
+    return {**geometry_of(batch), **{name: value for name, value in batch.items() if name.startswith("pixel_values_")}}
+
+
+def watched(module: nn.Module) -> list:
+    """Grows by what goes into a module and what comes out."""
+    seen: list = []
+    module.register_forward_hook(lambda module, given, output: seen.append((given, output)))
+    return seen
+
+
+def train_mode(model, noise: bool = True):
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout) and not noise:
+            module.p = 0.0
+    return model
+
+
+# ---- shapes -------------------------------------------------------------------------------------------------------
+@every_part
+def test_what_leaves_is_as_described(case):
+    model, processor = copy.deepcopy(built(case))
+    connector, batch = model.model.connector, batch_of(processor, *SIZES)
+    seen = {name: watched(module) for name, module in connector.named_modules() if hasattr(module, "traits")}
+    logits_of(model, batch)
+    traits = part_of(model, case).traits
+    _, output = next(records[0] for name, records in seen.items() if name.startswith(case.slot))
+    if isinstance(output, ViewFeatures):
+        assert {group.key for group in output.groups} == set(traits.grids)
+        for group in output.groups:
+            assert tuple(group.grid) == traits.grids[group.key].size
+            assert group.features.shape[1:] == (group.grid[0] * group.grid[1], traits.width)
+    elif isinstance(output, torch.Tensor):
+        sizes = {grid.rows * grid.cols for grid in traits.grids.values()}
+        assert output.shape[-1] == traits.width and output.shape[1] in sizes
+    else:
+        tokens = output[0]
+        assert tokens.features.shape == (sum(tokens.lengths), traits.width)
+        assert traits.count != "own" or set(tokens.lengths) == {traits.own_tokens}
+        assert traits.count == "own" or tokens.lengths == [processor.image_tokens(*size) for size in SIZES]
+
+
+@every_part
+def test_counts_of_the_processor_are_those_of_the_model(case):
+    model, processor = built(case)
+    tokens = tokens_of(model, batch_of(processor, *SIZES))
+    counts = [processor.image_tokens(*size) for size in SIZES]
+    assert tokens.num_tokens == counts
+    if part_of(model, case).traits.count != "own":
+        assert tokens.lengths == counts
+
+
+# ---- training -----------------------------------------------------------------------------------------------------
+def gradients(model, batch, **options) -> dict[str, torch.Tensor | None]:
+    model.zero_grad()
+    mask = batch["input_ids"] != model.config.image_token_id
+    labels = torch.where(mask, batch["input_ids"], -100)
+    model(**batch, labels=labels, **options).loss.backward()
+    return {name: parameter.grad for name, parameter in model.model.connector.named_parameters()}
+
+
+@every_part
+@pytest.mark.parametrize("sizes", [(), ((60, 50),), SIZES], ids=["text", "one", "batch"])
+def test_every_parameter_gets_a_gradient(case, sizes):
+    """Of text alone, of an image, and of a batch: what runs never depends on what is in it."""
+    model, processor = built(case)
+    model = train_mode(copy.deepcopy(model))
+    batch = batch_of(processor, *sizes) if sizes else dict(make_batch(processor, [("a", []), ("b c", [])]))
+    missing = [name for name, gradient in gradients(model, batch).items() if gradient is None]
+    assert not missing
+
+
+@every_part
+def test_a_batch_without_crops_trains_every_parameter(case):
+    model, processor = built(case)
+    model = train_mode(copy.deepcopy(model))
+    processor = copy.deepcopy(processor)
+    processor.image_processor.planner = {"name": "every_kind", "kinds": ["global"]}
+    assert None not in gradients(model, batch_of(processor, *SIZES)).values()
+
+
+@every_part
+def test_without_noise_training_sees_what_evaluation_sees(case):
+    model, processor = built(case)
+    batch = batch_of(processor, *SIZES)
+    batch["prompt_mask"] = batch["input_ids"] != model.config.image_token_id
+    trained = train_mode(copy.deepcopy(model), noise=False)
+    with torch.no_grad():
+        found = trained(**batch, labels=batch["input_ids"], return_logits=True).logits
+    torch.testing.assert_close(found, logits_of(model, batch), atol=1e-4, rtol=1e-4)
+
+
+@every_part
+def test_checkpointed_gradients_are_the_same(case):
+    model, processor = built(case)
+    batch = batch_of(processor, *SIZES)
+    plain = gradients(train_mode(copy.deepcopy(model), noise=False), batch)
+    saving = train_mode(copy.deepcopy(model), noise=False)
+    saving.gradient_checkpointing_enable()
+    found = gradients(saving, batch)
+    for name, wanted in plain.items():
+        torch.testing.assert_close(found[name], wanted, atol=1e-5, rtol=1e-4, msg=name)
+
+
+@every_part
+def test_lora_wraps_trains_and_merges(case):
+    model, processor = built(case)
+    batch = batch_of(processor, *SIZES)
+    model = train_mode(copy.deepcopy(model), noise=False)
+    wrapped = peft.get_peft_model(model, lora_config(model, r=2, alpha=4))
+    before = {name: value.clone() for name, value in wrapped.named_parameters() if value.requires_grad}
+    mine = [name for name in before if f"connector.{case.slot}" in name]
+    assert len(mine) == len(list(part_of(built(case)[0], case).parameters()))
+    optimizer = torch.optim.SGD([value for value in wrapped.parameters() if value.requires_grad], lr=1.0)
+    wrapped(**batch, labels=batch["input_ids"]).loss.backward()
+    optimizer.step()
+    after = dict(wrapped.named_parameters())
+    assert any(not torch.equal(after[name], value) for name, value in before.items())
+    wanted = logits_of(wrapped.eval(), batch)
+    torch.testing.assert_close(logits_of(wrapped.merge_and_unload(), batch), wanted, atol=1e-4, rtol=1e-4)
+
+
+# ---- budget -------------------------------------------------------------------------------------------------------
+@every_part
+@pytest.mark.parametrize("share", [0.3, 0.7, 2.0])
+def test_a_budget_is_honoured_exactly_or_refused_by_name(case, share):
+    model, processor = built(case)
+    traits = part_of(model, case).traits
+    for size in SIZES:
+        full, least = processor.image_tokens(*size), processor.image_processor.min_image_tokens(*size)
+        budget = max(1, int(share * full))
+        if budget < least:
+            with pytest.raises(ValueError, match=rf"max_image_tokens={budget} is too small.* {least}"):
+                batch_of(processor, size, max_image_tokens=budget)
+            budget = least
+        batch = batch_of(processor, size, max_image_tokens=budget)
+        assert int((batch["input_ids"] == model.config.image_token_id).sum()) == min(budget, full)
+        placed = model(**batch, output_token_map=True)
+        assert [len(part) for part in placed.image_outputs.pooler_output] == [min(budget, full)]
+        if traits.budget_on is not None and part_of(model, case) is not None and case.slot != "token_ops":
+            assert_shared_among_views(model, placed.token_map, min(budget, full))
+
+
+def assert_shared_among_views(model, token_map, budget: int) -> None:
+    """An operation on views that takes the budget makes fewer tokens of each: nothing is dropped behind it."""
+    assert token_map.score is None or bool(torch.isnan(token_map.score).all())
+    assert bool(token_map.kept.all()) and len(token_map.kept) == budget
+    for view in set(token_map.view.tolist()):
+        cells = token_map.cell[token_map.view == view].tolist()
+        assert cells == sorted(cells) and cells[0] == [0, 0]
+    sizes = [int((token_map.view == view).sum()) for view in set(token_map.view.tolist())]
+    assert max(sizes) - min(sizes) <= 1 + max(sizes) // 4
+
+
+# ---- kinds of views -----------------------------------------------------------------------------------------------
+@every_part
+@pytest.mark.parametrize("kind", ["global", "crops", "strided", "frames"])
+@pytest.mark.parametrize("crop_order", ["views", "raster"])
+def test_every_kind_of_view_passes_or_is_refused_by_name(case, kind, crop_order):
+    """What passes is counted right, and tokens that have a place stand in the order of the picture."""
+    kinds, own = ("global", kind) if kind != "global" else ("global",), {}
+    if case.has("on"):
+        own = {"on": kind}
+    try:
+        model, processor = built(case, kinds, {"crop_order": crop_order}, **own)
+    except ValueError as error:
+        assert case.name in str(error) or kind in str(error) or "crop_order" in str(error), error
+        return
+    batch = batch_of(processor, *SIZES)
+    with torch.no_grad():
+        logits = model(**batch, output_token_map=True)
+    assert bool(torch.isfinite(logits.logits).all())
+    tokens = tokens_of(model, batch)
+    if crop_order == "raster" and part_of(model, case).traits.count != "own":
+        assert_raster(tokens, tokens.images, int(KINDS[kind]))
+
+
+def assert_raster(tokens: VisualTokens, images: list, kind: int) -> None:
+    """Rows of the source from top to bottom, each from left to right: contiguous views side by side, strided ones
+    interleaved."""
+    if kind not in (Kind.CROP, Kind.STRIDED):
+        return
+    views, cells, kinds = (part.split(tokens.lengths) for part in (tokens.view, tokens.cell, tokens.kind))
+    for image, view, cell, own in zip(images, views, cells, kinds, strict=True):
+        places = []
+        for number, (row, col), each in zip(view.tolist(), cell.tolist(), own.tolist(), strict=True):
+            if each == kind:
+                _, rows, cols, at_row, at_col, *_ = image.views[number - image.first_view]
+                high, wide = tokens.grids[kind].size
+                place = (row * rows + at_row, col * cols + at_col)
+                places.append(place if kind == Kind.STRIDED else (at_row * high + row, at_col * wide + col))
+        assert places == sorted(places) and len(set(places)) == len(places)
+        assert places or kind == Kind.CROP and not any(shape[0] == kind for shape in image.views)
+
+
+@every_part
+def test_views_of_a_second_tower_pass_or_are_refused_by_name(case):
+    try:
+        model, processor = built(case, ("global", "crops", "detail"))
+    except ValueError as error:
+        assert case.name in str(error) or "detail" in str(error), error
+        return
+    batch = batch_of(processor, *SIZES)
+    assert model.model.connector.makes_tokens or 4 in tokens_of(model, batch).kind
+    assert not torch.allclose(
+        logits_of(model, batch), logits_of(model, {**batch, "pixel_values_fine": -batch["pixel_values_fine"]})
+    )
+
+
+@every_part
+@pytest.mark.parametrize("on", ["global", "crops", ["crops", "strided"]], ids=str)
+def test_only_the_views_that_on_names_change(case, on):
+    if not case.has("on"):
+        return
+    model, processor = copy.deepcopy(built(case, ("global", "crops", "strided"), on=on))
+    seen = watched(part_of(model, case))
+    batch = batch_of(processor, *SIZES)
+    if case.slot == "token_ops":
+        kept = model(**batch_of(processor, SIZES[0], max_image_tokens=40), output_token_map=True).token_map
+        others = [kind for kind in set(kept.kind.tolist()) if kind not in kinds_on(on)]
+        assert bool(kept.kept[torch.isin(kept.kind, torch.tensor(others))].all()) and not bool(kept.kept.all())
+        return
+    logits_of(model, batch)
+    (given,), output = seen[0]
+    for before in given.groups:
+        after = next(group for group in output.groups if group.key == before.key)
+        if before.kind not in kinds_on(on):
+            assert torch.equal(after.features, before.features) and after.grid == before.grid
+
+
+# ---- the same in every way ----------------------------------------------------------------------------------------
+@every_part
+def test_a_row_of_a_batch_is_the_row_alone(case):
+    model, processor = built(case)
+    batch = batch_of(processor, *SIZES)
+    together = logits_of(model, batch)
+    for row, size in enumerate(SIZES):
+        mask = batch["attention_mask"][row].bool()
+        torch.testing.assert_close(
+            together[row][mask], logits_of(model, batch_of(processor, size))[0], atol=2e-4, rtol=1e-3
+        )
+
+
+@every_part
+@torch.no_grad()
+def test_two_images_in_a_row_and_a_cache_give_what_no_cache_gives(case):
+    model, processor = built(case)
+    try:
+        batch = dict(make_batch(processor, [("<image>a<image>b", [random_image(*size) for size in SIZES[:2]])]))
+        found = model.generate(**batch, max_new_tokens=5, do_sample=False)
+    except ValueError as error:
+        assert "image" in str(error) and "question" in str(error), error
+        batch = batch_of(processor, SIZES[0])
+        found = model.generate(**batch, max_new_tokens=5, do_sample=False)
+    assert found.tolist() == model.generate(**batch, max_new_tokens=5, do_sample=False, use_cache=False).tolist()
+
+
+@every_part
+@torch.no_grad()
+def test_what_a_part_writes_into_the_question_reaches_the_language_model(case):
+    """And what it does not say it writes stays as the embedding table has it."""
+    if case.slot != "token_ops":
+        return
+    model, processor = copy.deepcopy(built(case))
+    batch = batch_of(processor, *SIZES)
+    batch["prompt_mask"] = batch["input_ids"] != model.config.image_token_id
+    seen, given = watched(part_of(model, case)), []
+    model.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: given.append(kwargs["inputs_embeds"]), with_kwargs=True
+    )
+    kept = model(**batch).kept_mask
+    table = model.get_input_embeddings()(batch["input_ids"])
+    question = seen[-1][1][1]
+    wanted = question.embeds if part_of(model, case).traits.writes_question else table
+    text = (batch["input_ids"] != model.config.image_token_id) & batch["attention_mask"].bool()
+    if bool(kept.all()) and given[0].shape == wanted.shape:
+        torch.testing.assert_close(given[0][text], wanted[text], atol=0, rtol=0)
+    changed = question is not None and not torch.equal(question.embeds[text], table[text])
+    assert changed == part_of(model, case).traits.writes_question
+
+
+@every_part
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_half_precision_stays_near_single(case, dtype):
+    model, processor = built(case)
+    batch = batch_of(processor, SIZES[0])
+    wanted, half = logits_of(model, batch), logits_of(copy.deepcopy(model).to(dtype), batch)
+    assert half.dtype == dtype
+    assert float((half.float() - wanted).norm() / wanted.norm()) < HALF[dtype]
+
+
+@every_part
+def test_eager_attention_is_sdpa(case):
+    model, processor = built(case)
+    batch = batch_of(processor, *SIZES)
+    eager = copy.deepcopy(model)
+    eager.set_attn_implementation("eager")
+    assert eager.model.connector.config._attn_implementation == "eager"
+    torch.testing.assert_close(logits_of(eager, batch), logits_of(model, batch), atol=2e-4, rtol=1e-3)
+
+
+@every_part
+def test_a_saved_part_is_the_same_whole_and_from_the_disk(case, tmp_path):
+    model, processor = built(case)
+    batch = batch_of(processor, *SIZES)
+    wanted = logits_of(model, batch)
+    model.save_pretrained(tmp_path / "saved")
+    processor.save_pretrained(tmp_path / "saved")
+    loaded = type(model).from_pretrained(tmp_path / "saved")
+    assert torch.equal(logits_of(loaded, batch), wanted)
+    again = batch_of(type(processor).from_pretrained(tmp_path / "saved"), *SIZES)
+    assert all(torch.equal(again[name], value) for name, value in batch.items())
+    places = {"model": "disk", "lm_head": "cpu"}
+    offloaded = type(model).from_pretrained(
+        tmp_path / "saved", device_map=places, offload_folder=str(tmp_path / "offloaded")
+    )
+    assert next(part_of(offloaded, case).parameters(), torch.empty(0, device="meta")).device.type == "meta"
+    assert torch.equal(logits_of(offloaded, batch), wanted)
