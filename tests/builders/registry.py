@@ -10,7 +10,7 @@ from torch import nn
 from builders.sketches import SKETCHES
 from builders.tiny import make_batch, random_image, tiny_config, tiny_model, tiny_processor, tiny_vision_config
 from hires_lmm import HiResLmmConnectorConfig
-from hires_lmm.modeling.geometry_hires_lmm import KINDS, Kind
+from hires_lmm.modeling.geometry_hires_lmm import Kind
 from hires_lmm.modeling.parts_hires_lmm import SLOTS
 from hires_lmm.processing.planners_hires_lmm import PLANNERS, Planner, PlannerLimits
 
@@ -53,7 +53,7 @@ def plan_every_kind(height: int, width: int, options: EveryKind):
         "global": [whole],
         "crops": [*crops[:-1], last],
         "strided": [replace(view, kind=int(Kind.STRIDED), box=whole.box) for view in crops],
-        "frames": [replace(view, kind=int(Kind.FRAME), row=n, col=0) for n, view in enumerate(crops[:1] * 2)],
+        "frames": [replace(view, kind=int(Kind.FRAME)) for view in crops[:2]],
     }
     return replace(plan, views=tuple(view for kind in options.kinds for view in views.get(kind, ())))
 
@@ -72,7 +72,7 @@ class Case:
     @property
     def part(self) -> type:
         """Its class."""
-        return SKETCHES[self.name][1] if self.name in SKETCHES else SLOTS[self.slot][self.name]
+        return SLOTS[self.slot][self.name] if self.name in SLOTS[self.slot] else SKETCHES[self.name][1]
 
     def has(self, option: str) -> bool:
         """Whether the part has an option of that name."""
@@ -91,7 +91,7 @@ SKETCH_CASES = [Case(slot, name) for name, (slot, _) in SKETCHES.items()]
 
 
 def register(monkeypatch) -> None:
-    """Put the sketches and the planner of every kind into the registries."""
+    """Put the sketches and the planner of every kind into the registries, for one test."""
     monkeypatch.setitem(PLANNERS, "every_kind", Planner(plan_every_kind, EveryKind))
     for name, (slot, part) in SKETCHES.items():
         monkeypatch.setitem(SLOTS[slot], name, part)
@@ -135,8 +135,3 @@ def part_of(model, case: Case) -> nn.Module:
     """The part in a model."""
     found = getattr(model.model.connector, case.slot)
     return found[0] if isinstance(found, nn.ModuleList) else found
-
-
-def kind_names(groups) -> dict[int, str]:
-    """Names of kinds by number."""
-    return {number: name for name, number in KINDS.items()}

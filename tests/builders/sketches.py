@@ -7,10 +7,11 @@ import torch
 from torch import nn
 
 from hires_lmm.modeling.bases_hires_lmm import HiResLmmTokenOp, HiResLmmViewOp, Needs, Traits
-from hires_lmm.modeling.geometry_hires_lmm import Grid, Kind
+from hires_lmm.modeling.geometry_hires_lmm import MAIN_TOWER, Grid, Kind
 
 
 FINE = (int(Kind.DETAIL), "fine")
+
 
 class Gate(HiResLmmViewOp):
     """A second tower's mean over an image, gated into each token of the global view."""
@@ -21,6 +22,8 @@ class Gate(HiResLmmViewOp):
 
     @classmethod
     def describe(cls, options, context):
+        if not context.grids.keys() >= {FINE, (int(Kind.GLOBAL), MAIN_TOWER)}:
+            raise ValueError("gate joins the views of the tower 'fine' with global ones; name both in layout.order.")
         return Traits({key: grid for key, grid in context.grids.items() if key != FINE}, context.width)
 
     def forward(self, views):

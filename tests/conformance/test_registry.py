@@ -1,23 +1,28 @@
 """What every registered part must do, inside a tiny model; the sketches show that a fault would be noticed."""
 
 import copy
-import random
+from dataclasses import dataclass, replace
 
 import peft
 import pytest
 import torch
 from torch import nn
 
-from builders.registry import CASES, SIZES, SKETCH_CASES, batch_of, built, config_of, part_of, register
-from builders.tiny import geometry_of, make_batch, random_image, tiny_model, tiny_processor
-from hires_lmm.modeling.carriers_hires_lmm import ViewFeatures, VisualTokens
-from hires_lmm.modeling.geometry_hires_lmm import KINDS, Kind, kinds_on
+from builders.registry import CASES, SIZES, SKETCH_CASES, Case, batch_of, built, part_of, register
+from builders.tiny import geometry_of, make_batch, random_image
+from hires_lmm.modeling.bases_hires_lmm import HiResLmmTokenOp, HiResLmmViewOp, Traits
+from hires_lmm.modeling.carriers_hires_lmm import ViewFeatures, ViewGroup, VisualTokens
+from hires_lmm.modeling.geometry_hires_lmm import Grid, Kind, kinds_on
+from hires_lmm.modeling.parts_hires_lmm import SLOTS
 from hires_lmm.training.lora import lora_config
 
 
 ALL = [*CASES, *SKETCH_CASES]
+KIND_SETS = [("global",), ("global", "crops"), ("strided",), ("frames", "global"), ("crops", "strided")]
 HALF = {torch.float16: 2e-2, torch.bfloat16: 1e-1}
 every_part = pytest.mark.parametrize("case", ALL, ids=str)
+parts_with_on = pytest.mark.parametrize("case", [case for case in ALL if case.has("on")], ids=str)
+token_ops = pytest.mark.parametrize("case", [case for case in ALL if case.slot == "token_ops"], ids=str)
 
 
 @pytest.fixture(autouse=True)
@@ -98,15 +103,22 @@ def gradients(model, batch, **options) -> dict[str, torch.Tensor | None]:
     return {name: parameter.grad for name, parameter in model.model.connector.named_parameters()}
 
 
+def without_gradient(model, batch) -> list[str]:
+    """Parameters that got none, but for those that a part says no loss reaches, which are frozen."""
+    parts = [module for module in model.modules() if hasattr(module, "untrained_parameters")]
+    frozen = {id(parameter) for part in parts for parameter in part.untrained_parameters()}
+    assert not any(parameter.requires_grad for parameter in model.parameters() if id(parameter) in frozen)
+    named = dict(model.model.connector.named_parameters())
+    return [n for n, gradient in gradients(model, batch).items() if gradient is None and id(named[n]) not in frozen]
+
+
 @every_part
 @pytest.mark.parametrize("sizes", [(), ((60, 50),), SIZES], ids=["text", "one", "batch"])
 def test_every_parameter_gets_a_gradient(case, sizes):
     """Of text alone, of an image, and of a batch: what runs never depends on what is in it."""
     model, processor = built(case)
-    model = train_mode(copy.deepcopy(model))
     batch = batch_of(processor, *sizes) if sizes else dict(make_batch(processor, [("a", []), ("b c", [])]))
-    missing = [name for name, gradient in gradients(model, batch).items() if gradient is None]
-    assert not missing
+    assert not without_gradient(train_mode(copy.deepcopy(model)), batch)
 
 
 @every_part
@@ -115,7 +127,7 @@ def test_a_batch_without_crops_trains_every_parameter(case):
     model = train_mode(copy.deepcopy(model))
     processor = copy.deepcopy(processor)
     processor.image_processor.planner = {"name": "every_kind", "kinds": ["global"]}
-    assert None not in gradients(model, batch_of(processor, *SIZES)).values()
+    assert not without_gradient(model, batch_of(processor, *SIZES))
 
 
 @every_part
@@ -135,12 +147,16 @@ def test_checkpointed_gradients_are_the_same(case):
     batch = batch_of(processor, *SIZES)
     plain = gradients(train_mode(copy.deepcopy(model), noise=False), batch)
     saving = train_mode(copy.deepcopy(model), noise=False)
-    saving.gradient_checkpointing_enable()
+    if hasattr(saving, "activation_checkpointing_enable"):  # the name from transformers 5.23 on
+        saving.activation_checkpointing_enable()
+    else:
+        saving.gradient_checkpointing_enable()
     found = gradients(saving, batch)
     for name, wanted in plain.items():
         torch.testing.assert_close(found[name], wanted, atol=1e-5, rtol=1e-4, msg=name)
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # by PEFT
 @every_part
 def test_lora_wraps_trains_and_merges(case):
     model, processor = built(case)
@@ -149,7 +165,7 @@ def test_lora_wraps_trains_and_merges(case):
     wrapped = peft.get_peft_model(model, lora_config(model, r=2, alpha=4))
     before = {name: value.clone() for name, value in wrapped.named_parameters() if value.requires_grad}
     mine = [name for name in before if f"connector.{case.slot}" in name]
-    assert len(mine) == len(list(part_of(built(case)[0], case).parameters()))
+    assert len(mine) >= len([own for own in part_of(built(case)[0], case).parameters() if own.requires_grad])
     optimizer = torch.optim.SGD([value for value in wrapped.parameters() if value.requires_grad], lr=1.0)
     wrapped(**batch, labels=batch["input_ids"]).loss.backward()
     optimizer.step()
@@ -176,7 +192,7 @@ def test_a_budget_is_honoured_exactly_or_refused_by_name(case, share):
         assert int((batch["input_ids"] == model.config.image_token_id).sum()) == min(budget, full)
         placed = model(**batch, output_token_map=True)
         assert [len(part) for part in placed.image_outputs.pooler_output] == [min(budget, full)]
-        if traits.budget_on is not None and part_of(model, case) is not None and case.slot != "token_ops":
+        if traits.budget_on is not None and case.slot != "token_ops":
             assert_shared_among_views(model, placed.token_map, min(budget, full))
 
 
@@ -192,70 +208,79 @@ def assert_shared_among_views(model, token_map, budget: int) -> None:
 
 
 # ---- kinds of views -----------------------------------------------------------------------------------------------
-@every_part
-@pytest.mark.parametrize("kind", ["global", "crops", "strided", "frames"])
-@pytest.mark.parametrize("crop_order", ["views", "raster"])
-def test_every_kind_of_view_passes_or_is_refused_by_name(case, kind, crop_order):
-    """What passes is counted right, and tokens that have a place stand in the order of the picture."""
-    kinds, own = ("global", kind) if kind != "global" else ("global",), {}
-    if case.has("on"):
-        own = {"on": kind}
+def built_or_refused(words: tuple, *case, **options):
+    """Model and processor, or None where the configuration is refused in a message with one of the words."""
     try:
-        model, processor = built(case, kinds, {"crop_order": crop_order}, **own)
+        return copy.deepcopy(built(*case, **options))
     except ValueError as error:
-        assert case.name in str(error) or kind in str(error) or "crop_order" in str(error), error
+        message = str(error)
+    assert any(word in message for word in words), message
+    return None
+
+
+@every_part
+@pytest.mark.parametrize("kinds", KIND_SETS, ids="+".join)
+@pytest.mark.parametrize("crop_order", ["views", "raster"])
+def test_every_kind_of_view_passes_or_is_refused_by_name(case, kinds, crop_order):
+    """Tokens hold the features of the place that they name, and stand in the order of the picture."""
+    on = {"on": list(kinds)} if case.has("on") else {}
+    found = built_or_refused((case.name, "crop_order", *kinds), case, kinds, {"crop_order": crop_order}, **on)
+    if found is None:
         return
-    batch = batch_of(processor, *SIZES)
-    with torch.no_grad():
-        logits = model(**batch, output_token_map=True)
-    assert bool(torch.isfinite(logits.logits).all())
-    tokens = tokens_of(model, batch)
-    if crop_order == "raster" and part_of(model, case).traits.count != "own":
-        assert_raster(tokens, tokens.images, int(KINDS[kind]))
+    model, processor = found
+    seen = watched(model.model.connector.layout)
+    assert bool(torch.isfinite(logits_of(model, batch_of(processor, *SIZES))).all())
+    ((views, _), tokens), *_ = seen
+    for group in views.groups:
+        assert_placed(tokens, group)
+        if crop_order == "raster" and not tokens.grids[group.kind].whole:
+            assert_raster(tokens, group.kind)
 
 
-def assert_raster(tokens: VisualTokens, images: list, kind: int) -> None:
+def assert_placed(tokens: VisualTokens, group: ViewGroup) -> None:
+    """Each token of a kind is what its view has in its cell."""
+    mine = tokens.kind == group.kind
+    views = torch.tensor([group.rows.index(view) for view in tokens.view[mine].tolist()])
+    cells = tokens.cell[mine] @ torch.tensor([group.grid[1], 1])
+    assert mine.any() and torch.equal(tokens.features[mine], group.features[views, cells])
+
+
+def assert_raster(tokens: VisualTokens, kind: int) -> None:
     """Rows of the source from top to bottom, each from left to right: contiguous views side by side, strided ones
     interleaved."""
-    if kind not in (Kind.CROP, Kind.STRIDED):
-        return
     views, cells, kinds = (part.split(tokens.lengths) for part in (tokens.view, tokens.cell, tokens.kind))
-    for image, view, cell, own in zip(images, views, cells, kinds, strict=True):
+    for image, view, cell, own in zip(tokens.images, views, cells, kinds, strict=True):
         places = []
         for number, (row, col), each in zip(view.tolist(), cell.tolist(), own.tolist(), strict=True):
-            if each == kind:
+            if each == kind and kind in (Kind.CROP, Kind.STRIDED):
                 _, rows, cols, at_row, at_col, *_ = image.views[number - image.first_view]
                 high, wide = tokens.grids[kind].size
                 place = (row * rows + at_row, col * cols + at_col)
                 places.append(place if kind == Kind.STRIDED else (at_row * high + row, at_col * wide + col))
         assert places == sorted(places) and len(set(places)) == len(places)
-        assert places or kind == Kind.CROP and not any(shape[0] == kind for shape in image.views)
 
 
 @every_part
 def test_views_of_a_second_tower_pass_or_are_refused_by_name(case):
-    try:
-        model, processor = built(case, ("global", "crops", "detail"))
-    except ValueError as error:
-        assert case.name in str(error) or "detail" in str(error), error
+    found = built_or_refused((case.name, "detail", "fine"), case, ("global", "crops", "detail"))
+    if found is None:
         return
+    model, processor = found
     batch = batch_of(processor, *SIZES)
-    assert model.model.connector.makes_tokens or 4 in tokens_of(model, batch).kind
     assert not torch.allclose(
         logits_of(model, batch), logits_of(model, {**batch, "pixel_values_fine": -batch["pixel_values_fine"]})
     )
 
 
-@every_part
+@parts_with_on
 @pytest.mark.parametrize("on", ["global", "crops", ["crops", "strided"]], ids=str)
 def test_only_the_views_that_on_names_change(case, on):
-    if not case.has("on"):
-        return
     model, processor = copy.deepcopy(built(case, ("global", "crops", "strided"), on=on))
     seen = watched(part_of(model, case))
     batch = batch_of(processor, *SIZES)
     if case.slot == "token_ops":
-        kept = model(**batch_of(processor, SIZES[0], max_image_tokens=40), output_token_map=True).token_map
+        budget = processor.image_processor.min_image_tokens(*SIZES[0]) + 3
+        kept = model(**batch_of(processor, SIZES[0], max_image_tokens=budget), output_token_map=True).token_map
         others = [kind for kind in set(kept.kind.tolist()) if kind not in kinds_on(on)]
         assert bool(kept.kept[torch.isin(kept.kind, torch.tensor(others))].all()) and not bool(kept.kept.all())
         return
@@ -284,22 +309,21 @@ def test_a_row_of_a_batch_is_the_row_alone(case):
 @torch.no_grad()
 def test_two_images_in_a_row_and_a_cache_give_what_no_cache_gives(case):
     model, processor = built(case)
-    try:
-        batch = dict(make_batch(processor, [("<image>a<image>b", [random_image(*size) for size in SIZES[:2]])]))
-        found = model.generate(**batch, max_new_tokens=5, do_sample=False)
-    except ValueError as error:
-        assert "image" in str(error) and "question" in str(error), error
+    two = [("<image>a<image>b", [random_image(*size) for size in SIZES[:2]])]
+    if part_of(model, case).traits.later_tokens is None:
+        batch = dict(make_batch(processor, two))
+    else:
+        with pytest.raises(ValueError, match="one image a conversation"):
+            make_batch(processor, two)
         batch = batch_of(processor, SIZES[0])
-        found = model.generate(**batch, max_new_tokens=5, do_sample=False)
+    found = model.generate(**batch, max_new_tokens=5, do_sample=False)
     assert found.tolist() == model.generate(**batch, max_new_tokens=5, do_sample=False, use_cache=False).tolist()
 
 
-@every_part
+@token_ops
 @torch.no_grad()
 def test_what_a_part_writes_into_the_question_reaches_the_language_model(case):
     """And what it does not say it writes stays as the embedding table has it."""
-    if case.slot != "token_ops":
-        return
     model, processor = copy.deepcopy(built(case))
     batch = batch_of(processor, *SIZES)
     batch["prompt_mask"] = batch["input_ids"] != model.config.image_token_id
@@ -335,7 +359,8 @@ def test_eager_attention_is_sdpa(case):
     eager = copy.deepcopy(model)
     eager.set_attn_implementation("eager")
     assert eager.model.connector.config._attn_implementation == "eager"
-    torch.testing.assert_close(logits_of(eager, batch), logits_of(model, batch), atol=2e-4, rtol=1e-3)
+    mask = batch["attention_mask"].bool()
+    torch.testing.assert_close(logits_of(eager, batch)[mask], logits_of(model, batch)[mask], atol=2e-4, rtol=1e-3)
 
 
 @every_part
@@ -355,3 +380,93 @@ def test_a_saved_part_is_the_same_whole_and_from_the_disk(case, tmp_path):
     )
     assert next(part_of(offloaded, case).parameters(), torch.empty(0, device="meta")).device.type == "meta"
     assert torch.equal(logits_of(offloaded, batch), wanted)
+
+
+# ---- and it would notice ------------------------------------------------------------------------------------------
+class Forgetful(HiResLmmTokenOp):
+    """Its second table is read where there are two views of an image and more."""
+
+    def __init__(self, context, options):
+        super().__init__(context, options)
+        self.first, self.second = (nn.Parameter(torch.ones(context.width)) for _ in range(2))
+
+    def forward(self, tokens, question):
+        scale = self.first * self.second if len(tokens.kind.unique()) > 2 else self.first
+        return replace(tokens, features=tokens.features * scale), question
+
+
+class Greedy(HiResLmmViewOp):
+    """Changes all views, whatever `on` says."""
+
+    @dataclass(frozen=True)
+    class Options:
+        on: str | list = "crops"
+
+    def forward(self, views):
+        return views.map("all", lambda group: replace(group, features=group.features + 1))
+
+
+class Boastful(Greedy):
+    """Says that it merges and does not."""
+
+    @classmethod
+    def output_grid(cls, options, grid):
+        return Grid(1, 1, None)
+
+    def forward_group(self, features, grid):
+        return features
+
+    forward = HiResLmmViewOp.forward
+
+
+class Noisy(HiResLmmTokenOp):
+    """Draws noise that nobody can switch off."""
+
+    def forward(self, tokens, question):
+        noise = torch.randn_like(tokens.features) if self.training else 0.0
+        return replace(tokens, features=tokens.features + noise), question
+
+
+class Social(HiResLmmTokenOp):
+    """Looks at the other images of the batch."""
+
+    def forward(self, tokens, question):
+        return replace(tokens, features=tokens.features - tokens.features.mean(dim=0)), question
+
+
+class Secret(HiResLmmTokenOp):
+    """Writes into the question and does not say so."""
+
+    @classmethod
+    def describe(cls, options, context):
+        return Traits(context.grids, context.width, reads_question=True)
+
+    def forward(self, tokens, question):
+        return tokens, replace(question, embeds=question.embeds + 1)
+
+
+class Wide(HiResLmmTokenOp):
+    """Squares what leaves half precision."""
+
+    def forward(self, tokens, question):
+        return replace(tokens, features=(tokens.features * 1e4) ** 2 / 1e8), question
+
+
+@pytest.mark.parametrize(
+    ("slot", "part", "check", "arguments"),
+    [
+        ("token_ops", Forgetful, test_a_batch_without_crops_trains_every_parameter, {}),
+        ("view_ops", Greedy, test_only_the_views_that_on_names_change, {"on": "crops"}),
+        ("view_ops", Boastful, test_what_leaves_is_as_described, {}),
+        ("token_ops", Noisy, test_without_noise_training_sees_what_evaluation_sees, {}),
+        ("token_ops", Social, test_a_row_of_a_batch_is_the_row_alone, {}),
+        ("token_ops", Secret, test_what_a_part_writes_into_the_question_reaches_the_language_model, {}),
+        ("token_ops", Wide, test_half_precision_stays_near_single, {"dtype": torch.float16}),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_faulty_part_is_noticed(monkeypatch, slot, part, check, arguments):
+    name = part.__name__.lower()
+    monkeypatch.setitem(SLOTS[slot], name, part)
+    with pytest.raises(AssertionError):
+        check(Case(slot, name), **arguments)

@@ -10,7 +10,7 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 
 from .attention_hires_lmm import HiResLmmQueryFormer, square_side
-from .bases_hires_lmm import HiResLmmAdapter, PartContext
+from .bases_hires_lmm import HiResLmmAdapter, PartContext, Traits
 from .geometry_hires_lmm import KINDS, Grid
 from .noise_hires_lmm import HiResLmmNoise
 
@@ -242,6 +242,12 @@ class HiResLmmMixtureAdapter(HiResLmmAdapter):
             context.config, context.width, grid[0] * grid[1], grid, options.num_heads
         )
         self.gate = HiResLmmGate(context.width, options.gate)
+
+    @classmethod
+    def describe(cls, options: Any, context: PartContext) -> Traits:
+        """As every adapter; the released gate never reads its second table."""
+        untrained = ("gate.noise_weight",) if options.gate == "release" else ()
+        return replace(super().describe(options, context), untrained=untrained)
 
     def forward(self, features: torch.Tensor, kind: int) -> torch.Tensor:
         """Adapt the views of one kind.

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from .carriers_hires_lmm import Question, ViewFeatures, ViewGroup, VisualTokens
-from .geometry_hires_lmm import MAIN_TOWER, Grid, kinds_on
+from .geometry_hires_lmm import MAIN_TOWER, Grid, Kind, kinds_on
 
 
 @dataclass(frozen=True)
@@ -55,21 +55,23 @@ class PartContext:
         """The groups of the main tower that an option `on` names."""
         return [key for key in self.grids if key[0] in kinds_on(on) and key[1] == MAIN_TOWER]
 
-    def grid(self, on: Any, tower: str = MAIN_TOWER) -> Grid:
-        """The one token grid of the views that `on` names.
+    def grid(self, on: Any) -> Grid:
+        """The one token grid of the views that `on` names: those of the main tower, or of the tower it adapts.
 
         Raises:
             ValueError: If there is none, or if they differ.
         """
-        found = {
-            (grid.rows, grid.cols) for key, grid in self.grids.items() if key[0] in kinds_on(on) and key[1] == tower
-        }
-        if len(found) != 1:
+        towers = dict.fromkeys(tower for _, tower in self.grids)
+        tower = MAIN_TOWER if MAIN_TOWER in towers or not towers else next(iter(towers))
+        grids = {key: grid for key, grid in self.grids.items() if key[0] in kinds_on(on) and key[1] == tower}
+        sizes = {grid.size for grid in grids.values()}
+        if len(sizes) != 1:
+            here = ", ".join(f"{Kind(kind).name.lower()} of {own}" for kind, own in self.grids)
             raise ValueError(
-                f"on={on!r} needs views of one token grid, but these have {sorted(found) or 'none'}; give each kind "
-                "of views a part of its own, or move the part."
+                f"on={on!r} needs views of one token grid, but there are {sorted(sizes) or 'none'} (here: "
+                f"{here or 'no views'}); give each kind of views a part of its own, or move the part."
             )
-        return next(grid for key, grid in self.grids.items() if key[0] in kinds_on(on) and key[1] == tower)
+        return next(iter(grids.values()))
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ class Traits:
         budget_on (`str` or `list[str]`, *optional*): Views whose tokens the part drops or saves under a budget, or
             `"own"`; None = it does not consume the budget.
         needs (`Needs`): What the tower computes for it.
+        untrained (`tuple[str, ...]`): Its parameters, or modules of it, that no loss reaches: they are frozen.
     """
 
     grids: dict[tuple[int, str], Grid]
@@ -100,6 +103,7 @@ class Traits:
     later_tokens: int | None = None
     budget_on: Any = None
     needs: Needs = field(default_factory=Needs)
+    untrained: tuple[str, ...] = ()
 
 
 class HiResLmmPart(nn.Module):
@@ -111,6 +115,11 @@ class HiResLmmPart(nn.Module):
     """
 
     traits: Traits
+
+    def untrained_parameters(self) -> list[nn.Parameter]:
+        """The parameters that no loss reaches."""
+        heads = tuple(f"{name}." for name in self.traits.untrained)
+        return [parameter for name, parameter in self.named_parameters() if f"{name}.".startswith(heads)]
 
     @dataclass(frozen=True)
     class Options:

@@ -13,7 +13,7 @@ from .adapters_hires_lmm import (
 from .bases_hires_lmm import PartContext, Traits, entering
 from .compressors_hires_lmm import HiResLmmConvMerge, HiResLmmQueryCompressor
 from .fusion_hires_lmm import HiResLmmFusion
-from .geometry_hires_lmm import KINDS, MAIN_TOWER, Grid, kinds_on
+from .geometry_hires_lmm import KINDS, MAIN_TOWER, Grid, check_stride, kinds_on
 from .routers_hires_lmm import HiResLmmRouter
 from .sa_perceiver_hires_lmm import HiResLmmSaPerceiver
 from .sequence_hires_lmm import LayoutOptions
@@ -60,6 +60,8 @@ class Step:
         """The module, which says what it is by `traits`."""
         module = self.part(self.context, self.options)
         module.traits = self.traits
+        for parameter in module.untrained_parameters():
+            parameter.requires_grad_(False)
         return module
 
     @property
@@ -110,6 +112,8 @@ class ResolvedChain:
         def add(slot: str, op: ResolvedPart) -> Traits:
             nonlocal context
             traits = op.part.describe(op.options, context)
+            for grid in traits.grids.values():
+                check_stride(grid, context.patch_grid, op.part.__name__)
             steps.append(Step(slot, op.part, op.options, context, traits))
             context = replace(context, grids=traits.grids, width=traits.width)
             return traits

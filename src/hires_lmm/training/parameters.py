@@ -49,13 +49,15 @@ def learnable_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]
 
 
 def unread_parameters(base: Any) -> set[int]:
-    """`id` of what the tower computes after the layer that is read: it gets no gradients."""
+    """`id` of what gets no gradients: the tower behind the layer that is read, and what parts call untrained."""
     tower, layer = base.vision_tower, base.config.vision_feature_layer
     depth = tower.config.num_hidden_layers
     read = layer + depth + 1 if layer < 0 else layer  # 0 are the embeddings
     lists = [module for module in tower.modules() if isinstance(module, nn.ModuleList) and len(module) == depth]
     norms = [module for name, module in tower.named_modules() if name.rpartition(".")[2] == "post_layernorm"]
-    return {id(parameter) for module in (*lists[0][read:], *norms) for parameter in module.parameters()}
+    parts = [module for module in base.connector.modules() if hasattr(module, "untrained_parameters")]
+    unread = [parameter for module in (*lists[0][read:], *norms) for parameter in module.parameters()]
+    return {id(parameter) for parameter in (*unread, *(own for part in parts for own in part.untrained_parameters()))}
 
 
 def _is_peft_parameter(name: str) -> bool:
