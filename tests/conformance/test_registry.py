@@ -12,6 +12,7 @@ from builders.registry import CASES, SIZES, SKETCH_CASES, Case, batch_of, built,
 from builders.tiny import geometry_of, make_batch, random_image
 from hires_lmm.modeling.bases_hires_lmm import HiResLmmTokenOp, HiResLmmViewOp, Traits
 from hires_lmm.modeling.carriers_hires_lmm import ViewFeatures, ViewGroup, VisualTokens
+from hires_lmm.modeling.compat_hires_lmm import CACHE
 from hires_lmm.modeling.geometry_hires_lmm import Grid, Kind, kinds_on
 from hires_lmm.modeling.parts_hires_lmm import SLOTS
 from hires_lmm.training.lora import lora_config
@@ -318,6 +319,28 @@ def test_two_images_in_a_row_and_a_cache_give_what_no_cache_gives(case):
         batch = batch_of(processor, SIZES[0])
     found = model.generate(**batch, max_new_tokens=5, do_sample=False)
     assert found.tolist() == model.generate(**batch, max_new_tokens=5, do_sample=False, use_cache=False).tolist()
+
+
+@every_part
+@torch.no_grad()
+def test_a_second_turn_on_a_cache_is_the_whole_conversation(case):
+    """Or it is refused with the remedy, where positions left the cache."""
+    model, processor = copy.deepcopy(built(case))
+    model.generation_config.suppress_tokens = [model.config.image_token_id]  # an answer must not hold image tokens
+    options = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    batch = batch_of(processor, SIZES[0])
+    model.config.answer_prefix_ids = batch["input_ids"][0, -2:].tolist()  # where the answer begins
+    first = model.generate(**batch, **options)
+    more = make_batch(processor, [("And now?", [])])["input_ids"]
+    batch["input_ids"] = torch.cat([first.sequences[:, :-1], more], dim=1)
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    if part_of(model, case).traits.count == "content":
+        with pytest.raises(ValueError, match="Pass only the new ids"):
+            model.generate(**batch, **{CACHE: first[CACHE]}, **options)
+        return
+    wanted, found = model.generate(**batch, **options), model.generate(**batch, **{CACHE: first[CACHE]}, **options)
+    assert found.sequences.tolist() == wanted.sequences.tolist()
+    torch.testing.assert_close(found.logits[0], wanted.logits[0], atol=1e-4, rtol=1e-3)
 
 
 @token_ops
