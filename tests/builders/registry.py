@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import nn
 
-from builders.sketches import SKETCHES
+from builders.sketches import SKETCHED_PLANNERS, SKETCHES
 from builders.tiny import make_batch, random_image, tiny_config, tiny_model, tiny_processor, tiny_vision_config
 from hires_lmm import HiResLmmConnectorConfig
 from hires_lmm.modeling.geometry_hires_lmm import Kind
@@ -30,8 +30,8 @@ VARIANTS: dict[str, dict[str, dict]] = {
 }
 """Further options of parts that work in several ways; every part also runs with its defaults."""
 
-NEEDS_FINE = ("gate",)
-"""Parts that read a second tower."""
+READS = {"gate": ("global", "crops", "detail"), "two_perspectives": ("global", "crops", "strided")}
+"""Kinds of views that a part reads, where they are not global views and crops."""
 
 TEXT = "<image>What is it?"
 SIZES = ((90, 60), (40, 200), (60, 50))
@@ -92,24 +92,25 @@ SKETCH_CASES = [Case(slot, name) for name, (slot, _) in SKETCHES.items()]
 
 def register(monkeypatch) -> None:
     """Put the sketches and the planner of every kind into the registries, for one test."""
-    monkeypatch.setitem(PLANNERS, "every_kind", Planner(plan_every_kind, EveryKind))
+    for name, planner in {"every_kind": Planner(plan_every_kind, EveryKind), **SKETCHED_PLANNERS}.items():
+        monkeypatch.setitem(PLANNERS, name, planner)
     for name, (slot, part) in SKETCHES.items():
         monkeypatch.setitem(SLOTS[slot], name, part)
 
 
-def config_of(case: Case, kinds: tuple = ("global", "crops"), layout: dict | None = None, **options):
+def config_of(case: Case, kinds: tuple, layout: dict, **options):
     """The configuration of a tiny model with one part, whose images have views of the given kinds."""
     is_list = isinstance(getattr(HiResLmmConnectorConfig(), case.slot), list)
     spec = case.spec(**options)
     changes = {}
-    if "detail" in kinds or case.name in NEEDS_FINE:
+    if "detail" in kinds:
         changes["extra_towers"] = {"fine": tiny_vision_config("siglip", 84, hidden_size=16).to_dict()}
     return tiny_config(
         "llava_next",
         planner={"name": "every_kind", "kinds": [kind for kind in kinds if kind != "detail"]},
         connector_config={
             case.slot: [spec] if is_list else spec,
-            "layout": {"order": list(kinds), "crop_order": "views", **(layout or {})},
+            "layout": {"order": list(kinds), "crop_order": "views", **layout},
         },
         **changes,
     )
@@ -121,8 +122,9 @@ def _built(case: Case, kinds: tuple, layout: str, options: str):
     return tiny_model(config), tiny_processor(config)
 
 
-def built(case: Case, kinds: tuple = ("global", "crops"), layout: dict | None = None, **options):
+def built(case: Case, kinds: tuple = (), layout: dict | None = None, **options):
     """Model, which is not to be changed, and processor."""
+    kinds = kinds or READS.get(case.name, ("global", "crops"))
     return _built(case, kinds, json.dumps(layout or {}), json.dumps(options))
 
 

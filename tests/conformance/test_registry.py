@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from builders.registry import CASES, SIZES, SKETCH_CASES, Case, batch_of, built, part_of, register
+from builders.registry import CASES, READS, SIZES, SKETCH_CASES, Case, batch_of, built, part_of, register
 from builders.tiny import geometry_of, make_batch, random_image
 from hires_lmm.modeling.bases_hires_lmm import HiResLmmTokenOp, HiResLmmViewOp, Traits
 from hires_lmm.modeling.carriers_hires_lmm import ViewFeatures, ViewGroup, VisualTokens
@@ -263,7 +263,8 @@ def assert_raster(tokens: VisualTokens, kind: int) -> None:
 
 @every_part
 def test_views_of_a_second_tower_pass_or_are_refused_by_name(case):
-    found = built_or_refused((case.name, "detail", "fine"), case, ("global", "crops", "detail"))
+    kinds = dict.fromkeys([*READS.get(case.name, ("global", "crops")), "detail"])
+    found = built_or_refused((case.name, "detail", "fine"), case, tuple(kinds))
     if found is None:
         return
     model, processor = found
