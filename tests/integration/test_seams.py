@@ -173,7 +173,10 @@ def whole_map(views, rows: int, cols: int, is_strided: bool):
 
 @torch.no_grad()
 def test_strided_views_take_every_nth_pixel_and_are_interleaved_in_the_sequence():
-    layout = {"order": ["global", "crops", "strided"], "separators": {"row": {"place": "token_row_end", "on": "strided"}}}
+    layout = {
+        "order": ["global", "crops", "strided"],
+        "separators": {"row": {"place": "token_row_end", "on": "strided"}},
+    }
     model, processor = parts(planner={"name": "dual", "n": 3}, connector_config={"layout": layout})
     batch = ask(processor, (90, 60))
     squeezed = processor.image_processor.preprocess(

@@ -326,9 +326,7 @@ def _interleaved(bands: list[list[int]], cells: list[tuple]) -> list[list[tuple[
             'be interleaved; use layout.crop_order="views".'
         )
     top, bottom, left, right = cells[0] if cells else (0, 0, 0, 0)
-    return [
-        [(n, r, c, c + 1) for c in range(left, right) for n in band] for r in range(top, bottom) for band in bands
-    ]
+    return [[(n, r, c, c + 1) for c in range(left, right) for n in band] for r in range(top, bottom) for band in bands]
 
 
 def split_budget(total: int, sizes: Sequence[int]) -> list[int]:
