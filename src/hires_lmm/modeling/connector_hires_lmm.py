@@ -51,6 +51,9 @@ class HiResLmmConnector(PreTrainedModel):
         steps = chain.of("token_ops")
         self.token_ops = nn.ModuleList(step.build() for step in steps)
         self.layer_ops = nn.ModuleList(step.build() for step in chain.of("layer_ops"))
+        self.position_plan = next((step.build() for step in chain.of("position_plan")), None)
+        heads = [step for step in chain.steps if step.slot.startswith("heads.")]
+        self.heads = nn.ModuleDict({step.slot.partition(".")[2]: step.build() for step in heads})
         self.budget_router = None
         if chain.consumer is None and chain.own is None:
             router = resolve_part("token_ops", BUDGET_ROUTER, "the budget router")

@@ -16,6 +16,7 @@ from .compat_hires_lmm import CACHE, takes_cache
 from .configuration_hires_lmm import HiResLmmConfig, HiResLmmConnectorConfig, check_fit
 from .connector_hires_lmm import HiResLmmConnector, drop
 from .generation_hires_lmm import HiResLmmGenerationMixin
+from .heads_hires_lmm import add_head_losses, run_heads, take_heads
 from .inputs_hires_lmm import (
     ImageArguments,
     ImageInputs,
@@ -197,7 +198,9 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
                 captured, and numbers of placeholders are not compared. `prompt_mask` `(B, S)`: true where parts may
                 read the question. `question_labels` `(B, S)`: training labels, to keep answers unread.
                 `question_ids` `(B, turns, L)`: ids of the questions in another vocabulary, see
-                `HiResLmmProcessor.question_ids`. The rest goes to the language model.
+                `HiResLmmProcessor.question_ids`. `labels_<name>` `(N, ...)`: what a head should read at the
+                occurrences of its token. `output_heads`: whether heads run; by default where no earlier positions are
+                cached. The rest goes to the language model.
 
         Returns:
             `HiResLmmModelOutputWithPast`.
@@ -206,6 +209,7 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
             ValueError: If inputs contradict each other.
         """
         text = take_text(self, input_ids, inputs_embeds, attention_mask, cache, kwargs)
+        heads = take_heads(self, kwargs, cache)
         given = take_images(
             self.config,
             kwargs,
@@ -233,8 +237,11 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
             **kwargs,
         )
         prompt.remember(outputs.get(CACHE))
+        hidden = prompt.expand(outputs.last_hidden_state)
+        if heads is not None:
+            run_heads(self, text, hidden, heads, prompt.outputs)
         return HiResLmmModelOutputWithPast(
-            last_hidden_state=prompt.expand(outputs.last_hidden_state),
+            last_hidden_state=hidden,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             **{CACHE: outputs.get(CACHE)},
@@ -363,6 +370,7 @@ class HiResLmmForConditionalGeneration(HiResLmmPreTrainedModel, HiResLmmGenerati
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
+        loss = add_head_losses(self.model, loss, outputs.aux or {}, labels, kwargs)
         fields = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
         if learned is not None:
             return HiResLmmTrainingOutput(loss=loss, cache=fields.pop(CACHE, None), **fields)
