@@ -132,6 +132,12 @@ def take_ids(ids: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return ids.expand(*shape).gather(-1, index.expand(*shape))
 
 
+def shown_columns(slots: torch.Tensor, length: int, offset: int) -> torch.Tensor:
+    """Of the keys of a layer `(B, K)`, those that its cache shows to attention: `(B, length)`."""
+    shown = slots[:, offset : offset + length]
+    return nn.functional.pad(shown, (0, length - shown.shape[1]), value=-1)
+
+
 class KeyNote:
     """A cache that hands on what attention puts into it and notes the keys that it gets back."""
 
@@ -154,7 +160,7 @@ class Keys:
     """The keys that layers hold which hold the same ones.
 
     Args:
-        slots (`torch.Tensor` of shape `(B, K)`): Slot of each; -1 for padding and for what has left but is still there.
+        slots (`torch.Tensor` of shape `(B, K)`): Slot of each; -1 for padding, and where masks hide what has left.
         is_plain (`bool`): Known to hold no -1, so that order alone says what is seen.
         is_whole (`bool`): Nothing has left.
     """
@@ -356,9 +362,7 @@ class LanguageCall:
         form = ("mask", id(keys), id(level), window, length, offset)
         if form in self.made:
             return self.made[form]
-        columns = nn.functional.pad(
-            keys.slots[:, offset : offset + length], (0, max(length + offset - total, 0)), value=-1
-        )
+        columns = shown_columns(keys.slots, length, offset)
         if "flash" in kind:
             if not fits or level.weight is not None:
                 raise ValueError("flash attention cannot hide tokens within a window; load the model with sdpa.")
@@ -386,9 +390,7 @@ class LanguageCall:
         columns = slots if self.record is None else self.keys(layer).slots
         total = columns.shape[1]
         length, offset = (total, 0) if cache is None else cache.get_mask_sizes(count, layer)
-        columns = nn.functional.pad(
-            columns[:, offset : offset + length], (0, max(length + offset - total, 0)), value=-1
-        )
+        columns = shown_columns(columns, length, offset)
         start, window = total - count - offset, attention_window(self.config, layer)
 
         def note(keys: torch.Tensor) -> None:
@@ -446,22 +448,25 @@ class LanguageCall:
         hidden = take(hidden, index.gather(1, plan.index))
         return hidden, Level(stay, plan, True, bool(plan.mask.all()), level.weight)
 
-    def close(self, outputs: Any, extra: dict) -> torch.Tensor:
-        """Remember what the layers hold; the last hidden state of the call's length.
-
-        A position that left shows the last one before it that stayed, as at the splice.
-        """
-        record, cache, count = self.record, outputs.get(CACHE), self.slots.shape[1]
+    def remember(self, cache: Any, outputs: dict) -> None:
+        """Note what the layers hold now, and in the outputs what ops said and where tokens left."""
+        record, count, depth = self.record, self.slots.shape[1], self.config.num_hidden_layers
         if record is not None and self.conversation is not None and cache is not None:
             record.keys = [self.extended.get(layer, keys) for layer, keys in enumerate(record.keys)]
             record.total = self.past + count
-            if self.level(self.config.num_hidden_layers).plan is not None:
+            if self.level(depth).plan is not None:
                 record.decided = self.past + int(self.placed.last.max()) + 1
             self.conversation.records[RECORD] = record
             self.conversation.attach(cache)
         if self.aux:
-            extra["aux"] = {**extra.get("aux", {}), **self.aux}
-        level, hidden = self.level(self.config.num_hidden_layers), outputs.last_hidden_state
+            outputs["aux"] = {**outputs.get("aux", {}), **self.aux}
+        if outputs.get("token_map") is not None:
+            known = self.placed.token >= 0
+            outputs["token_map"].left_at[self.placed.token[known].cpu()] = self.left_at[known].cpu()
+
+    def expand(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The last hidden states at the call's length: what left shows the last one before it that stayed."""
+        level = self.level(self.config.num_hidden_layers)
         if level.plan is None:
             return hidden
         return expand(hidden if level.is_packed else pack(hidden, level.plan), level.plan)
@@ -545,51 +550,34 @@ def place(text: PromptText, placeholder: torch.Tensor, tokens: VisualTokens | No
     return Placed(placeholder, torch.where(prompt, positions, -1).amax(dim=1).clamp(min=0), token, tokens)
 
 
-def open_layers(
-    model: Any,
-    placed: Placed | None,
-    packing: Packing | None,
-    embeds: torch.Tensor,
-    attention_mask: Any,
-    cache: Any,
-    options: dict,
-) -> LanguageCall | None:
+def open_layers(model: Any, prompt: Any, cache: Any, options: dict) -> LanguageCall | None:
     """The call of the language model for its layer ops; None where the model has none.
 
     Args:
         model (`HiResLmmModel`): The model.
-        placed (`Placed`, *optional*): Visual tokens of the call, before packing.
-        packing (`Packing`, *optional*): What the splice dropped.
-        embeds (`torch.Tensor` of shape `(B, n, D)`): What enters the language model.
-        attention_mask, cache, options: What it gets beside; the call is written into `options`.
+        prompt (`Prompt`): What enters the language model.
+        cache (`Cache`, *optional*): Earlier positions.
+        options (`dict`): What else the language model gets; the call is written into it.
     """
     ops = [op for op in model.connector.layer_ops if op.options.of == "language_model"]
     if not ops:
         return None
-    language_model = model.language_model
-    conversation: Conversation | None = Conversation.of(cache)
-    conversation.follow(cache, len(embeds))  # type: ignore[union-attr]
+    config, placed = model.language_model.config, prompt.placed
+    conversation: Any = Conversation.of(cache)
+    conversation.follow(cache, len(prompt.embeds))
     if placed is None:
-        nowhere = torch.zeros(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
-        if RECORD not in conversation.records:  # type: ignore[union-attr]
-            conversation = None
-        placed = Placed(nowhere, nowhere.sum(1) + embeds.shape[1] - 1, nowhere.long() - 1, has_visual=False)
-    elif packing is not None:
-        placed = placed.pack(packing)
+        nowhere = torch.zeros(prompt.embeds.shape[:2], dtype=torch.bool, device=prompt.embeds.device)
+        conversation = conversation if RECORD in conversation.records else None
+        placed = Placed(nowhere, nowhere.sum(1) + nowhere.shape[1] - 1, nowhere.long() - 1, has_visual=False)
+    elif prompt.packing is not None:
+        placed = placed.pack(prompt.packing)
     shown = [
-        getattr(language_model.config, name) if options.get(name) is None else options[name]
+        getattr(config, name) if options.get(name) is None else options[name]
         for name in ("output_hidden_states", "output_attentions")
     ]
     layers = [] if cache is None else cache.layers
     is_fixed = any(layer.is_compileable and getattr(layer, "is_sliding", False) for layer in layers)
-    call = LanguageCall(
-        ops,
-        language_model.config,
-        conversation,
-        attention_mask,
-        placed,
-        can_pack=not any(shown) and not is_fixed,
-        training=model.training,
-    )
+    can_pack = not any(shown) and not is_fixed
+    call = LanguageCall(ops, config, conversation, prompt.attention_mask, placed, can_pack, model.training)
     options[LAYER_CALL] = call
     return call
