@@ -24,9 +24,6 @@ def run_heads(
 ) -> None:
     """Run all heads of a model.
 
-    In training each head also reads a position that counts zero, so that a batch without its token trains on every
-    process alike.
-
     Args:
         model (`HiResLmmModel`): Its connector holds the heads.
         text (`PromptText`): The text of the call.
@@ -48,10 +45,9 @@ def run_heads(
                 f"labels_{name} has {len(wanted)} rows, but the token {token_id} occurs {count} times in the batch; "
                 "pass one row an occurrence, in reading order."
             )
-        read[name] = head(torch.cat([states, hidden[:1, 0]]) if model.training else states)
-        if model.training:
-            losses[f"loss/{name}"] = (0.0 * read[name][count:]).sum()
-            read[name] = read[name][:count]
+        read[name] = head(states)
+        if model.training:  # without the token too, every parameter gets a gradient on every process
+            losses[f"loss/{name}"] = 0.0 * read[name].sum()
         if wanted is not None and count:
             loss = head.loss(read[name], wanted.to(hidden.device))
             losses[f"loss/{name}"] = loss + losses.get(f"loss/{name}", 0.0)
