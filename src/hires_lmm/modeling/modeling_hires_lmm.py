@@ -15,6 +15,7 @@ from .carriers_hires_lmm import ImageGeometry, ViewFeatures, read_geometry
 from .compat_hires_lmm import CACHE, takes_cache
 from .configuration_hires_lmm import HiResLmmConfig, HiResLmmConnectorConfig, check_fit
 from .connector_hires_lmm import HiResLmmConnector, drop
+from .conversation_hires_lmm import Conversation
 from .generation_hires_lmm import HiResLmmGenerationMixin
 from .heads_hires_lmm import add_head_losses, run_heads, take_heads
 from .inputs_hires_lmm import (
@@ -219,11 +220,14 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
             view_boxes=view_boxes,
             mm_encoder_outputs=mm_encoder_outputs,
         )
+        conversation = None
+        if self.connector.layer_ops or (self.connector.has_turns and (cache is not None or use_cache is not False)):
+            conversation = Conversation.of(cache).follow(cache, len(text.embeds))
         features = self._see(given, text, **{name: kwargs.get(name) for name in TOWER_OUTPUTS})
         if features is not None:
-            prompt = splice_images(self, text, features, cache, position_ids, output_token_map)
+            prompt = splice_images(self, text, features, cache, position_ids, conversation, output_token_map)
         else:
-            prompt = Prompt(text.embeds, attention_mask, position_ids)
+            prompt = Prompt(text.embeds, attention_mask, position_ids, conversation=conversation)
             if self.training and cache is None:
                 prompt.embeds = text.embeds + self._idle(text.embeds, given.vision_features is None)
         prompt.layers = open_layers(self, prompt, cache, kwargs)
@@ -250,7 +254,7 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
 
     def _see(self, given: ImageArguments, text: PromptText, **wanted: Any) -> HiResLmmImageFeatures | None:
         """Encode the images of a call, or take the caller's features."""
-        if given.features is not None and given.features.prompt_length is not None:
+        if given.features is not None and given.features.prompt is not None:
             return given.features  # `generate` has compared them
         placeholder = self.get_placeholder_mask(text.ids, text.embeds)
         if given.features is not None:
@@ -259,9 +263,7 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
         images = read_images(self, given, text.attention_mask, placeholder)
         if images is None:
             return None
-        features = self.encode_images(images, **wanted)
-        features.keep_nothing()
-        return features
+        return self.encode_images(images, **wanted)
 
     def read_images(self, view_positions: torch.Tensor, view_spans: torch.Tensor) -> list[ImageGeometry]:
         """Read the geometry of a batch, as `image_geometry` of `forward` wants it.
