@@ -9,7 +9,7 @@ from huggingface_hub.dataclasses import strict
 from torch import nn
 
 from .carriers_hires_lmm import Question, ViewFeatures, ViewGroup, VisualTokens
-from .geometry_hires_lmm import MAIN_TOWER, Grid, Kind, kinds_on
+from .geometry_hires_lmm import KINDS, MAIN_TOWER, Grid, Kind, kinds_on
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class PartContext:
         return [key for key in self.grids if key[0] in kinds_on(on) and key[1] == MAIN_TOWER]
 
     def grid(self, on: Any) -> Grid:
-        """The one token grid of the views that `on` names: those of the main tower, or of the tower it adapts.
+        """The one token grid of the views that `on` names, of the main tower; of an extra one where that is alone.
 
         Raises:
             ValueError: If there is none, or if they differ.
@@ -412,6 +412,10 @@ def entering(grids: Mapping[tuple[int, str], Grid]) -> dict[int, Grid]:
     found: dict[int, Grid] = {}
     for (kind, tower), grid in grids.items():
         if kind in found:
-            raise ValueError(f"Views of kind {kind} come from two towers ({tower} is one); let a part join them.")
+            name = next(name for name, number in KINDS.items() if number == kind)
+            raise ValueError(
+                f"Tokens of the views {name!r} come from two towers, {tower!r} and another; the sequence takes those "
+                "of one. Let a map op join them, or leave one of the towers to a map op that reads it."
+            )
         found[kind] = grid
     return found

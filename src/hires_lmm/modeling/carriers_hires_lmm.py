@@ -89,6 +89,7 @@ class ViewGroup:
         tower (`str`): Where they come from.
         scores (`dict[str, torch.Tensor]`): `(n, L)` by name, where a part needs them.
         hidden (`dict[int, torch.Tensor]`): States `(n, L, C)` of other layers, where a part needs them.
+        aux (`dict[str, torch.Tensor]`): What an adapter says for losses and logs, by name.
     """
 
     kind: int
@@ -98,6 +99,7 @@ class ViewGroup:
     tower: str = MAIN_TOWER
     scores: dict = field(default_factory=dict)
     hidden: dict = field(default_factory=dict)
+    aux: dict = field(default_factory=dict)
 
     @property
     def key(self) -> tuple[int, str]:

@@ -187,6 +187,13 @@ class FittedChain:
         if len(consumers) > 1:
             names = ", ".join(step.part.__name__ for step in consumers)
             raise ValueError(f"Two parts would consume max_image_tokens: {names}; keep one of them.")
+        entering(self.adapted.grids)  # refuses two towers for one kind
+        for kind, tower in self.adapted.grids:
+            if tower != MAIN_TOWER and kind not in kinds_on(self.layout.order):
+                raise ValueError(
+                    f"Nothing reads the extra tower {tower!r}: add 'detail' to layout.order={self.layout.order!r}, so "
+                    "that its tokens enter the sequence, or a map op that reads it."
+                )
         if (
             self.elastic
             and self.layout.crop_order == "raster"

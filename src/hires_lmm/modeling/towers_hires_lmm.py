@@ -1,6 +1,6 @@
 """Running a vision tower: bounded chunks of views, one layer of hidden states, and what parts ask for beside it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -12,10 +12,13 @@ from .bases_hires_lmm import Needs
 from .carriers_hires_lmm import ImageGeometry, ViewGroup, constant_index, constant_indices
 from .geometry_hires_lmm import MAIN_TOWER, Kind
 from .inputs_hires_lmm import ImageInputs
-from .tower_table_hires_lmm import patch_side, tower_family, view_side
+from .tower_table_hires_lmm import patch_side, tower_family, tower_grid, tower_width, view_side
 
 
 logger = logging.get_logger(__name__)
+
+EXTRA_LAYER = -1
+"""Layer of an extra tower whose hidden states are used."""
 
 
 @torch.compiler.assume_constant_result  # names of types are nothing to compile
@@ -292,16 +295,39 @@ def run_towers(
         _take(seen, kind, tuple(used[place] for place in own), index)
         for (kind, own), index in zip(places.items(), indices, strict=True)
     ]
-    for name, tower in model.extra_towers.items():
-        output = run_tower(tower, images.extra[name], -1, chunk_size=chunk_size)
-        rows = tuple(row for row, view in enumerate(views) if view[0] == Kind.GLOBAL)
-        if len(rows) != len(output.features):
-            raise ValueError(
-                f"pixel_values_{name} has {len(output.features)} views, but there are {len(rows)} images; pass all "
-                "that the processor gives."
-            )
-        groups.append(ViewGroup(int(Kind.DETAIL), output.features, output.grid, rows, name))
+    rows = tuple(row for row, view in enumerate(views) if view[0] == Kind.GLOBAL)
+    for name in extra_towers_used(model) if rows or connector.training else ():
+        if not rows:
+            groups.append(replace(_blank_extra(model, name, source.device, not images.is_encoded), rows=()))
+        elif images.is_encoded:
+            groups.append(_extra_group(model, name, images.extra[f"vision_features_{name}"], rows))
+        else:
+            pixels = images.extra[f"pixel_values_{name}"]
+            output = run_tower(model.extra_towers[name], pixels, EXTRA_LAYER, chunk_size=chunk_size)
+            groups.append(_extra_group(model, name, output.features, rows))
     return groups, seen.output
+
+
+def extra_towers_used(model: Any) -> list[str]:
+    """Names of the extra towers that run; a training stage on crops leaves them out."""
+    return [name for name in model.extra_towers if model.connector.uses(Kind.DETAIL)]
+
+
+def _extra_group(model: Any, name: str, features: torch.Tensor, rows: tuple[int, ...]) -> ViewGroup:
+    """The group of an extra tower, which sees what the rows of the global views show."""
+    tower = model.extra_towers[name]
+    return ViewGroup(int(Kind.DETAIL), features.to(tower.dtype), tower_grid(tower.config), rows, name)
+
+
+def _blank_extra(model: Any, name: str, device: torch.device, use_tower: bool) -> ViewGroup:
+    """What an extra tower gives for a blank view; zeros where it does not run."""
+    tower, config = model.extra_towers[name], model.extra_towers[name].config
+    side, (rows, cols) = view_side(config), tower_grid(config)
+    features = torch.zeros(1, rows * cols, tower_width(config), device=device)
+    if use_tower:
+        blank = torch.zeros(1, config.num_channels, side, side, device=device)
+        features = run_tower(tower, blank, EXTRA_LAYER).features
+    return _extra_group(model, name, features, (0,))
 
 
 def _take(seen: TowerOutput, kind: int, rows: tuple[int, ...], index: torch.Tensor | None) -> ViewGroup:
@@ -329,7 +355,7 @@ def blank_groups(model: Any, device: torch.device, use_tower: bool) -> list[View
     Args:
         model (`HiResLmmModel`): Holds the towers.
         device (`torch.device`): Where the views are made.
-        use_tower (`bool`): Run the main tower; else its features are zero, as where they come from a cache.
+        use_tower (`bool`): Run the towers; else their features are zero, as where they come from a cache.
     """
     config, groups = model.config, []
     kinds = [kind for kind, tower in model.connector.used if tower == MAIN_TOWER]
@@ -344,8 +370,4 @@ def blank_groups(model: Any, device: torch.device, use_tower: bool) -> list[View
         seen = TowerOutput(features, config.patch_grid, {}, {}, BaseModelOutput())
     for row, kind in enumerate(kinds):
         groups.append(ViewGroup(kind, seen.features, seen.grid, (row,), scores=seen.scores, hidden=seen.hidden))
-    for name, tower in model.extra_towers.items():
-        side = view_side(tower.config)
-        output = run_tower(tower, torch.zeros(1, tower.config.num_channels, side, side, device=device), -1)
-        groups.append(ViewGroup(int(Kind.DETAIL), output.features, output.grid, (0,), name))
-    return groups
+    return [*groups, *(_blank_extra(model, name, device, use_tower) for name in extra_towers_used(model))]
