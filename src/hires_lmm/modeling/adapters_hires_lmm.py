@@ -235,7 +235,7 @@ class HiResLmmMixtureAdapter(HiResLmmAdapter):
 
     @classmethod
     def describe(cls, options: Any, context: PartContext) -> Traits:
-        """As other adapters.
+        """As other adapters; the released gate never reads its second table.
 
         Raises:
             ValueError: If there is nothing to mix, as in an extra tower.
@@ -245,7 +245,8 @@ class HiResLmmMixtureAdapter(HiResLmmAdapter):
                 f"The adapter 'mixture' mixes on {options.mix_on!r} views of the main tower, and there are none here; "
                 "use another adapter, for an extra tower in tower_adapters, such as mlp."
             )
-        return super().describe(options, context)
+        untrained = ("gate.noise_weight",) if options.gate == "release" else ()
+        return replace(super().describe(options, context), untrained=untrained)
 
     def __init__(self, context: PartContext, options: Options):
         super().__init__(context, options)

@@ -129,6 +129,11 @@ class ViewFeatures:
         kind = kinds_on(on)[0]
         return next((group for group in self.groups if group.key == (kind, tower)), None)
 
+    def patches(self, group: ViewGroup) -> list[tuple[int, int]]:
+        """Patch rows and columns of each view of a group of the main tower: unequal ones are padded to its grid."""
+        sizes = [ViewShape(*view)[5:7] for image in self.images for view in image.views]
+        return [sizes[row] for row in group.rows] + [group.grid] * (len(group.features) - len(group.rows))
+
     def map(self, on: Any, function: Callable[[ViewGroup], ViewGroup]) -> "ViewFeatures":
         """Change the groups of the main tower that `on` names."""
         kinds = kinds_on(on)

@@ -53,10 +53,14 @@ class HiResLmmConnector(PreTrainedModel):
         steps = chain.of("token_ops")
         self.token_ops = nn.ModuleList(step.build() for step in steps)
         self.layer_ops = nn.ModuleList(step.build() for step in chain.of("layer_ops"))
+        self.position_plan = next((step.build() for step in chain.of("position_plan")), None)
+        heads = [step for step in chain.steps if step.slot.startswith("heads.")]
+        self.heads = nn.ModuleDict({step.slot.partition(".")[2]: step.build() for step in heads})
         self.budget_router = None
         if chain.consumer is None and chain.own is None:
             router = resolve_part("token_ops", BUDGET_ROUTER, "the budget router")
             self.budget_router = router.part(chain.adapted, router.options)
+            self.budget_router.traits = router.part.describe(router.options, chain.adapted)
         self.reads_question = any(step.traits.reads_question for step in steps)
         self.is_count_static = all(step.traits.count != "content" for step in steps)
         self.makes_tokens = chain.own is not None

@@ -154,19 +154,23 @@ def _run_by_size(
     side = patch_side(tower.config)
     grid = (pixels.shape[2] // side, pixels.shape[3] // side)
     order: list[int] = []
-    pieces = []
+    pieces, views = [], pixels.unbind()  # an index would be one more constant of a compiled graph
     for size in sorted(set(sizes)):
-        places = tuple(place for place, own in enumerate(sizes) if own == size)
-        views = pixels[constant_index(places, str(pixels.device)), :, : size[0] * side, : size[1] * side]
+        places = [place for place, own in enumerate(sizes) if own == size]
+        own_views = torch.stack([views[place][:, : size[0] * side, : size[1] * side] for place in places])
         order += places
-        pieces.append(_pad_output(run_tower(tower, views, layer, needs, chunk_size), grid))
+        pieces.append(_pad_output(run_tower(tower, own_views, layer, needs, chunk_size), grid))
     joined = _join_pieces(pieces)
-    back = constant_index(tuple(sorted(range(len(order)), key=order.__getitem__)), str(pixels.device))
+
+    def put_back(states: torch.Tensor) -> torch.Tensor:
+        rows = states.unbind()
+        return torch.stack([rows[order.index(place)] for place in range(len(order))])
+
     return TowerOutput(
-        joined.features[back],
+        put_back(joined.features),
         grid,
-        {name: score[back] for name, score in joined.scores.items()},
-        {number: states[back] for number, states in joined.hidden.items()},
+        {name: put_back(score) for name, score in joined.scores.items()},
+        {number: put_back(states) for number, states in joined.hidden.items()},
         BaseModelOutput(),
     )
 

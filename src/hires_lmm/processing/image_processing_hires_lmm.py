@@ -1,6 +1,6 @@
 """Images to views: pixels, positions, boxes, spans and the number of tokens of each image."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
@@ -409,9 +409,11 @@ def _is_budget(value: Any) -> bool:
 def _num_tokens(plan: ViewPlan, budget: int | None, settings: _Settings, index: int) -> int:
     number = apply_budget(count_tokens(plan, settings.layout), settings.layout, budget, index)
     if number < 1:
+        padded = settings.planner(*plan.size, replace(settings.limits, unpad=False))
+        remedy = ", or unpad=False" if count_tokens(padded, settings.layout).total else ""
         raise ValueError(
             f"Image {index} of {plan.size[0]}x{plan.size[1]} pixels has no tokens with "
-            f"views={settings.limits.views!r}; take other views, or unpad=False."
+            f"views={settings.limits.views!r}; take other views{remedy}."
         )
     if number > TOKENS_LIMIT:
         raise ValueError(

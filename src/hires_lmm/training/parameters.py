@@ -62,14 +62,16 @@ def learnable_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]
 
 
 def unread_parameters(base: Any) -> set[int]:
-    """`id` of what the towers compute after the layer that is read: it gets no gradients."""
+    """`id` of what gets no gradients: towers behind the layer that is read, and what parts call untrained."""
     unread: list[nn.Module] = []
     towers = [(base.vision_tower, base.config.vision_feature_layer)]
     for tower, layer in [*towers, *((tower, EXTRA_LAYER) for tower in base.extra_towers.values())]:
         layers = layers_of(tower)
         unread += layers[layer + len(layers) + 1 if layer < 0 else layer :]  # 0 are the embeddings
         unread += [module for name, module in tower.named_modules() if name.removeprefix("vision_model.") in UNREAD]
-    return {id(parameter) for module in unread for parameter in module.parameters()}
+    parts = [module for module in base.connector.modules() if hasattr(module, "untrained_parameters")]
+    untrained = [parameter for part in parts for parameter in part.untrained_parameters()]
+    return {id(parameter) for parameter in (*untrained, *(own for module in unread for own in module.parameters()))}
 
 
 def _is_peft_parameter(name: str) -> bool:
