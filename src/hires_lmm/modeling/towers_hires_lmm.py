@@ -120,7 +120,7 @@ def run_tower(
         options["interpolate_pos_encoding"] = True
     pieces = []
     views = split_views(pixels, chunk_size, tower)
-    chunks = [(piece, {}) for piece in views]
+    chunks: Any = [(piece, {}) for piece in views]
     if layers is not None:  # no image is split
         chunks = layers.split(pixels, chunk_size if len(views) > 1 else None)
     for piece, call in chunks:

@@ -11,7 +11,10 @@ from ..modeling.towers_hires_lmm import EXTRA_LAYER
 
 
 VIEWS = ("all", "global", "crops")
-CONNECTOR_PARTS = ("view_ops", "adapter", "tower_adapters", "map_ops", "layout", "token_ops", "layer_ops")
+CONNECTOR_PARTS = (
+    *("view_ops", "adapter", "tower_adapters", "map_ops", "layout", "token_ops"),
+    *("layer_ops", "position_plan", "heads"),
+)
 PARTS = (
     "vision_tower",
     "extra_towers",
