@@ -17,6 +17,7 @@ from .configuration_hires_lmm import HiResLmmConfig, HiResLmmConnectorConfig, ch
 from .connector_hires_lmm import HiResLmmConnector, drop
 from .conversation_hires_lmm import Conversation
 from .generation_hires_lmm import HiResLmmGenerationMixin
+from .heads_hires_lmm import add_head_losses, run_heads, take_heads
 from .inputs_hires_lmm import (
     ImageArguments,
     ImageInputs,
@@ -34,6 +35,7 @@ from .outputs_hires_lmm import (
     HiResLmmModelOutputWithPast,
     HiResLmmTrainingOutput,
 )
+from .positions_hires_lmm import plan_positions
 from .pretrained_hires_lmm import HiResLmmPreTrainedModel
 from .question_hires_lmm import PromptText
 from .splice_hires_lmm import Prompt, find_placeholders, splice_images
@@ -200,7 +202,9 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
                 captured, and numbers of placeholders are not compared. `prompt_mask` `(B, S)`: true where parts may
                 read the question. `question_labels` `(B, S)`: training labels, to keep answers unread.
                 `question_ids` `(B, turns, L)`: ids of the questions in another vocabulary, see
-                `HiResLmmProcessor.question_ids`. The rest goes to the language model.
+                `HiResLmmProcessor.question_ids`. `labels_<name>` `(N, ...)`: what a head should read at the
+                occurrences of its token. `output_heads`: whether heads run; by default where no earlier positions are
+                cached. The rest goes to the language model.
 
         Returns:
             `HiResLmmModelOutputWithPast`.
@@ -209,6 +213,7 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
             ValueError: If inputs contradict each other.
         """
         text = take_text(self, input_ids, inputs_embeds, attention_mask, cache, kwargs)
+        heads = take_heads(self, kwargs, cache)
         given = take_images(
             self.config,
             kwargs,
@@ -219,7 +224,8 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
             mm_encoder_outputs=mm_encoder_outputs,
         )
         conversation = None
-        if self.connector.layer_ops or (self.connector.has_turns and (cache is not None or use_cache is not False)):
+        parts, may_cache = self.connector, cache is not None or use_cache is not False
+        if parts.layer_ops or parts.position_plan is not None or (parts.has_turns and may_cache):
             conversation = Conversation.of(cache).follow(cache, len(text.embeds))
         features = self._see(given, text, **{name: kwargs.get(name) for name in TOWER_OUTPUTS})
         if features is not None:
@@ -227,7 +233,8 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
         else:
             prompt = Prompt(text.embeds, attention_mask, position_ids, conversation=conversation)
             if self.training and cache is None:
-                prompt.embeds = text.embeds + self._idle(text.embeds, given.vision_features is None)
+                prompt.embeds, prompt.outputs["aux"] = self._idle(text.embeds, given.vision_features is None)
+        plan_positions(self, prompt, cache)
         prompt.layers = open_layers(self, prompt, cache, kwargs)
         outputs = self.language_model(
             inputs_embeds=prompt.embeds,
@@ -239,8 +246,11 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
             **kwargs,
         )
         prompt.remember(outputs.get(CACHE))
+        hidden = prompt.expand(outputs.last_hidden_state)
+        if heads is not None:
+            run_heads(self, text, hidden, heads, prompt.outputs)
         return HiResLmmModelOutputWithPast(
-            last_hidden_state=prompt.expand(outputs.last_hidden_state),
+            last_hidden_state=hidden,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             **{CACHE: outputs.get(CACHE)},
@@ -272,9 +282,11 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
         """
         return read_geometry(*(part.tolist() for part in copy_to_host(view_positions, view_spans)))
 
-    def _idle(self, embeds: torch.Tensor, use_tower: bool) -> torch.Tensor:
-        """Zero, computed from the visual modules of the stage, so that they train on every rank alike."""
-        return self.connector.run_idle(blank_groups(self, embeds.device, use_tower), self.embed_token).to(embeds)
+    def _idle(self, embeds: torch.Tensor, use_tower: bool) -> tuple[torch.Tensor, dict]:
+        """The embeddings plus zero, computed from the visual modules of the stage, so that they train on every rank
+        alike; and `aux` of a blank image."""
+        zero, aux = self.connector.run_idle(blank_groups(self, embeds.device, use_tower), self.embed_token)
+        return embeds + zero.to(embeds), aux
 
 
 class HiResLmmForConditionalGeneration(HiResLmmPreTrainedModel, HiResLmmGenerationMixin):
@@ -367,6 +379,7 @@ class HiResLmmForConditionalGeneration(HiResLmmPreTrainedModel, HiResLmmGenerati
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
+        loss = add_head_losses(self.model, loss, outputs.aux or {}, labels, kwargs)
         fields = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
         if learned is not None:
             return HiResLmmTrainingOutput(loss=loss, cache=fields.pop(CACHE, None), **fields)

@@ -153,6 +153,7 @@ class _WithImages(ModelOutput):
     num_drafted: int | None = None
     token_map: TokenMap | None = None
     aux: dict | None = None
+    heads: dict | None = None
 
     def to_tuple(self) -> tuple:
         """All values, those of the features of the images as a tuple in it."""
@@ -174,7 +175,10 @@ class HiResLmmModelOutputWithPast(_WithImages, BaseModelOutputWithPast):
         packed_attention_mask (`torch.Tensor` of shape `(B, past + P)`, *optional*): Mask of the packed rows.
         num_drafted (`int`, *optional*): Positions beyond the prompt in this call.
         token_map (`TokenMap`, *optional*): With `output_token_map=True`.
-        aux (`dict[str, torch.Tensor]`, *optional*): What parts say for losses and logs, by name.
+        aux (`dict[str, torch.Tensor]`, *optional*): What parts say for losses and logs, by name; `loss/<name>` is the
+            loss of a head before it is weighed.
+        heads (`dict[str, torch.Tensor]`, *optional*): By name, what each head reads at its token: `(N, ...)`, one row
+            an occurrence, in reading order.
     """
 
 

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from torch import nn
+
 from .adapters_hires_lmm import (
     HiResLmmIdentityAdapter,
     HiResLmmLinearAdapter,
@@ -13,7 +15,7 @@ from .adapters_hires_lmm import (
 from .bases_hires_lmm import PartContext, Traits, entering, layers_behind
 from .compressors_hires_lmm import HiResLmmConvMerge, HiResLmmQueryCompressor
 from .fusion_hires_lmm import HiResLmmFusion
-from .geometry_hires_lmm import KINDS, MAIN_TOWER, Grid, kinds_on
+from .geometry_hires_lmm import KINDS, MAIN_TOWER, Grid, check_stride, kinds_on
 from .keep_after_hires_lmm import HiResLmmKeepAfter
 from .routers_hires_lmm import HiResLmmRouter
 from .sa_perceiver_hires_lmm import HiResLmmSaPerceiver
@@ -35,12 +37,16 @@ ADAPTERS = {
 MAP_OPS: dict[str, Any] = {}
 TOKEN_OPS = {"router": HiResLmmRouter, "fusion": HiResLmmFusion}
 LAYER_OPS = {"keep_after": HiResLmmKeepAfter}
+POSITION_PLANS: dict[str, Any] = {}
+HEADS: dict[str, Any] = {}
 SLOTS: dict[str, dict[str, Any]] = {
     "view_ops": VIEW_OPS,
     "adapter": ADAPTERS,
     "map_ops": MAP_OPS,
     "token_ops": TOKEN_OPS,
     "layer_ops": LAYER_OPS,
+    "position_plan": POSITION_PLANS,
+    "heads": HEADS,
 }
 
 OWN = "own"
@@ -63,6 +69,8 @@ class Step:
         """The module, which says what it is by `traits`."""
         module = self.part(self.context, self.options)
         module.traits = self.traits
+        for parameter in module.untrained_parameters():
+            parameter.requires_grad_(False)
         return module
 
     @property
@@ -89,6 +97,8 @@ class ResolvedChain:
     map_ops: list[ResolvedPart]
     token_ops: list[ResolvedPart]
     layer_ops: list[ResolvedPart]
+    position_plan: ResolvedPart | None
+    heads: dict[str, ResolvedPart]
     layout: LayoutOptions
 
     @property
@@ -114,9 +124,14 @@ class ResolvedChain:
         def add(slot: str, op: ResolvedPart) -> Traits:
             nonlocal context
             traits = op.part.describe(op.options, context)
+            for grid in traits.grids.values():
+                check_stride(grid, context.patch_grid, op.part.__name__)
             steps.append(Step(slot, op.part, op.options, context, traits))
             context = replace(context, grids=traits.grids, width=traits.width)
             return traits
+
+        def add_beside(slot: str, op: ResolvedPart, own: PartContext) -> None:
+            steps.append(Step(slot, op.part, op.options, own, op.part.describe(op.options, own)))
 
         for op in self.view_ops:
             add("view_ops", op)
@@ -140,8 +155,13 @@ class ResolvedChain:
         for op in self.layer_ops:
             width = first.width if op.options.of == "vision_tower" else first.text_width
             layers = layers_behind(op.options, first.depths[op.options.of])
-            own = replace(first, width=width, layers=layers)
-            steps.append(Step("layer_ops", op.part, op.options, own, op.part.describe(op.options, own)))
+            add_beside("layer_ops", op, replace(first, width=width, layers=layers))
+        inner = replace(first, width=first.text_width)
+        if self.position_plan is not None:
+            add_beside("position_plan", self.position_plan, inner)
+        for name, op in self.heads.items():
+            check_head(name, op.options.token_id, first.vocab_size)
+            add_beside(f"heads.{name}", op, inner)
         return FittedChain(steps, self.layout, first, behind, context.width)
 
 
@@ -167,6 +187,13 @@ class FittedChain:
         if len(consumers) > 1:
             names = ", ".join(step.part.__name__ for step in consumers)
             raise ValueError(f"Two parts would consume max_image_tokens: {names}; keep one of them.")
+        entering(self.adapted.grids)  # refuses two towers for one kind
+        for kind, tower in self.adapted.grids:
+            if tower != MAIN_TOWER and kind not in kinds_on(self.layout.order):
+                raise ValueError(
+                    f"Nothing reads the extra tower {tower!r}: add 'detail' to layout.order={self.layout.order!r}, so "
+                    "that its tokens enter the sequence, or a map op that reads it."
+                )
         if (
             self.elastic
             and self.layout.crop_order == "raster"
@@ -220,6 +247,17 @@ class FittedChain:
             "later_tokens": None if own is None else own.later_tokens,
             "budget": budget,
         }
+
+
+def check_head(name: str, token_id: int, vocab_size: int) -> None:
+    """Refuse a head whose labels could have no name, or whose token does not exist."""
+    if not name.isidentifier() or hasattr(nn.ModuleDict(), name):
+        raise ValueError(f"heads.{name} is no name for a head; labels_<name> is an argument, so use a plain word.")
+    if not 0 <= token_id < vocab_size:
+        raise ValueError(
+            f"heads.{name}.token_id={token_id} is no token of the language model, which has {vocab_size}; make "
+            "text_config.vocab_size larger first."
+        )
 
 
 def _names(on: Any) -> list[str]:
@@ -283,6 +321,8 @@ def resolve_chain(
     token_ops: list,
     layout: dict,
     layer_ops: list | None = None,
+    position_plan: dict | None = None,
+    heads: dict | None = None,
 ) -> ResolvedChain:
     """Look up all parts of a connector.
 
@@ -292,6 +332,8 @@ def resolve_chain(
         tower_adapters (`dict[str, dict]`): Adapters of extra towers; the main one's kind by default.
         layout (`dict`): Fields of `LayoutOptions`.
         layer_ops (`list[dict]`, *optional*): Operations behind layers of tower and language model.
+        position_plan (`dict`, *optional*): Positions and mask of the language model.
+        heads (`dict[str, dict]`, *optional*): Heads by name.
 
     Returns:
         The chain.
@@ -312,5 +354,7 @@ def resolve_chain(
         map_ops=listed("map_ops", map_ops),
         token_ops=listed("token_ops", token_ops),
         layer_ops=listed("layer_ops", layer_ops or []),
+        position_plan=None if position_plan is None else resolve_part("position_plan", position_plan, "position_plan"),
+        heads={name: resolve_part("heads", spec, f"heads.{name}") for name, spec in (heads or {}).items()},
         layout=build_options(LayoutOptions, layout, "layout"),
     )

@@ -25,6 +25,14 @@ CACHE_NAMES = ("cache", "past_key_values")
 """Every name that a caller may use for it."""
 
 
+def training_field(name: str) -> str:
+    """Name of a field of `TrainingArguments`: before 5.23 `activation_checkpointing` was `gradient_checkpointing`."""
+    from transformers import TrainingArguments  # a training library behind it, which inference does without
+
+    known = name in TrainingArguments.__dataclass_fields__
+    return name if known else name.replace("activation_checkpointing", "gradient_checkpointing")
+
+
 def warn_if_untested() -> None:
     """Say once that the installed minor is none of the tested ones."""
     installed = transformers.__version__
@@ -83,14 +91,14 @@ def attention_of(layer: nn.Module) -> nn.Module:
     return found
 
 
-def attention_window(config: Any, layer: int) -> int | None:
+def attention_window(text_config: Any, layer: int) -> int | None:
     """Positions that a query looks back in a layer, itself included; None = all.
 
     Raises:
         ValueError: If the layer attends in another way.
     """
-    window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None)
+    window = getattr(text_config, "sliding_window", None)
+    kinds = getattr(text_config, "layer_types", None)
     if kinds is None:
         return window
     if kinds[layer] not in ("full_attention", "sliding_attention"):
