@@ -183,14 +183,16 @@ class HiResLmmImageProcessor(HiResLmmOwnPartsMixin, PilBackend):
         return [find_planner(self.planner)[0]]
 
     @classmethod
-    def get_image_processor_dict(cls, path: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    def get_image_processor_dict(
+        cls, pretrained_model_name_or_path: Any, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         """As in transformers, and the user's own planner: of the checkpoint if that is trusted.
 
         AutoImageProcessor keeps `trust_remote_code` for itself; AutoProcessor hands it on under another name.
         """
         is_trusted = bool(kwargs.get("trust_remote_code") or kwargs.pop("_trust_planner", None))
-        load = part_loader(path, is_trusted, cls.__module__, kwargs)
-        values, kwargs = super().get_image_processor_dict(path, **kwargs)
+        load = part_loader(pretrained_model_name_or_path, is_trusted, cls.__module__, kwargs)
+        values, kwargs = super().get_image_processor_dict(pretrained_model_name_or_path, **kwargs)
         if kwargs.get("planner") is None and "planner" in values:
             values = {**values, "planner": map_planner(values["planner"], load)}
         return values, kwargs

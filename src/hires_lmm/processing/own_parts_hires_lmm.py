@@ -154,7 +154,8 @@ def refusal(name: str, source: str = "") -> str:
     file = name.partition(".")[0]
     return (
         f"The part {name} is no part of hires_lmm but code in {file}.py{f' of {source!r}' if source else ''}. Read "
-        f"it, then load with from_pretrained(..., trust_remote_code=True); or import {file} first to use your own."
+        "it, then load the model or AutoProcessor with from_pretrained(..., trust_remote_code=True); or import "
+        f"{file} first to use your own."
     )
 
 
@@ -185,7 +186,8 @@ def collect_files(names: list[Any], folder: str | Path) -> dict[str, str]:
             raise ValueError(refusal(name))
         if part is None:
             continue  # saved where it came from
-        file = getattr(sys.modules.get(part.__module__), "__file__", None)
+        module = sys.modules.get(part.__module__)
+        file = getattr(module, "__file__", None)
         if part.__module__ == "__main__" or file is None or part.__qualname__ != part.__name__:
             raise ValueError(
                 f"The part {name} cannot be saved: its class stands in no module. Move it to the top of a file of its "
@@ -268,7 +270,7 @@ def _named(name: str, part: Any) -> PartName:
 
 def _is_part(value: Any, bases: tuple[str, ...] = BASES) -> bool:
     """By name: code of a checkpoint brings bases of its own."""
-    return isinstance(value, type) and bool({base.__name__ for base in value.__mro__} & set(bases))
+    return isinstance(value, type) and bool({base.__name__ for base in value.mro()} & set(bases))
 
 
 def _modules_named(file: str) -> list[Any]:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from itertools import product
-from typing import Any, ClassVar
+from typing import Any
 
 from .geometry_hires_lmm import Kind, ViewShape
 from .own_parts_hires_lmm import as_name, is_own, own_class, refusal
@@ -344,7 +344,7 @@ class Planner:
 
     plan: Callable[[int, int, Any], ViewPlan]
     options: type[PlannerLimits] = PlannerLimits
-    Options: ClassVar[type[PlannerLimits]] = PlannerLimits
+    Options = PlannerLimits
 
     def __call__(self, height: int, width: int, options: PlannerLimits) -> ViewPlan:
         """Plan one image."""
