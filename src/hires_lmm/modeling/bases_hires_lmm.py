@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from huggingface_hub.dataclasses import strict
 from torch import nn
 
 from .carriers_hires_lmm import Question, ViewFeatures, ViewGroup, VisualTokens
@@ -41,6 +42,8 @@ class PartContext:
         patch_grid (`tuple[int, int]`): Patch rows and columns of a view of the tower's own size.
         vocab_size (`int`): Token ids of the language model.
         tower_widths (`dict[str, int]`): Widths of the extra towers by name.
+        depths (`dict[str, int]`): Layers of `language_model` and `vision_tower`.
+        layers (`tuple[int, ...]`): Layers that a layer op runs behind.
     """
 
     config: Any
@@ -50,6 +53,8 @@ class PartContext:
     patch_grid: tuple[int, int]
     vocab_size: int = 0
     tower_widths: dict[str, int] = field(default_factory=dict)
+    depths: dict[str, int] = field(default_factory=dict)
+    layers: tuple[int, ...] = ()
 
     def keys(self, on: Any) -> list[tuple[int, str]]:
         """The groups of the main tower that an option `on` names."""
@@ -205,6 +210,113 @@ class HiResLmmTokenOp(HiResLmmPart):
             question (`Question`, *optional*): The readable text; there where `reads_question` is declared.
         """
         raise NotImplementedError
+
+
+@dataclass
+class LayerCall:
+    """What a layer op of the language model sees beside the hidden states `(B, m, D)`: the tokens still there.
+
+    Args:
+        slots (`torch.Tensor` of shape `(B, m)`): Place of each in the conversation, rising along a row.
+        real (`torch.Tensor` of shape `(B, m)`): False at padding.
+        visual (`torch.Tensor` of shape `(B, m)`): True at visual tokens.
+        last (`torch.Tensor` of shape `(B,)`): Position of the last token of the prompt; drafts and answers follow it.
+        token (`torch.Tensor` of shape `(B, m)`): Row of each visual token in `tokens`; -1 elsewhere, and where image
+            features came without their geometry.
+        tokens (`VisualTokens`, *optional*): View, cell and scores of each, on the CPU.
+        attention (`LayerAttention`, *optional*): The attention of the layer, where the op sets `reads_attention`.
+        is_prefill (`bool`): Whether the call holds images; elsewhere nothing may leave.
+        training (`bool`): Whether the model is in training.
+        aux (`dict[str, torch.Tensor]`): Takes tensors for losses and logs; they come out as `outputs.aux`.
+    """
+
+    slots: torch.Tensor
+    real: torch.Tensor
+    visual: torch.Tensor
+    last: torch.Tensor
+    token: torch.Tensor
+    tokens: VisualTokens | None
+    attention: Any
+    is_prefill: bool
+    training: bool
+    aux: dict
+
+    @property
+    def text(self) -> torch.Tensor:
+        """True at tokens that are neither visual nor padding."""
+        return self.real & ~self.visual
+
+
+@dataclass
+class TowerCall:
+    """What a layer op of the vision tower sees beside the hidden states `(V, prefix + L, C)` of whole images.
+
+    Args:
+        images (`list[ImageGeometry]`): The images; `first_view` is the row of an image's first view in the states.
+        grid (`tuple[int, int]`): Patch rows and columns of a view.
+        prefix (`int`): Tokens before the patches.
+        training (`bool`): Whether the model is in training.
+    """
+
+    images: list
+    grid: tuple[int, int]
+    prefix: int
+    training: bool
+
+
+class HiResLmmLayerOp(HiResLmmPart):
+    """Base of layer operations, which run behind chosen layers of the language model or of the vision tower.
+
+    `Options` of a subclass extend these; `reads_attention` asks for the attention of the layer.
+    """
+
+    reads_attention = False
+
+    @strict
+    @dataclass
+    class Options:
+        """Options of every layer op.
+
+        Args:
+            of (`str`): `"language_model"` or `"vision_tower"`.
+            layers (`int`, `list[int]` or `"all"`): Layers that it runs behind, from 0.
+        """
+
+        of: Literal["language_model", "vision_tower"] = "language_model"
+        layers: int | list | str = "all"
+
+    def __init__(self, context: PartContext, options: Any):
+        super().__init__(context, options)
+        self.layers = context.layers
+
+    def forward(self, layer: int, hidden: torch.Tensor, call: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Run behind a layer.
+
+        Args:
+            layer (`int`): Its number.
+            hidden (`torch.Tensor`): What it made.
+            call (`LayerCall` or `TowerCall`): What belongs to it.
+
+        Returns:
+            Hidden states of the same shape, and None or, in the language model, `(B, m)`: bool, False where a visual
+            token leaves; or in training floats, by which later layers weigh the token as a key.
+        """
+        raise NotImplementedError
+
+
+def layers_behind(options: Any, depth: int) -> tuple[int, ...]:
+    """The layers that a layer op names.
+
+    Raises:
+        ValueError: If there is no such layer.
+    """
+    named = options.layers
+    layers = range(depth) if named == "all" else [named] if isinstance(named, int) else named
+    if not layers or any(isinstance(n, bool) or not isinstance(n, int) or not 0 <= n < depth for n in layers):
+        raise ValueError(
+            f'layers={named!r} of a layer op: name layers of {options.of} from 0 to {depth - 1}, or "all".'
+        )
+    return tuple(layers)
 
 
 def entering(grids: Mapping[tuple[int, str], Grid]) -> dict[int, Grid]:

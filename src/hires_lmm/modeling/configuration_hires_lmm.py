@@ -124,6 +124,7 @@ class HiResLmmConnectorConfig(PreTrainedConfig):
         tower_adapters (`dict[str, dict]`, *optional*): Adapters of extra towers by name; like the main one by default.
         map_ops (`list[dict]`, *optional*): Operations on adapted features of views.
         token_ops (`list[dict]`, *optional*): Operations on the token sequence.
+        layer_ops (`list[dict]`, *optional*): Operations behind layers of the language model or the vision tower.
         layout (`dict`, *optional*): Order of views and separators, see `LayoutOptions`.
         initializer_range (`float`): Standard deviation of new linear weights.
 
@@ -139,6 +140,7 @@ class HiResLmmConnectorConfig(PreTrainedConfig):
     tower_adapters: dict | None = None
     map_ops: list | None = None
     token_ops: list | None = None
+    layer_ops: list | None = None
     layout: dict | None = None
     initializer_range: float | int = 0.02
 
@@ -148,10 +150,11 @@ class HiResLmmConnectorConfig(PreTrainedConfig):
             key for key in kwargs if not key.startswith("_") and key not in own and not hasattr(type(self), key)
         ]
         if unknown:
-            known = "view_ops, adapter, tower_adapters, map_ops, token_ops, layout, initializer_range"
+            known = "view_ops, adapter, tower_adapters, map_ops, token_ops, layer_ops, layout, initializer_range"
             raise ValueError(f"Unknown key {unknown[0]!r} in connector_config; known keys: {known}.")
         super().__post_init__(**kwargs)
         self.view_ops, self.map_ops, self.token_ops = self.view_ops or [], self.map_ops or [], self.token_ops or []
+        self.layer_ops = self.layer_ops or []
         self.adapter = self.adapter if self.adapter is not None else {"part": "mlp"}
         self.tower_adapters, self.layout = self.tower_adapters or {}, self.layout or {}
         self.map_parts(as_name)
@@ -181,6 +184,7 @@ class HiResLmmConnectorConfig(PreTrainedConfig):
             self.map_ops or [],
             self.token_ops or [],
             self.layout or {},
+            self.layer_ops or [],
         )
 
 
@@ -400,6 +404,10 @@ class HiResLmmConfig(HiResLmmOwnPartsMixin, PreTrainedConfig):
             self.patch_grid,
             self.text_config.vocab_size,
             {name: tower_width(tower) for name, tower in towers.items()},
+            {
+                "language_model": self.text_config.num_hidden_layers,
+                "vision_tower": self.vision_config.num_hidden_layers,
+            },
         )
 
     def fitted_chain(self) -> Any:

@@ -50,6 +50,7 @@ class HiResLmmConnector(PreTrainedModel):
         self.layout = HiResLmmLayout(chain.layout, chain.grids, chain.elastic, chain.adapted.width)
         steps = chain.of("token_ops")
         self.token_ops = nn.ModuleList(step.build() for step in steps)
+        self.layer_ops = nn.ModuleList(step.build() for step in chain.of("layer_ops"))
         self.budget_router = None
         if chain.consumer is None and chain.own is None:
             router = resolve_part("token_ops", BUDGET_ROUTER, "the budget router")

@@ -17,17 +17,14 @@ from transformers.utils import ModelOutput
 from .carriers_hires_lmm import VisualTokens
 from .compat_hires_lmm import CACHE
 from .inputs_hires_lmm import (
-    check_encoder_outputs,
-    compare_counts,
-    copy_to_host,
-    padding_flags,
+    IMAGE_ARGUMENTS,
     placeholders_per_image,
+    read_features,
     read_images,
-    refuse_both,
-    take_extra,
+    take_images,
 )
 from .outputs_hires_lmm import HiResLmmImageFeatures
-from .question_hires_lmm import PromptText
+from .question_hires_lmm import PromptText, read_question
 
 
 def images_after(placeholder: torch.Tensor, lengths: list[int], position: int) -> list[int]:
@@ -60,34 +57,6 @@ def mask_length(length: int, model_kwargs: dict[str, Any], generation_config: Ge
     """Positions of the attention mask of `generate`; the library drops a mask of ones and notes its length."""
     mask = model_kwargs.get("attention_mask")
     return mask.shape[1] if mask is not None else vars(generation_config).get("_mask_length", length)
-
-
-def check_context(length: int, attention_mask: torch.Tensor | None, num_drafted: int, text_config: Any) -> None:
-    """Refuse a prompt of `generate` that is longer than the language model reads.
-
-    Args:
-        length (`int`): Positions of the prompt, those in the cache and padding among them, drafted ones not.
-        attention_mask (`torch.Tensor` of shape `(B, length + num_drafted)`, *optional*): 0 at padding.
-        num_drafted (`int`): Positions behind the prompt.
-        text_config: Configuration of the language model; one without a longest position refuses nothing.
-
-    Raises:
-        ValueError: If it does not fit.
-    """
-    limit = text_config.max_position_embeddings if hasattr(text_config, "max_position_embeddings") else None
-    if limit is None or length <= limit:
-        return
-    if attention_mask is not None:
-        length = int(attention_mask.sum(dim=1).max()) - num_drafted
-    if length > limit:
-        raise ValueError(
-            f"The prompt has {length} tokens, more than the {limit} positions of the language model "
-            "(max_position_embeddings); lower max_image_tokens or max_crops, or pass fewer images."
-        )
-
-
-IMAGE_ARGUMENTS = ("pixel_values", "vision_features", "view_positions", "view_spans", "view_boxes")
-"""Arguments of `generate` that are read once, before the first step."""
 
 
 class HiResLmmGenerationMixin(GenerationMixin):
@@ -126,8 +95,8 @@ class HiResLmmGenerationMixin(GenerationMixin):
         return output
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
-        """As in the library; the views of extra towers have names that only the configuration knows."""
-        known = [f"pixel_values_{name}" for name in self.config.tower_names]
+        """As in the library; `forward` does not name all that speaks of images."""
+        known = [*IMAGE_ARGUMENTS, "output_token_map", *(f"pixel_values_{name}" for name in self.config.tower_names)]
         super()._validate_model_kwargs({key: value for key, value in model_kwargs.items() if key not in known})
 
     def _maybe_prepare_encoder_kwargs_for_generation(
@@ -139,37 +108,30 @@ class HiResLmmGenerationMixin(GenerationMixin):
     ) -> dict[str, Any]:
         """Encode images once; work on a copy of the caller's features and note where the prompt ends."""
         token_maps = model_kwargs.pop("output_token_map", None)  # here, or an assistant would get it too
-        encoded = check_encoder_outputs(model_kwargs.get("mm_encoder_outputs"))
         ids = inputs_tensor if inputs_tensor.ndim == 2 else model_kwargs.get("input_ids")
         placeholder = self.model.get_placeholder_mask(ids if ids is not None and ids.shape[1] else None, inputs_tensor)
         cached = self._cached_history(inputs_tensor.shape[1], model_kwargs, placeholder, generation_config)
-        image, mask = encoded.get("image"), model_kwargs.get("attention_mask")
-        named = {name: model_kwargs.pop(name, None) for name in IMAGE_ARGUMENTS}
-        extra = take_extra(self.model, model_kwargs)
+        mask, given = model_kwargs.get("attention_mask"), take_images(self.config, model_kwargs)
+        image, inputs, flags = given.features, None, []
         if image is not None:
-            refuse_both(encoded, named)
-            inputs, (count, *flags) = None, copy_to_host(placeholder.sum(), *padding_flags(mask))
+            flags = read_features(self.model, image, mask, placeholder)
         else:
-            inputs = read_images(self.model, extra=extra, attention_mask=mask, placeholder=placeholder, **named)
+            inputs = read_images(self.model, given, mask, placeholder)
         if inputs is None and image is None:
             if bool(placeholder[:, cached:].any()):
                 raise ValueError(
                     f"The prompt holds {int(placeholder[:, cached:].sum())} image tokens, but no images were passed. "
                     "Pass all that the processor returned: model.generate(**inputs)."
                 )
-            return {**model_kwargs, "mm_encoder_outputs": encoded}
+            return {**model_kwargs, "mm_encoder_outputs": {}}
         if generation_config.prefill_chunk_size is not None:
             raise ValueError("prefill_chunk_size is not supported with images; leave it unset.")
         has_turns = self.model.connector.has_turns
         if inputs is not None:
             image = self.model.encode_images(inputs)
             image.keep_nothing()
-            flags = [inputs.is_unpadded, inputs.is_right_padded]
-        elif not has_turns:
-            compare_counts(int(count), sum(placeholders_per_image(image)))
-        image = copy.copy(image)
-        if not isinstance(image, HiResLmmImageFeatures):
-            image = HiResLmmImageFeatures.of(image)
+            flags = [flag for flag in (inputs.is_unpadded, inputs.is_right_padded) if flag is not None]
+        image = copy.copy(cast("HiResLmmImageFeatures", image))
         if cached and has_turns:
             image = self._after_history(image, ids, inputs_tensor, placeholder, cached, model_kwargs)
         elif cached:
@@ -179,7 +141,7 @@ class HiResLmmGenerationMixin(GenerationMixin):
         image.pooler_output, image.prompt_length = list(image.pooler_output), inputs_tensor.shape[1] - cached
         image.token_maps = token_maps
         image.mask_length = mask_length(inputs_tensor.shape[1], model_kwargs, generation_config)
-        image.is_unpadded, image.is_right_padded = map(bool, flags) if flags else (None, False)
+        image.is_unpadded, image.is_right_padded = flags or (None, False)
         return {**model_kwargs, "mm_encoder_outputs": {"image": image if image.pooler_output else None}}
 
     def _after_history(
@@ -198,7 +160,7 @@ class HiResLmmGenerationMixin(GenerationMixin):
         names = ("attention_mask", "prompt_mask", "labels", "question_ids")
         text = PromptText(ids, inputs_tensor, *(model_kwargs.get(name) for name in names))
         lengths = cast("VisualTokens", image.tokens).num_tokens
-        question = self.model.read_question(text, placeholder, lengths, inputs_tensor.shape[1])
+        question = read_question(self.model, text, placeholder, lengths, inputs_tensor.shape[1])
         blocks = self.model.connector.read_blocks(question)
         for row, own in zip(question.image_row.tolist(), blocks, strict=True):
             if any(stop - block.num_slots < cached < stop for block, stop in own):

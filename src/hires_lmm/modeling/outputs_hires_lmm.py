@@ -88,6 +88,7 @@ class TokenMap:
         box (`torch.Tensor` of shape `(N, 4)`): Top, left, bottom, right in source pixels; NaN for separators.
         score (`torch.Tensor` of shape `(N,)`): The score that decided; NaN where a token was not scored.
         kept (`torch.Tensor` of shape `(N,)`): True where the token reached the language model.
+        left_at (`torch.Tensor` of shape `(N,)`): Layer of the language model behind which it left; -1 for none.
     """
 
     image: torch.Tensor
@@ -97,6 +98,7 @@ class TokenMap:
     box: torch.Tensor
     score: torch.Tensor
     kept: torch.Tensor
+    left_at: torch.Tensor
 
     def merge_images(self, sources: Sequence[int]) -> "TokenMap":
         """The records under the numbers of the caller's images, without those of repeated ones.
@@ -136,13 +138,23 @@ def build_token_map(tokens: VisualTokens, view_boxes: torch.Tensor | None) -> To
         box=torch.from_numpy(tokens.boxes(view_boxes)).float(),
         score=score.detach().float().cpu(),
         kept=torch.ones(count, dtype=torch.bool) if tokens.kept is None else tokens.kept.cpu(),
+        left_at=torch.full((count,), -1),
     )
 
 
+@dataclass
 class _WithImages(ModelOutput):
-    """As a tuple, the features of the images are one too."""
+    """What outputs of the models say of images, see `HiResLmmModelOutputWithPast`."""
+
+    image_outputs: HiResLmmImageFeatures | None = None
+    kept_mask: torch.Tensor | None = None
+    packed_attention_mask: torch.Tensor | None = None
+    num_drafted: int | None = None
+    token_map: TokenMap | None = None
+    aux: dict | None = None
 
     def to_tuple(self) -> tuple:
+        """All values, those of the features of the images as a tuple in it."""
         return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in super().to_tuple())
 
 
@@ -164,13 +176,6 @@ class HiResLmmModelOutputWithPast(_WithImages, BaseModelOutputWithPast):
         aux (`dict[str, torch.Tensor]`, *optional*): What parts say for losses and logs, by name.
     """
 
-    image_outputs: HiResLmmImageFeatures | None = None
-    kept_mask: torch.Tensor | None = None
-    packed_attention_mask: torch.Tensor | None = None
-    num_drafted: int | None = None
-    token_map: TokenMap | None = None
-    aux: dict | None = None
-
 
 @dataclass
 class HiResLmmCausalLMOutputWithPast(_WithImages, CausalLMOutputWithPast):
@@ -179,23 +184,7 @@ class HiResLmmCausalLMOutputWithPast(_WithImages, CausalLMOutputWithPast):
     Args:
         loss (`torch.Tensor` of shape `()`, *optional*): Next-token loss, with `labels`.
         logits (`torch.Tensor` of shape `(B, S, vocabulary)`): Scores of the input length.
-        cache (`Cache`, *optional*): See `HiResLmmModelOutputWithPast`, as all that follow.
-        hidden_states (`tuple[torch.Tensor]`, *optional*): As above.
-        attentions (`tuple[torch.Tensor]`, *optional*): As above.
-        image_outputs (`HiResLmmImageFeatures`, *optional*): As above.
-        kept_mask (`torch.Tensor`, *optional*): As above.
-        packed_attention_mask (`torch.Tensor`, *optional*): As above.
-        num_drafted (`int`, *optional*): As above.
-        token_map (`TokenMap`, *optional*): As above.
-        aux (`dict[str, torch.Tensor]`, *optional*): As above.
     """
-
-    image_outputs: HiResLmmImageFeatures | None = None
-    kept_mask: torch.Tensor | None = None
-    packed_attention_mask: torch.Tensor | None = None
-    num_drafted: int | None = None
-    token_map: TokenMap | None = None
-    aux: dict | None = None
 
 
 class NoLogitsError(AttributeError, LookupError):
@@ -209,33 +198,23 @@ class NoLogitsError(AttributeError, LookupError):
 
 
 @dataclass
-class HiResLmmTrainingOutput(ModelOutput):
-    """The output of a training step with labels: no logits, and whoever reads them is told so.
-
-    No field has their name, so that what copies, gathers or shards outputs field by field passes them over.
-
-    Args:
-        loss (`torch.Tensor` of shape `()`): Next-token loss.
-        cache (`Cache`, *optional*): See `HiResLmmModelOutputWithPast`, as all that follow.
-        hidden_states (`tuple[torch.Tensor]`, *optional*): As above.
-        attentions (`tuple[torch.Tensor]`, *optional*): As above.
-        image_outputs (`HiResLmmImageFeatures`, *optional*): As above.
-        kept_mask (`torch.Tensor`, *optional*): As above.
-        packed_attention_mask (`torch.Tensor`, *optional*): As above.
-        num_drafted (`int`, *optional*): As above.
-        token_map (`TokenMap`, *optional*): As above.
-        aux (`dict[str, torch.Tensor]`, *optional*): As above.
-    """
-
+class _LossAndStates(ModelOutput):
     loss: torch.Tensor | None = None
     cache: Cache | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
-    image_outputs: HiResLmmImageFeatures | None = None
-    kept_mask: torch.Tensor | None = None
-    packed_attention_mask: torch.Tensor | None = None
-    num_drafted: int | None = None
-    token_map: TokenMap | None = None
+
+
+@dataclass
+class HiResLmmTrainingOutput(_WithImages, _LossAndStates):
+    """The output of a training step with labels: no logits, and whoever reads them is told so.
+
+    The other fields are those of `HiResLmmModelOutputWithPast`. None is called logits, so that what copies, gathers or
+    shards outputs field by field passes them over.
+
+    Args:
+        loss (`torch.Tensor` of shape `()`): Next-token loss.
+    """
 
     @property
     def logits(self) -> torch.Tensor:
@@ -253,5 +232,3 @@ class HiResLmmTrainingOutput(ModelOutput):
         if key == "logits":
             raise NoLogitsError
         return super().get(key, default)
-
-    aux: dict | None = None

@@ -10,10 +10,11 @@ from .adapters_hires_lmm import (
     HiResLmmMlpAdapter,
     HiResLmmQueryFormerAdapter,
 )
-from .bases_hires_lmm import PartContext, Traits, entering
+from .bases_hires_lmm import PartContext, Traits, entering, layers_behind
 from .compressors_hires_lmm import HiResLmmConvMerge, HiResLmmQueryCompressor
 from .fusion_hires_lmm import HiResLmmFusion
 from .geometry_hires_lmm import KINDS, MAIN_TOWER, Grid, kinds_on
+from .keep_after_hires_lmm import HiResLmmKeepAfter
 from .own_parts_hires_lmm import is_own, own_class, refusal
 from .routers_hires_lmm import HiResLmmRouter
 from .sa_perceiver_hires_lmm import HiResLmmSaPerceiver
@@ -34,17 +35,20 @@ ADAPTERS = {
 }
 MAP_OPS: dict[str, Any] = {}
 TOKEN_OPS = {"router": HiResLmmRouter, "fusion": HiResLmmFusion}
+LAYER_OPS = {"keep_after": HiResLmmKeepAfter}
 SLOTS: dict[str, dict[str, Any]] = {
     "view_ops": VIEW_OPS,
     "adapter": ADAPTERS,
     "map_ops": MAP_OPS,
     "token_ops": TOKEN_OPS,
+    "layer_ops": LAYER_OPS,
 }
 BASES = {
     "view_ops": "HiResLmmViewOp",
     "adapter": "HiResLmmAdapter",
     "map_ops": "HiResLmmViewOp",
     "token_ops": "HiResLmmTokenOp",
+    "layer_ops": "HiResLmmLayerOp",
 }
 """What a user's own part of a slot derives from."""
 
@@ -93,6 +97,7 @@ class ResolvedChain:
     tower_adapters: dict[str, ResolvedPart]
     map_ops: list[ResolvedPart]
     token_ops: list[ResolvedPart]
+    layer_ops: list[ResolvedPart]
     layout: LayoutOptions
 
     @property
@@ -141,6 +146,11 @@ class ResolvedChain:
         behind = context
         for op in self.token_ops:
             add("token_ops", op)
+        for op in self.layer_ops:
+            width = first.width if op.options.of == "vision_tower" else first.text_width
+            layers = layers_behind(op.options, first.depths[op.options.of])
+            own = replace(first, width=width, layers=layers)
+            steps.append(Step("layer_ops", op.part, op.options, own, op.part.describe(op.options, own)))
         return FittedChain(steps, self.layout, first, behind, context.width)
 
 
@@ -280,7 +290,13 @@ def resolve_part(slot: str, spec: dict, where: str) -> ResolvedPart:
 
 
 def resolve_chain(
-    view_ops: list, adapter: dict, tower_adapters: dict, map_ops: list, token_ops: list, layout: dict
+    view_ops: list,
+    adapter: dict,
+    tower_adapters: dict,
+    map_ops: list,
+    token_ops: list,
+    layout: dict,
+    layer_ops: list | None = None,
 ) -> ResolvedChain:
     """Look up all parts of a connector.
 
@@ -289,6 +305,7 @@ def resolve_chain(
         adapter (`dict`): The adapter.
         tower_adapters (`dict[str, dict]`): Adapters of extra towers; the main one's kind by default.
         layout (`dict`): Fields of `LayoutOptions`.
+        layer_ops (`list[dict]`, *optional*): Operations behind layers of tower and language model.
 
     Returns:
         The chain.
@@ -308,5 +325,6 @@ def resolve_chain(
         },
         map_ops=listed("map_ops", map_ops),
         token_ops=listed("token_ops", token_ops),
+        layer_ops=listed("layer_ops", layer_ops or []),
         layout=build_options(LayoutOptions, layout, "layout"),
     )

@@ -161,6 +161,42 @@ def build_question(
     )
 
 
+def read_question(
+    model: Any,
+    text: PromptText,
+    placeholder: torch.Tensor,
+    lengths: list[int],
+    prompt_length: int | None,
+    past: int = 0,
+) -> Question:
+    """Collect the readable text of each image of a call.
+
+    Args:
+        model (`HiResLmmModel`): Its configuration and connector say what is read.
+        text (`PromptText`): The text of the call.
+        placeholder (`torch.Tensor` of shape `(B, S)`): True at image placeholders.
+        lengths (`list[int]`): Placeholders of each image.
+        prompt_length (`int`, *optional*): Set by `generate`: positions beyond it are generated.
+        past (`int`): Positions in the cache.
+    """
+    config, connector = model.config, model.connector
+    if text.ids is None and connector.reads_question:
+        vocabulary = model.get_input_embeddings().num_embeddings
+        text = recover_text(text, placeholder, model.embed_token, vocabulary)
+    return build_question(
+        text,
+        placeholder,
+        lengths,
+        prompt_length,
+        scope=config.question_scope,
+        answer_prefix=config.answer_prefix_ids or [],
+        question_prefix=config.question_prefix_ids or [],
+        training=model.training and prompt_length is None and connector.reads_question,  # or no answer is read
+        continues=past > 0,
+        has_later=connector.has_turns,
+    )
+
+
 def _after_last(ids: torch.Tensor, answer_prefix: list[int]) -> torch.Tensor:
     """True after the end of the last answer prefix of each row; False everywhere without one."""
     last = latest(find_sequence(ids, answer_prefix))[:, -1:]

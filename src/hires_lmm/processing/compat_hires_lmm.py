@@ -8,6 +8,7 @@ from inspect import signature
 from typing import Any
 
 import transformers
+from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import logging
 
@@ -60,3 +61,38 @@ def takes_cache(forward: Callable) -> Callable:
 
     call.__signature__ = known.replace(parameters=shown)  # type: ignore[attr-defined]  # ready made: generate reads it for every token
     return call
+
+
+def layers_of(model: Any) -> nn.ModuleList:
+    """The layers of a tower or language model: its list of that many modules."""
+    depth = model.config.num_hidden_layers
+    return next(part for part in model.modules() if isinstance(part, nn.ModuleList) and len(part) == depth)
+
+
+def attention_of(layer: nn.Module) -> nn.Module:
+    """The attention of a layer: what has groups of key heads, which every attention function asks for.
+
+    Raises:
+        ValueError: If it has none.
+    """
+    found = next((part for part in layer.modules() if hasattr(part, "num_key_value_groups")), None)
+    if found is None:
+        raise ValueError(
+            f"{type(layer).__name__} has no attention that layer ops can read; use another language model."
+        )
+    return found
+
+
+def attention_window(config: Any, layer: int) -> int | None:
+    """Positions that a query looks back in a layer, itself included; None = all.
+
+    Raises:
+        ValueError: If the layer attends in another way.
+    """
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        return window
+    if kinds[layer] not in ("full_attention", "sliding_attention"):
+        raise ValueError(f"Layer ops work with full and sliding attention, and layer {layer} has {kinds[layer]}.")
+    return window if kinds[layer] == "sliding_attention" else None

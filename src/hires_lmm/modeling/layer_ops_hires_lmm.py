@@ -1,0 +1,583 @@
+"""The driver of layer ops: it calls them behind their layers and lets visual tokens leave the language model there.
+
+All that belongs to one call travels in the keyword `layer_call` of the language model; hooks know a number alone.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface
+
+from .bases_hires_lmm import LayerCall
+from .carriers_hires_lmm import VisualTokens
+from .compat_hires_lmm import CACHE, attention_of, attention_window, layers_of
+from .connector_hires_lmm import drop
+from .conversation_hires_lmm import Conversation, Record
+from .packing_hires_lmm import Packing, expand, pack, plan_packing
+from .question_hires_lmm import PromptText
+
+
+LAYER_CALL = "layer_call"
+QUERIES = "hires_lmm_queries"
+RECORD = "layer_ops"
+# B = rows, n = positions of the call, m = those that are still there, K = keys of a layer. A slot is the place of a
+# token in the conversation, counted before anything left a layer.
+
+
+def give_queries(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, tuple]:
+    """An attention function that attends to nothing: queries, scale and cap come out in place of the weights."""
+    return query.transpose(1, 2), (query, query.shape[-1] ** -0.5 if scaling is None else scaling, softcap)
+
+
+AttentionInterface.register(QUERIES, give_queries)
+
+
+def visible(slots: torch.Tensor, own: torch.Tensor, columns: torch.Tensor, window: int | None) -> torch.Tensor:
+    """Which keys a query sees, `(B, r, K)`: those that are there, not later and in its window, and itself.
+
+    Args:
+        slots (`torch.Tensor` of shape `(B, r)`): Slots of the queries.
+        own (`torch.Tensor` of shape `(B, r)`): Column of each query's own key.
+        columns (`torch.Tensor` of shape `(B, K)`): Slots of the keys; -1 for padding and what has left.
+        window (`int`, *optional*): Slots that a query looks back, itself included.
+    """
+    keys, queries = columns[:, None], slots[..., None]
+    seen = (keys >= 0) & (keys <= queries)
+    if window is not None:
+        seen = seen & (queries - keys < window)
+    return seen | (torch.arange(columns.shape[1], device=columns.device) == own[..., None])
+
+
+def take(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Gather positions `(B, r)` of `(B or 1, n, D)`: `(B, r, D)`."""
+    return states.expand(index.shape[0], -1, -1).gather(1, index[..., None].expand(-1, -1, states.shape[-1]))
+
+
+@dataclass
+class LayerAttention:
+    """The attention of the layer that has just run, computed for the queries that an op asks for.
+
+    Args:
+        module (`nn.Module`): The attention module.
+        inputs (`dict`): What it was called with.
+        keys (`torch.Tensor` of shape `(B, heads, K, d)`): Keys as it saw them.
+        slots (`torch.Tensor` of shape `(B, m)`): Slots of the tokens of the call.
+        columns (`torch.Tensor` of shape `(B, K)`): Slots of the keys; -1 for padding and what has left.
+        start (`int`): Column of the first token of the call.
+        window (`int`, *optional*): Slots that a query looks back.
+    """
+
+    module: Any
+    inputs: dict
+    keys: torch.Tensor
+    slots: torch.Tensor
+    columns: torch.Tensor
+    start: int
+    window: int | None
+
+    def logits(self, rows: torch.Tensor) -> torch.Tensor:
+        """Scores before the softmax, also of keys that are not seen.
+
+        Args:
+            rows (`torch.Tensor` of shape `(B, r)`): Positions of the queries among the tokens that are there.
+
+        Returns:
+            `(B, heads, r, K)` float32.
+        """
+        module = copy.copy(self.module)  # shares all weights
+        module.config = copy.copy(module.config)
+        module.config._attn_implementation = QUERIES
+        inputs = {**self.inputs, "attention_mask": None, CACHE: None}
+        inputs["hidden_states"] = take(inputs["hidden_states"], rows)
+        if inputs.get("position_embeddings") is not None:
+            inputs["position_embeddings"] = tuple(take(part, rows) for part in inputs["position_embeddings"])
+        if inputs.get("position_ids") is not None:
+            inputs["position_ids"] = take_ids(inputs["position_ids"], rows)
+        _, (query, scale, cap) = type(module).forward(module, **inputs)
+        keys = self.keys.repeat_interleave(query.shape[1] // self.keys.shape[1], dim=1)
+        logits = query.float() @ keys.float().transpose(2, 3) * scale
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    def weights(self, rows: torch.Tensor) -> torch.Tensor:
+        """Softmax over all keys that a query sees, of which those of this call are returned.
+
+        Args:
+            rows (`torch.Tensor` of shape `(B, r)`): Positions of the queries among the tokens that are there.
+
+        Returns:
+            `(B, heads, r, m)` float32.
+        """
+        seen = visible(self.slots.gather(1, rows), rows + self.start, self.columns, self.window)
+        weights = self.logits(rows).masked_fill(~seen[:, None], float("-inf")).softmax(dim=-1)
+        return weights[..., self.start : self.start + self.slots.shape[1]]
+
+
+def take_ids(ids: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Gather positions `(B, r)` of position ids `(..., B or 1, n)`."""
+    shape = (*ids.shape[:-2], index.shape[0], -1)
+    return ids.expand(*shape).gather(-1, index.expand(*shape))
+
+
+def shown_columns(slots: torch.Tensor, length: int, offset: int) -> torch.Tensor:
+    """Of the keys of a layer `(B, K)`, those that its cache shows to attention: `(B, length)`."""
+    shown = slots[:, offset : offset + length]
+    return nn.functional.pad(shown, (0, length - shown.shape[1]), value=-1)
+
+
+class KeyNote:
+    """A cache that hands on what attention puts into it and notes the keys that it gets back."""
+
+    def __init__(self, cache: Any, note: Callable[[torch.Tensor], None]):
+        self.cache, self.note = cache, note
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, *args: Any, **kwargs: Any) -> tuple:
+        """See `Cache.update`; without a cache, what comes in goes out."""
+        if self.cache is not None:
+            keys, values = self.cache.update(keys, values, *args, **kwargs)
+        self.note(keys)
+        return keys, values
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.cache, name)
+
+
+@dataclass(eq=False)
+class Keys:
+    """The keys that layers hold which hold the same ones.
+
+    Args:
+        slots (`torch.Tensor` of shape `(B, K)`): Slot of each; -1 for padding, and where masks hide what has left.
+        is_plain (`bool`): Known to hold no -1, so that order alone says what is seen.
+        is_whole (`bool`): Nothing has left.
+    """
+
+    slots: torch.Tensor
+    is_plain: bool = True
+    is_whole: bool = True
+
+
+class LayerRecord(Record):
+    """What generation remembers of layer ops: the keys of each layer."""
+
+    def __init__(self, keys: list[Keys], total: int):
+        self.keys, self.total, self.decided = keys, total, 0
+
+    def _change(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Change the slots of all layers; those that share keys go on sharing."""
+        new = {id(keys): Keys(change(keys.slots), keys.is_plain, keys.is_whole) for keys in self.keys}
+        self.keys = [new[id(keys)] for keys in self.keys]
+
+    def select(self, rows: list[int]) -> None:
+        """Gather rows of the batch."""
+        self._change(lambda slots: slots[torch.tensor(rows, device=slots.device)])
+
+    def follow(self, cache: Any, length: int) -> None:
+        """Forget what was cropped; the last tokens are in every layer.
+
+        Raises:
+            ValueError: If the cache was cropped to before tokens that left, or filled by another model.
+        """
+        if not self.decided <= length <= self.total:
+            raise ValueError(
+                f"The cache holds {length} positions, but visual tokens left the language model within the first "
+                f"{self.decided} of {self.total}; crop it to no less than {self.decided}, or start without cache."
+            )
+        if length < self.total:
+            cut = self.total - length
+            self._change(lambda slots: slots[:, :-cut])
+            self.total = length
+
+
+@dataclass(eq=False)
+class Level:
+    """The positions of a call that are still there, from one layer on.
+
+    Args:
+        stay (`torch.Tensor` of shape `(B, n)`): True for them.
+        plan (`Packing`, *optional*): Them, packed; None while nothing has left.
+        is_packed (`bool`): Whether the others have left the hidden states too.
+        is_plain (`bool`): Known to be without padding.
+        weight (`torch.Tensor` of shape `(B, n)`, *optional*): Soft mask of keys, in training.
+        made (`dict`): What was computed for it.
+    """
+
+    stay: torch.Tensor
+    plan: Packing | None = None
+    is_packed: bool = False
+    is_plain: bool = True
+    weight: torch.Tensor | None = None
+    made: dict = field(default_factory=dict)
+
+    @property
+    def real(self) -> torch.Tensor:
+        """True in the hidden states for what is still there."""
+        return self.plan.mask if self.is_packed else self.stay  # type: ignore[union-attr]
+
+    def take(self, values: torch.Tensor) -> torch.Tensor:
+        """Of `(B, n)` values of the call, those of the hidden states."""
+        return values.gather(1, self.plan.index) if self.is_packed else values  # type: ignore[union-attr]
+
+    def put(self, values: torch.Tensor) -> torch.Tensor:
+        """Values of the hidden states, for the positions of the call."""
+        return values.gather(1, self.plan.expand) if self.is_packed else values  # type: ignore[union-attr]
+
+
+@dataclass
+class Placed:
+    """Where the visual tokens of a call stand.
+
+    Args:
+        visual (`torch.Tensor` of shape `(B, n)`): True for them.
+        last (`torch.Tensor` of shape `(B,)`): Position of the last token of the prompt.
+        token (`torch.Tensor` of shape `(B, n)`): Row of each in `tokens`; -1 elsewhere, and where it is not known.
+        tokens (`VisualTokens`, *optional*): The tokens with their geometry.
+        has_visual (`bool`): Whether the call holds images.
+    """
+
+    visual: torch.Tensor
+    last: torch.Tensor
+    token: torch.Tensor
+    tokens: VisualTokens | None = None
+    has_visual: bool = True
+
+    def pack(self, packing: Packing) -> "Placed":
+        """The same behind the splice, where tokens were dropped."""
+        visual = self.visual.gather(1, packing.index) & packing.mask
+        token = torch.where(visual, self.token.gather(1, packing.index), -1)
+        return Placed(visual, packing.expand.gather(1, self.last[:, None])[:, 0], token, self.tokens, self.has_visual)
+
+
+class LanguageCall:
+    """One call of the language model; its hooks, and nothing else, write to it.
+
+    Args:
+        ops (`list[HiResLmmLayerOp]`): All of the language model.
+        config (`PreTrainedConfig`): Of the language model.
+        conversation (`Conversation`): What is remembered; None where there is nothing that could leave or has left.
+        attention_mask (`torch.Tensor`, *optional*): As the language model gets it.
+        placed (`Placed`): Visual tokens.
+        can_pack (`bool`): False: tokens that leave are hidden by masks and stay where they are.
+        training (`bool`): Whether the model is in training.
+    """
+
+    def __init__(
+        self,
+        ops: list,
+        config: Any,
+        conversation: Conversation | None,
+        attention_mask: Any,
+        placed: Placed,
+        can_pack: bool,
+        training: bool,
+    ):
+        self.ops = {layer: [op for op in ops if layer in op.layers] for layer in range(config.num_hidden_layers)}
+        self.first = next(layer for layer, own in self.ops.items() if own)
+        self.config, self.placed, self.can_pack, self.training = config, placed, can_pack, training
+        self.conversation = conversation
+        rows, count = placed.visual.shape
+        self.past = 0 if conversation is None else conversation.length
+        valid, prefix = torch.ones_like(placed.visual), placed.visual.new_ones(rows, self.past)
+        is_mask = isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2
+        if is_mask:
+            valid, prefix = attention_mask[:, -count:].bool(), attention_mask[:, : self.past].bool()
+        self.slots = (torch.arange(count, device=valid.device) + self.past).expand(rows, -1)
+        self.record: LayerRecord | None = None
+        if conversation is not None:
+            found: Any = conversation.records.get(RECORD)
+            if found is None and attention_mask is not None and not is_mask:
+                raise ValueError("Layer ops need a two-dimensional attention_mask; pass (batch, length).")
+            if found is None:
+                slots = torch.where(prefix, torch.arange(self.past, device=valid.device), -1)
+                found = LayerRecord([Keys(slots, not is_mask or not self.past)] * config.num_hidden_layers, self.past)
+            self.record = found
+        self.levels = {self.first: Level(valid, is_plain=not is_mask)}
+        self.extended: dict[int, Keys] = {}
+        self.made: dict[tuple, Any] = {}
+        self.attentions: dict[int, LayerAttention] = {}
+        self.left_at = torch.full_like(placed.token, -1)
+        self.aux: dict[str, torch.Tensor] = {}
+
+    def level(self, layer: int) -> Level:
+        """What enters a layer."""
+        return self.levels[max(start for start in self.levels if start <= layer)]
+
+    def keys(self, layer: int) -> Keys:
+        """The keys of a layer with those of this call."""
+        old, level = self.record.keys[layer], self.level(layer)  # type: ignore[union-attr]
+        if ("keys", id(old), id(level)) not in self.made:
+            slots = torch.cat([old.slots, torch.where(level.real, level.take(self.slots), -1)], dim=1)
+            new = Keys(slots, old.is_plain and level.is_plain, old.is_whole and level.plan is None)
+            self.made["keys", id(old), id(level)] = new
+        self.extended[layer] = self.made["keys", id(old), id(level)]
+        return self.extended[layer]
+
+    def enter(self, layer: int, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """Before a layer: masks and positions of what is still there."""
+        if self.record is None or layer < self.first:
+            return None
+        level, keys = self.level(layer), self.keys(layer)
+        if level.plan is None and level.weight is None and keys.is_whole:
+            return None
+        hidden = args[0] if args else kwargs["hidden_states"]
+        kwargs = {**kwargs, "attention_mask": self.mask(layer, level, keys, kwargs.get(CACHE), hidden)}
+        if level.is_packed:
+            index = level.plan.index  # type: ignore[union-attr]
+            if kwargs.get("position_embeddings") is not None:
+                kwargs["position_embeddings"] = tuple(
+                    self.once(level, part, lambda part: take(part, index)) for part in kwargs["position_embeddings"]
+                )
+            if kwargs.get("position_ids") is not None:
+                kwargs["position_ids"] = self.once(level, kwargs["position_ids"], lambda ids: take_ids(ids, index))
+        return args, kwargs
+
+    def once(self, level: Level, value: torch.Tensor, function: Callable) -> torch.Tensor:
+        """What a function makes of a tensor that several layers get, computed once."""
+        if id(value) not in level.made:
+            level.made[id(value)] = value, function(value)
+        return level.made[id(value)][1]
+
+    def mask(self, layer: int, level: Level, keys: Keys, cache: Any, hidden: torch.Tensor) -> torch.Tensor | None:
+        """The mask of a layer, in the form that its attention function reads."""
+        count, total = hidden.shape[1], keys.slots.shape[1]
+        length, offset = (total, 0) if cache is None else cache.get_mask_sizes(count, layer)
+        window, kind = attention_window(self.config, layer), self.config._attn_implementation
+        fits = window is None or total <= window
+        is_causal = count == 1 or (count == total and kind != "eager")
+        if keys.is_plain and level.weight is None and fits and is_causal and length == total:
+            return None
+        form = ("mask", id(keys), id(level), window, length, offset)
+        if form in self.made:
+            return self.made[form]
+        columns = shown_columns(keys.slots, length, offset)
+        if "flash" in kind:
+            if not fits or level.weight is not None:
+                raise ValueError("flash attention cannot hide tokens within a window; load the model with sdpa.")
+            return self.made.setdefault(form, (columns >= 0).long())
+        if kind not in ("eager", "sdpa"):
+            raise ValueError(f"Layer ops need eager, sdpa or flash attention, and this model has {kind!r}.")
+        slots = level.take(self.slots)
+        own = (torch.arange(count, device=slots.device) + (total - count - offset)).expand_as(slots)
+        seen = visible(slots, own, columns, window)[:, None]
+        if level.weight is None and kind == "sdpa":
+            return self.made.setdefault(form, seen)
+        mask = torch.zeros(seen.shape, dtype=hidden.dtype, device=hidden.device)
+        if level.weight is not None:
+            bias = level.take(level.weight).clamp(min=torch.finfo(hidden.dtype).tiny).log().to(hidden.dtype)
+            mask = mask + nn.functional.pad(bias, (length - count, 0))[:, None, None]
+        mask = mask.masked_fill(~seen, torch.finfo(hidden.dtype).min)
+        return mask if level.weight is not None else self.made.setdefault(form, mask)
+
+    def attend(self, layer: int, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """Before the attention of a layer that an op reads: note its inputs and, once it has them, its keys."""
+        inputs = {**kwargs, **({"hidden_states": args[0]} if args else {})}
+        count = inputs["hidden_states"].shape[1]
+        level, cache = self.level(layer), kwargs.get(CACHE)
+        slots = level.take(self.slots)
+        columns = slots if self.record is None else self.keys(layer).slots
+        total = columns.shape[1]
+        length, offset = (total, 0) if cache is None else cache.get_mask_sizes(count, layer)
+        columns = shown_columns(columns, length, offset)
+        start, window = total - count - offset, attention_window(self.config, layer)
+
+        def note(keys: torch.Tensor) -> None:
+            self.attentions[layer] = LayerAttention(module, inputs, keys, slots, columns, start, window)
+
+        return args, {**kwargs, CACHE: KeyNote(cache, note)}
+
+    def leave(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        """Behind a layer: run its ops, and pack what stays."""
+        level = self.level(layer)
+        for op in self.ops[layer]:
+            call = self.view(layer, level)
+            hidden, keep = op(layer, hidden, call)
+            if self.training:  # every parameter gets a gradient on every process
+                hidden = hidden + sum(0.0 * part.reshape(-1)[0] for part in op.parameters() if part.requires_grad)
+            if keep is not None and self.record is not None:
+                hidden, level = self.narrow(layer, level, hidden, keep, call)
+        self.levels[layer + 1] = level
+        return hidden
+
+    def view(self, layer: int, level: Level) -> LayerCall:
+        """What an op sees of the call."""
+        placed, last = self.placed, self.placed.last
+        if level.is_packed:
+            last = level.plan.expand.gather(1, last[:, None])[:, 0]  # type: ignore[union-attr]
+        return LayerCall(
+            slots=level.take(self.slots),
+            real=level.real,
+            visual=level.take(placed.visual) & level.real,
+            last=last,
+            token=level.take(placed.token),
+            tokens=placed.tokens,
+            attention=self.attentions.get(layer),
+            is_prefill=placed.has_visual,
+            training=self.training,
+            aux=self.aux,
+        )
+
+    def narrow(
+        self, layer: int, level: Level, hidden: torch.Tensor, keep: torch.Tensor, call: LayerCall
+    ) -> tuple[torch.Tensor, Level]:
+        """Let visual tokens leave, or weigh them as keys."""
+        if keep.is_floating_point():
+            if not self.training:
+                raise ValueError("A layer op returned a soft mask outside of training; return one of bool there.")
+            weight = level.put(torch.where(call.visual, keep, 1.0))
+            weight = weight if level.weight is None else weight * level.weight
+            return hidden, Level(level.stay, level.plan, level.is_packed, level.is_plain, weight)
+        stay = level.stay & ~level.put(call.visual & ~keep)
+        self.left_at = torch.where(level.stay & ~stay, layer, self.left_at)
+        plan = plan_packing(stay, "left")
+        if not self.can_pack:
+            return hidden, Level(stay, plan, False, False, level.weight)
+        index = level.put(torch.arange(hidden.shape[1], device=hidden.device).expand(len(hidden), -1))
+        hidden = take(hidden, index.gather(1, plan.index))
+        return hidden, Level(stay, plan, True, bool(plan.mask.all()), level.weight)
+
+    def remember(self, cache: Any, outputs: dict) -> None:
+        """Note what the layers hold now, and in the outputs what ops said and where tokens left."""
+        record, count, depth = self.record, self.slots.shape[1], self.config.num_hidden_layers
+        if record is not None and self.conversation is not None and cache is not None:
+            record.keys = [self.extended.get(layer, keys) for layer, keys in enumerate(record.keys)]
+            record.total = self.past + count
+            if self.level(depth).plan is not None:
+                record.decided = self.past + int(self.placed.last.max()) + 1
+            self.conversation.records[RECORD] = record
+            self.conversation.attach(cache)
+        if self.aux:
+            outputs["aux"] = {**outputs.get("aux", {}), **self.aux}
+        if outputs.get("token_map") is not None:
+            known = self.placed.token >= 0
+            outputs["token_map"].left_at[self.placed.token[known].cpu()] = self.left_at[known].cpu()
+
+    def expand(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The last hidden states at the call's length: what left shows the last one before it that stayed."""
+        level = self.level(self.config.num_hidden_layers)
+        if level.plan is None:
+            return hidden
+        return expand(hidden if level.is_packed else pack(hidden, level.plan), level.plan)
+
+
+def enter_layer(layer: int, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    """Hook before every layer of the language model."""
+    call = kwargs.get(LAYER_CALL)
+    return None if call is None else call.enter(layer, args, kwargs)
+
+
+def enter_attention(layer: int, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    """Hook before the attention of layers that an op reads."""
+    call = kwargs.get(LAYER_CALL)
+    return None if call is None else call.attend(layer, module, args, kwargs)
+
+
+def leave_layer(layer: int, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+    """Hook behind every layer with ops."""
+    call = kwargs.get(LAYER_CALL)
+    if call is None:
+        return output
+    if isinstance(output, tuple):
+        return call.leave(layer, output[0]), *output[1:]
+    return call.leave(layer, output)
+
+
+def install_layer_ops(model: Any) -> None:
+    """Hang hooks on the layers that ops run behind, and on those where tokens may be missing then.
+
+    Args:
+        model (`HiResLmmModel`): Its connector holds the ops.
+
+    Raises:
+        ValueError: If the language model has layers whose attention is not known.
+    """
+    ops = [op for op in model.connector.layer_ops if op.options.of == "language_model"]
+    if not ops:
+        return
+    config = model.config.text_config
+    for number, layer in enumerate(layers_of(model.language_model)):
+        attention_window(config, number)
+        layer.register_forward_pre_hook(partial(enter_layer, number), with_kwargs=True)
+        own = [op for op in ops if number in op.layers]
+        if own:
+            layer.register_forward_hook(partial(leave_layer, number), with_kwargs=True)
+        if any(op.reads_attention for op in own):
+            attention_of(layer).register_forward_pre_hook(partial(enter_attention, number), with_kwargs=True)
+
+
+def place(text: PromptText, placeholder: torch.Tensor, tokens: VisualTokens | None, num_drafted: int | None) -> Placed:
+    """Where visual tokens stand in a prompt, and where the prompt ends.
+
+    It ends before the first answer behind the first image of a row: labels say where that is, else the prompt mask;
+    in `generate`, before what was drafted.
+
+    Args:
+        text (`PromptText`): The text of the call.
+        placeholder (`torch.Tensor` of shape `(B, S)`): True at placeholders.
+        tokens (`VisualTokens`, *optional*): The tokens.
+        num_drafted (`int`, *optional*): Positions beyond the prompt, set in `generate`.
+    """
+    length = placeholder.shape[1]
+    positions = torch.arange(length, device=placeholder.device)
+    prompt = torch.ones_like(placeholder)
+    if isinstance(text.attention_mask, torch.Tensor) and text.attention_mask.ndim == 2:
+        prompt = text.attention_mask[:, -length:].bool()
+    behind = placeholder.cumsum(dim=1) > 0
+    if num_drafted is not None:
+        prompt = prompt & (positions < length - num_drafted)
+    elif text.labels is not None:
+        prompt = prompt & (((text.labels != -100) & behind).cumsum(dim=1) == 0)
+    elif text.prompt_mask is not None and text.prompt_mask.shape == placeholder.shape:
+        asked = text.prompt_mask.bool()
+        answered = ~asked & ~placeholder & ((asked & behind).cumsum(dim=1) > 0)
+        prompt = prompt & (answered.cumsum(dim=1) == 0)
+    token = torch.full_like(placeholder, -1, dtype=torch.long)
+    if tokens is not None:
+        numbers = torch.arange(len(tokens.features), device=token.device)[:, None]
+        token = token.masked_scatter(placeholder, drop(replace(tokens, features=numbers))[0])
+    return Placed(placeholder, torch.where(prompt, positions, -1).amax(dim=1).clamp(min=0), token, tokens)
+
+
+def open_layers(model: Any, prompt: Any, cache: Any, options: dict) -> LanguageCall | None:
+    """The call of the language model for its layer ops; None where the model has none.
+
+    Args:
+        model (`HiResLmmModel`): The model.
+        prompt (`Prompt`): What enters the language model.
+        cache (`Cache`, *optional*): Earlier positions.
+        options (`dict`): What else the language model gets; the call is written into it.
+    """
+    ops = [op for op in model.connector.layer_ops if op.options.of == "language_model"]
+    if not ops:
+        return None
+    config, placed = model.language_model.config, prompt.placed
+    conversation: Any = Conversation.of(cache)
+    conversation.follow(cache, len(prompt.embeds))
+    if placed is None:
+        nowhere = torch.zeros(prompt.embeds.shape[:2], dtype=torch.bool, device=prompt.embeds.device)
+        conversation = conversation if RECORD in conversation.records else None
+        placed = Placed(nowhere, nowhere.sum(1) + nowhere.shape[1] - 1, nowhere.long() - 1, has_visual=False)
+    elif prompt.packing is not None:
+        placed = placed.pack(prompt.packing)
+    shown = [
+        getattr(config, name) if options.get(name) is None else options[name]
+        for name in ("output_hidden_states", "output_attentions")
+    ]
+    layers = [] if cache is None else cache.layers
+    is_fixed = any(layer.is_compileable and getattr(layer, "is_sliding", False) for layer in layers)
+    can_pack = not any(shown) and not is_fixed
+    call = LanguageCall(ops, config, conversation, prompt.attention_mask, placed, can_pack, model.training)
+    options[LAYER_CALL] = call
+    return call
