@@ -1,0 +1,325 @@
+"""A user's own part: used by class and by name, saved with its file, loaded by whom the user trusts, else refused.
+
+The parts are those of `docs/adding-a-part.md`, read from the page.
+"""
+
+import copy
+import importlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from builders.docs import ROOT, TITLE, read_blocks
+from builders.tiny import make_batch, random_image, tiny_config, tiny_model, tiny_processor
+from hires_lmm import HiResLmmConfig, HiResLmmImageProcessor
+from hires_lmm.training.settings import set_options
+
+
+WORKER = Path(__file__).with_name("own_parts_worker.py")
+PAGE = read_blocks((ROOT / "docs" / "adding-a-part.md").read_text(encoding="utf-8"))
+PARTS = next(block.text for block in PAGE if TITLE.fullmatch(block.info))
+SLOTS = {
+    "planner": {"planner": {"name": "my_parts.Strips", "strips": 3}},
+    "view_op": {"connector_config": {"view_ops": [{"part": "my_parts.AveragePool"}]}},
+    "adapter": {"connector_config": {"adapter": {"part": "my_parts.Bottleneck", "rank": 8}}},
+    "token_op": {"connector_config": {"token_ops": [{"part": "my_parts.MarkCrops"}]}},
+    "layer_op": {"connector_config": {"layer_ops": [{"part": "my_parts.ScaleVisual", "layers": 0}]}},
+}
+CONNECTORS = [settings["connector_config"] for settings in SLOTS.values() if "connector_config" in settings]
+ALL = {**SLOTS["planner"], "connector_config": {key: value for each in CONNECTORS for key, value in each.items()}}
+CASES = {**SLOTS, "all": ALL}
+
+
+@pytest.fixture(scope="module")
+def user(tmp_path_factory):
+    """The folder of a user, with the file of the page, which is imported."""
+    root = tmp_path_factory.mktemp("own")
+    (root / "user").mkdir()
+    (root / "user" / "my_parts.py").write_text(PARTS, encoding="utf-8")
+    sys.path.insert(0, str(root / "user"))
+    yield importlib.import_module("my_parts"), root
+    sys.path.remove(str(root / "user"))
+    sys.modules.pop("my_parts", None)
+
+
+@pytest.fixture(scope="module")
+def saved(user):
+    """The checkpoints, one a slot and one with all, trained for a step; beside them batches and logits."""
+    root, image = user[1], random_image(100, 180)
+    image.save(root / "image.png")
+    for case, settings in CASES.items():
+        config = tiny_config("llava_next", **copy.deepcopy(settings))
+        model, processor = tiny_model(config, seed=3), tiny_processor(config, "chatml")
+        batch = make_batch(processor, [("USER: <image>\nA boat? ASSISTANT: No.", [image])])
+        model.train()(**batch, labels=batch["input_ids"]).loss.backward()
+        torch.optim.SGD(model.parameters(), lr=0.01).step()
+        model.eval().save_pretrained(root / case)
+        processor.save_pretrained(root / case)
+        with torch.no_grad():
+            logits = model(**batch).logits
+        tokens = processor.image_tokens(100, 180)
+        torch.save({"batch": dict(batch), "logits": logits, "image_tokens": tokens}, root / f"{case}.pt")
+    shutil.copytree(root / "view_op", root / "other" / "view_op")
+    file = root / "other" / "view_op" / "my_parts.py"
+    file.write_text(file.read_text().replace("* self.gain", "* self.gain * 2"))
+    return root
+
+
+def run(root: Path, source: str, *others: str) -> dict:
+    """What a fresh process finds."""
+    out = root / ("without" if source == "-" else "with")
+    out.mkdir()
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "HF_", "COV"))}
+    environment = {**kept, "HF_HOME": str(out / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-I", str(WORKER), source, str(root), str(out), *others]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=out, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads((out / "found.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def without(saved):
+    """A process that cannot import the package."""
+    return run(saved, "-")
+
+
+@pytest.fixture(scope="module")
+def with_package(saved, without):
+    """A process that imports the package, and loads what the first one saved."""
+    return run(saved, str(ROOT / "src"), str(saved / "without"))
+
+
+@pytest.fixture(params=["without", "with_package"])
+def found(request):
+    return request.getfixturevalue(request.param)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_part_comes_back_with_its_numbers_trains_and_is_saved_again(found, case):
+    result = found["cases"][case]
+    assert result["same"] and result["tokens"] and result["trained"]
+    assert all(module.startswith("transformers_modules.") for module in result["modules"])
+    assert bool(result["modules"]) == (case != "planner")
+    assert ("my_parts.Strips" in result["planner"]) == (case in ("planner", "all"))
+    assert "my_parts.py" in result["files"] and "bases_hires_lmm.py" in result["files"]
+
+
+def test_two_folders_with_different_code_live_in_one_process(found):
+    assert found["two folders"] == [True, False, True]
+
+
+def test_every_auto_class_reads_the_part_of_a_trusted_folder(without, with_package):
+    for autos in (without["autos"], with_package["autos"]):
+        assert autos["config"] == "my_parts.Strips" and autos["pipeline"] == "image-text-to-text"
+        assert autos["load_parts"] == "HiResLmmForConditionalGeneration"
+    assert without["autos"]["from_config"] == "HiResLmmForConditionalGeneration"
+    assert "my_parts.Strips" in without["autos"]["image_processor"]
+    for name in ("from_config", "image_processor"):  # there the library keeps the trust for itself
+        assert "The part my_parts." in with_package["autos"][name] and "import my_parts" in with_package["autos"][name]
+
+
+def test_the_prompt_decides_where_the_package_is_missing(without):
+    assert without["prompt"]["y"].startswith("AveragePool") and "trust_remote_code=True" in without["prompt"]["n"]
+    assert "trust_remote_code=True" in without["untrusted"]["processor"]
+
+
+def test_without_trust_a_part_is_refused_by_name_though_the_package_is_there(with_package, saved):
+    refused, package = with_package["untrusted"], with_package["package"]
+    names = {"planner": "Strips", "view_op": "AveragePool", "adapter": "Bottleneck", "token_op": "MarkCrops"}
+    names |= {"layer_op": "ScaleVisual", "processor": "Strips"}
+    for case, name in names.items():
+        assert refused[case].startswith(f"ValueError: The part my_parts.{name} is no part of hires_lmm"), case
+        assert "trust_remote_code=True" in refused[case] and str(saved) in refused[case]
+    for way, name in {"direct": "AveragePool", "image processor": "Strips"}.items():
+        assert f"my_parts.{name}" in package[f"untrusted {way}"]
+    assert package["direct"].startswith("AveragePool") and "Strips" in package["direct image processor"]
+
+
+def test_the_users_own_import_stands_in_where_nothing_is_trusted(with_package):
+    assert with_package["package"]["imported"] == [True, False, {"name": "my_parts.Strips", "strips": 3}]
+
+
+def test_the_command_line_runs_and_exports_trusted_parts(with_package):
+    package = with_package["package"]
+    assert "my_parts." in package["export False"] and "my_parts." in package["ask False"]
+    assert "my_parts.py" in package["export True"] and package["ask True"] == "answered"
+
+
+# ---- in this process
+
+
+@pytest.mark.parametrize("case", SLOTS)
+def test_a_class_is_the_same_as_its_name(user, case):
+    def by_class(value):
+        if isinstance(value, dict):
+            return {key: by_class(each) for key, each in value.items()}
+        if isinstance(value, list):
+            return [by_class(each) for each in value]
+        is_own = isinstance(value, str) and value.startswith("my_parts.")
+        return getattr(user[0], value.partition(".")[2]) if is_own else value
+
+    named, given = (tiny_config("llava_next", **copy.deepcopy(each)) for each in (SLOTS[case], by_class(SLOTS[case])))
+    assert named.to_json_string() == given.to_json_string()
+    again = HiResLmmConfig(**{**given.to_dict(), "image_token_id": given.image_token_id})
+    assert again.token_layout() == copy.deepcopy(given).token_layout() == named.token_layout()
+
+
+def test_a_class_of_a_notebook_works_and_is_refused_before_anything_is_written(user, tmp_path, monkeypatch):
+    own = type("AveragePool", (user[0].AveragePool,), {"__module__": "__main__"})
+    monkeypatch.setattr(sys.modules["__main__"], "AveragePool", own, raising=False)
+    for part in (own, "__main__.AveragePool"):
+        model = tiny_model(tiny_config("llava_next", connector_config={"view_ops": [{"part": part}]}))
+        assert type(model.model.connector.view_ops[0]) is own
+        for thing in (model, model.config):
+            with pytest.raises(ValueError, match=r"__main__\.AveragePool cannot be saved.*my_parts\.py"):
+                thing.save_pretrained(tmp_path / "new")
+    planner = type("Strips", (user[0].Strips,), {"__module__": "__main__"})
+    config = tiny_config("llava_next", planner={"name": planner})
+    for thing in (tiny_processor(config), tiny_processor(config).image_processor):
+        with pytest.raises(ValueError, match=r"__main__\.Strips cannot be saved"):
+            thing.save_pretrained(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_set_options_reaches_an_own_part(user, monkeypatch):
+    monkeypatch.setattr(user[0].Bottleneck, "switches", ("shift",), raising=False)
+    monkeypatch.setattr(user[0].Bottleneck, "shift", 0, raising=False)
+    model = tiny_model(tiny_config("llava_next", **copy.deepcopy(SLOTS["adapter"])))
+    with pytest.raises(ValueError, match="'shift'"):  # a switch that is no option
+        set_options(model, {"connector.adapter.shift": 1})
+    monkeypatch.setattr(user[0].Bottleneck, "switches", ("rank",))
+    monkeypatch.setattr(user[0].Bottleneck, "rank", 8, raising=False)
+    set_options(model, {"connector.adapter.rank": 4})
+    assert model.model.connector.adapter.rank == 4 == model.config.connector_config.adapter["rank"]
+
+
+HEAD = "from hires_lmm.modeling.bases_hires_lmm import HiResLmmTokenOp\n"
+CLASS = "class Mine(HiResLmmTokenOp):\n    def forward(self, tokens, question):\n        return tokens, question\n"
+FILES = {  # what stands in the file -> what the refusal says
+    "import hires_lmm\n": r"line 1 of (\w+)\.py has `import hires_lmm`; write `from hires_lmm\.modeling\.file import",
+    "import hires_lmm.modeling.bases_hires_lmm as b\n": "`import hires_lmm.modeling.bases_hires_lmm as b`; write",
+    "from hires_lmm import HiResLmmConfig\n": "`from hires_lmm import HiResLmmConfig`; write",
+    "from hires_lmm.modeling import bases_hires_lmm\n": "`from hires_lmm.modeling import bases_hires_lmm`; write",
+    "def f():\n    from hires_lmm.training import Stage\n": "line 2 of .*from hires_lmm.training import Stage",
+    "x = 1; from hires_lmm.modeling.geometry_hires_lmm import Kind\n": "on a line of its own",
+    "import helper_of_test\n": "`import helper_of_test`; write `from file import name`",
+    '"""\nfrom .nowhere import x\n"""\n': r"a line `from \.nowhere import`, but there is no nowhere\.py",
+}
+
+
+def write_module(folder: Path, name: str, text: str, monkeypatch):
+    """A module of the user's that is imported for the time of a test."""
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}.py").write_text(text, encoding="utf-8")
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    module = importlib.import_module(name)
+    monkeypatch.setitem(sys.modules, name, module)  # taken out again afterwards
+    return module
+
+
+def config_of(*parts) -> HiResLmmConfig:
+    return tiny_config("llava_next", connector_config={"token_ops": [{"part": part} for part in parts]})
+
+
+@pytest.mark.parametrize("line", FILES)
+def test_a_file_that_could_not_be_read_elsewhere_is_refused(tmp_path, monkeypatch, line):
+    write_module(tmp_path / "user", "helper_of_test", "", monkeypatch)
+    module = write_module(tmp_path / "user", "mine_of_test", line + HEAD + CLASS, monkeypatch)
+    with pytest.raises(ValueError, match=r"The part mine_of_test\.Mine cannot be saved") as caught:
+        config_of(module.Mine).save_pretrained(tmp_path / "new")
+    assert caught.match(FILES[line]) and not (tmp_path / "new").exists()
+
+
+def test_files_beside_the_part_come_along(tmp_path, monkeypatch):
+    helper = "from hires_lmm.modeling.geometry_hires_lmm import Kind\n\nCROP = Kind.CROP\n"
+    write_module(tmp_path / "user", "helper_of_test", helper, monkeypatch)
+    line = "from helper_of_test import CROP\n"
+    module = write_module(tmp_path / "user", "mine_of_test", line + HEAD + CLASS, monkeypatch)
+    config_of("mine_of_test.Mine").save_pretrained(tmp_path / "new")
+    assert (tmp_path / "new" / "mine_of_test.py").read_text() == (
+        "from .helper_of_test import CROP\nfrom .bases_hires_lmm import HiResLmmTokenOp\n" + CLASS
+    )
+    assert (tmp_path / "new" / "helper_of_test.py").read_text().startswith("from .geometry_hires_lmm import Kind\n")
+    assert (tmp_path / "new" / "geometry_hires_lmm.py").is_file() and module.CROP == 1
+
+
+def test_two_files_of_one_name_are_refused(tmp_path, monkeypatch):
+    first = write_module(tmp_path / "a", "mine_of_test", HEAD + CLASS, monkeypatch).Mine
+    second = write_module(tmp_path / "b", "mine_of_test", HEAD + CLASS.replace("Mine", "Other"), monkeypatch).Other
+    monkeypatch.setitem(sys.modules, "first.mine_of_test", sys.modules["mine_of_test"])
+    monkeypatch.setattr(first, "__module__", "a.mine_of_test")
+    monkeypatch.setitem(sys.modules, "a.mine_of_test", type(sys)("a.mine_of_test"))
+    sys.modules["a.mine_of_test"].__file__ = str(tmp_path / "a" / "mine_of_test.py")
+    with pytest.raises(ValueError, match=r"two different files would be saved as mine_of_test\.py; rename one"):
+        config_of(first, second).save_pretrained(tmp_path / "new")
+
+
+BAD_SETTINGS = {  # a token op -> what the refusal says
+    "my_parts.AveragePool": r"The part my_parts\.AveragePool does not fit here: derive it from HiResLmmTokenOp",
+    "my_parts.Strips": r"The part my_parts\.Strips does not fit here",
+    "owner/name--my_parts.MarkCrops": "names no part of your own: give the class, or the name of its file and class",
+    "a.b.my_parts.MarkCrops": "names no part of your own",
+    "../my_parts.MarkCrops": "names no part of your own",
+    "routers_hires_lmm.HiResLmmRouter": "does not end in _hires_lmm",
+    "mark_crops": "names the unknown part 'mark_crops'; known parts of this slot: router, fusion, or a class of your",
+    torch.nn.Linear: r"linear\.Linear is no part: derive it from",
+    3: "names the unknown part 3",
+}
+
+
+@pytest.mark.parametrize("part", BAD_SETTINGS)
+def test_what_is_no_part_of_the_slot_is_refused_when_the_configuration_is_made(user, part):
+    with pytest.raises(ValueError, match=BAD_SETTINGS[part]):
+        config_of(part)
+
+
+def test_a_name_that_is_nowhere_is_refused_when_it_is_asked_for(tmp_path):
+    config = config_of("no_such_file.Part")  # its folder may bring it
+    for ask in (config.token_layout, config.load_parts, lambda: tiny_model(config), lambda: tiny_processor(config)):
+        with pytest.raises(ValueError, match=r"The part no_such_file\.Part is no part of hires_lmm"):
+            ask()
+    with pytest.raises(ValueError, match=r"no_such_file\.Part"):
+        config.save_pretrained(tmp_path / "new")
+    for source, words in ((tmp_path, "There is no such file"), (None, "import no_such_file first")):
+        with pytest.raises(ValueError, match=words):
+            config.load_parts(trust_remote_code=True, source=source)
+    (tmp_path / "no_such_file.py").write_text("x = 1\n")
+    with pytest.raises(ValueError, match=r"The part no_such_file\.Part cannot be read from .* correct the file"):
+        config.load_parts(trust_remote_code=True, source=tmp_path)
+    config.save_pretrained(tmp_path)  # where its file is
+    for planner in ("no_such_file.Part", {"name": "no_such_file.Part"}):
+        with pytest.raises(ValueError, match=r"The part no_such_file\.Part is no part of hires_lmm"):
+            HiResLmmImageProcessor(planner=planner)
+
+
+def test_a_processor_saved_alone_carries_its_planner(user, tmp_path):
+    config = tiny_config("llava_next", **copy.deepcopy(SLOTS["planner"]))
+    processor = tiny_processor(config)
+    assert processor.image_processor.image_tokens(100, 180, planner=user[0].Strips) != processor.image_tokens(100, 180)
+    for name, thing in {"whole": processor, "images": processor.image_processor}.items():
+        thing.save_pretrained(tmp_path / name)
+        assert "from .planners_hires_lmm import" in (tmp_path / name / "my_parts.py").read_text()
+        again = HiResLmmImageProcessor.from_pretrained(tmp_path / name, trust_remote_code=True)
+        assert again.image_tokens(100, 180) == processor.image_tokens(100, 180)
+        assert type(again.planner["name"].part) is type and again.planner["name"].part is not user[0].Strips
+
+
+@pytest.mark.parametrize("push", ["push_to_hub", "save_pretrained"])
+def test_push_to_hub_sends_what_is_saved(user, hub, tmp_path, push):
+    config = tiny_config("llava_next", **copy.deepcopy(ALL))
+    processor = tiny_processor(config)
+    for number, thing in enumerate((tiny_model(config), config, processor, processor.image_processor)):
+        if push == "push_to_hub":
+            thing.push_to_hub("someone/tiny")
+        else:
+            thing.save_pretrained(str(tmp_path / str(number)), push_to_hub=True, repo_id="someone/tiny")
+        assert (hub / "my_parts.py").read_text().count("from .") == 3
+        shutil.rmtree(hub)
+        hub.mkdir()
