@@ -188,15 +188,13 @@ def test_a_class_of_a_notebook_works_and_is_refused_before_anything_is_written(u
 
 
 def test_set_options_reaches_an_own_part(user, monkeypatch):
-    monkeypatch.setattr(user[0].Bottleneck, "switches", ("shift",), raising=False)
-    monkeypatch.setattr(user[0].Bottleneck, "shift", 0, raising=False)
-    model = tiny_model(tiny_config("llava_next", **copy.deepcopy(SLOTS["adapter"])))
-    with pytest.raises(ValueError, match="'shift'"):  # a switch that is no option
-        set_options(model, {"connector.adapter.shift": 1})
-    monkeypatch.setattr(user[0].Bottleneck, "switches", ("rank",))
+    monkeypatch.setattr(user[0].Bottleneck, "switches", ("rank",), raising=False)
     monkeypatch.setattr(user[0].Bottleneck, "rank", 8, raising=False)
+    model = tiny_model(tiny_config("llava_next", **copy.deepcopy(SLOTS["adapter"])))
     set_options(model, {"connector.adapter.rank": 4})
     assert model.model.connector.adapter.rank == 4 == model.config.connector_config.adapter["rank"]
+    with pytest.raises(ValueError, match="rank=0 must be at least 1"):
+        set_options(model, {"connector.adapter.rank": 0})
 
 
 HEAD = "from hires_lmm.modeling.bases_hires_lmm import HiResLmmTokenOp\n"
@@ -213,15 +211,21 @@ FILES = {  # what stands in the file -> what the refusal says
 }
 
 
-def write_module(folder: Path, name: str, text: str, monkeypatch):
-    """A module of the user's that is imported for the time of a test."""
-    folder.mkdir(exist_ok=True)
-    (folder / f"{name}.py").write_text(text, encoding="utf-8")
-    monkeypatch.syspath_prepend(folder)
-    monkeypatch.delitem(sys.modules, name, raising=False)
-    module = importlib.import_module(name)
-    monkeypatch.setitem(sys.modules, name, module)  # taken out again afterwards
-    return module
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    """Writes modules of a user's and imports them for the time of a test."""
+    monkeypatch.syspath_prepend(tmp_path / "user")
+
+    def write_module(name: str, text: str):
+        file = tmp_path / "user" / f"{name.replace('.', '/')}.py"
+        file.parent.mkdir(exist_ok=True, parents=True)
+        file.write_text(text, encoding="utf-8")
+        importlib.invalidate_caches()
+        monkeypatch.setitem(sys.modules, name, None)  # what is there afterwards is taken out again
+        del sys.modules[name]
+        return importlib.import_module(name)
+
+    return write_module
 
 
 def config_of(*parts) -> HiResLmmConfig:
@@ -229,36 +233,34 @@ def config_of(*parts) -> HiResLmmConfig:
 
 
 @pytest.mark.parametrize("line", FILES)
-def test_a_file_that_could_not_be_read_elsewhere_is_refused(tmp_path, monkeypatch, line):
-    write_module(tmp_path / "user", "helper_of_test", "", monkeypatch)
-    module = write_module(tmp_path / "user", "mine_of_test", line + HEAD + CLASS, monkeypatch)
+def test_a_file_that_could_not_be_read_elsewhere_is_refused(tmp_path, write, line):
+    write("helper_of_test", "")
+    module = write("mine_of_test", line + HEAD + CLASS)
     with pytest.raises(ValueError, match=r"The part mine_of_test\.Mine cannot be saved") as caught:
         config_of(module.Mine).save_pretrained(tmp_path / "new")
     assert caught.match(FILES[line]) and not (tmp_path / "new").exists()
 
 
-def test_files_beside_the_part_come_along(tmp_path, monkeypatch):
-    helper = "from hires_lmm.modeling.geometry_hires_lmm import Kind\n\nCROP = Kind.CROP\n"
-    write_module(tmp_path / "user", "helper_of_test", helper, monkeypatch)
-    line = "from helper_of_test import CROP\n"
-    module = write_module(tmp_path / "user", "mine_of_test", line + HEAD + CLASS, monkeypatch)
-    config_of("mine_of_test.Mine").save_pretrained(tmp_path / "new")
+@pytest.mark.parametrize("package", ["", "package_of_test."])
+def test_files_beside_the_part_come_along(tmp_path, write, package):
+    write(f"{package}helper_of_test", "from hires_lmm.modeling.geometry_hires_lmm import Kind\n")
+    write(f"{package}mine_of_test", f"from {package}helper_of_test import Kind\n{HEAD}{CLASS}")
+    config_of(f"{package}mine_of_test.Mine").save_pretrained(tmp_path / "new")
     assert (tmp_path / "new" / "mine_of_test.py").read_text() == (
-        "from .helper_of_test import CROP\nfrom .bases_hires_lmm import HiResLmmTokenOp\n" + CLASS
+        "from .helper_of_test import Kind\nfrom .bases_hires_lmm import HiResLmmTokenOp\n" + CLASS
     )
-    assert (tmp_path / "new" / "helper_of_test.py").read_text().startswith("from .geometry_hires_lmm import Kind\n")
-    assert (tmp_path / "new" / "geometry_hires_lmm.py").is_file() and module.CROP == 1
+    assert (tmp_path / "new" / "helper_of_test.py").read_text() == "from .geometry_hires_lmm import Kind\n"
+    assert (tmp_path / "new" / "geometry_hires_lmm.py").is_file()
 
 
-def test_two_files_of_one_name_are_refused(tmp_path, monkeypatch):
-    first = write_module(tmp_path / "a", "mine_of_test", HEAD + CLASS, monkeypatch).Mine
-    second = write_module(tmp_path / "b", "mine_of_test", HEAD + CLASS.replace("Mine", "Other"), monkeypatch).Other
-    monkeypatch.setitem(sys.modules, "first.mine_of_test", sys.modules["mine_of_test"])
-    monkeypatch.setattr(first, "__module__", "a.mine_of_test")
-    monkeypatch.setitem(sys.modules, "a.mine_of_test", type(sys)("a.mine_of_test"))
-    sys.modules["a.mine_of_test"].__file__ = str(tmp_path / "a" / "mine_of_test.py")
+def test_two_files_of_one_name_are_refused(tmp_path, write):
+    parts = [
+        write(f"{folder}.mine_of_test", f"# {folder}\n{HEAD}{CLASS}").Mine for folder in ("a_of_test", "b_of_test")
+    ]
     with pytest.raises(ValueError, match=r"two different files would be saved as mine_of_test\.py; rename one"):
-        config_of(first, second).save_pretrained(tmp_path / "new")
+        config_of(*parts).save_pretrained(tmp_path / "new")
+    with pytest.raises(ValueError, match=r"mine_of_test\.Mine is no part of hires_lmm"):  # which of the two?
+        config_of("mine_of_test.Mine").load_parts()
 
 
 BAD_SETTINGS = {  # a token op -> what the refusal says

@@ -112,7 +112,7 @@ def find_imported(name: str) -> Any:
     """The part of that name in a module that the user has imported; nothing is imported here."""
     file, _, class_name = name.rpartition(".")
     modules = [sys.modules[file]] if file in sys.modules else _modules_named(file)
-    found = {part for module in modules if _is_part(part := vars(module).get(class_name))}
+    found = {part for module in modules if _is_part(part := getattr(module, "__dict__", {}).get(class_name))}
     return found.pop() if len(found) == 1 else None
 
 
