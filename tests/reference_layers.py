@@ -81,7 +81,9 @@ def keep_share(layers, share=0.5, number=None):
         ranked = sorted(candidates, key=lambda position: -scores[position])
         if 0 < kept < len(ranked):
             gap = scores[ranked[kept - 1]] - scores[ranked[kept]]
-            assert gap > 1e-6 or not scores[ranked[kept]], f"a gap of {gap} between kept and dropped: take another seed"
+            assert gap > 1e-6 or not scores[ranked[kept]], (
+                f"a gap of {gap} between kept and dropped: take another seed"
+            )
         return ranked[kept:]
 
     return leave

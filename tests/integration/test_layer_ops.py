@@ -1,10 +1,14 @@
 """Tokens that leave the language model behind a layer: in every mode equal to a reference that masks them."""
 
+import copy
 import functools
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
 
 import reference_generation as reference
 from builders import (
@@ -19,7 +23,11 @@ from builders import (
     tiny_processor,
     tiny_text_config,
 )
-from hires_lmm.modeling.compat_hires_lmm import CACHE
+from hires_lmm.modeling.bases_hires_lmm import HiResLmmLayerOp
+from hires_lmm.modeling.compat_hires_lmm import CACHE, layers_of
+from hires_lmm.modeling.inputs_hires_lmm import ImageInputs
+from hires_lmm.modeling.parts_hires_lmm import LAYER_OPS
+from hires_lmm.modeling.towers_hires_lmm import run_towers
 from reference_layers import keep_share, masked_model
 
 
@@ -49,8 +57,7 @@ def build(name, attention="sdpa", threshold=False, seed=0):
     connector |= {"token_ops": THRESHOLD} if threshold else {}
     config = tiny_config("llava_next", "clip", tiny_text_config(family, **changes), connector_config=connector)
     model = tiny_model(config, seed)
-    if attention == "eager" or family != "gemma2":
-        model.set_attn_implementation({"text_config": attention})
+    model.set_attn_implementation({"text_config": "eager" if family == "gemma2" else attention})
     model.generation_config.suppress_tokens = [config.image_token_id]
     return model, tiny_processor(config)
 
@@ -228,10 +235,347 @@ def test_chunked_prefill_is_refused_by_name():
 def test_later_layers_cache_what_stayed():
     model, processor = build("llama")
     out = model(**make_batch(processor, [ROWS[0]]), use_cache=True)
-    text, visual = out.logits.shape[1] - 40, 40
-    assert (model.get_submodule("model.connector.layer_ops.0").layers) == (0, 2)
     lengths = [layer.get_seq_length() for layer in out[CACHE].layers]
     image_tokens = int((make_batch(processor, [ROWS[0]])["input_ids"] == model.config.image_token_id).sum())
     rest = lengths[0] - image_tokens
     first = int(0.4 * image_tokens + 0.5)
     assert lengths == [rest + image_tokens, rest + first, rest + first, rest + int(0.4 * first + 0.5)]
+
+
+@all_models
+@torch.no_grad()
+def test_hidden_states_keep_their_length_and_the_result_its_values(name):
+    """Whoever asks for all states gets masks in place of removal, on the same cache too."""
+    model, processor = build(name)
+    batch = make_batch(processor, ROWS, padding_side="left")
+    packed, shown = model(**batch, use_cache=True), model(**batch, use_cache=True, output_hidden_states=True)
+    real = batch["attention_mask"].bool()
+    torch.testing.assert_close(packed.logits[real], shown.logits[real], atol=1e-4, rtol=0)
+    assert {states.shape[1] for states in shown.hidden_states} == {real.shape[1]}
+    token, mask = packed.logits[:, -1:].argmax(-1), torch.cat([real, real[:, :1] | True], 1).long()
+    steps = [
+        model(input_ids=token, attention_mask=mask, **{CACHE: out[CACHE]}, output_hidden_states=flag).logits
+        for out, flag in ((packed, True), (shown, False))
+    ]
+    torch.testing.assert_close(*steps, atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_features_given_back_and_the_token_map_of_generate():
+    model, processor = build("llama")
+    batch = make_batch(processor, [ROWS[2]])
+    features = model.get_image_features(**geometry_of(batch))
+    text = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "return_dict_in_generate": True}
+    for _ in range(2):
+        out = model.generate(**text, mm_encoder_outputs={"image": features}, output_token_map=True, **options)
+        assert out.sequences[0, batch["input_ids"].shape[1] :].tolist() == greedy("llama", 2)
+    stand_in, embeds = expectation("llama", 2)
+    stand_in.model.language_model(embeds)
+    left = stand_in.model.language_model.left_at
+    visual = [
+        place for place, token in enumerate(batch["input_ids"][0].tolist()) if token == model.config.image_token_id
+    ]
+    assert out.token_map.left_at.tolist() == [left.get(place, -1) for place in visual]
+    assert set(left.values()) == {0, 2}
+    bare = model.generate(
+        **text, mm_encoder_outputs={"image": SimpleNamespace(pooler_output=features.pooler_output)}, **options
+    )
+    assert bare.sequences.tolist() == out.sequences.tolist()
+
+
+@torch.no_grad()
+def test_a_cache_is_not_cropped_to_before_what_left_and_its_rows_repeat():
+    model, processor = build("llama")
+    batch = make_batch(processor, [ROWS[0]])
+    out = model(**batch, use_cache=True)
+    token = out.logits[:, -1:].argmax(-1)
+    cropped = copy.deepcopy(out[CACHE])
+    cropped.crop(-1)
+    with pytest.raises(ValueError, match="crop it to no less than 67"):
+        model(input_ids=token, **{CACHE: cropped})
+    repeated = copy.deepcopy(out[CACHE])
+    repeated.batch_repeat_interleave(2)
+    logits = model(input_ids=token.expand(2, -1), **{CACHE: repeated}).logits
+    torch.testing.assert_close(logits[1:], model(input_ids=token, **{CACHE: out[CACHE]}).logits)
+
+
+def test_copies_reloads_and_threads_share_nothing(tmp_path):
+    """What is known of a call travels with it: no hook holds another model's parts."""
+    model, processor = build("llama")
+    twin = randomise(copy.deepcopy(model), 5)
+    batches = [make_batch(processor, [ROWS[row]]) for row in (0, 2)]
+    options = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
+    other = twin.generate(**batches[0], **options)[0, batches[0]["input_ids"].shape[1] :].tolist()
+    with ThreadPoolExecutor(2) as pool:
+        texts = list(pool.map(lambda batch: model.generate(**batch, **options), batches * 3))
+    for number, batch in enumerate(batches * 3):
+        assert texts[number][0, batch["input_ids"].shape[1] :].tolist() == greedy("llama", (0, 2)[number % 2])
+    assert other != greedy("llama", 0)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path).eval()
+    assert again.config.connector_config.layer_ops == [{"part": "keep_after", "layers": [0, 2], "share": 0.4}]
+    torch.testing.assert_close(again(**batches[0]).logits, model(**batches[0]).logits)
+
+
+@pytest.mark.parametrize(
+    "spec, message",
+    [
+        ({"layers": 2}, "layers of language_model from 0 to 1"),
+        ({"layers": []}, "layers of language_model from 0 to 1"),
+        ({"share": 1.5}, "between 0 and 1"),
+        ({"shares": 0.5}, "'shares'"),
+        ({"of": "vision_tower"}, "works in the language model"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(spec, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_config(connector_config={"layer_ops": [{"part": "keep_after", **spec}]})
+
+
+def test_attention_that_cannot_be_masked_is_refused_by_name(monkeypatch):
+    model, processor = build("llama", seed=3)
+    for interface in (AttentionInterface, AttentionMaskInterface):
+        monkeypatch.setitem(interface._global_mapping, "other", interface._global_mapping["sdpa"])
+    monkeypatch.setattr(model.config.text_config, "_attn_implementation_internal", "other")
+    with pytest.raises(ValueError, match="this model has 'other'"):
+        model.model(**make_batch(processor, ROWS[:2]))
+    text = tiny_text_config("llama", layer_types=["full_attention", "chunked_attention"])
+    config = tiny_config(text=text, connector_config={"layer_ops": [{"part": "keep_after", "layers": 0}]})
+    with pytest.raises(ValueError, match="layer 1 has chunked_attention"):
+        tiny_model(config)
+
+
+# --- training ------------------------------------------------------------------------------------------------------
+def learned(name, rows=(0, 2)):
+    """A batch with labels on the words behind each prompt, and what it gives without cache, padding and driver."""
+    model, processor = build(name)
+    answers = [" A red boat.", " Two cats on it."]
+    batch = make_batch(
+        processor, [(ROWS[row][0] + answer, ROWS[row][1]) for row, answer in zip(rows, answers, strict=True)]
+    )
+    labels, logits, stand_ins = torch.full_like(batch["input_ids"], -100), [], []
+    for place, (row, answer) in enumerate(zip(rows, answers, strict=True)):
+        ids = torch.tensor(processor.tokenizer(answer, add_special_tokens=False).input_ids)
+        end = int(batch["attention_mask"][place].nonzero().max()) + 1
+        labels[place, end - len(ids) : end] = ids
+        stand_in, embeds = expectation(name, row)
+        words = stand_in.model.language_model.get_input_embeddings()(ids)[None]
+        hidden = stand_in.model.language_model(torch.cat([embeds, words], 1)).last_hidden_state
+        logits.append(model.lm_head(hidden)[0, -len(ids) - 1 : -1])
+        stand_ins.append(stand_in.model.language_model.plain)
+    loss = nn.functional.cross_entropy(torch.cat(logits), labels[labels != -100])
+    loss.backward()
+    gradients = {
+        key: sum(own.get_parameter(key).grad for own in stand_ins)
+        for key, _ in stand_ins[0].named_parameters()
+        if "embed" not in key
+    }
+    return model, {**batch, "labels": labels}, loss.detach(), gradients
+
+
+@pytest.mark.parametrize("name", ["llama", "mixed"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("prompt_mask", [False, True])
+def test_loss_and_gradients_are_those_of_masking(name, checkpointing, prompt_mask):
+    """Also with two passes before one step back, as preference losses do; answers choose nothing."""
+    model, batch, loss, gradients = learned(name)
+    labels = batch["labels"]
+    if prompt_mask:
+        batch = {**batch, "prompt_mask": (labels == -100) & batch["attention_mask"].bool()}
+    model.zero_grad()
+    model.train()
+    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # renamed in 5.23
+    if checkpointing:
+        getattr(model, f"{kind}_checkpointing_enable")()
+    try:
+        if prompt_mask:  # nobody but the head sees the labels, as in trainers that have a loss of their own
+            hidden = [
+                model.model(**{key: value for key, value in batch.items() if key != "labels"}).last_hidden_state
+                for _ in range(2)
+            ]
+            losses = [
+                nn.functional.cross_entropy(model.lm_head(part[:, :-1]).flatten(0, 1), labels[:, 1:].flatten())
+                for part in hidden
+            ]
+        else:
+            losses = [model(**batch).loss for _ in range(2)]
+        (sum(losses) / 2).backward()
+    finally:
+        model.eval()
+        getattr(model, f"{kind}_checkpointing_disable")()
+    torch.testing.assert_close(losses[1].detach(), loss, atol=1e-5, rtol=0)
+    for key, wanted in gradients.items():
+        torch.testing.assert_close(model.model.language_model.get_parameter(key).grad, wanted, atol=1e-5, rtol=1e-3)
+    model.zero_grad()
+
+
+# --- other ops -----------------------------------------------------------------------------------------------------
+class Exit(HiResLmmLayerOp):
+    """All visual tokens of a row leave behind the first layer whose gate says so: DyVTE in small."""
+
+    def __init__(self, context, options):
+        super().__init__(context, options)
+        self.gates = nn.ModuleDict({str(layer): nn.Linear(2 * context.width, 2) for layer in context.layers})
+
+    def forward(self, layer, hidden, call):
+        if not call.is_prefill:
+            return hidden, None
+        places = torch.arange(hidden.shape[1])
+        behind = (
+            call.text & (call.visual.cumsum(1) == call.visual.sum(1, keepdim=True)) & (places < call.last[:, None])
+        )
+        mean = (hidden * behind[..., None]).sum(1) / behind.sum(1, keepdim=True).clamp(min=1)
+        logits = self.gates[str(layer)](torch.cat([mean, hidden[range(len(hidden)), call.last]], dim=-1))
+        call.aux[f"exit/{layer}"] = logits
+        return hidden, ~(call.visual & (logits[:, 1] > logits[:, 0])[:, None])
+
+
+@torch.no_grad()
+def test_an_exit_at_the_layer_that_a_gate_chooses_is_one_class_and_one_line(monkeypatch):
+    monkeypatch.setitem(LAYER_OPS, "exit", Exit)
+    text = tiny_text_config("llama", **DEEP)
+    config = tiny_config("llava_next", text=text, connector_config={"layer_ops": [{"part": "exit"}]})
+    model, processor = tiny_model(config, 1), tiny_processor(config)
+    gates = model.model.connector.layer_ops[0].gates
+
+    def leave(layer, candidates, weights, states, last):
+        mean = states[candidates[-1] + 1 : last].mean(0)
+        logits = gates[str(layer)](torch.cat([mean, states[last]]))
+        return candidates if logits[1] > logits[0] else []
+
+    batch, left_at = make_batch(processor, [ROWS[0], ROWS[2]], padding_side="left"), []
+    got = model.generate(**batch, max_new_tokens=NEW_TOKENS, do_sample=False)[
+        :, batch["input_ids"].shape[1] :
+    ].tolist()
+    out = model(**batch, output_token_map=True)
+    assert [out.aux[f"exit/{layer}"].shape for layer in range(4)] == [(2, 2)] * 4
+    for row, (prompt, images) in enumerate([ROWS[0], ROWS[2]]):
+        lengths = [len(tokens) for tokens in reference.full_visual_tokens(model, processor, images)[0]]
+        embeds = reference.prompt_embeds(model, processor, prompt, images, select=select_all)
+        stand_in = masked_model(model, leave, prompts_of([spans(processor, prompt, lengths)]))
+        assert got[row] == reference.greedy(stand_in, embeds, NEW_TOKENS)
+        stand_in.model.language_model(embeds)
+        layers = set(stand_in.model.language_model.left_at.values()) or {-1}
+        assert layers == set(
+            out.token_map.left_at[torch.isin(out.token_map.image, torch.tensor([[0], [1, 2]][row]))].tolist()
+        )
+        left_at += layers
+    assert len(set(left_at)) == 2, "rows leave at one layer: take another seed"
+
+
+class Soft(HiResLmmLayerOp):
+    """In training, visual tokens are weighed by a learned threshold on their attention; else it is hard."""
+
+    reads_attention = True
+
+    def __init__(self, context, options):
+        super().__init__(context, options)
+        self.threshold = nn.Parameter(torch.full((), 0.02))
+
+    def init_weights(self):
+        nn.init.constant_(self.threshold, 0.02)
+
+    def forward(self, layer, hidden, call):
+        if not call.is_prefill:
+            return hidden, None
+        margin = call.attention.weights(call.last[:, None])[:, :, 0].mean(1) - self.threshold
+        return hidden, torch.sigmoid(50 * margin) if call.training else margin > 0
+
+
+def test_a_soft_mask_weighs_keys_in_training_and_its_threshold_learns(monkeypatch):
+    monkeypatch.setitem(LAYER_OPS, "soft", Soft)
+    text = tiny_text_config("llama", **DEEP)
+    config = tiny_config("llava_next", text=text, connector_config={"layer_ops": [{"part": "soft", "layers": 0}]})
+    model, processor = tiny_model(config), tiny_processor(config)
+    op = model.model.connector.layer_ops[0]
+    nn.init.constant_(op.threshold, 0.02)
+    batch = make_batch(processor, [ROWS[0]])
+    visual = batch["input_ids"][0] == config.image_token_id
+    stand_in, embeds = (
+        masked_model(model, lambda *_: [], []),
+        reference.prompt_embeds(model, processor, *ROWS[0], select=select_all),
+    )
+    plain, found = stand_in.model.language_model, []
+
+    def leave(layer, candidates, weights, states, last):
+        if layer == 0:
+            soft = torch.where(visual, torch.sigmoid(50 * (weights[:, last].mean(0) - 0.02)), 1.0)
+            found.append(soft.log())
+        return []
+
+    def weigh(args, kwargs):
+        return args, {**kwargs, "attention_mask": kwargs["attention_mask"] + found[-1]}
+
+    plain.leave, plain.prompts = leave, prompts_of([[(True, len(visual))]])
+    for layer in plain.plain.layers[1:]:
+        layer.register_forward_pre_hook(lambda module, args, kwargs: weigh(args, kwargs), with_kwargs=True)
+    with torch.no_grad():
+        wanted = reference.run_logits(stand_in, embeds)[~visual]
+    model.train()
+    logits = model(**batch).logits[0][~visual]
+    torch.testing.assert_close(logits, wanted, atol=1e-4, rtol=0)
+    logits.square().sum().backward()
+    assert op.threshold.grad.abs() > 1e-3
+
+
+# --- in the tower --------------------------------------------------------------------------------------------------
+class Spread(HiResLmmLayerOp):
+    """Adds to every patch of an image the mean over all its views, from the first row of views on."""
+
+    def __init__(self, context, options):
+        super().__init__(context, options)
+        self.gate = nn.Linear(context.width, context.width)
+        self.seen = []
+
+    def forward(self, layer, hidden, call):
+        self.seen.append([len(image.views) for image in call.images])
+        patches, parts = hidden[:, call.prefix :], []
+        for image in call.images:
+            own = patches[image.first_view : image.first_view + len(image.views)]
+            parts.append(own + self.gate(own.mean(dim=(0, 1))))
+        return torch.cat([hidden[:, : call.prefix], torch.cat(parts)], dim=1), None
+
+
+@pytest.mark.parametrize("vision", ["clip", "siglip"])
+@torch.no_grad()
+def test_an_op_of_the_tower_sees_whole_images(monkeypatch, vision):
+    monkeypatch.setitem(LAYER_OPS, "spread", Spread)
+    spec = {"part": "spread", "of": "vision_tower", "layers": [0]}
+    config = tiny_config("llava_next", vision, connector_config={"layer_ops": [spec]})
+    model, processor = tiny_model(config), tiny_processor(config)
+    batch = make_batch(processor, ROWS)
+    whole = model(**batch).logits
+    op = model.model.connector.layer_ops[0]
+    counts = [len(image.views) for image in model.model.read_images(batch["view_positions"], batch["view_spans"])]
+    assert op.seen == [counts] and max(counts) > 2
+    op.seen.clear()
+    model.config.vision_chunk_size = 2
+    torch.testing.assert_close(model(**batch).logits, whole)
+    assert op.seen == [[count] for count in counts]
+
+    tower, pixels = model.model.vision_tower, batch["pixel_values"]
+    layers, start, rows = [], 0, []
+    handle = layers_of(tower)[0].register_forward_hook(lambda module, args, output: layers.append(output))
+    tower(pixels)
+    handle.remove()
+    prefix = layers[0].shape[1] - 16
+    for count in counts:
+        own = layers[0][start : start + count]
+        rows.append(torch.cat([own[:, :prefix], own[:, prefix:] + op.gate(own[:, prefix:].mean(dim=(0, 1)))], 1))
+        start += count
+    handle = layers_of(tower)[0].register_forward_hook(lambda module, args, output: torch.cat(rows))
+    wanted = tower(pixels, output_hidden_states=True).hidden_states[-2][:, prefix:]
+    handle.remove()
+    seen = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-2][:, prefix:]
+    assert (seen - wanted).abs().max() > 1e-2
+    features, _ = run_towers(
+        model.model,
+        ImageInputs(pixels, model.model.read_images(batch["view_positions"], batch["view_spans"]), {}, False, None),
+    )
+    got = torch.empty_like(wanted)
+    for group in features:
+        got[list(group.rows)] = group.features
+    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="whole images"):
+        model.model.encode_pixels(pixels)

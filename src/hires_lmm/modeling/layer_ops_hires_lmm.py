@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from transformers import AttentionInterface
 
-from .bases_hires_lmm import LayerCall
-from .carriers_hires_lmm import VisualTokens
+from .bases_hires_lmm import LayerCall, TowerCall
+from .carriers_hires_lmm import ImageGeometry, VisualTokens
 from .compat_hires_lmm import CACHE, attention_of, attention_window, layers_of
 from .connector_hires_lmm import drop
 from .conversation_hires_lmm import Conversation, Record
@@ -403,9 +403,7 @@ class LanguageCall:
         level = self.level(layer)
         for op in self.ops[layer]:
             call = self.view(layer, level)
-            hidden, keep = op(layer, hidden, call)
-            if self.training:  # every parameter gets a gradient on every process
-                hidden = hidden + sum(0.0 * part.reshape(-1)[0] for part in op.parameters() if part.requires_grad)
+            hidden, keep = run_op(op, layer, hidden, call)
             if keep is not None and self.record is not None:
                 hidden, level = self.narrow(layer, level, hidden, keep, call)
         self.levels[layer + 1] = level
@@ -472,6 +470,77 @@ class LanguageCall:
         return expand(hidden if level.is_packed else pack(hidden, level.plan), level.plan)
 
 
+@dataclass
+class TowerPass:
+    """One pass of whole images through the vision tower, for its layer ops.
+
+    Args:
+        ops (`list[HiResLmmLayerOp]`): All of the tower.
+        images (`list[ImageGeometry]`): The images, in the order of the views.
+        grid (`tuple[int, int]`): Patch rows and columns of a view.
+        training (`bool`): Whether the model is in training.
+    """
+
+    ops: list
+    images: list[ImageGeometry]
+    grid: tuple[int, int]
+    training: bool
+
+    def split(self, pixels: torch.Tensor, chunk_size: int | None) -> list[tuple[torch.Tensor, dict]]:
+        """Cut views `(V, 3, H, W)` between images: at most so many, but one image at least; each with its call."""
+        pieces: list[list[ImageGeometry]] = [[]]
+        for image in self.images:
+            count = sum(len(other.views) for other in [*pieces[-1], image])
+            if chunk_size is not None and pieces[-1] and count > chunk_size:
+                pieces.append([])
+            start = sum(len(other.views) for other in pieces[-1])
+            pieces[-1].append(replace(image, first_view=start))
+        lengths = [sum(len(image.views) for image in piece) for piece in pieces]
+        calls = [{LAYER_CALL: replace(self, images=piece)} for piece in pieces]
+        return list(zip(pixels.split(lengths), calls, strict=True))
+
+    def leave(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        """Behind a layer: run its ops."""
+        call = TowerCall(self.images, self.grid, hidden.shape[1] - self.grid[0] * self.grid[1], self.training)
+        for op in (op for op in self.ops if layer in op.layers):
+            hidden, keep = run_op(op, layer, hidden, call)
+            if keep is not None:
+                raise ValueError("No patch leaves the vision tower; a layer op of it returns None beside the states.")
+        return hidden
+
+
+def ops_of(model: Any, where: str) -> list:
+    """The layer ops of a `HiResLmmModel` that run in `language_model` or `vision_tower`."""
+    return [op for op in model.connector.layer_ops if op.options.of == where]
+
+
+def open_tower(model: Any, images: list[ImageGeometry], used: tuple[int, ...]) -> TowerPass | None:
+    """The call of the vision tower for its layer ops; None where it has none.
+
+    Args:
+        model (`HiResLmmModel`): The model.
+        images (`list[ImageGeometry]`): The images of the batch.
+        used (`tuple[int, ...]`): Rows of the views that pass the tower.
+    """
+    ops = ops_of(model, "vision_tower")
+    if not ops:
+        return None
+    rows = set(used)
+    seen = [
+        replace(image, views=tuple(view for row, view in enumerate(image.views, image.first_view) if row in rows))
+        for image in images
+    ]
+    return TowerPass(ops, [image for image in seen if image.views], model.config.patch_grid, model.training)
+
+
+def run_op(op: Any, layer: int, hidden: torch.Tensor, call: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Run an op; in training each of its parameters gets a gradient, on every process."""
+    hidden, keep = op(layer, hidden, call)
+    if call.training:
+        hidden = hidden + sum(0.0 * part.reshape(-1)[0] for part in op.parameters() if part.requires_grad)
+    return hidden, keep
+
+
 def enter_layer(layer: int, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
     """Hook before every layer of the language model."""
     call = kwargs.get(LAYER_CALL)
@@ -503,7 +572,11 @@ def install_layer_ops(model: Any) -> None:
     Raises:
         ValueError: If the language model has layers whose attention is not known.
     """
-    ops = [op for op in model.connector.layer_ops if op.options.of == "language_model"]
+    inside = ops_of(model, "vision_tower")
+    for number, layer in enumerate(layers_of(model.vision_tower) if inside else ()):
+        if any(number in op.layers for op in inside):
+            layer.register_forward_hook(partial(leave_layer, number), with_kwargs=True)
+    ops = ops_of(model, "language_model")
     if not ops:
         return
     config = model.config.text_config
@@ -559,7 +632,7 @@ def open_layers(model: Any, prompt: Any, cache: Any, options: dict) -> LanguageC
         cache (`Cache`, *optional*): Earlier positions.
         options (`dict`): What else the language model gets; the call is written into it.
     """
-    ops = [op for op in model.connector.layer_ops if op.options.of == "language_model"]
+    ops = ops_of(model, "language_model")
     if not ops:
         return None
     config, placed = model.language_model.config, prompt.placed
