@@ -304,6 +304,34 @@ class HiResLmmLayerOp(HiResLmmPart):
         raise NotImplementedError
 
 
+class HiResLmmHead(HiResLmmPart):
+    """Base of heads, which read the last hidden states at a token and have a loss of their own.
+
+    `Options` of a subclass extend these.
+    """
+
+    @strict
+    @dataclass
+    class Options:
+        """Options of every head.
+
+        Args:
+            token_id (`int`): Token whose hidden states it reads.
+            weight (`float`): Of its loss beside the language loss.
+        """
+
+        token_id: int
+        weight: float | int = 1.0
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Read hidden states `(N, D)`, one an occurrence of the token; N may be 0. Gives `(N, ...)`."""
+        raise NotImplementedError
+
+    def loss(self, output: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The loss of an output `(N, ...)` against the caller's labels `(N, ...)`: one number; N is at least 1."""
+        raise NotImplementedError
+
+
 def layers_behind(options: Any, depth: int) -> tuple[int, ...]:
     """The layers that a layer op names.
 

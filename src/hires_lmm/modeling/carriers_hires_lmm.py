@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from .conversation_hires_lmm import Conversation
 from .geometry_hires_lmm import MAIN_TOWER, Column, Kind, ViewShape, kinds_on
 
 
@@ -212,9 +213,7 @@ class VisualTokens:
         score (`str`, *optional*): Name of the score that decided `kept`.
         aux (`dict[str, torch.Tensor]`): Tensors for losses and logs, by name.
         plan (`TokenPlan`, *optional*): The plan they came from; not read once `kind` is another tensor.
-        memory (`list[ImageMemory]`, *optional*): What an operation keeps of each image for later calls on the same
-            features; shared by all copies of these tokens.
-        read (`list[tuple]`, *optional*): Memory and conversation of each image, as this call read them.
+        sources (`list[int]`, *optional*): Image of the caller that each one is, where images were chosen or repeated.
     """
 
     features: torch.Tensor
@@ -230,8 +229,7 @@ class VisualTokens:
     score: str | None = None
     aux: dict = field(default_factory=dict)
     plan: TokenPlan | None = None
-    memory: list | None = None
-    read: list | None = None
+    sources: list | None = None
 
     @property
     def num_images(self) -> int:
@@ -280,7 +278,7 @@ class VisualTokens:
             kind=gather(self.kind),
             kept=None if self.kept is None else gather(self.kept),
             scores={name: gather(score) for name, score in self.scores.items()},
-            memory=None if self.memory is None else [self.memory[index] for index in indices],
+            sources=[self.sources[index] if self.sources is not None else index for index in indices],
         )
 
     def boxes(self, view_boxes: torch.Tensor) -> np.ndarray:
@@ -319,11 +317,10 @@ class Question:
         image_turn (`torch.Tensor` of shape `(I,)`): Turn that holds each image.
         placeholder (`torch.Tensor` of shape `(B, S)`, *optional*): True at placeholders.
         next_turn (`torch.Tensor` of shape `(B, S)`, *optional*): Turn that is open or comes next.
-        continues (`bool`): Whether earlier positions of the conversation are in a cache and not shown.
         asked (`torch.Tensor` of shape `(B, turns, L)`, *optional*): Ids of the questions in another vocabulary; -1
             behind a question, -2 behind the last turn.
-        cache (`Cache`, *optional*): That cache.
-        earlier (`list[tuple]`, *optional*): The blocks of each image before those shown, where they are known.
+        conversation (`Conversation`, *optional*): What is remembered of the positions that a cache holds and the call
+            does not show; None where no later call can go on from this one.
     """
 
     embeds: torch.Tensor
@@ -333,10 +330,13 @@ class Question:
     image_turn: torch.Tensor
     placeholder: torch.Tensor | None = None
     next_turn: torch.Tensor | None = None
-    continues: bool = False
     asked: torch.Tensor | None = None
-    cache: Any = None
-    earlier: list | None = None
+    conversation: Conversation | None = None
+
+    @property
+    def continues(self) -> bool:
+        """Whether earlier positions of the conversation are in a cache and not shown."""
+        return self.conversation is not None and self.conversation.length > 0
 
     def image_mask(self) -> torch.Tensor:
         """True where a token belongs to the question of an image: `(I, S)`."""

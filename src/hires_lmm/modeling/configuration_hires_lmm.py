@@ -125,6 +125,8 @@ class HiResLmmConnectorConfig(PreTrainedConfig):
         map_ops (`list[dict]`, *optional*): Operations on adapted features of views.
         token_ops (`list[dict]`, *optional*): Operations on the token sequence.
         layer_ops (`list[dict]`, *optional*): Operations behind layers of the language model or the vision tower.
+        position_plan (`dict`, *optional*): Positions and mask of the language model; one after the other by default.
+        heads (`dict[str, dict]`, *optional*): By name, modules on the last hidden states at a token.
         layout (`dict`, *optional*): Order of views and separators, see `LayoutOptions`.
         initializer_range (`float`): Standard deviation of new linear weights.
 
@@ -141,6 +143,8 @@ class HiResLmmConnectorConfig(PreTrainedConfig):
     map_ops: list | None = None
     token_ops: list | None = None
     layer_ops: list | None = None
+    position_plan: dict | None = None
+    heads: dict | None = None
     layout: dict | None = None
     initializer_range: float | int = 0.02
 
@@ -150,11 +154,11 @@ class HiResLmmConnectorConfig(PreTrainedConfig):
             key for key in kwargs if not key.startswith("_") and key not in own and not hasattr(type(self), key)
         ]
         if unknown:
-            known = "view_ops, adapter, tower_adapters, map_ops, token_ops, layer_ops, layout, initializer_range"
+            known = ", ".join(type(self).__annotations__)
             raise ValueError(f"Unknown key {unknown[0]!r} in connector_config; known keys: {known}.")
         super().__post_init__(**kwargs)
         self.view_ops, self.map_ops, self.token_ops = self.view_ops or [], self.map_ops or [], self.token_ops or []
-        self.layer_ops = self.layer_ops or []
+        self.layer_ops, self.heads = self.layer_ops or [], self.heads or {}
         self.adapter = self.adapter if self.adapter is not None else {"part": "mlp"}
         self.tower_adapters, self.layout = self.tower_adapters or {}, self.layout or {}
         self.map_parts(as_name)
@@ -185,6 +189,8 @@ class HiResLmmConnectorConfig(PreTrainedConfig):
             self.token_ops or [],
             self.layout or {},
             self.layer_ops or [],
+            self.position_plan,
+            self.heads or {},
         )
 
 
@@ -227,6 +233,7 @@ class HiResLmmConfig(HiResLmmOwnPartsMixin, PreTrainedConfig):
         "kept_mask",
         "token_map",
         "aux",
+        "heads",
     ]
     sub_configs_defaults = {
         "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="clip_vision_model"),

@@ -9,7 +9,6 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .bases_hires_lmm import Needs, PartContext
-from .blocks_hires_lmm import ImageMemory
 from .carriers_hires_lmm import Question, ViewFeatures, ViewGroup, VisualTokens
 from .configuration_hires_lmm import HiResLmmConnectorConfig
 from .geometry_hires_lmm import MAIN_TOWER, Kind
@@ -51,6 +50,9 @@ class HiResLmmConnector(PreTrainedModel):
         steps = chain.of("token_ops")
         self.token_ops = nn.ModuleList(step.build() for step in steps)
         self.layer_ops = nn.ModuleList(step.build() for step in chain.of("layer_ops"))
+        self.position_plan = next((step.build() for step in chain.of("position_plan")), None)
+        heads = [step for step in chain.steps if step.slot.startswith("heads.")]
+        self.heads = nn.ModuleDict({step.slot.partition(".")[2]: step.build() for step in heads})
         self.budget_router = None
         if chain.consumer is None and chain.own is None:
             router = resolve_part("token_ops", BUDGET_ROUTER, "the budget router")
@@ -113,9 +115,7 @@ class HiResLmmConnector(PreTrainedModel):
             images = tuple((image.views, image.num_tokens) for image in views.images)
             views = replace(views, limits=view_limits(images, self.layout.spec))
         tokens = self.layout(self.adapt(views), embed)
-        if self.has_turns:
-            tokens.memory = [ImageMemory() for _ in tokens.lengths]
-        elif not self.makes_tokens:
+        if not self.has_turns and not self.makes_tokens:
             check_counts(tokens)
         for op in self.token_ops[: self.num_early_ops]:
             tokens, _ = op(tokens, None)
@@ -176,18 +176,6 @@ class HiResLmmConnector(PreTrainedModel):
         for op in self.token_ops[self.num_early_ops :]:
             tokens, question = op(tokens, question)
         return self._apply_budget(tokens), question
-
-    def read_blocks(self, question: Question) -> list[list[tuple]]:
-        """What a call asks of the operation that makes tokens turn by turn.
-
-        Args:
-            question (`Question`): The readable text and the placeholders.
-
-        Returns:
-            For each image its blocks of tokens, each with the position behind its placeholders.
-        """
-        maker: Any = next(op for op in self.token_ops if hasattr(op, "read_blocks"))
-        return maker.read_blocks(question)
 
     def _apply_budget(self, tokens: VisualTokens) -> VisualTokens:
         """Reduce images over their budget where no configured part does so."""

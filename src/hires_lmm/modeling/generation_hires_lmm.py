@@ -14,7 +14,6 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import ModelOutput
 
-from .carriers_hires_lmm import VisualTokens
 from .compat_hires_lmm import CACHE
 from .inputs_hires_lmm import (
     IMAGE_ARGUMENTS,
@@ -23,8 +22,7 @@ from .inputs_hires_lmm import (
     read_images,
     take_images,
 )
-from .outputs_hires_lmm import HiResLmmImageFeatures
-from .question_hires_lmm import PromptText, read_question
+from .outputs_hires_lmm import GeneratePrompt, HiResLmmImageFeatures
 
 
 def images_after(placeholder: torch.Tensor, lengths: list[int], position: int) -> list[int]:
@@ -51,6 +49,19 @@ def images_after(placeholder: torch.Tensor, lengths: list[int], position: int) -
         chosen += [index] if True in is_after else []
         start += length
     return chosen
+
+
+def rows_after(placeholder: torch.Tensor, position: int) -> list[int]:
+    """As `images_after`, where all placeholders of a row, in several runs, belong to one image."""
+    rows = placeholder.any(dim=1).nonzero()[:, 0]
+    before, after = placeholder[rows, position - 1], placeholder[rows, position:]
+    cut = rows[before & after[:, :1].any(dim=1)].tolist()
+    if cut:
+        raise ValueError(
+            f"cache ends after {position} positions, in the middle of the image tokens of conversation {cut[0]}; crop "
+            "it to before them."
+        )
+    return after.any(dim=1).nonzero()[:, 0].tolist()
 
 
 def mask_length(length: int, model_kwargs: dict[str, Any], generation_config: GenerationConfig) -> int:
@@ -126,52 +137,26 @@ class HiResLmmGenerationMixin(GenerationMixin):
             return {**model_kwargs, "mm_encoder_outputs": {}}
         if generation_config.prefill_chunk_size is not None:
             raise ValueError("prefill_chunk_size is not supported with images; leave it unset.")
-        has_turns = self.model.connector.has_turns
         if inputs is not None:
             image = self.model.encode_images(inputs)
-            image.keep_nothing()
             flags = [flag for flag in (inputs.is_unpadded, inputs.is_right_padded) if flag is not None]
         image = copy.copy(cast("HiResLmmImageFeatures", image))
-        if cached and has_turns:
-            image = self._after_history(image, ids, inputs_tensor, placeholder, cached, model_kwargs)
-        elif cached:
-            image = image.select_images(images_after(placeholder, placeholders_per_image(image), cached))
+        if cached:
+            has_turns, lengths = self.model.connector.has_turns, placeholders_per_image(image)
+            after = rows_after(placeholder, cached) if has_turns else images_after(placeholder, lengths, cached)
+            image = image.select_images(after)
         if cached and model_kwargs.get("prompt_mask") is not None:
             model_kwargs["prompt_mask"] = model_kwargs["prompt_mask"][:, cached:]
-        image.pooler_output, image.prompt_length = list(image.pooler_output), inputs_tensor.shape[1] - cached
-        image.token_maps = token_maps
-        image.mask_length = mask_length(inputs_tensor.shape[1], model_kwargs, generation_config)
-        image.is_unpadded, image.is_right_padded = flags or (None, False)
+        image.pooler_output = list(image.pooler_output)
+        image.is_unpadded, is_right_padded = flags or (None, False)
+        image.prompt = GeneratePrompt(
+            length=inputs_tensor.shape[1] - cached,
+            mask_length=mask_length(inputs_tensor.shape[1], model_kwargs, generation_config),
+            is_right_padded=is_right_padded,
+            keeps_cache=model_kwargs.get(CACHE) is not None or bool(generation_config.return_dict_in_generate),
+            token_maps=token_maps,
+        )
         return {**model_kwargs, "mm_encoder_outputs": {"image": image if image.pooler_output else None}}
-
-    def _after_history(
-        self,
-        image: HiResLmmImageFeatures,
-        ids: torch.Tensor | None,
-        inputs_tensor: torch.Tensor,
-        placeholder: torch.Tensor,
-        cached: int,
-        model_kwargs: dict[str, Any],
-    ) -> HiResLmmImageFeatures:
-        """Images that are asked about behind a cached history, with what was asked before.
-
-        So features that served other conversations in between are no danger: the ids say what must have been read.
-        """
-        names = ("attention_mask", "prompt_mask", "labels", "question_ids")
-        text = PromptText(ids, inputs_tensor, *(model_kwargs.get(name) for name in names))
-        lengths = cast("VisualTokens", image.tokens).num_tokens
-        question = read_question(self.model, text, placeholder, lengths, inputs_tensor.shape[1])
-        blocks = self.model.connector.read_blocks(question)
-        for row, own in zip(question.image_row.tolist(), blocks, strict=True):
-            if any(stop - block.num_slots < cached < stop for block, stop in own):
-                raise ValueError(
-                    f"cache ends after {cached} positions, in the middle of the image tokens of "
-                    f"conversation {row}; crop it to before them."
-                )
-        asked = [index for index, own in enumerate(blocks) if any(stop > cached for _, stop in own)]
-        image = image.select_images(asked)
-        image.earlier = [tuple(block for block, stop in blocks[index] if stop <= cached) for index in asked]
-        return image
 
     def _cached_history(
         self,

@@ -455,7 +455,6 @@ class LanguageCall:
             if self.level(depth).plan is not None:
                 record.decided = self.past + int(self.placed.last.max()) + 1
             self.conversation.records[RECORD] = record
-            self.conversation.attach(cache)
         if self.aux:
             outputs["aux"] = {**outputs.get("aux", {}), **self.aux}
         if outputs.get("token_map") is not None:
@@ -635,9 +634,7 @@ def open_layers(model: Any, prompt: Any, cache: Any, options: dict) -> LanguageC
     ops = ops_of(model, "language_model")
     if not ops:
         return None
-    config, placed = model.language_model.config, prompt.placed
-    conversation: Any = Conversation.of(cache)
-    conversation.follow(cache, len(prompt.embeds))
+    config, placed, conversation = model.language_model.config, prompt.placed, prompt.conversation
     if placed is None:
         nowhere = torch.zeros(prompt.embeds.shape[:2], dtype=torch.bool, device=prompt.embeds.device)
         conversation = conversation if RECORD in conversation.records else None

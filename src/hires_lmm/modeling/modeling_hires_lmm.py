@@ -15,7 +15,9 @@ from .carriers_hires_lmm import ImageGeometry, ViewFeatures, read_geometry
 from .compat_hires_lmm import CACHE, takes_cache
 from .configuration_hires_lmm import HiResLmmConfig, HiResLmmConnectorConfig, check_fit
 from .connector_hires_lmm import HiResLmmConnector, drop
+from .conversation_hires_lmm import Conversation
 from .generation_hires_lmm import HiResLmmGenerationMixin
+from .heads_hires_lmm import add_head_losses, run_heads, take_heads
 from .inputs_hires_lmm import (
     ImageArguments,
     ImageInputs,
@@ -199,7 +201,9 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
                 captured, and numbers of placeholders are not compared. `prompt_mask` `(B, S)`: true where parts may
                 read the question. `question_labels` `(B, S)`: training labels, to keep answers unread.
                 `question_ids` `(B, turns, L)`: ids of the questions in another vocabulary, see
-                `HiResLmmProcessor.question_ids`. The rest goes to the language model.
+                `HiResLmmProcessor.question_ids`. `labels_<name>` `(N, ...)`: what a head should read at the
+                occurrences of its token. `output_heads`: whether heads run; by default where no earlier positions are
+                cached. The rest goes to the language model.
 
         Returns:
             `HiResLmmModelOutputWithPast`.
@@ -208,6 +212,7 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
             ValueError: If inputs contradict each other.
         """
         text = take_text(self, input_ids, inputs_embeds, attention_mask, cache, kwargs)
+        heads = take_heads(self, kwargs, cache)
         given = take_images(
             self.config,
             kwargs,
@@ -217,11 +222,14 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
             view_boxes=view_boxes,
             mm_encoder_outputs=mm_encoder_outputs,
         )
+        conversation = None
+        if self.connector.layer_ops or (self.connector.has_turns and (cache is not None or use_cache is not False)):
+            conversation = Conversation.of(cache).follow(cache, len(text.embeds))
         features = self._see(given, text, **{name: kwargs.get(name) for name in TOWER_OUTPUTS})
         if features is not None:
-            prompt = splice_images(self, text, features, cache, position_ids, output_token_map)
+            prompt = splice_images(self, text, features, cache, position_ids, conversation, output_token_map)
         else:
-            prompt = Prompt(text.embeds, attention_mask, position_ids)
+            prompt = Prompt(text.embeds, attention_mask, position_ids, conversation=conversation)
             if self.training and cache is None:
                 prompt.embeds = text.embeds + self._idle(text.embeds, given.vision_features is None)
         prompt.layers = open_layers(self, prompt, cache, kwargs)
@@ -235,8 +243,11 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
             **kwargs,
         )
         prompt.remember(outputs.get(CACHE))
+        hidden = prompt.expand(outputs.last_hidden_state)
+        if heads is not None:
+            run_heads(self, text, hidden, heads, prompt.outputs)
         return HiResLmmModelOutputWithPast(
-            last_hidden_state=prompt.expand(outputs.last_hidden_state),
+            last_hidden_state=hidden,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             **{CACHE: outputs.get(CACHE)},
@@ -245,7 +256,7 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
 
     def _see(self, given: ImageArguments, text: PromptText, **wanted: Any) -> HiResLmmImageFeatures | None:
         """Encode the images of a call, or take the caller's features."""
-        if given.features is not None and given.features.prompt_length is not None:
+        if given.features is not None and given.features.prompt is not None:
             return given.features  # `generate` has compared them
         placeholder = self.get_placeholder_mask(text.ids, text.embeds)
         if given.features is not None:
@@ -254,9 +265,7 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
         images = read_images(self, given, text.attention_mask, placeholder)
         if images is None:
             return None
-        features = self.encode_images(images, **wanted)
-        features.keep_nothing()
-        return features
+        return self.encode_images(images, **wanted)
 
     def read_images(self, view_positions: torch.Tensor, view_spans: torch.Tensor) -> list[ImageGeometry]:
         """Read the geometry of a batch, as `image_geometry` of `forward` wants it.
@@ -365,6 +374,7 @@ class HiResLmmForConditionalGeneration(HiResLmmPreTrainedModel, HiResLmmGenerati
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
+        loss = add_head_losses(self.model, loss, outputs.aux or {}, labels, kwargs)
         fields = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
         if learned is not None:
             return HiResLmmTrainingOutput(loss=loss, cache=fields.pop(CACHE, None), **fields)

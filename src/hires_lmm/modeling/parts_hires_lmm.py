@@ -3,6 +3,8 @@
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from torch import nn
+
 from .adapters_hires_lmm import (
     HiResLmmIdentityAdapter,
     HiResLmmLinearAdapter,
@@ -36,12 +38,16 @@ ADAPTERS = {
 MAP_OPS: dict[str, Any] = {}
 TOKEN_OPS = {"router": HiResLmmRouter, "fusion": HiResLmmFusion}
 LAYER_OPS = {"keep_after": HiResLmmKeepAfter}
+POSITION_PLANS: dict[str, Any] = {}
+HEADS: dict[str, Any] = {}
 SLOTS: dict[str, dict[str, Any]] = {
     "view_ops": VIEW_OPS,
     "adapter": ADAPTERS,
     "map_ops": MAP_OPS,
     "token_ops": TOKEN_OPS,
     "layer_ops": LAYER_OPS,
+    "position_plan": POSITION_PLANS,
+    "heads": HEADS,
 }
 BASES = {
     "view_ops": "HiResLmmViewOp",
@@ -98,6 +104,8 @@ class ResolvedChain:
     map_ops: list[ResolvedPart]
     token_ops: list[ResolvedPart]
     layer_ops: list[ResolvedPart]
+    position_plan: ResolvedPart | None
+    heads: dict[str, ResolvedPart]
     layout: LayoutOptions
 
     @property
@@ -127,6 +135,9 @@ class ResolvedChain:
             context = replace(context, grids=traits.grids, width=traits.width)
             return traits
 
+        def add_beside(slot: str, op: ResolvedPart, own: PartContext) -> None:
+            steps.append(Step(slot, op.part, op.options, own, op.part.describe(op.options, own)))
+
         for op in self.view_ops:
             add("view_ops", op)
         before = context
@@ -149,8 +160,13 @@ class ResolvedChain:
         for op in self.layer_ops:
             width = first.width if op.options.of == "vision_tower" else first.text_width
             layers = layers_behind(op.options, first.depths[op.options.of])
-            own = replace(first, width=width, layers=layers)
-            steps.append(Step("layer_ops", op.part, op.options, own, op.part.describe(op.options, own)))
+            add_beside("layer_ops", op, replace(first, width=width, layers=layers))
+        inner = replace(first, width=first.text_width)
+        if self.position_plan is not None:
+            add_beside("position_plan", self.position_plan, inner)
+        for name, op in self.heads.items():
+            check_head(name, op.options.token_id, first.vocab_size)
+            add_beside(f"heads.{name}", op, inner)
         return FittedChain(steps, self.layout, first, behind, context.width)
 
 
@@ -231,6 +247,17 @@ class FittedChain:
         }
 
 
+def check_head(name: str, token_id: int, vocab_size: int) -> None:
+    """Refuse a head whose labels could have no name, or whose token does not exist."""
+    if not name.isidentifier() or hasattr(nn.ModuleDict(), name):
+        raise ValueError(f"heads.{name} is no name for a head; labels_<name> is an argument, so use a plain word.")
+    if not 0 <= token_id < vocab_size:
+        raise ValueError(
+            f"heads.{name}.token_id={token_id} is no token of the language model, which has {vocab_size}; make "
+            "text_config.vocab_size larger first."
+        )
+
+
 def _names(on: Any) -> list[str]:
     return [] if on in (None, "all") else [on] if isinstance(on, str) else list(on)
 
@@ -297,6 +324,8 @@ def resolve_chain(
     token_ops: list,
     layout: dict,
     layer_ops: list | None = None,
+    position_plan: dict | None = None,
+    heads: dict | None = None,
 ) -> ResolvedChain:
     """Look up all parts of a connector.
 
@@ -306,6 +335,8 @@ def resolve_chain(
         tower_adapters (`dict[str, dict]`): Adapters of extra towers; the main one's kind by default.
         layout (`dict`): Fields of `LayoutOptions`.
         layer_ops (`list[dict]`, *optional*): Operations behind layers of tower and language model.
+        position_plan (`dict`, *optional*): Positions and mask of the language model.
+        heads (`dict[str, dict]`, *optional*): Heads by name.
 
     Returns:
         The chain.
@@ -326,5 +357,7 @@ def resolve_chain(
         map_ops=listed("map_ops", map_ops),
         token_ops=listed("token_ops", token_ops),
         layer_ops=listed("layer_ops", layer_ops or []),
+        position_plan=None if position_plan is None else resolve_part("position_plan", position_plan, "position_plan"),
+        heads={name: resolve_part("heads", spec, f"heads.{name}") for name, spec in (heads or {}).items()},
         layout=build_options(LayoutOptions, layout, "layout"),
     )

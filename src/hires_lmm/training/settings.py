@@ -51,8 +51,12 @@ def find_switches(base: Any, config: Any) -> dict[str, tuple[Any, str, dict]]:
     """The options that may change in a live model: path -> part, name of the option, entry of the part in `config`."""
     specs: dict[str, dict] = {}
     for slot in SLOTS:
-        own = getattr(config, slot)
-        specs |= {f"{slot}.{i}": spec for i, spec in enumerate(own)} if isinstance(own, list) else {slot: own}
+        own = getattr(config, slot) or {}
+        if "part" in own:
+            specs[slot] = own
+        else:
+            entries = own.items() if isinstance(own, dict) else enumerate(own)
+            specs |= {f"{slot}.{name}": spec for name, spec in entries}
     parts = {place: base.connector.get_submodule(place) for place in specs}
     return {
         f"connector.{place}.{name}": (part, name, specs[place])
