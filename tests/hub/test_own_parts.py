@@ -5,35 +5,18 @@ The parts are those of `docs/adding-a-part.md`, read from the page.
 
 import copy
 import importlib
-import json
-import os
 import shutil
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-from builders.docs import ROOT, TITLE, read_blocks
-from builders.tiny import make_batch, random_image, tiny_config, tiny_model, tiny_processor
+from builders.docs import ROOT
+from builders.own_parts import CASES, PARTS, own_config, run_worker, save_cases
+from builders.tiny import tiny_config, tiny_model, tiny_processor
 from hires_lmm import HiResLmmConfig, HiResLmmImageProcessor
+from hires_lmm.modeling import parts_hires_lmm as parts
 from hires_lmm.training.settings import set_options
-
-
-WORKER = Path(__file__).with_name("own_parts_worker.py")
-PAGE = read_blocks((ROOT / "docs" / "adding-a-part.md").read_text(encoding="utf-8"))
-PARTS = next(block.text for block in PAGE if TITLE.fullmatch(block.info))
-SLOTS = {
-    "planner": {"planner": {"name": "my_parts.Strips", "strips": 3}},
-    "view_op": {"connector_config": {"view_ops": [{"part": "my_parts.AveragePool"}]}},
-    "adapter": {"connector_config": {"adapter": {"part": "my_parts.Bottleneck", "rank": 8}}},
-    "token_op": {"connector_config": {"token_ops": [{"part": "my_parts.MarkCrops"}]}},
-    "layer_op": {"connector_config": {"layer_ops": [{"part": "my_parts.ScaleVisual", "layers": 0}]}},
-}
-CONNECTORS = [settings["connector_config"] for settings in SLOTS.values() if "connector_config" in settings]
-ALL = {**SLOTS["planner"], "connector_config": {key: value for each in CONNECTORS for key, value in each.items()}}
-CASES = {**SLOTS, "all": ALL}
 
 
 @pytest.fixture(scope="module")
@@ -50,49 +33,21 @@ def user(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def saved(user):
-    """The checkpoints, one a slot and one with all, trained for a step; beside them batches and logits."""
-    root, image = user[1], random_image(100, 180)
-    image.save(root / "image.png")
-    for case, settings in CASES.items():
-        config = tiny_config("llava_next", **copy.deepcopy(settings))
-        model, processor = tiny_model(config, seed=3), tiny_processor(config, "chatml")
-        batch = make_batch(processor, [("USER: <image>\nA boat? ASSISTANT: No.", [image])])
-        model.train()(**batch, labels=batch["input_ids"]).loss.backward()
-        torch.optim.SGD(model.parameters(), lr=0.01).step()
-        model.eval().save_pretrained(root / case)
-        processor.save_pretrained(root / case)
-        with torch.no_grad():
-            logits = model(**batch).logits
-        tokens = processor.image_tokens(100, 180)
-        torch.save({"batch": dict(batch), "logits": logits, "image_tokens": tokens}, root / f"{case}.pt")
-    shutil.copytree(root / "view_op", root / "other" / "view_op")
-    file = root / "other" / "view_op" / "my_parts.py"
-    file.write_text(file.read_text().replace("* self.gain", "* self.gain * 2"))
-    return root
-
-
-def run(root: Path, source: str, *others: str) -> dict:
-    """What a fresh process finds."""
-    out = root / ("without" if source == "-" else "with")
-    out.mkdir()
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "HF_", "COV"))}
-    environment = {**kept, "HF_HOME": str(out / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-I", str(WORKER), source, str(root), str(out), *others]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=out, timeout=600)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads((out / "found.json").read_text())
+    """The checkpoints of all cases."""
+    save_cases(user[1])
+    return user[1]
 
 
 @pytest.fixture(scope="module")
 def without(saved):
     """A process that cannot import the package."""
-    return run(saved, "-")
+    return run_worker(saved, "-")
 
 
 @pytest.fixture(scope="module")
 def with_package(saved, without):
     """A process that imports the package, and loads what the first one saved."""
-    return run(saved, str(ROOT / "src"), str(saved / "without"))
+    return run_worker(saved, str(ROOT / "src"), str(saved / "without"))
 
 
 @pytest.fixture(params=["without", "with_package"])
@@ -154,20 +109,42 @@ def test_the_command_line_runs_and_exports_trusted_parts(with_package):
 # ---- in this process
 
 
-@pytest.mark.parametrize("case", SLOTS)
-def test_a_class_is_the_same_as_its_name(user, case):
-    def by_class(value):
-        if isinstance(value, dict):
-            return {key: by_class(each) for key, each in value.items()}
-        if isinstance(value, list):
-            return [by_class(each) for each in value]
-        is_own = isinstance(value, str) and value.startswith("my_parts.")
-        return getattr(user[0], value.partition(".")[2]) if is_own else value
+OTHERS = """from dataclasses import dataclass
+from hires_lmm.modeling.bases_hires_lmm import HiResLmmHead, HiResLmmPart
 
-    named, given = (tiny_config("llava_next", **copy.deepcopy(each)) for each in (SLOTS[case], by_class(SLOTS[case])))
-    assert named.to_json_string() == given.to_json_string()
-    again = HiResLmmConfig(**{**given.to_dict(), "image_token_id": given.image_token_id})
-    assert again.token_layout() == copy.deepcopy(given).token_layout() == named.token_layout()
+
+class Head(HiResLmmHead):
+    def loss(self, output, labels):
+        return output.mean()
+
+
+class Plan(HiResLmmPart):
+    pass
+"""
+
+
+@pytest.mark.parametrize("slot", parts.SLOTS)
+def test_every_slot_takes_a_class_and_reads_it_from_the_folder(user, write, tmp_path, slot):
+    others, own = write("others_of_test", OTHERS), user[0]
+    classes = {
+        "adapter": own.Bottleneck,
+        "token_ops": own.MarkCrops,
+        "layer_ops": own.ScaleVisual,
+        "heads": others.Head,
+    }
+    part = classes.get(slot, others.Plan if slot == "position_plan" else own.AveragePool)
+    spec = {"part": part, **({"token_id": 3} if slot == "heads" else {})}
+    setting = [spec] if slot.endswith("_ops") else {"mine": spec} if slot == "heads" else spec
+    given = tiny_config("llava_next", connector_config={slot: setting})
+    name = f"{part.__module__}.{part.__name__}"
+    assert name in given.to_json_string() and copy.deepcopy(given).token_layout() == given.token_layout()
+    assert HiResLmmConfig(**given.to_dict()).token_layout() == given.token_layout()
+    given.save_pretrained(tmp_path / "new")
+    read = HiResLmmConfig.from_pretrained(tmp_path / "new")
+    assert read.token_layout() == given.token_layout()  # by the import
+    read.load_parts(trust_remote_code=True, source=tmp_path / "new")
+    found = [each.part for each in read.part_names() if each == name]
+    assert len(found) == 1 and found[0].__module__.startswith("transformers_modules.new.")
 
 
 def test_a_class_of_a_notebook_works_and_is_refused_before_anything_is_written(user, tmp_path, monkeypatch):
@@ -190,7 +167,7 @@ def test_a_class_of_a_notebook_works_and_is_refused_before_anything_is_written(u
 def test_set_options_reaches_an_own_part(user, monkeypatch):
     monkeypatch.setattr(user[0].Bottleneck, "switches", ("rank",), raising=False)
     monkeypatch.setattr(user[0].Bottleneck, "rank", 8, raising=False)
-    model = tiny_model(tiny_config("llava_next", **copy.deepcopy(SLOTS["adapter"])))
+    model = tiny_model(own_config("adapter"))
     set_options(model, {"connector.adapter.rank": 4})
     assert model.model.connector.adapter.rank == 4 == model.config.connector_config.adapter["rank"]
     with pytest.raises(ValueError, match="rank=0 must be at least 1"):
@@ -302,7 +279,7 @@ def test_a_name_that_is_nowhere_is_refused_when_it_is_asked_for(tmp_path):
 
 
 def test_a_processor_saved_alone_carries_its_planner(user, tmp_path):
-    config = tiny_config("llava_next", **copy.deepcopy(SLOTS["planner"]))
+    config = own_config("planner")
     processor = tiny_processor(config)
     assert processor.image_processor.image_tokens(100, 180, planner=user[0].Strips) != processor.image_tokens(100, 180)
     for name, thing in {"whole": processor, "images": processor.image_processor}.items():
@@ -315,7 +292,7 @@ def test_a_processor_saved_alone_carries_its_planner(user, tmp_path):
 
 @pytest.mark.parametrize("push", ["push_to_hub", "save_pretrained"])
 def test_push_to_hub_sends_what_is_saved(user, hub, tmp_path, push):
-    config = tiny_config("llava_next", **copy.deepcopy(ALL))
+    config = own_config("all")
     processor = tiny_processor(config)
     for number, thing in enumerate((tiny_model(config), config, processor, processor.image_processor)):
         if push == "push_to_hub":

@@ -55,6 +55,7 @@ BASES = {
     "map_ops": "HiResLmmViewOp",
     "token_ops": "HiResLmmTokenOp",
     "layer_ops": "HiResLmmLayerOp",
+    "heads": "HiResLmmHead",
 }
 """What a user's own part of a slot derives from."""
 

@@ -55,7 +55,7 @@ def is_own(name: Any) -> bool:
 def map_names(setting: Any, change: Callable[[Any], Any], key: str = "part") -> Any:
     """A setting with each name of a part changed, at any depth of lists and dicts."""
     if isinstance(setting, dict):
-        if key in setting:
+        if key in setting and not isinstance(setting[key], dict):
             return {**setting, key: change(setting[key])}
         return {place: map_names(each, change, key) for place, each in setting.items()}
     return [map_names(each, change, key) for each in setting] if isinstance(setting, list) else setting
