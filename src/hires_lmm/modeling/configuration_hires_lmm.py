@@ -349,11 +349,12 @@ class HiResLmmConfig(HiResLmmOwnPartsMixin, PreTrainedConfig):
         """The names of all parts and of the planner."""
         return [*self.connector_config.part_names(), *list_names(self.planner, "name")]
 
-    def load_parts(self, trust_remote_code: bool = False, source: Any = None, **hub: Any) -> None:
+    def load_parts(self, trust_remote_code: bool | None = None, source: Any = None, **hub: Any) -> None:
         """Find the classes of the user's own parts; models call it when they are made.
 
         Args:
-            trust_remote_code (`bool`): Whether the files of the checkpoint may run.
+            trust_remote_code (`bool`, *optional*): Whether the files of the checkpoint may run; by default where its
+                code runs already.
             source (`str`, *optional*): Its folder or Hub id; by default where the configuration was read.
             hub: `revision`, `token` and the like.
 

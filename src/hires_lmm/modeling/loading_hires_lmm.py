@@ -29,7 +29,8 @@ class HiResLmmLoadingMixin:
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any):
         config.load_parts(**(SOURCE.get() or {}))
-        super().__init__(config, *args, **kwargs)
+        model: Any = super()
+        model.__init__(config, *args, **kwargs)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """As in transformers; a part that cannot be saved is refused before anything is written."""

@@ -303,7 +303,8 @@ def resolve_part(slot: str, spec: dict, where: str) -> ResolvedPart:
     Raises:
         ValueError: If the name or an option is unknown or malformed.
     """
-    known, name = SLOTS[slot], spec.get("part") if isinstance(spec, dict) else spec
+    known = SLOTS[slot]
+    name: Any = spec.get("part") if isinstance(spec, dict) else spec
     part = known.get(name) if isinstance(name, str) else None
     part = part if part is not None else own_class(name, BASES.get(slot, "HiResLmmPart"))
     if part is None and is_own(name):
