@@ -349,19 +349,19 @@ class HiResLmmConfig(HiResLmmOwnPartsMixin, PreTrainedConfig):
         """The names of all parts and of the planner."""
         return [*self.connector_config.part_names(), *list_names(self.planner, "name")]
 
-    def load_parts(self, trust_remote_code: bool | None = None, source: Any = None, **hub: Any) -> None:
+    def load_parts(self, trust_remote_code: Any = None, source: Any = None, **hub: Any) -> None:
         """Find the classes of the user's own parts; models call it when they are made.
 
         Args:
-            trust_remote_code (`bool`, *optional*): Whether the files of the checkpoint may run; by default where its
-                code runs already.
+            trust_remote_code (`bool`, *optional*): Whether the files of the checkpoint may run; they may as well where
+                its code runs already.
             source (`str`, *optional*): Its folder or Hub id; by default where the configuration was read.
             hub: `revision`, `token` and the like.
 
         Raises:
             ValueError: If a part is neither trusted nor imported.
         """
-        load = part_loader(source or self.name_or_path, trust_remote_code, type(self).__module__, hub)
+        load = part_loader(source or self.name_or_path, bool(trust_remote_code), type(self).__module__, hub)
         self.connector_config.map_parts(load)
         self.planner = map_planner(self.planner, load)
         self.fitted_chain()

@@ -190,7 +190,7 @@ class HiResLmmImageProcessor(HiResLmmOwnPartsMixin, PilBackend):
 
         AutoImageProcessor keeps `trust_remote_code` for itself; AutoProcessor hands it on under another name.
         """
-        is_trusted = kwargs.get("trust_remote_code", kwargs.pop("_trust_planner", None))
+        is_trusted = bool(kwargs.pop("_trust_planner", None) or kwargs.get("trust_remote_code"))
         load = part_loader(pretrained_model_name_or_path, is_trusted, cls.__module__, kwargs)
         values, kwargs = super().get_image_processor_dict(pretrained_model_name_or_path, **kwargs)
         if kwargs.get("planner") is None and "planner" in values:

@@ -116,12 +116,13 @@ def find_imported(name: str) -> Any:
     return found.pop() if len(found) == 1 else None
 
 
-def part_loader(source: Any, is_trusted: bool | None, module: str, options: dict[str, Any]) -> Callable[[Any], Any]:
+def part_loader(source: Any, is_trusted: bool, module: str, options: dict[str, Any]) -> Callable[[Any], Any]:
     """What turns the name of a part into one that knows its class.
 
     Args:
         source (`str`): Folder or Hub id of the checkpoint.
-        is_trusted (`bool`, *optional*): Whether its files may run; None: where the running `module` is one of them.
+        is_trusted (`bool`): Whether its files may run. They may as well where the running `module` is one of them: who
+            has answered the prompt of transformers with yes, or loads a second time, is not asked again.
         module (`str`): Name of the module that loads.
         options (`dict`): Those of `from_pretrained`; what concerns the Hub is read.
     """
@@ -129,12 +130,12 @@ def part_loader(source: Any, is_trusted: bool | None, module: str, options: dict
     return partial(_load_part, source=str(source or ""), is_trusted=is_trusted, module=module, hub=hub)
 
 
-def _load_part(name: Any, source: str, is_trusted: bool | None, module: str, hub: dict[str, Any]) -> Any:
+def _load_part(name: Any, source: str, is_trusted: bool, module: str, hub: dict[str, Any]) -> Any:
     """Takes the class of the checkpoint's file if it is trusted, else of the user's import; ValueError if neither."""
     if not is_own(name) or hasattr(name, "part"):
         return name
     part, reason = None, ""
-    if source and (_runs_code_of(module, source, hub) if is_trusted is None else is_trusted):
+    if source and (is_trusted or _runs_code_of(module, source, hub)):
         from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
         try:
