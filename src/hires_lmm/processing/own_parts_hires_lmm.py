@@ -189,9 +189,10 @@ def collect_files(names: list[Any], folder: str | Path) -> dict[str, str]:
             continue  # saved where it came from
         module = sys.modules.get(part.__module__)
         file = getattr(module, "__file__", None)
-        if part.__module__ == "__main__" or file is None or part.__qualname__ != part.__name__:
+        is_found = part.__qualname__ == part.__name__ and hasattr(module, part.__name__)
+        if part.__module__ == "__main__" or file is None or not is_found:
             raise ValueError(
-                f"The part {name} cannot be saved: its class stands in no module. Move it to the top of a file of its "
+                f"The part {name} cannot be saved: its class stands in no file under its name. Move it to the top of a file of its "
                 "own, such as my_parts.py, and import it from there."
             )
         try:
@@ -221,7 +222,7 @@ def _gather(file: Path, package: str, files: dict[str, str]) -> None:
     text = IMPORT.sub(flatten, file.read_text(encoding="utf-8"))
     if files.setdefault(file.name, text) != text:
         raise ValueError(f"two different files would be saved as {file.name}; rename one.")
-    for node in ast.walk(ast.parse(text)):
+    for node in ast.walk(ast.parse(text)) if not file.stem.endswith(SHIPPED) else ():
         remedy = _fault(node, file)
         if remedy:
             raise ValueError(f"line {node.lineno} of {file.name} has `{ast.unparse(node)}`; {remedy}.")  # type: ignore[attr-defined]
