@@ -23,7 +23,7 @@ class MaskedLanguageModel:
         source = model.model.language_model
         self.plain = AutoModel.from_config(config, attn_implementation="eager").to(source.dtype).eval()
         self.plain.load_state_dict(source.state_dict())
-        self.leave, self.prompts = leave, prompts
+        self.leave, self.prompts, self.change = leave, prompts, lambda layer, seen: seen
         kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
         window = getattr(config, "sliding_window", None)
         self.windows = [window if kind == "sliding_attention" else None for kind in kinds]
@@ -42,7 +42,7 @@ class MaskedLanguageModel:
         seen = (positions[None] <= positions[:, None]) & ~self.gone[None]
         if self.windows[layer]:
             seen &= positions[:, None] - positions[None] < self.windows[layer]
-        seen |= torch.eye(len(positions), dtype=torch.bool)
+        seen = self.change(layer, seen | torch.eye(len(positions), dtype=torch.bool))
         mask = torch.zeros(seen.shape, dtype=args[0].dtype).masked_fill(~seen, -math.inf)
         return args, {**kwargs, "attention_mask": mask[None, None]}
 
@@ -87,3 +87,28 @@ def keep_share(layers, share=0.5, number=None):
         return ranked[kept:]
 
     return leave
+
+
+def prompts_of(parts):
+    """Visual and last positions of prompts that follow each other, each a list of (is visual, length)."""
+    found, start = [], 0
+    for part in parts:
+        visual = []
+        for is_visual, length in part:
+            visual += list(range(start, start + length)) if is_visual else []
+            start += length
+        found.append((visual, start - 1))
+    return found
+
+
+def spans(processor, text, tokens):
+    """`(is visual, length)` of the pieces of a prompt."""
+    found = []
+    for number, piece in enumerate(text.split(processor.image_token)):
+        found += [(True, tokens[number - 1])] if number else []
+        found.append((False, len(processor.tokenizer(piece, add_special_tokens=False).input_ids)))
+    return found
+
+
+def select_all(tokens, *_):
+    return range(len(tokens))

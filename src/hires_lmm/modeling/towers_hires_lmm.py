@@ -203,9 +203,9 @@ def cls_logits(tower: PreTrainedModel, states: tuple[torch.Tensor, ...]) -> torc
         `(V, L)` float32, the mean over the heads; computed from one layer's projections, in any attention backend.
     """
     family = tower_family(tower.config)
-    layer = layers_of(tower)[-1]
+    layer = tower_layers(tower)[-1]
     norm, query, key = (layer.get_submodule(path) for path in family.attention or ())
-    normed = norm(states[len(layers_of(tower)) - 1])
+    normed = norm(states[len(tower_layers(tower)) - 1])
     heads = tower.config.num_attention_heads
     queries = query(normed[:, :1]).unflatten(-1, (heads, -1)).float()
     keys = key(normed[:, family.prefix :]).unflatten(-1, (heads, -1)).float()
@@ -230,6 +230,11 @@ def check_needs(config: Any, needs: Needs) -> None:
                 f"A part needs {name}, but a tower of type {config.model_type!r} has no class token whose attention "
                 "is known; use a CLIP tower, or a part that needs no scores."
             )
+
+
+def tower_layers(tower: torch.nn.Module) -> torch.nn.ModuleList:
+    """The layers of a tower."""
+    return layers_of(tower)
 
 
 def _join_pieces(pieces: list[TowerOutput]) -> TowerOutput:
