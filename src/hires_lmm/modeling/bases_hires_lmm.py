@@ -267,10 +267,12 @@ class TowerCall:
 class HiResLmmLayerOp(HiResLmmPart):
     """Base of layer operations, which run behind chosen layers of the language model or of the vision tower.
 
-    `Options` of a subclass extend these; `reads_attention` asks for the attention of the layer.
+    `Options` of a subclass extend these. `reads_attention` asks for the attention of the layer, `masks_attention` has
+    `see` called before it.
     """
 
     reads_attention = False
+    masks_attention = False
 
     @strict
     @dataclass
@@ -300,6 +302,19 @@ class HiResLmmLayerOp(HiResLmmPart):
         Returns:
             Hidden states of the same shape, and None or, in the language model, `(B, m)`: bool, False where a visual
             token leaves; or in training floats, by which later layers weigh the token as a key.
+        """
+        raise NotImplementedError
+
+    def see(self, layer: int, seen: torch.Tensor, call: LayerCall) -> torch.Tensor:
+        """Change which tokens of a call with images see which, in a layer of the language model.
+
+        Args:
+            layer (`int`): The layer that is about to run.
+            seen (`torch.Tensor` of shape `(B, 1, m, m)`): True where a query (third dimension) sees a key.
+            call (`LayerCall`): What belongs to it, without attention.
+
+        Returns:
+            The same, or one `(B, heads, m, m)`.
         """
         raise NotImplementedError
 
