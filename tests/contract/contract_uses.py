@@ -50,6 +50,11 @@ USES = [
         "beams and returned sequences repeat images, whose features hold more than one list",
     ),
     Use(
+        f"{GENERATION}.prepare_inputs_for_generation",
+        f"self, input_ids, next_sequence_length, {CACHE}, attention_mask, inputs_embeds, is_first_iteration, **kwargs",
+        "the first draft in a caller's cache reads the new ids alone",
+    ),
+    Use(
         f"{GENERATION}._update_model_kwargs_for_generation",
         "self, outputs, model_kwargs, is_encoder_decoder, num_new_tokens",
         "decoding goes on with the mask and positions of what was kept",

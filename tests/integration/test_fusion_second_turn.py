@@ -7,8 +7,9 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from builders.chat import OTHER, QUESTIONS, chat, features_of, fusion_setup, read_lengths
-from builders.tiny import GEOMETRY, make_batch, random_image
+from builders.tiny import GEOMETRY, make_batch, random_image, tiny_config, tiny_model
 from hires_lmm.modeling.compat_hires_lmm import CACHE
+from hires_lmm.processing.chat_templates_hires_lmm import answer_prefix_ids, question_prefix_ids
 
 
 ROWS = [(1, QUESTIONS, (60, 60)), (2, QUESTIONS, (70, 300)), (1, OTHER, (200, 90)), None]
@@ -172,3 +173,24 @@ def test_only_a_cache_that_comes_back_keeps_what_was_read():
         model(**batch, use_cache=True)
     handle.remove()
     assert kept == [False, True, True, False, False, True]
+
+
+def test_fusion_and_a_layer_op_remember_in_one_conversation():
+    """New ids, or the whole conversation, behind a cache that holds fewer positions in its later layer."""
+    config = tiny_config(
+        "fusion", connector_config={"layer_ops": [{"part": "keep_after", "layers": [0], "share": 0.5}]}
+    )
+    processor = fusion_setup()[1]
+    config.answer_prefix_ids, config.question_prefix_ids = answer_prefix_ids(processor), question_prefix_ids(processor)
+    model, batch = tiny_model(config), make_batch(processor, [sample(1)])
+    image = {"mm_encoder_outputs": {"image": features_of(model, batch)}}
+    first = model.generate(input_ids=batch["input_ids"], **image, **FIRST)
+    cache, found = first[CACHE], []
+    assert set(cache.conversation.records) == {"fusion", "layer_ops"}
+    assert cache.get_seq_length(1) < cache.get_seq_length(0) == first.sequences.shape[1] - 1
+    whole, new = torch.cat([first.sequences, tail(1)], dim=1), torch.cat([first.sequences[:, -1:], tail(1)], dim=1)
+    for ids in (new, whole):
+        given = {"input_ids": ids, "attention_mask": torch.ones_like(whole), CACHE: copy.deepcopy(cache)}
+        found.append(model.generate(**given, **image, **OPTIONS)[0, ids.shape[1] :].tolist())
+        assert [len(stops) for stops in given[CACHE].conversation.records["fusion"].stops] == [3]
+    assert found[0] == found[1] and [len(stops) for stops in cache.conversation.records["fusion"].stops] == [2]

@@ -179,6 +179,7 @@ def test_every_batch_trains_the_head_and_constant_charts_count_nothing():
         assert not outputs.aux["loss/numbers"].any() and torch.isfinite(outputs.loss)
         outputs.loss.backward()
         assert all(not parameter.grad.any() for parameter in head.parameters())
+    assert model(**batch).loss is None
     outputs = model(**batch, labels_numbers=padded([[3.0, 5.0]], 6))
     torch.testing.assert_close(outputs.loss, outputs.aux["loss/numbers"])
     outputs.loss.backward()

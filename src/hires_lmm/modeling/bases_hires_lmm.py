@@ -1,6 +1,6 @@
 """The base class of each slot: what a part says of itself before it is built, and what it does."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -321,6 +321,53 @@ class HiResLmmLayerOp(HiResLmmPart):
 
         Returns:
             The same, or one `(B, heads, m, m)`.
+        """
+        raise NotImplementedError
+
+
+@dataclass
+class RowTokens:
+    """The tokens of each row as the language model has them, from its beginning: cached ones, then those of the call.
+
+    Args:
+        real (`torch.Tensor` of shape `(B, n)`): False at padding.
+        image (`torch.Tensor` of shape `(B, n)`): Number of its image in the row, from 0; -1 at text and padding.
+        view (`torch.Tensor` of shape `(B, n)`): Number of its view in the image, from 0; -1 at text and separators.
+        kind (`torch.Tensor` of shape `(B, n)`): See `Kind`; -1 at text and separators.
+        num_cached (`int`): Tokens before the call.
+        has_images (`bool`): Whether the call holds visual tokens.
+    """
+
+    real: torch.Tensor
+    image: torch.Tensor
+    view: torch.Tensor
+    kind: torch.Tensor
+    num_cached: int = 0
+    has_images: bool = False
+
+    @property
+    def number(self) -> torch.Tensor:
+        """Number of each token in its row, padding not counted: `(B, n)`."""
+        return (self.real.long().cumsum(dim=1) - 1).clamp(min=0)
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "RowTokens":
+        """Change each tensor."""
+        real, image, view, kind = map(function, (self.real, self.image, self.view, self.kind))
+        return replace(self, real=real, image=image, view=view, kind=kind)
+
+
+class HiResLmmPositionPlan(HiResLmmPart):
+    """Base of position plans, which say where tokens stand for the language model and what they see."""
+
+    def forward(self, tokens: RowTokens) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Place tokens; asked in every call, while decoding too, always from the beginning of the rows.
+
+        Args:
+            tokens (`RowTokens`): What there is.
+
+        Returns:
+            Positions `(B, n)`, which may have fractions; and, where a token does not see just itself and all before
+            it, `(B, n - num_cached, n)`: True where a token of the call (row) sees a token (column), else None.
         """
         raise NotImplementedError
 

@@ -57,7 +57,7 @@ def run_heads(
 
 
 def add_head_losses(model: Any, loss: torch.Tensor | None, aux: dict, labels: Any, options: dict) -> Any:
-    """The language loss with the weighed losses of heads; None where there is neither.
+    """The language loss with the weighed losses of heads; None where the call has no labels.
 
     Where the trainer counts the answer tokens of an optimizer step, `num_items_in_batch`, each head has the share of
     this batch in them, as the language loss does.
@@ -69,10 +69,13 @@ def add_head_losses(model: Any, loss: torch.Tensor | None, aux: dict, labels: An
         labels (`torch.Tensor` of shape `(B, S)`, *optional*): Labels of the language loss.
         options (`dict`): Keyword arguments of the call.
     """
+    heads = model.connector.heads
+    if labels is None and all(options.get(f"labels_{name}") is None for name in heads):
+        return None
     total, share = options.get("num_items_in_batch"), 1.0
     if total is not None and labels is not None:
         share = (labels[:, 1:] != IGNORED_LABEL).sum() / total
-    for name, head in model.connector.heads.items():
+    for name, head in heads.items():
         part = aux.get(f"loss/{name}")
         if part is not None:
             part = head.options.weight * share * part

@@ -35,6 +35,7 @@ from .outputs_hires_lmm import (
     HiResLmmModelOutputWithPast,
     HiResLmmTrainingOutput,
 )
+from .positions_hires_lmm import plan_positions
 from .pretrained_hires_lmm import HiResLmmPreTrainedModel
 from .question_hires_lmm import PromptText
 from .splice_hires_lmm import Prompt, find_placeholders, splice_images
@@ -223,7 +224,8 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
             mm_encoder_outputs=mm_encoder_outputs,
         )
         conversation = None
-        if self.connector.layer_ops or (self.connector.has_turns and (cache is not None or use_cache is not False)):
+        parts, may_cache = self.connector, cache is not None or use_cache is not False
+        if parts.layer_ops or parts.position_plan is not None or (parts.has_turns and may_cache):
             conversation = Conversation.of(cache).follow(cache, len(text.embeds))
         features = self._see(given, text, **{name: kwargs.get(name) for name in TOWER_OUTPUTS})
         if features is not None:
@@ -232,6 +234,7 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
             prompt = Prompt(text.embeds, attention_mask, position_ids, conversation=conversation)
             if self.training and cache is None:
                 prompt.embeds = text.embeds + self._idle(text.embeds, given.vision_features is None)
+        plan_positions(self, prompt, cache)
         prompt.layers = open_layers(self, prompt, cache, kwargs)
         outputs = self.language_model(
             inputs_embeds=prompt.embeds,

@@ -28,7 +28,7 @@ class Prompt:
         packing (`Packing`, *optional*): How rows were packed.
         outputs (`dict`): Further fields of `HiResLmmModelOutputWithPast`.
         conversation (`Conversation`, *optional*): What is remembered with the cache.
-        placed (`Placed`, *optional*): Where visual tokens stand, for layer ops.
+        placed (`Placed`, *optional*): Where visual tokens stand, for position plan and layer ops.
         layers (`LanguageCall`, *optional*): What layer ops do with the call.
     """
 
@@ -170,7 +170,7 @@ def splice_images(
             conversation.pack(prompt.packing.expand)
     elif features.is_unpadded and (position_ids is None or cache is not None):
         prompt.attention_mask = None  # all ones: the language model need not look
-    if model.connector.layer_ops:
+    if model.connector.layer_ops or model.connector.position_plan is not None:
         prompt.placed = place(text, placeholder, tokens, None if known is None else num_drafted)
     if known is not None:
         outputs["num_drafted"] = num_drafted
