@@ -192,8 +192,8 @@ def collect_files(names: list[Any], folder: str | Path) -> dict[str, str]:
         is_found = part.__qualname__ == part.__name__ and hasattr(module, part.__name__)
         if part.__module__ == "__main__" or file is None or not is_found:
             raise ValueError(
-                f"The part {name} cannot be saved: its class stands in no file under its name. Move it to the top of a "
-                "file of its own, such as my_parts.py, and import it from there."
+                f"The part {name} cannot be saved: its class stands in no file under its name. Move it to the top of "
+                "a file of its own, such as my_parts.py, and import it from there."
             )
         try:
             _gather(Path(file), part.__module__.rpartition(".")[0], files)
