@@ -109,16 +109,12 @@ def test_the_command_line_runs_and_exports_trusted_parts(with_package):
 # ---- in this process
 
 
-OTHERS = """from dataclasses import dataclass
-from hires_lmm.modeling.bases_hires_lmm import HiResLmmHead, HiResLmmPart
-
+OTHERS = """from hires_lmm.modeling.bases_hires_lmm import HiResLmmHead, HiResLmmPositionPlan
 
 class Head(HiResLmmHead):
-    def loss(self, output, labels):
-        return output.mean()
+    pass
 
-
-class Plan(HiResLmmPart):
+class Plan(HiResLmmPositionPlan):
     pass
 """
 
@@ -126,13 +122,8 @@ class Plan(HiResLmmPart):
 @pytest.mark.parametrize("slot", parts.SLOTS)
 def test_every_slot_takes_a_class_and_reads_it_from_the_folder(user, write, tmp_path, slot):
     others, own = write("others_of_test", OTHERS), user[0]
-    classes = {
-        "adapter": own.Bottleneck,
-        "token_ops": own.MarkCrops,
-        "layer_ops": own.ScaleVisual,
-        "heads": others.Head,
-    }
-    part = classes.get(slot, others.Plan if slot == "position_plan" else own.AveragePool)
+    classes = {"adapter": own.Bottleneck, "token_ops": own.MarkCrops, "layer_ops": own.ScaleVisual}
+    part = {**classes, "position_plan": others.Plan, "heads": others.Head}.get(slot, own.AveragePool)
     spec = {"part": part, **({"token_id": 3} if slot == "heads" else {})}
     setting = [spec] if slot.endswith("_ops") else {"mine": spec} if slot == "heads" else spec
     given = tiny_config("llava_next", connector_config={slot: setting})

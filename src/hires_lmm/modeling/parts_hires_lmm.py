@@ -55,6 +55,7 @@ BASES = {
     "map_ops": "HiResLmmViewOp",
     "token_ops": "HiResLmmTokenOp",
     "layer_ops": "HiResLmmLayerOp",
+    "position_plan": "HiResLmmPositionPlan",
     "heads": "HiResLmmHead",
 }
 """What a user's own part of a slot derives from."""
@@ -306,7 +307,7 @@ def resolve_part(slot: str, spec: dict, where: str) -> ResolvedPart:
     known = SLOTS[slot]
     name: Any = spec.get("part") if isinstance(spec, dict) else spec
     part = known.get(name) if isinstance(name, str) else None
-    part = part if part is not None else own_class(name, BASES.get(slot, "HiResLmmPart"))
+    part = part if part is not None else own_class(name, BASES[slot])
     if part is None and is_own(name):
         raise ValueError(refusal(name))
     if part is None or not isinstance(spec, dict):
