@@ -153,6 +153,8 @@ def test_a_class_of_a_notebook_works_and_is_refused_before_anything_is_written(u
         with pytest.raises(ValueError, match=r"__main__\.Strips cannot be saved"):
             thing.save_pretrained(tmp_path / "new")
     assert not (tmp_path / "new").exists()
+    with pytest.raises(ValueError, match=r"The planner __main__\.Planner has no static method plan"):
+        HiResLmmImageProcessor(planner=type("Planner", user[0].Strips.__bases__, {"__module__": "__main__"}))
 
 
 def test_set_options_reaches_an_own_part(user, monkeypatch):

@@ -377,6 +377,8 @@ def find_planner(planner: Any) -> tuple[str, Planner, dict[str, Any]]:
     values = dict(planner) if isinstance(planner, dict) else {"name": planner}
     name = as_name(values.pop("name", None))
     own = own_class(name, "Planner")
+    if own is not None and not hasattr(own, "plan"):
+        raise ValueError(f"The planner {name} has no static method plan(height, width, options); write one.")
     if own is not None:
         return name, own(own.plan, own.Options), values
     if is_own(name):

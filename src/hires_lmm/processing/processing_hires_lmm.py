@@ -104,7 +104,7 @@ class HiResLmmProcessor(HiResLmmOwnPartsMixin, ProcessorMixin):
 
     def part_names(self) -> list[Any]:
         """The name of the planner."""
-        return self.image_processor.part_names()
+        return [] if self.image_processor is None else self.image_processor.part_names()
 
     @classmethod
     def _get_arguments_from_pretrained(cls, path: Any, processor_dict: Any = None, **kwargs: Any) -> list:
