@@ -32,10 +32,8 @@ class Exit(HiResLmmLayerOp):
     def forward(self, layer, hidden, call):
         if not call.is_prefill:
             return hidden, None
-        places = torch.arange(hidden.shape[1])
-        behind = (
-            call.text & (call.visual.cumsum(1) == call.visual.sum(1, keepdim=True)) & (places < call.last[:, None])
-        )
+        behind = call.text & call.prompt & (call.visual.cumsum(1) == call.visual.sum(1, keepdim=True))
+        behind[range(len(hidden)), call.last] = False
         mean = (hidden * behind[..., None]).sum(1) / behind.sum(1, keepdim=True).clamp(min=1)
         logits = self.gates[str(layer)](torch.cat([mean, hidden[range(len(hidden)), call.last]], dim=-1))
         call.aux[f"exit/{layer}"] = logits

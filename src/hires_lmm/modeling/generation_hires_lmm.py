@@ -17,6 +17,7 @@ from transformers.utils import ModelOutput
 from .compat_hires_lmm import CACHE
 from .inputs_hires_lmm import (
     IMAGE_ARGUMENTS,
+    extra_arguments,
     placeholders_per_image,
     read_features,
     read_images,
@@ -107,7 +108,7 @@ class HiResLmmGenerationMixin(GenerationMixin):
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         """As in the library; `forward` does not name all that speaks of images."""
-        known = [*IMAGE_ARGUMENTS, "output_token_map", *(f"pixel_values_{name}" for name in self.config.tower_names)]
+        known = [*IMAGE_ARGUMENTS, "output_token_map", *extra_arguments(self.config)]
         super()._validate_model_kwargs({key: value for key, value in model_kwargs.items() if key not in known})
 
     def _maybe_prepare_encoder_kwargs_for_generation(
