@@ -195,3 +195,29 @@ def test_the_numbers_of_a_card_are_those_of_its_preset(card, preset):
         assert f"| {row['width']} x {row['height']} | {row['views']} | {row['tokens']} | {row['smallest']} |" in text
     for path in re.findall(r"examples/[\w/.]+", text):
         assert (CARDS.parent / path).is_file()
+
+
+@torch.no_grad()
+def test_further_towers_are_composed_by_name(halves, tmp_path):
+    """A ConvNeXt classifier loses its classes; the tokens of the tower enter behind the others."""
+    from transformers import ConvNextConfig, ConvNextForImageClassification
+
+    sizes = {"image_size": 64, "patch_size": 4, "hidden_sizes": [8, 8, 8, 16], "depths": [1, 1, 2, 1]}
+    fine = randomise(ConvNextForImageClassification(ConvNextConfig(**sizes)))
+    fine.save_pretrained(tmp_path / "fine")
+    compose(*halves, "llava_next", tmp_path / "out", chat_template="chatml", extra_towers={"fine": tmp_path / "fine"})
+    model, info = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values())
+    ours = model.model.extra_towers["fine"].state_dict()
+    assert all(torch.equal(ours[key], value) for key, value in fine.convnext.state_dict().items())
+    assert model.config.connector_config.layout["order"] == ["global", "crops", "detail"]
+    processor = AutoProcessor.from_pretrained(tmp_path / "out")
+    batch = make_batch(processor, [(PROMPT, [random_image(90, 130)])])
+    assert batch["pixel_values_fine"].shape == (1, 3, 64, 64)
+    assert torch.isfinite(model(**batch).logits).all()
+    compose(*halves, "slime", tmp_path / "b", extra_towers={"fine": halves[0]}, chat_template="chatml")
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path / "b").model
+    for name, value in again.vision_tower.state_dict().items():
+        assert torch.equal(again.extra_towers["fine"].state_dict()[name], value)
+    with pytest.raises(ConversionError, match="two towers, 'b' and another"):
+        compose(*halves, "llava_next", tmp_path / "c", extra_towers={"a": halves[0], "b": halves[0]})

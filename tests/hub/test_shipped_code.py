@@ -45,7 +45,6 @@ STANDARD = {  # module -> names that may be taken from it; None: the module itse
     "threading": {"Lock", "RLock"},
     "typing": {"Any", "Literal", "NamedTuple", "cast"},
     "warnings": None,
-    "weakref": {"WeakKeyDictionary"},
 }
 OWN = "own_parts_hires_lmm"
 OWN_STANDARD = {"ast": None, "pathlib": {"Path"}, "sys": None}  # for that file alone

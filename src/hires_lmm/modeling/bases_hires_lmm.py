@@ -9,7 +9,7 @@ from huggingface_hub.dataclasses import strict
 from torch import nn
 
 from .carriers_hires_lmm import Question, ViewFeatures, ViewGroup, VisualTokens
-from .geometry_hires_lmm import MAIN_TOWER, Grid, kinds_on
+from .geometry_hires_lmm import KINDS, MAIN_TOWER, Grid, Kind, kinds_on
 
 
 @dataclass(frozen=True)
@@ -60,21 +60,23 @@ class PartContext:
         """The groups of the main tower that an option `on` names."""
         return [key for key in self.grids if key[0] in kinds_on(on) and key[1] == MAIN_TOWER]
 
-    def grid(self, on: Any, tower: str = MAIN_TOWER) -> Grid:
-        """The one token grid of the views that `on` names.
+    def grid(self, on: Any) -> Grid:
+        """The one token grid of the views that `on` names, of the main tower; of an extra one where that is alone.
 
         Raises:
             ValueError: If there is none, or if they differ.
         """
-        found = {
-            (grid.rows, grid.cols) for key, grid in self.grids.items() if key[0] in kinds_on(on) and key[1] == tower
-        }
-        if len(found) != 1:
+        towers = dict.fromkeys(tower for _, tower in self.grids)
+        tower = MAIN_TOWER if MAIN_TOWER in towers or not towers else next(iter(towers))
+        grids = {key: grid for key, grid in self.grids.items() if key[0] in kinds_on(on) and key[1] == tower}
+        sizes = {grid.size for grid in grids.values()}
+        if len(sizes) != 1:
+            here = ", ".join(f"{Kind(kind).name.lower()} of {own}" for kind, own in self.grids)
             raise ValueError(
-                f"on={on!r} needs views of one token grid, but these have {sorted(found) or 'none'}; give each kind "
-                "of views a part of its own, or move the part."
+                f"on={on!r} needs views of one token grid, but there are {sorted(sizes) or 'none'} (here: "
+                f"{here or 'no views'}); give each kind of views a part of its own, or move the part."
             )
-        return next(grid for key, grid in self.grids.items() if key[0] in kinds_on(on) and key[1] == tower)
+        return next(iter(grids.values()))
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,7 @@ class Traits:
         budget_on (`str` or `list[str]`, *optional*): Views whose tokens the part drops or saves under a budget, or
             `"own"`; None = it does not consume the budget.
         needs (`Needs`): What the tower computes for it.
+        untrained (`tuple[str, ...]`): Its parameters, or modules of it, that no loss reaches: they are frozen.
     """
 
     grids: dict[tuple[int, str], Grid]
@@ -105,6 +108,7 @@ class Traits:
     later_tokens: int | None = None
     budget_on: Any = None
     needs: Needs = field(default_factory=Needs)
+    untrained: tuple[str, ...] = ()
 
 
 class HiResLmmPart(nn.Module):
@@ -116,6 +120,11 @@ class HiResLmmPart(nn.Module):
     """
 
     traits: Traits
+
+    def untrained_parameters(self) -> list[nn.Parameter]:
+        """The parameters that no loss reaches."""
+        heads = tuple(f"{name}." for name in self.traits.untrained)
+        return [parameter for name, parameter in self.named_parameters() if f"{name}.".startswith(heads)]
 
     @dataclass(frozen=True)
     class Options:
@@ -224,7 +233,8 @@ class LayerCall:
         token (`torch.Tensor` of shape `(B, m)`): Row of each visual token in `tokens`; -1 elsewhere, and where image
             features came without their geometry.
         tokens (`VisualTokens`, *optional*): View, cell and scores of each, on the CPU.
-        attention (`LayerAttention`, *optional*): The attention of the layer, where the op sets `reads_attention`.
+        attention (`LayerAttention`, *optional*): The attention of the layer, where the op sets `reads_attention`; None
+            in conversations without images.
         is_prefill (`bool`): Whether the call holds images; elsewhere nothing may leave.
         training (`bool`): Whether the model is in training.
         aux (`dict[str, torch.Tensor]`): Takes tensors for losses and logs; they come out as `outputs.aux`.
@@ -424,6 +434,10 @@ def entering(grids: Mapping[tuple[int, str], Grid]) -> dict[int, Grid]:
     found: dict[int, Grid] = {}
     for (kind, tower), grid in grids.items():
         if kind in found:
-            raise ValueError(f"Views of kind {kind} come from two towers ({tower} is one); let a part join them.")
+            name = next(name for name, number in KINDS.items() if number == kind)
+            raise ValueError(
+                f"Tokens of the views {name!r} come from two towers, {tower!r} and another; the sequence takes those "
+                "of one. Let a map op join them, or leave one of the towers to a map op that reads it."
+            )
         found[kind] = grid
     return found

@@ -89,6 +89,7 @@ class ViewGroup:
         tower (`str`): Where they come from.
         scores (`dict[str, torch.Tensor]`): `(n, L)` by name, where a part needs them.
         hidden (`dict[int, torch.Tensor]`): States `(n, L, C)` of other layers, where a part needs them.
+        aux (`dict[str, torch.Tensor]`): What an adapter says for losses and logs, by name.
     """
 
     kind: int
@@ -98,6 +99,7 @@ class ViewGroup:
     tower: str = MAIN_TOWER
     scores: dict = field(default_factory=dict)
     hidden: dict = field(default_factory=dict)
+    aux: dict = field(default_factory=dict)
 
     @property
     def key(self) -> tuple[int, str]:
@@ -126,6 +128,11 @@ class ViewFeatures:
         """The group of one kind, or None."""
         kind = kinds_on(on)[0]
         return next((group for group in self.groups if group.key == (kind, tower)), None)
+
+    def patches(self, group: ViewGroup) -> list[tuple[int, int]]:
+        """Patch rows and columns of each view of a group of the main tower: unequal ones are padded to its grid."""
+        sizes = [ViewShape(*view)[5:7] for image in self.images for view in image.views]
+        return [sizes[row] for row in group.rows] + [group.grid] * (len(group.features) - len(group.rows))
 
     def map(self, on: Any, function: Callable[[ViewGroup], ViewGroup]) -> "ViewFeatures":
         """Change the groups of the main tower that `on` names."""

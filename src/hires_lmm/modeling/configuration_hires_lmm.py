@@ -267,8 +267,9 @@ class HiResLmmConfig(HiResLmmOwnPartsMixin, PreTrainedConfig):
         for where, dtype in dtypes.items():
             check_dtype(dtype, where)
         super().__post_init__(**kwargs)
+        self._read_extra_towers()
         self._check_halves()
-        self._drop_pooling_head()
+        self.vision_config = _without_head(self.vision_config)
         self.planner = map_planner(self.planner if self.planner is not None else {"name": "slime"}, as_name)
         self.auto_map = {**AUTO_MAP, **(self.auto_map or {})}
         if self.text_config.tie_word_embeddings:
@@ -283,6 +284,10 @@ class HiResLmmConfig(HiResLmmOwnPartsMixin, PreTrainedConfig):
         halves = {
             "vision_config": (self.vision_config, ("image_size", "patch_size", "hidden_size", "num_hidden_layers")),
             "text_config": (self.text_config, ("vocab_size", "hidden_size", "num_hidden_layers")),
+            **{
+                f"extra_towers.{name}": (tower, ("image_size", "patch_size", "num_hidden_layers"))
+                for name, tower in self.extra_tower_configs().items()
+            },
         }
         if self.vision_config.model_type == "siglip2_vision_model":
             raise ValueError(
@@ -303,12 +308,18 @@ class HiResLmmConfig(HiResLmmOwnPartsMixin, PreTrainedConfig):
                 f"patch_size={self.vision_config.patch_size}; a view must have 1 to {GRID_LIMIT} patches a side."
             )
 
-    def _drop_pooling_head(self) -> None:
-        """Leave out the pooling head of SigLIP: nothing reads it, it gets no gradients, and offloading breaks it."""
-        tower = self.vision_config
-        if tower.model_type.startswith("siglip") and getattr(tower, "vision_use_head", True):
-            self.vision_config = deepcopy(tower)
-            self.vision_config.vision_use_head = False
+    def _read_extra_towers(self) -> None:
+        """Bring the extra towers into one form: complete dicts; their names become arguments of calls."""
+        for name, tower in (self.extra_towers or {}).items():
+            if not isinstance(name, str) or not name.isidentifier() or name == MAIN_TOWER or hasattr(dict, name):
+                raise ValueError(f"extra_towers has the name {name!r}; use a plain word other than {MAIN_TOWER}.")
+            if isinstance(tower, dict) and "model_type" not in tower:
+                raise ValueError(f"extra_towers.{name} has no model_type, such as 'clip_vision_model'; add it.")
+        towers = {
+            name: AutoConfig.for_model(**tower) if isinstance(tower, dict) else tower
+            for name, tower in (self.extra_towers or {}).items()
+        }
+        self.extra_towers = {name: _without_head(tower).to_dict() for name, tower in towers.items()} or None
 
     @classmethod
     def from_preset(
@@ -392,8 +403,13 @@ class HiResLmmConfig(HiResLmmOwnPartsMixin, PreTrainedConfig):
         return tuple(self.extra_towers or {})
 
     def extra_tower_configs(self) -> dict[str, PreTrainedConfig]:
-        """Configurations of the extra towers."""
-        return {name: AutoConfig.for_model(**values) for name, values in (self.extra_towers or {}).items()}
+        """Configurations of the extra towers; number format and attention are those of the main one."""
+        towers = {name: AutoConfig.for_model(**values) for name, values in (self.extra_towers or {}).items()}
+        for tower in towers.values():
+            tower.dtype = self.vision_config.dtype
+            if hasattr(tower, "num_attention_heads"):
+                tower._attn_implementation = self.vision_config._attn_implementation
+        return towers
 
     def part_context(self) -> Any:
         """What the towers give and the language model takes, a `PartContext`."""
@@ -453,6 +469,14 @@ class HiResLmmConfig(HiResLmmOwnPartsMixin, PreTrainedConfig):
             Token grids of views, order and separators, own counts and who consumes `max_image_tokens`.
         """
         return self.fitted_chain().token_layout()
+
+
+def _without_head(tower: PreTrainedConfig) -> PreTrainedConfig:
+    """Leave out the pooling head of SigLIP: nothing reads it, it gets no gradients, and offloading breaks it."""
+    if tower.model_type.startswith("siglip") and getattr(tower, "vision_use_head", True):
+        tower = deepcopy(tower)
+        tower.vision_use_head = False
+    return tower
 
 
 def check_fit(config: HiResLmmConfig, language_model: Any) -> None:

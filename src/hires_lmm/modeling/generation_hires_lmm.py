@@ -17,6 +17,7 @@ from transformers.utils import ModelOutput
 from .compat_hires_lmm import CACHE
 from .inputs_hires_lmm import (
     IMAGE_ARGUMENTS,
+    extra_arguments,
     placeholders_per_image,
     read_features,
     read_images,
@@ -107,7 +108,7 @@ class HiResLmmGenerationMixin(GenerationMixin):
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         """As in the library; `forward` does not name all that speaks of images."""
-        known = [*IMAGE_ARGUMENTS, "output_token_map", *(f"pixel_values_{name}" for name in self.config.tower_names)]
+        known = [*IMAGE_ARGUMENTS, "output_token_map", *extra_arguments(self.config)]
         super()._validate_model_kwargs({key: value for key, value in model_kwargs.items() if key not in known})
 
     def _maybe_prepare_encoder_kwargs_for_generation(
@@ -226,9 +227,11 @@ class HiResLmmGenerationMixin(GenerationMixin):
         return create_masks_for_generate(attention_mask=attention_mask, **kwargs)
 
     def _valid_auto_compile_criteria(self, model_kwargs: dict[str, Any], generation_config: GenerationConfig) -> bool:
-        """Layer ops change lengths from layer to layer, so a static cache does not have the model compiled."""
+        """Layer ops and position plans look at what is cached, so a static cache does not have the model compiled."""
         valid: Any = super()._valid_auto_compile_criteria
-        return not self.model.connector.layer_ops and valid(model_kwargs, generation_config)
+        connector = self.model.connector
+        looks = connector.layer_ops or connector.position_plan is not None
+        return not looks and valid(model_kwargs, generation_config)
 
     def _update_model_kwargs_for_generation(
         self,

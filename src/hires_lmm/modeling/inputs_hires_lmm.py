@@ -8,9 +8,10 @@ import torch
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .carriers_hires_lmm import ImageGeometry, read_geometry
-from .geometry_hires_lmm import KINDS, Column
+from .geometry_hires_lmm import KINDS, Column, Kind
 from .outputs_hires_lmm import HiResLmmImageFeatures
 from .question_hires_lmm import PromptText
+from .tower_table_hires_lmm import tower_grid, tower_width, view_side
 
 
 OPTIONS_ELSEWHERE = {"max_image_tokens", "max_crops", "views", "planner", "pinpoints", "gamma", "vision_chunk_size"}
@@ -28,7 +29,7 @@ IMAGE_ARGUMENTS = (
     "image_geometry",
     "mm_encoder_outputs",
 )
-"""Arguments of a call that speak of its images; views of extra towers, `pixel_values_<name>`, come beside them."""
+"""Arguments of a call that speak of its images; those of extra towers, see `extra_arguments`, come beside them."""
 
 TEXT_ARGUMENTS = ("prompt_mask", "question_labels", "question_ids")
 """Keyword arguments that say which of the text may be read, in the order of `PromptText`."""
@@ -42,7 +43,7 @@ class ImageArguments:
         pixel_values, vision_features, view_positions, view_spans, view_boxes (`torch.Tensor`, *optional*): As given.
         image_geometry (`list[ImageGeometry]`, *optional*): As given.
         features (`HiResLmmImageFeatures`, *optional*): What `mm_encoder_outputs` holds.
-        extra (`dict[str, torch.Tensor]`): Views `(R, 3, H, W)` of extra towers by name.
+        extra (`dict[str, torch.Tensor]`): Those of `extra_arguments`.
     """
 
     pixel_values: torch.Tensor | None = None
@@ -62,7 +63,7 @@ class ImageInputs:
     Args:
         source (`torch.Tensor` of shape `(V, ...)`): Views, or their features where the tower ran before.
         images (`list[ImageGeometry]`): The geometry of each image.
-        extra (`dict[str, torch.Tensor]`): Views `(R, 3, H, W)` of extra towers by name.
+        extra (`dict[str, torch.Tensor]`): Views `(R, 3, H, W)` of extra towers, or their features, by argument.
         is_encoded (`bool`): Whether `source` holds features.
         view_boxes (`torch.Tensor` of shape `(V, 4)`, *optional*): For token maps.
         is_unpadded, is_right_padded (`bool`, *optional*): Whether the attention mask is all ones, and whether a row
@@ -258,6 +259,40 @@ def take_text(
     return text
 
 
+def extra_arguments(config: Any) -> list[str]:
+    """The arguments of a call that belong to extra towers: their views, or in place of these their features."""
+    return [f"{what}_{name}" for name in config.tower_names for what in ("pixel_values", "vision_features")]
+
+
+def check_extra(model: Any, extra: dict[str, torch.Tensor], images: list[ImageGeometry], prefix: str) -> None:
+    """Compare the views of extra towers, or their features, with the images and with the towers.
+
+    Args:
+        model (`HiResLmmModel`): Holds the towers.
+        extra (`dict[str, torch.Tensor]`): Those of `extra_arguments` that were given.
+        images (`list[ImageGeometry]`): The images of the call.
+        prefix (`str`): `"pixel_values"` or `"vision_features"`: what was given for the main tower.
+
+    Raises:
+        ValueError: If one is missing, of the other kind, or of another shape.
+    """
+    count = sum(len(image.rows(Kind.GLOBAL)) for image in images)
+    for name, tower in model.extra_towers.items():
+        argument, config = f"{prefix}_{name}", tower.config
+        if argument not in extra or len(extra) != len(model.config.tower_names):
+            raise ValueError(
+                f"{prefix} came without {argument}, or with more: {', '.join(extra) or 'nothing'} was passed for the "
+                "extra towers. Pass all that the processor gives, or cached features of every tower."
+            )
+        side, (rows, cols) = view_side(config), tower_grid(config)
+        one = (config.num_channels, side, side) if prefix == "pixel_values" else (rows * cols, tower_width(config))
+        if tuple(extra[argument].shape) != (count, *one):
+            raise ValueError(
+                f"{argument} has the shape {tuple(extra[argument].shape)}, but these images need {(count, *one)}: one "
+                "row a global view. Use the processor that belongs to this checkpoint."
+            )
+
+
 def take_images(config: Any, options: dict[str, Any], **named: Any) -> ImageArguments:
     """Take what a call says of its images out of its keyword arguments.
 
@@ -271,8 +306,8 @@ def take_images(config: Any, options: dict[str, Any], **named: Any) -> ImageArgu
     """
     given = {name: named[name] if name in named else options.pop(name, None) for name in IMAGE_ARGUMENTS}
     features = read_encoder_outputs(given.pop("mm_encoder_outputs"))
-    found = {name: options.pop(f"pixel_values_{name}", None) for name in config.tower_names}
-    extra = {name: views for name, views in found.items() if views is not None}
+    found = {argument: options.pop(argument, None) for argument in extra_arguments(config)}
+    extra = {argument: views for argument, views in found.items() if views is not None}
     images = ImageArguments(**given, features=features, extra=extra)
     if sum(source is not None for source in (images.pixel_values, images.vision_features, images.features)) > 1:
         raise ValueError(
@@ -334,13 +369,12 @@ def read_images(
     if source is None or not source.shape[0]:
         return None
     name = "vision_features" if is_encoded else "pixel_values"
-    missing = [tower for tower in model.config.tower_names if tower not in given.extra]
-    if missing:
-        raise ValueError(f"{name} came without pixel_values_{missing[0]}; pass all that the processor gives.")
     if given.image_geometry is not None:
+        check_extra(model, given.extra, given.image_geometry, name)
         return ImageInputs(source, given.image_geometry, given.extra, is_encoded, given.view_boxes)
     is_here = placeholder is not None or view_positions is None or view_positions.device == source.device
-    flags = [all_finite(source)] if is_here else []  # on another device, looking would wait for it once more
+    sources = {name: source, **given.extra} if is_here else {}  # elsewhere looking would wait for it once more
+    flags = [all_finite(each) for each in sources.values()]
     count = None if placeholder is None else placeholder.sum()
     positions, spans, count, *flags = copy_to_host(
         view_positions, given.view_spans, count, *flags, *padding_flags(attention_mask)
@@ -348,10 +382,11 @@ def read_images(
     if placeholder is not None:
         check_placeholders(count, positions, model.connector.has_turns)
     check_views(model, source, is_encoded, positions, spans)
-    if is_here:
-        check_finite(flags.pop(0), source, name)
+    for argument, each in sources.items():
+        check_finite(flags.pop(0), each, argument)
     images = read_geometry(positions.tolist(), spans.tolist())
     check_kinds(model, images)
+    check_extra(model, given.extra, images, name)
     return ImageInputs(source, images, given.extra, is_encoded, given.view_boxes, *map(bool, flags))
 
 

@@ -274,11 +274,13 @@ class LanguageCall:
 
     def attend(self, layer: int, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Before the attention of a layer that an op reads: note its inputs and, once it has them, its keys."""
+        if self.record is None:
+            return args, kwargs
         inputs = {**kwargs, **({"hidden_states": args[0]} if args else {})}
         count = inputs["hidden_states"].shape[1]
         level, cache = self.level(layer), kwargs.get(CACHE)
         slots = level.take(self.slots)
-        columns = slots if self.record is None else self.keys(layer).slots
+        columns = self.keys(layer).slots
         total = columns.shape[1]
         length, offset = (total, 0) if cache is None else cache.get_mask_sizes(count, layer)
         columns = shown_columns(columns, length, offset)

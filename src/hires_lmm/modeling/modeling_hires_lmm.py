@@ -233,7 +233,7 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
         else:
             prompt = Prompt(text.embeds, attention_mask, position_ids, conversation=conversation)
             if self.training and cache is None:
-                prompt.embeds = text.embeds + self._idle(text.embeds, given.vision_features is None)
+                prompt.embeds, prompt.outputs["aux"] = self._idle(text.embeds, given.vision_features is None)
         plan_positions(self, prompt, cache)
         prompt.layers = open_layers(self, prompt, cache, kwargs)
         outputs = self.language_model(
@@ -282,9 +282,11 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
         """
         return read_geometry(*(part.tolist() for part in copy_to_host(view_positions, view_spans)))
 
-    def _idle(self, embeds: torch.Tensor, use_tower: bool) -> torch.Tensor:
-        """Zero, computed from the visual modules of the stage, so that they train on every rank alike."""
-        return self.connector.run_idle(blank_groups(self, embeds.device, use_tower), self.embed_token).to(embeds)
+    def _idle(self, embeds: torch.Tensor, use_tower: bool) -> tuple[torch.Tensor, dict]:
+        """The embeddings plus zero, computed from the visual modules of the stage, so that they train on every rank
+        alike; and `aux` of a blank image."""
+        zero, aux = self.connector.run_idle(blank_groups(self, embeds.device, use_tower), self.embed_token)
+        return embeds + zero.to(embeds), aux
 
 
 class HiResLmmForConditionalGeneration(HiResLmmPreTrainedModel, HiResLmmGenerationMixin):

@@ -15,7 +15,7 @@ from .adapters_hires_lmm import (
 from .bases_hires_lmm import PartContext, Traits, entering, layers_behind
 from .compressors_hires_lmm import HiResLmmConvMerge, HiResLmmQueryCompressor
 from .fusion_hires_lmm import HiResLmmFusion
-from .geometry_hires_lmm import KINDS, MAIN_TOWER, Grid, kinds_on
+from .geometry_hires_lmm import KINDS, MAIN_TOWER, Grid, check_stride, kinds_on
 from .keep_after_hires_lmm import HiResLmmKeepAfter
 from .own_parts_hires_lmm import is_own, own_class, refusal
 from .routers_hires_lmm import HiResLmmRouter
@@ -80,6 +80,8 @@ class Step:
         """The module, which says what it is by `traits`."""
         module = self.part(self.context, self.options)
         module.traits = self.traits
+        for parameter in module.untrained_parameters():
+            parameter.requires_grad_(False)
         return module
 
     @property
@@ -133,6 +135,8 @@ class ResolvedChain:
         def add(slot: str, op: ResolvedPart) -> Traits:
             nonlocal context
             traits = op.part.describe(op.options, context)
+            for grid in traits.grids.values():
+                check_stride(grid, context.patch_grid, op.part.__name__)
             steps.append(Step(slot, op.part, op.options, context, traits))
             context = replace(context, grids=traits.grids, width=traits.width)
             return traits
@@ -194,6 +198,13 @@ class FittedChain:
         if len(consumers) > 1:
             names = ", ".join(step.part.__name__ for step in consumers)
             raise ValueError(f"Two parts would consume max_image_tokens: {names}; keep one of them.")
+        entering(self.adapted.grids)  # refuses two towers for one kind
+        for kind, tower in self.adapted.grids:
+            if tower != MAIN_TOWER and kind not in kinds_on(self.layout.order):
+                raise ValueError(
+                    f"Nothing reads the extra tower {tower!r}: add 'detail' to layout.order={self.layout.order!r}, so "
+                    "that its tokens enter the sequence, or a map op that reads it."
+                )
         if (
             self.elastic
             and self.layout.crop_order == "raster"

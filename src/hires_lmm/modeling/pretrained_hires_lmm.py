@@ -37,6 +37,8 @@ class HiResLmmPreTrainedModel(HiResLmmLoadingMixin, PreTrainedModel):
     def post_init(self) -> None:
         """Finish construction; keep only block classes that exist, since FSDP rejects the others."""
         super().post_init()
+        for tower in getattr(self, "extra_towers", {}).values():  # the library looks at children alone
+            self._no_split_modules = {*self._no_split_modules, *(tower._no_split_modules or ())}
         present = {type(module).__name__ for module in self.modules()}
         self._no_split_modules = {name for name in self._no_split_modules if name in present}
 

@@ -1,6 +1,6 @@
 """Running a vision tower: bounded chunks of views, one layer of hidden states, and what parts ask for beside it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,10 +15,13 @@ from .geometry_hires_lmm import MAIN_TOWER, Kind
 from .inputs_hires_lmm import ImageInputs
 from .layer_ops_hires_lmm import TowerPass, open_tower
 from .layout_hires_lmm import idle_image
-from .tower_table_hires_lmm import patch_side, tower_family, view_side
+from .tower_table_hires_lmm import patch_side, tower_family, tower_grid, tower_width, view_side
 
 
 logger = logging.get_logger(__name__)
+
+EXTRA_LAYER = -1
+"""Layer of an extra tower whose hidden states are used."""
 
 
 @torch.compiler.assume_constant_result  # names of types are nothing to compile
@@ -117,7 +120,7 @@ def run_tower(
         options["interpolate_pos_encoding"] = True
     pieces = []
     views = split_views(pixels, chunk_size, tower)
-    chunks = [(piece, {}) for piece in views]
+    chunks: Any = [(piece, {}) for piece in views]
     if layers is not None:  # no image is split
         chunks = layers.split(pixels, chunk_size if len(views) > 1 else None)
     for piece, call in chunks:
@@ -151,19 +154,23 @@ def _run_by_size(
     side = patch_side(tower.config)
     grid = (pixels.shape[2] // side, pixels.shape[3] // side)
     order: list[int] = []
-    pieces = []
+    pieces, views = [], pixels.unbind()  # an index would be one more constant of a compiled graph
     for size in sorted(set(sizes)):
-        places = tuple(place for place, own in enumerate(sizes) if own == size)
-        views = pixels[constant_index(places, str(pixels.device)), :, : size[0] * side, : size[1] * side]
+        places = [place for place, own in enumerate(sizes) if own == size]
+        own_views = torch.stack([views[place][:, : size[0] * side, : size[1] * side] for place in places])
         order += places
-        pieces.append(_pad_output(run_tower(tower, views, layer, needs, chunk_size), grid))
+        pieces.append(_pad_output(run_tower(tower, own_views, layer, needs, chunk_size), grid))
     joined = _join_pieces(pieces)
-    back = constant_index(tuple(sorted(range(len(order)), key=order.__getitem__)), str(pixels.device))
+
+    def put_back(states: torch.Tensor) -> torch.Tensor:
+        rows = states.unbind()
+        return torch.stack([rows[order.index(place)] for place in range(len(order))])
+
     return TowerOutput(
-        joined.features[back],
+        put_back(joined.features),
         grid,
-        {name: score[back] for name, score in joined.scores.items()},
-        {number: states[back] for number, states in joined.hidden.items()},
+        {name: put_back(score) for name, score in joined.scores.items()},
+        {number: put_back(states) for number, states in joined.hidden.items()},
         BaseModelOutput(),
     )
 
@@ -203,9 +210,9 @@ def cls_logits(tower: PreTrainedModel, states: tuple[torch.Tensor, ...]) -> torc
         `(V, L)` float32, the mean over the heads; computed from one layer's projections, in any attention backend.
     """
     family = tower_family(tower.config)
-    layer = tower_layers(tower)[-1]
+    layer = layers_of(tower)[-1]
     norm, query, key = (layer.get_submodule(path) for path in family.attention or ())
-    normed = norm(states[len(tower_layers(tower)) - 1])
+    normed = norm(states[len(layers_of(tower)) - 1])
     heads = tower.config.num_attention_heads
     queries = query(normed[:, :1]).unflatten(-1, (heads, -1)).float()
     keys = key(normed[:, family.prefix :]).unflatten(-1, (heads, -1)).float()
@@ -230,11 +237,6 @@ def check_needs(config: Any, needs: Needs) -> None:
                 f"A part needs {name}, but a tower of type {config.model_type!r} has no class token whose attention "
                 "is known; use a CLIP tower, or a part that needs no scores."
             )
-
-
-def tower_layers(tower: torch.nn.Module) -> torch.nn.ModuleList:
-    """The layers of a tower."""
-    return layers_of(tower)
 
 
 def _join_pieces(pieces: list[TowerOutput]) -> TowerOutput:
@@ -299,16 +301,39 @@ def run_towers(
         _take(seen, kind, tuple(used[place] for place in own), index)
         for (kind, own), index in zip(places.items(), indices, strict=True)
     ]
-    for name, tower in model.extra_towers.items():
-        output = run_tower(tower, images.extra[name], -1, chunk_size=chunk_size)
-        rows = tuple(row for row, view in enumerate(views) if view[0] == Kind.GLOBAL)
-        if len(rows) != len(output.features):
-            raise ValueError(
-                f"pixel_values_{name} has {len(output.features)} views, but there are {len(rows)} images; pass all "
-                "that the processor gives."
-            )
-        groups.append(ViewGroup(int(Kind.DETAIL), output.features, output.grid, rows, name))
+    rows = tuple(row for row, view in enumerate(views) if view[0] == Kind.GLOBAL)
+    for name in extra_towers_used(model) if rows or connector.training else ():
+        if not rows:
+            groups.append(replace(_blank_extra(model, name, source.device, not images.is_encoded), rows=()))
+        elif images.is_encoded:
+            groups.append(_extra_group(model, name, images.extra[f"vision_features_{name}"], rows))
+        else:
+            pixels = images.extra[f"pixel_values_{name}"]
+            output = run_tower(model.extra_towers[name], pixels, EXTRA_LAYER, chunk_size=chunk_size)
+            groups.append(_extra_group(model, name, output.features, rows))
     return groups, seen.output
+
+
+def extra_towers_used(model: Any) -> list[str]:
+    """Names of the extra towers that run; a training stage on crops leaves them out."""
+    return [name for name in model.extra_towers if model.connector.uses(Kind.DETAIL)]
+
+
+def _extra_group(model: Any, name: str, features: torch.Tensor, rows: tuple[int, ...]) -> ViewGroup:
+    """The group of an extra tower, which sees what the rows of the global views show."""
+    tower = model.extra_towers[name]
+    return ViewGroup(int(Kind.DETAIL), features.to(tower.dtype), tower_grid(tower.config), rows, name)
+
+
+def _blank_extra(model: Any, name: str, device: torch.device, use_tower: bool) -> ViewGroup:
+    """What an extra tower gives for a blank view; zeros where it does not run."""
+    tower, config = model.extra_towers[name], model.extra_towers[name].config
+    side, (rows, cols) = view_side(config), tower_grid(config)
+    features = torch.zeros(1, rows * cols, tower_width(config), device=device)
+    if use_tower:
+        blank = torch.zeros(1, config.num_channels, side, side, device=device)
+        features = run_tower(tower, blank, EXTRA_LAYER).features
+    return _extra_group(model, name, features, (0,))
 
 
 def _take(seen: TowerOutput, kind: int, rows: tuple[int, ...], index: torch.Tensor | None) -> ViewGroup:
@@ -336,7 +361,7 @@ def blank_groups(model: Any, device: torch.device, use_tower: bool) -> list[View
     Args:
         model (`HiResLmmModel`): Holds the towers.
         device (`torch.device`): Where the views are made.
-        use_tower (`bool`): Run the main tower; else its features are zero, as where they come from a cache.
+        use_tower (`bool`): Run the towers; else their features are zero, as where they come from a cache.
     """
     config, groups = model.config, []
     kinds = [kind for kind, tower in model.connector.used if tower == MAIN_TOWER]
@@ -351,8 +376,4 @@ def blank_groups(model: Any, device: torch.device, use_tower: bool) -> list[View
         seen = TowerOutput(features, config.patch_grid, {}, {}, BaseModelOutput())
     for row, kind in enumerate(kinds):
         groups.append(ViewGroup(kind, seen.features, seen.grid, (row,), scores=seen.scores, hidden=seen.hidden))
-    for name, tower in model.extra_towers.items():
-        side = view_side(tower.config)
-        output = run_tower(tower, torch.zeros(1, tower.config.num_channels, side, side, device=device), -1)
-        groups.append(ViewGroup(int(Kind.DETAIL), output.features, output.grid, (0,), name))
-    return groups
+    return [*groups, *(_blank_extra(model, name, device, use_tower) for name in extra_towers_used(model))]

@@ -25,6 +25,14 @@ CACHE_NAMES = ("cache", "past_key_values")
 """Every name that a caller may use for it."""
 
 
+def training_field(name: str) -> str:
+    """Name of a field of `TrainingArguments`: before 5.23 `activation_checkpointing` was `gradient_checkpointing`."""
+    from transformers import TrainingArguments  # a training library behind it, which inference does without
+
+    known = name in TrainingArguments.__dataclass_fields__
+    return name if known else name.replace("activation_checkpointing", "gradient_checkpointing")
+
+
 def warn_if_untested() -> None:
     """Say once that the installed minor is none of the tested ones."""
     installed = transformers.__version__

@@ -66,12 +66,7 @@ def find_switches(base: Any, config: Any) -> dict[str, tuple[Any, str, dict]]:
 
 
 def set_noise(model: nn.Module, noise: bool) -> None:
-    """Switch the noise that gates and routers add while training; dropout stays as it is.
-
-    Args:
-        model (`nn.Module`): Any model; one without noise is left as it is.
-        noise (`bool`): Whether noise is added.
-    """
+    """Switch the noise that gates and routers add while training; dropout stays as it is."""
     for module in model.modules():
         if type(module).__name__ == HiResLmmNoise.__name__:  # by name: remote code brings a class of its own
             cast("HiResLmmNoise", module).p = 1.0 if noise else 0.0
