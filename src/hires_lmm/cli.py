@@ -73,7 +73,7 @@ MaxCrops = Annotated[
 ]
 DtypeOption = Annotated[Dtype, typer.Option(help="Number format of the weights; auto = as saved.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... [default: CUDA where there is one]")]
-Trust = Annotated[bool, typer.Option(help="Run code that comes with the checkpoint; not needed for hires_lmm's own.")]
+Trust = Annotated[bool, typer.Option(help="Run code of the checkpoint that hires_lmm does not have.")]
 Json = Annotated[bool, typer.Option("--json", help="Write JSON to standard output.")]
 Question = Annotated[
     str, typer.Option("--question", "-q", help="The question.", show_default=False, callback=_checked_question)
@@ -317,7 +317,7 @@ def _show(
 
 
 @app.command("export")
-def _export(checkpoint: Checkpoint, destination: Destination) -> None:
+def _export(checkpoint: Checkpoint, destination: Destination, trust_remote_code: Trust = False) -> None:
     """Write a self-contained folder.
 
     It holds weights, code, processor and model card, and loads where this package is not installed.
@@ -327,7 +327,7 @@ def _export(checkpoint: Checkpoint, destination: Destination) -> None:
         from hires_lmm.conversion import export
 
         with _progress() as progress:
-            export(_existing(checkpoint), destination, progress=progress)
+            export(_existing(checkpoint), destination, progress=progress, trust_remote_code=trust_remote_code)
         output.print(f"wrote {_escape(str(destination))}")
 
 

@@ -227,9 +227,11 @@ class HiResLmmGenerationMixin(GenerationMixin):
         return create_masks_for_generate(attention_mask=attention_mask, **kwargs)
 
     def _valid_auto_compile_criteria(self, model_kwargs: dict[str, Any], generation_config: GenerationConfig) -> bool:
-        """Layer ops change lengths from layer to layer, so a static cache does not have the model compiled."""
+        """Layer ops and position plans look at what is cached, so a static cache does not have the model compiled."""
         valid: Any = super()._valid_auto_compile_criteria
-        return not self.model.connector.layer_ops and valid(model_kwargs, generation_config)
+        connector = self.model.connector
+        looks = connector.layer_ops or connector.position_plan is not None
+        return not looks and valid(model_kwargs, generation_config)
 
     def _update_model_kwargs_for_generation(
         self,

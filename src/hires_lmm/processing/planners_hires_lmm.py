@@ -12,6 +12,7 @@ from itertools import product
 from typing import Any
 
 from .geometry_hires_lmm import Kind, ViewShape
+from .own_parts_hires_lmm import as_name, is_own, own_class, refusal
 
 
 BOX_UNIT = 256
@@ -169,9 +170,9 @@ class ViewPlan:
 
 
 @dataclass(frozen=True)
-class _Canvas:
-    """A rule's answer before it is cut into views; `rows` and `cols` are the stitched patches that enter, `None` for
-    the patches that hold image pixels."""
+class Canvas:
+    """A rule's answer before it is cut into views: rows and columns of crops, size and offset of the image on them;
+    `rows` and `cols` are the stitched patches that enter, `None` for the patches that hold image pixels."""
 
     grid: Size
     resized: Size
@@ -206,7 +207,7 @@ def plan_slime(height: int, width: int, limits: PinpointLimits) -> ViewPlan:
     else:
         candidates = _within_max_crops(candidates, limits)
     canvas = _fit_canvas(size, _best_resolution(size, candidates), side)
-    return _assemble(size, limits, canvas, global_view="pad")
+    return assemble(size, limits, canvas, global_view="pad")
 
 
 def plan_slime_release(height: int, width: int, limits: PlannerLimits) -> ViewPlan:
@@ -235,7 +236,7 @@ def plan_slime_release(height: int, width: int, limits: PlannerLimits) -> ViewPl
         if number % cols == 0
     ]
     canvas = _fit_canvas(size, _best_resolution(size, candidates), side)
-    return _assemble(size, limits, canvas, global_view="squeeze")
+    return assemble(size, limits, canvas, global_view="squeeze")
 
 
 def plan_multiple(height: int, width: int, limits: PlannerLimits) -> ViewPlan:
@@ -260,7 +261,7 @@ def plan_multiple(height: int, width: int, limits: PlannerLimits) -> ViewPlan:
     if -(-height // side) * -(-width // side) > most:
         resized = _shrink_to_grid(size, side, most)
     grid = (-(-resized[0] // side), -(-resized[1] // side))
-    return _assemble(size, limits, _Canvas(grid, resized, (0, 0)), global_view="squeeze")
+    return assemble(size, limits, Canvas(grid, resized, (0, 0)), global_view="squeeze")
 
 
 def plan_hd(height: int, width: int, limits: PlannerLimits) -> ViewPlan:
@@ -292,13 +293,13 @@ def plan_hd(height: int, width: int, limits: PlannerLimits) -> ViewPlan:
     across = -(-short_side // side)
     margin = (across * side - short_side) // 2
     if portrait:
-        canvas = _Canvas((steps, across), (long_side, short_side), (0, margin), WHITE, transposed=True)
+        canvas = Canvas((steps, across), (long_side, short_side), (0, margin), WHITE, transposed=True)
     else:
-        canvas = _Canvas((across, steps), (short_side, long_side), (margin, 0), WHITE)
+        canvas = Canvas((across, steps), (short_side, long_side), (margin, 0), WHITE)
     shrinks = height != width and max(size) > side
     resample = (LANCZOS if shrinks else BICUBIC, BILINEAR)
     square = None if shrinks else max(size)
-    return _assemble(
+    return assemble(
         size, limits, canvas, global_view="pad", resample=resample, truncate_global=True, global_square=square
     )
 
@@ -327,13 +328,14 @@ def plan_llava_next(height: int, width: int, limits: PinpointLimits) -> ViewPlan
     best = _best_resolution(size, _within_max_crops(candidates, limits))
     canvas = _fit_canvas(size, best, side)
     rows, cols = _llava_next_intervals(size, canvas.grid, limits.patch_grid)
-    canvas = _Canvas(canvas.grid, canvas.resized, canvas.paste, canvas.fill, rows, cols)
-    return _assemble(size, limits, canvas, global_view="squeeze", unpad=True)
+    canvas = Canvas(canvas.grid, canvas.resized, canvas.paste, canvas.fill, rows, cols)
+    return assemble(size, limits, canvas, global_view="squeeze", unpad=True)
 
 
 @dataclass(frozen=True)
 class Planner:
-    """One slicing rule: a pure function, and the class of its options, which may have fields of their own.
+    """One slicing rule: a pure function, and the class of its options, which may have fields of their own. A user's
+    own one is a subclass with `Options` and a static method `plan`.
 
     Args:
         plan (`Callable`): `(height, width, options) -> ViewPlan`.
@@ -342,6 +344,7 @@ class Planner:
 
     plan: Callable[[int, int, Any], ViewPlan]
     options: type[PlannerLimits] = PlannerLimits
+    Options = PlannerLimits
 
     def __call__(self, height: int, width: int, options: PlannerLimits) -> ViewPlan:
         """Plan one image."""
@@ -370,22 +373,25 @@ PLANNERS: dict[str, Planner] = {
 
 
 def find_planner(planner: Any) -> tuple[str, Planner, dict[str, Any]]:
-    """Name, rule and own options of a planner given by name or as `{"name": name, **options}`.
-
-    Raises:
-        ValueError: If there is none of that name.
-    """
-    values = {"name": planner} if isinstance(planner, str) else dict(planner) if isinstance(planner, dict) else {}
-    name = values.pop("name", None)
-    if name not in PLANNERS:
+    """Name, rule and own options of a planner given by name or class, or as `{"name": name, **options}`."""
+    values = dict(planner) if isinstance(planner, dict) else {"name": planner}
+    name = as_name(values.pop("name", None))
+    own = own_class(name, "Planner")
+    if own is not None and not hasattr(own, "plan"):
+        raise ValueError(f"The planner {name} has no static method plan(height, width, options); write one.")
+    if own is not None:
+        return name, own(own.plan, own.Options), values
+    if is_own(name):
+        raise ValueError(refusal(name))
+    if not isinstance(name, str) or name not in PLANNERS:
         raise ValueError(f"planner={planner!r} is unknown; choose one of {', '.join(PLANNERS)}.")
     return name, PLANNERS[name], values
 
 
-def _assemble(
+def assemble(
     size: Size,
     limits: PlannerLimits,
-    canvas: _Canvas,
+    canvas: Canvas,
     global_view: str,
     unpad: bool = False,
     resample: tuple[int | None, int | None] = (None, None),
@@ -441,16 +447,11 @@ def _global_view(
 
 
 def square_paste(size: Size, side: int) -> Size:
-    """Offset of an image that is centred on a square.
-
-    Args:
-        size (`tuple[int, int]`): The image, pixels.
-        side (`int`): The square, pixels.
-    """
+    """Offset of an image that is centred on a square."""
     return (side - size[0]) // 2, (side - size[1]) // 2
 
 
-def _crop_views(size: Size, limits: PlannerLimits, grid: Size, canvas: _Canvas, unpad: bool) -> list[View]:
+def _crop_views(size: Size, limits: PlannerLimits, grid: Size, canvas: Canvas, unpad: bool) -> list[View]:
     side, patches = limits.view_size, limits.patch_grid
     edges, spans = [], []
     for axis, kept in ((0, canvas.rows), (1, canvas.cols)):
@@ -517,11 +518,11 @@ def _best_resolution(size: Size, candidates: Sequence[Size]) -> Size:
     return best
 
 
-def _fit_canvas(size: Size, resolution: Size, side: int) -> _Canvas:
+def _fit_canvas(size: Size, resolution: Size, side: int) -> Canvas:
     """Scale the image to touch the canvas and centre it."""
     resized = _fit_inside(size, resolution)
     paste = ((resolution[0] - resized[0]) // 2, (resolution[1] - resized[1]) // 2)
-    return _Canvas((resolution[0] // side, resolution[1] // side), resized, paste)
+    return Canvas((resolution[0] // side, resolution[1] // side), resized, paste)
 
 
 def _fit_inside(size: Size, target: Size) -> Size:

@@ -26,6 +26,7 @@ from .geometry_hires_lmm import Column
 from .image_input_hires_lmm import flatten_images
 from .image_processing_hires_lmm import HiResLmmImageProcessor, HiResLmmImageProcessorKwargs, is_loading_name
 from .messages_hires_lmm import QUERY_TOKEN, clean_messages, drop_marks, protect, protect_messages
+from .own_parts_hires_lmm import HiResLmmOwnPartsMixin
 from .planners_hires_lmm import find_planner
 from .tower_table_hires_lmm import TOWERS, known_stats, view_side
 
@@ -57,7 +58,7 @@ class HiResLmmProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[ca
     _defaults = {"text_kwargs": {"padding": False, "verbose": False}}
 
 
-class HiResLmmProcessor(ProcessorMixin):
+class HiResLmmProcessor(HiResLmmOwnPartsMixin, ProcessorMixin):
     """Tokenizer and image processor in one: expands `<image>`, counts tokens, applies chat templates.
 
     Args:
@@ -101,6 +102,10 @@ class HiResLmmProcessor(ProcessorMixin):
         super().__init__(image_processor, tokenizer, chat_template=template)
         self._has_warned = False
 
+    def part_names(self) -> list[Any]:
+        """The name of the planner."""
+        return [] if self.image_processor is None else self.image_processor.part_names()
+
     @classmethod
     def _get_arguments_from_pretrained(cls, path: Any, processor_dict: Any = None, **kwargs: Any) -> list:
         """Load both parts, each with its own options; what neither knows is refused."""
@@ -109,6 +114,7 @@ class HiResLmmProcessor(ProcessorMixin):
         image_names = set(HiResLmmImageProcessorKwargs.__annotations__)
         for_images = {name: value for name, value in kwargs.items() if name in image_names}
         for_text = {name: value for name, value in kwargs.items() if name not in {*loading, *for_images, *PART_NAMES}}
+        for_images["_trust_planner"] = loading.get("trust_remote_code")
         image_processor = AutoImageProcessor.from_pretrained(path, **loading, **for_images)
         tokenizer = AutoTokenizer.from_pretrained(path, **loading, **for_text)
         tokens = {name for name, value in for_text.items() if name.endswith("_token") and not isinstance(value, int)}
