@@ -100,8 +100,9 @@ def register(monkeypatch) -> None:
 
 def config_of(case: Case, kinds: tuple, layout: dict, **options):
     """The configuration of a tiny model with one part, whose images have views of the given kinds."""
-    is_list = isinstance(getattr(HiResLmmConnectorConfig(), case.slot), list)
+    empty = getattr(HiResLmmConnectorConfig(), case.slot)
     spec = case.spec(**options)
+    several = [spec] if isinstance(empty, list) else {"mine": spec} if empty == {} else spec
     changes = {}
     if "detail" in kinds:
         changes["extra_towers"] = {"fine": tiny_vision_config("siglip", 84, hidden_size=16).to_dict()}
@@ -109,7 +110,7 @@ def config_of(case: Case, kinds: tuple, layout: dict, **options):
         "llava_next",
         planner={"name": "every_kind", "kinds": [kind for kind in kinds if kind != "detail"]},
         connector_config={
-            case.slot: [spec] if is_list else spec,
+            case.slot: several,
             "layout": {"order": list(kinds), "crop_order": "views", **layout},
         },
         **changes,
@@ -136,4 +137,4 @@ def batch_of(processor, *sizes, text: str = TEXT, **options) -> dict[str, torch.
 def part_of(model, case: Case) -> nn.Module:
     """The part in a model."""
     found = getattr(model.model.connector, case.slot)
-    return found[0] if isinstance(found, nn.ModuleList) else found
+    return next(iter(found.children())) if isinstance(found, (nn.ModuleList, nn.ModuleDict)) else found

@@ -231,7 +231,7 @@ class Commander(HiResLmmTokenOp):
         wide = interpolate(thumbnail, (rows * size[0], cols * size[1]), mode="bilinear")[0, 0]
         own = [crops[tokens.view[crops] == row] for row in image.rows(Kind.CROP)]
         wanted = (sums / self.temperature).softmax(dim=0) + 1 - 1 / len(own)
-        quotas = share(total - surplus - len(stay[0]), [float(w) for w in wanted], [len(index) for index in own])
+        quotas = share(total - surplus - len(stay[0]), wanted.detach().tolist(), [len(index) for index in own])
         for place, (index, quota) in enumerate(zip(own, quotas, strict=True)):
             cell = tokens.cell[index] + torch.tensor([place // cols * size[0], place % cols * size[1]])
             both = normalize(scores[index], dim=0) + normalize(wide[cell[:, 0], cell[:, 1]], dim=0)

@@ -78,6 +78,9 @@ def test_what_leaves_is_as_described(case):
     elif isinstance(output, torch.Tensor):
         sizes = {grid.rows * grid.cols for grid in traits.grids.values()}
         assert output.shape[-1] == traits.width and output.shape[1] in sizes
+    elif isinstance(output[0], torch.Tensor):  # hidden states behind a layer, and what stays
+        hidden, keep = output
+        assert hidden.shape[-1] == traits.width and (keep is None or keep.shape == hidden.shape[:2])
     else:
         tokens = output[0]
         assert tokens.features.shape == (sum(tokens.lengths), traits.width)
@@ -138,7 +141,8 @@ def test_without_noise_training_sees_what_evaluation_sees(case):
     batch["prompt_mask"] = batch["input_ids"] != model.config.image_token_id
     trained = train_mode(copy.deepcopy(model), noise=False)
     with torch.no_grad():
-        found = trained(**batch, labels=batch["input_ids"], return_logits=True).logits
+        labels = torch.full_like(batch["input_ids"], -100)  # all of it is the prompt
+        found = trained(**batch, labels=labels, return_logits=True).logits
     torch.testing.assert_close(found, logits_of(model, batch), atol=1e-4, rtol=1e-4)
 
 

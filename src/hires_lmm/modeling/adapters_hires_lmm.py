@@ -235,7 +235,7 @@ class HiResLmmMixtureAdapter(HiResLmmAdapter):
 
     @classmethod
     def describe(cls, options: Any, context: PartContext) -> Traits:
-        """As other adapters.
+        """As other adapters; the released gate never reads its second table.
 
         Raises:
             ValueError: If there is nothing to mix, as in an extra tower.
@@ -245,7 +245,8 @@ class HiResLmmMixtureAdapter(HiResLmmAdapter):
                 f"The adapter 'mixture' mixes on {options.mix_on!r} views of the main tower, and there are none here; "
                 "use another adapter, for an extra tower in tower_adapters, such as mlp."
             )
-        return super().describe(options, context)
+        untrained = ("gate.noise_weight",) if options.gate == "release" else ()
+        return replace(super().describe(options, context), untrained=untrained)
 
     def __init__(self, context: PartContext, options: Options):
         super().__init__(context, options)
@@ -257,12 +258,6 @@ class HiResLmmMixtureAdapter(HiResLmmAdapter):
             context.config, context.width, grid[0] * grid[1], grid, options.num_heads
         )
         self.gate = HiResLmmGate(context.width, options.gate)
-
-    @classmethod
-    def describe(cls, options: Any, context: PartContext) -> Traits:
-        """As every adapter; the released gate never reads its second table."""
-        untrained = ("gate.noise_weight",) if options.gate == "release" else ()
-        return replace(super().describe(options, context), untrained=untrained)
 
     def adapt(self, group: ViewGroup) -> ViewGroup:
         """Adapt one group; `aux["gates"]` holds the weights of the experts `(V, L, 2)` where they are mixed."""
