@@ -217,7 +217,7 @@ def test_training_leaves_the_states_for_objectives_and_keeps_no_keys(setup):
     assert aux["fusion_blocks"].tolist() == [0] * 12 + [1] * 3
     assert aux["fusion_rows"].tolist() == [0] * 15
     torch.testing.assert_close(fusion.output(aux["fusion_slots"]), seen[0].features)
-    (known,) = output[CACHE].conversation.records["fusion"].rows
+    (known,) = output["cache"].conversation.records["fusion"].rows
     assert len(known.blocks) == 2 and not known.layers and not known.visual.requires_grad
     assert {name for name, p in fusion.named_parameters() if p.grad is None} == set()
     model.zero_grad()

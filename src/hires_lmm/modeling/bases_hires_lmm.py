@@ -233,7 +233,8 @@ class LayerCall:
         token (`torch.Tensor` of shape `(B, m)`): Row of each visual token in `tokens`; -1 elsewhere, and where image
             features came without their geometry.
         tokens (`VisualTokens`, *optional*): View, cell and scores of each, on the CPU.
-        attention (`LayerAttention`, *optional*): The attention of the layer, where the op sets `reads_attention`.
+        attention (`LayerAttention`, *optional*): The attention of the layer, where the op sets `reads_attention`; None
+            in conversations without images.
         is_prefill (`bool`): Whether the call holds images; elsewhere nothing may leave.
         training (`bool`): Whether the model is in training.
         aux (`dict[str, torch.Tensor]`): Takes tensors for losses and logs; they come out as `outputs.aux`.
@@ -254,6 +255,12 @@ class LayerCall:
     def text(self) -> torch.Tensor:
         """True at tokens that are neither visual nor padding."""
         return self.real & ~self.visual
+
+    @property
+    def prompt(self) -> torch.Tensor:
+        """True at tokens up to the last one of the prompt: not at answers and drafts, which nobody may read."""
+        places = torch.arange(self.real.shape[1], device=self.real.device)
+        return self.real & (places <= self.last[:, None])
 
 
 @dataclass
@@ -276,10 +283,12 @@ class TowerCall:
 class HiResLmmLayerOp(HiResLmmPart):
     """Base of layer operations, which run behind chosen layers of the language model or of the vision tower.
 
-    `Options` of a subclass extend these; `reads_attention` asks for the attention of the layer.
+    `Options` of a subclass extend these. `reads_attention` asks for the attention of the layer, `masks_attention` has
+    `see` called before it.
     """
 
     reads_attention = False
+    masks_attention = False
 
     @strict
     @dataclass
@@ -309,6 +318,19 @@ class HiResLmmLayerOp(HiResLmmPart):
         Returns:
             Hidden states of the same shape, and None or, in the language model, `(B, m)`: bool, False where a visual
             token leaves; or in training floats, by which later layers weigh the token as a key.
+        """
+        raise NotImplementedError
+
+    def see(self, layer: int, seen: torch.Tensor, call: LayerCall) -> torch.Tensor:
+        """Change which tokens of a call with images see which, in a layer of the language model.
+
+        Args:
+            layer (`int`): The layer that is about to run.
+            seen (`torch.Tensor` of shape `(B, 1, m, m)`): True where a query (third dimension) sees a key.
+            call (`LayerCall`): What belongs to it, without attention.
+
+        Returns:
+            The same, or one `(B, heads, m, m)`.
         """
         raise NotImplementedError
 

@@ -411,6 +411,8 @@ class HiResLmmConfig(PreTrainedConfig):
                         f"layout.separators.{name} is the token id {mark}, but the language model has "
                         f'{self.text_config.vocab_size} tokens; use one of them, or "learned".'
                     )
+        if self.unequal_views and any(step.options.of == "vision_tower" for step in chain.of("layer_ops")):
+            raise ValueError("A layer op of the vision tower needs views of one size; leave out unequal_views.")
         from .towers_hires_lmm import check_needs
 
         for step in chain.steps:

@@ -152,6 +152,7 @@ class HiResLmmGenerationMixin(GenerationMixin):
         image.is_unpadded, is_right_padded = flags or (None, False)
         image.prompt = GeneratePrompt(
             length=inputs_tensor.shape[1] - cached,
+            cached=cached,
             mask_length=mask_length(inputs_tensor.shape[1], model_kwargs, generation_config),
             is_right_padded=is_right_padded,
             keeps_cache=model_kwargs.get(CACHE) is not None or bool(generation_config.return_dict_in_generate),
@@ -172,7 +173,7 @@ class HiResLmmGenerationMixin(GenerationMixin):
         the main model, so it may go on with a packed cache.
         """
         cache = model_kwargs.get(CACHE)
-        past = cache.get_seq_length() if isinstance(cache, Cache) else 0
+        past = int(cache.get_seq_length()) if isinstance(cache, Cache) else 0
         is_new = mask_length(length, model_kwargs, generation_config) != length
         if not past or is_new or generation_config.is_assistant:
             return 0
@@ -183,6 +184,15 @@ class HiResLmmGenerationMixin(GenerationMixin):
                 f"length {past} + the number of new ids; or start without cache."
             )
         return past
+
+    def prepare_inputs_for_generation(
+        self, input_ids: torch.Tensor, next_sequence_length: int | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """As in the library, whose first draft would read again what the caller's cache holds."""
+        image = (kwargs.get("mm_encoder_outputs") or {}).get("image")
+        if next_sequence_length is None and image is not None and image.prompt.cached:
+            next_sequence_length = input_ids.shape[1] - image.prompt.cached
+        return super().prepare_inputs_for_generation(input_ids, next_sequence_length, **kwargs)
 
     def _expand_multimodal_outputs(
         self,
@@ -215,6 +225,11 @@ class HiResLmmGenerationMixin(GenerationMixin):
         if is_first_iteration:
             return attention_mask
         return create_masks_for_generate(attention_mask=attention_mask, **kwargs)
+
+    def _valid_auto_compile_criteria(self, model_kwargs: dict[str, Any], generation_config: GenerationConfig) -> bool:
+        """Layer ops change lengths from layer to layer, so a static cache does not have the model compiled."""
+        valid: Any = super()._valid_auto_compile_criteria
+        return not self.model.connector.layer_ops and valid(model_kwargs, generation_config)
 
     def _update_model_kwargs_for_generation(
         self,

@@ -3,7 +3,6 @@
 All that belongs to one call travels in the keyword `layer_call` of the language model; hooks know a number alone.
 """
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -13,146 +12,29 @@ import torch
 from torch import nn
 from transformers import AttentionInterface
 
-from .bases_hires_lmm import LayerCall
-from .carriers_hires_lmm import VisualTokens
+from .bases_hires_lmm import LayerCall, TowerCall
+from .carriers_hires_lmm import ImageGeometry, VisualTokens
 from .compat_hires_lmm import CACHE, attention_of, attention_window, layers_of
 from .connector_hires_lmm import drop
 from .conversation_hires_lmm import Conversation, Record
+from .layer_attention_hires_lmm import (
+    QUERIES,
+    KeyNote,
+    LayerAttention,
+    give_queries,
+    shown_columns,
+    take,
+    take_ids,
+    visible,
+)
 from .packing_hires_lmm import Packing, expand, pack, plan_packing
 from .question_hires_lmm import PromptText
 
 
 LAYER_CALL = "layer_call"
-QUERIES = "hires_lmm_queries"
 RECORD = "layer_ops"
 # B = rows, n = positions of the call, m = those that are still there, K = keys of a layer. A slot is the place of a
 # token in the conversation, counted before anything left a layer.
-
-
-def give_queries(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: Any,
-    scaling: float | None = None,
-    softcap: float | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, tuple]:
-    """An attention function that attends to nothing: queries, scale and cap come out in place of the weights."""
-    return query.transpose(1, 2), (query, query.shape[-1] ** -0.5 if scaling is None else scaling, softcap)
-
-
-AttentionInterface.register(QUERIES, give_queries)
-
-
-def visible(slots: torch.Tensor, own: torch.Tensor, columns: torch.Tensor, window: int | None) -> torch.Tensor:
-    """Which keys a query sees, `(B, r, K)`: those that are there, not later and in its window, and itself.
-
-    Args:
-        slots (`torch.Tensor` of shape `(B, r)`): Slots of the queries.
-        own (`torch.Tensor` of shape `(B, r)`): Column of each query's own key.
-        columns (`torch.Tensor` of shape `(B, K)`): Slots of the keys; -1 for padding and what has left.
-        window (`int`, *optional*): Slots that a query looks back, itself included.
-    """
-    keys, queries = columns[:, None], slots[..., None]
-    seen = (keys >= 0) & (keys <= queries)
-    if window is not None:
-        seen = seen & (queries - keys < window)
-    return seen | (torch.arange(columns.shape[1], device=columns.device) == own[..., None])
-
-
-def take(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Gather positions `(B, r)` of `(B or 1, n, D)`: `(B, r, D)`."""
-    return states.expand(index.shape[0], -1, -1).gather(1, index[..., None].expand(-1, -1, states.shape[-1]))
-
-
-@dataclass
-class LayerAttention:
-    """The attention of the layer that has just run, computed for the queries that an op asks for.
-
-    Args:
-        module (`nn.Module`): The attention module.
-        inputs (`dict`): What it was called with.
-        keys (`torch.Tensor` of shape `(B, heads, K, d)`): Keys as it saw them.
-        slots (`torch.Tensor` of shape `(B, m)`): Slots of the tokens of the call.
-        columns (`torch.Tensor` of shape `(B, K)`): Slots of the keys; -1 for padding and what has left.
-        start (`int`): Column of the first token of the call.
-        window (`int`, *optional*): Slots that a query looks back.
-    """
-
-    module: Any
-    inputs: dict
-    keys: torch.Tensor
-    slots: torch.Tensor
-    columns: torch.Tensor
-    start: int
-    window: int | None
-
-    def logits(self, rows: torch.Tensor) -> torch.Tensor:
-        """Scores before the softmax, also of keys that are not seen.
-
-        Args:
-            rows (`torch.Tensor` of shape `(B, r)`): Positions of the queries among the tokens that are there.
-
-        Returns:
-            `(B, heads, r, K)` float32.
-        """
-        module = copy.copy(self.module)  # shares all weights
-        module.config = copy.copy(module.config)
-        module.config._attn_implementation = QUERIES
-        inputs = {**self.inputs, "attention_mask": None, CACHE: None}
-        inputs["hidden_states"] = take(inputs["hidden_states"], rows)
-        if inputs.get("position_embeddings") is not None:
-            inputs["position_embeddings"] = tuple(take(part, rows) for part in inputs["position_embeddings"])
-        if inputs.get("position_ids") is not None:
-            inputs["position_ids"] = take_ids(inputs["position_ids"], rows)
-        _, (query, scale, cap) = type(module).forward(module, **inputs)
-        keys = self.keys.repeat_interleave(query.shape[1] // self.keys.shape[1], dim=1)
-        logits = query.float() @ keys.float().transpose(2, 3) * scale
-        return logits if cap is None else torch.tanh(logits / cap) * cap
-
-    def weights(self, rows: torch.Tensor) -> torch.Tensor:
-        """Softmax over all keys that a query sees, of which those of this call are returned.
-
-        Args:
-            rows (`torch.Tensor` of shape `(B, r)`): Positions of the queries among the tokens that are there.
-
-        Returns:
-            `(B, heads, r, m)` float32.
-        """
-        seen = visible(self.slots.gather(1, rows), rows + self.start, self.columns, self.window)
-        weights = self.logits(rows).masked_fill(~seen[:, None], float("-inf")).softmax(dim=-1)
-        return weights[..., self.start : self.start + self.slots.shape[1]]
-
-
-def take_ids(ids: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Gather positions `(B, r)` of position ids `(..., B or 1, n)`."""
-    shape = (*ids.shape[:-2], index.shape[0], -1)
-    return ids.expand(*shape).gather(-1, index.expand(*shape))
-
-
-def shown_columns(slots: torch.Tensor, length: int, offset: int) -> torch.Tensor:
-    """Of the keys of a layer `(B, K)`, those that its cache shows to attention: `(B, length)`."""
-    shown = slots[:, offset : offset + length]
-    return nn.functional.pad(shown, (0, length - shown.shape[1]), value=-1)
-
-
-class KeyNote:
-    """A cache that hands on what attention puts into it and notes the keys that it gets back."""
-
-    def __init__(self, cache: Any, note: Callable[[torch.Tensor], None]):
-        self.cache, self.note = cache, note
-
-    def update(self, keys: torch.Tensor, values: torch.Tensor, *args: Any, **kwargs: Any) -> tuple:
-        """See `Cache.update`; without a cache, what comes in goes out."""
-        if self.cache is not None:
-            keys, values = self.cache.update(keys, values, *args, **kwargs)
-        self.note(keys)
-        return keys, values
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.cache, name)
 
 
 @dataclass(eq=False)
@@ -330,10 +212,11 @@ class LanguageCall:
         if self.record is None or layer < self.first:
             return None
         level, keys = self.level(layer), self.keys(layer)
-        if level.plan is None and level.weight is None and keys.is_whole:
-            return None
         hidden = args[0] if args else kwargs["hidden_states"]
-        kwargs = {**kwargs, "attention_mask": self.mask(layer, level, keys, kwargs.get(CACHE), hidden)}
+        masking = [op for op in self.ops[layer] if op.masks_attention] if self.placed.has_visual else []
+        if level.plan is None and level.weight is None and keys.is_whole and not masking:
+            return None
+        kwargs = {**kwargs, "attention_mask": self.mask(layer, level, keys, kwargs.get(CACHE), hidden, masking)}
         if level.is_packed:
             index = level.plan.index  # type: ignore[union-attr]
             if kwargs.get("position_embeddings") is not None:
@@ -350,28 +233,36 @@ class LanguageCall:
             level.made[id(value)] = value, function(value)
         return level.made[id(value)][1]
 
-    def mask(self, layer: int, level: Level, keys: Keys, cache: Any, hidden: torch.Tensor) -> torch.Tensor | None:
-        """The mask of a layer, in the form that its attention function reads."""
+    def mask(
+        self, layer: int, level: Level, keys: Keys, cache: Any, hidden: torch.Tensor, masking: list
+    ) -> torch.Tensor | None:
+        """The mask of a layer, in the form that its attention function reads, as its ops change it."""
         count, total = hidden.shape[1], keys.slots.shape[1]
         length, offset = (total, 0) if cache is None else cache.get_mask_sizes(count, layer)
         window, kind = attention_window(self.config, layer), self.config._attn_implementation
         fits = window is None or total <= window
-        is_causal = count == 1 or (count == total and kind != "eager")
+        is_causal = (count == 1 or (count == total and kind != "eager")) and not masking
         if keys.is_plain and level.weight is None and fits and is_causal and length == total:
             return None
-        form = ("mask", id(keys), id(level), window, length, offset)
+        form = ("mask", id(keys), id(level), window, length, offset, layer if masking else None)
         if form in self.made:
             return self.made[form]
         columns = shown_columns(keys.slots, length, offset)
         if "flash" in kind:
-            if not fits or level.weight is not None:
-                raise ValueError("flash attention cannot hide tokens within a window; load the model with sdpa.")
+            if not fits or level.weight is not None or masking:
+                raise ValueError("flash attention cannot hide tokens like that; load the model with sdpa.")
             return self.made.setdefault(form, (columns >= 0).long())
-        if kind not in ("eager", "sdpa"):
-            raise ValueError(f"Layer ops need eager, sdpa or flash attention, and this model has {kind!r}.")
+        check_attention(kind)
         slots = level.take(self.slots)
         own = (torch.arange(count, device=slots.device) + (total - count - offset)).expand_as(slots)
         seen = visible(slots, own, columns, window)[:, None]
+        for op in masking:
+            start = total - count - offset
+            part = op.see(layer, seen[..., start : start + count], self.view(layer, level, hidden.device))
+            sides = [
+                side.expand(-1, part.shape[1], -1, -1) for side in (seen[..., :start], seen[..., start + count :])
+            ]
+            seen = torch.cat([sides[0], part, sides[1]], dim=-1)
         if level.weight is None and kind == "sdpa":
             return self.made.setdefault(form, seen)
         mask = torch.zeros(seen.shape, dtype=hidden.dtype, device=hidden.device)
@@ -383,18 +274,21 @@ class LanguageCall:
 
     def attend(self, layer: int, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Before the attention of a layer that an op reads: note its inputs and, once it has them, its keys."""
+        if self.record is None:
+            return args, kwargs
         inputs = {**kwargs, **({"hidden_states": args[0]} if args else {})}
         count = inputs["hidden_states"].shape[1]
         level, cache = self.level(layer), kwargs.get(CACHE)
         slots = level.take(self.slots)
-        columns = slots if self.record is None else self.keys(layer).slots
+        columns = self.keys(layer).slots
         total = columns.shape[1]
         length, offset = (total, 0) if cache is None else cache.get_mask_sizes(count, layer)
         columns = shown_columns(columns, length, offset)
         start, window = total - count - offset, attention_window(self.config, layer)
 
         def note(keys: torch.Tensor) -> None:
-            self.attentions[layer] = LayerAttention(module, inputs, keys, slots, columns, start, window)
+            here = (slots.to(keys.device), columns.to(keys.device))
+            self.attentions[layer] = LayerAttention(module, inputs, keys, *here, start, window)
 
         return args, {**kwargs, CACHE: KeyNote(cache, note)}
 
@@ -402,26 +296,25 @@ class LanguageCall:
         """Behind a layer: run its ops, and pack what stays."""
         level = self.level(layer)
         for op in self.ops[layer]:
-            call = self.view(layer, level)
-            hidden, keep = op(layer, hidden, call)
-            if self.training:  # every parameter gets a gradient on every process
-                hidden = hidden + sum(0.0 * part.reshape(-1)[0] for part in op.parameters() if part.requires_grad)
+            call = self.view(layer, level, hidden.device)
+            hidden, keep = run_op(op, layer, hidden, call)
             if keep is not None and self.record is not None:
                 hidden, level = self.narrow(layer, level, hidden, keep, call)
         self.levels[layer + 1] = level
+        self.attentions.pop(layer, None)
         return hidden
 
-    def view(self, layer: int, level: Level) -> LayerCall:
-        """What an op sees of the call."""
+    def view(self, layer: int, level: Level, device: torch.device) -> LayerCall:
+        """What an op sees of the call, where the layer is."""
         placed, last = self.placed, self.placed.last
         if level.is_packed:
             last = level.plan.expand.gather(1, last[:, None])[:, 0]  # type: ignore[union-attr]
         return LayerCall(
-            slots=level.take(self.slots),
-            real=level.real,
-            visual=level.take(placed.visual) & level.real,
-            last=last,
-            token=level.take(placed.token),
+            slots=level.take(self.slots).to(device),
+            real=level.real.to(device),
+            visual=(level.take(placed.visual) & level.real).to(device),
+            last=last.to(device),
+            token=level.take(placed.token).to(device),
             tokens=placed.tokens,
             attention=self.attentions.get(layer),
             is_prefill=placed.has_visual,
@@ -436,16 +329,16 @@ class LanguageCall:
         if keep.is_floating_point():
             if not self.training:
                 raise ValueError("A layer op returned a soft mask outside of training; return one of bool there.")
-            weight = level.put(torch.where(call.visual, keep, 1.0))
+            weight = level.put(torch.where(call.visual, keep, 1.0).to(level.stay.device))
             weight = weight if level.weight is None else weight * level.weight
             return hidden, Level(level.stay, level.plan, level.is_packed, level.is_plain, weight)
-        stay = level.stay & ~level.put(call.visual & ~keep)
+        stay = level.stay & ~level.put((call.visual & ~keep).to(level.stay.device))
         self.left_at = torch.where(level.stay & ~stay, layer, self.left_at)
         plan = plan_packing(stay, "left")
         if not self.can_pack:
             return hidden, Level(stay, plan, False, False, level.weight)
-        index = level.put(torch.arange(hidden.shape[1], device=hidden.device).expand(len(hidden), -1))
-        hidden = take(hidden, index.gather(1, plan.index))
+        index = level.put(torch.arange(hidden.shape[1], device=stay.device).expand(len(hidden), -1))
+        hidden = take(hidden, index.gather(1, plan.index).to(hidden.device))
         return hidden, Level(stay, plan, True, bool(plan.mask.all()), level.weight)
 
     def remember(self, cache: Any, outputs: dict) -> None:
@@ -469,6 +362,84 @@ class LanguageCall:
         if level.plan is None:
             return hidden
         return expand(hidden if level.is_packed else pack(hidden, level.plan), level.plan)
+
+
+@dataclass
+class TowerPass:
+    """One pass of whole images through the vision tower, for its layer ops.
+
+    Args:
+        ops (`list[HiResLmmLayerOp]`): All of the tower.
+        images (`list[ImageGeometry]`): The images, in the order of the views.
+        grid (`tuple[int, int]`): Patch rows and columns of a view.
+        training (`bool`): Whether the model is in training.
+    """
+
+    ops: list
+    images: list[ImageGeometry]
+    grid: tuple[int, int]
+    training: bool
+
+    def split(self, pixels: torch.Tensor, chunk_size: int | None) -> list[tuple[torch.Tensor, dict]]:
+        """Cut views `(V, 3, H, W)` between images: at most so many, but one image at least; each with its call."""
+        pieces: list[list[ImageGeometry]] = [[]]
+        for image in self.images:
+            count = sum(len(other.views) for other in [*pieces[-1], image])
+            if chunk_size is not None and pieces[-1] and count > chunk_size:
+                pieces.append([])
+            start = sum(len(other.views) for other in pieces[-1])
+            pieces[-1].append(replace(image, first_view=start))
+        lengths = [sum(len(image.views) for image in piece) for piece in pieces]
+        calls = [{LAYER_CALL: replace(self, images=piece)} for piece in pieces]
+        return list(zip(pixels.split(lengths), calls, strict=True))
+
+    def leave(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        """Behind a layer: run its ops."""
+        call = TowerCall(self.images, self.grid, hidden.shape[1] - self.grid[0] * self.grid[1], self.training)
+        for op in (op for op in self.ops if layer in op.layers):
+            hidden, keep = run_op(op, layer, hidden, call)
+            if keep is not None:
+                raise ValueError("No patch leaves the vision tower; a layer op of it returns None beside the states.")
+        return hidden
+
+
+def check_attention(kind: str | None) -> None:
+    """Refuse attention functions whose masks are not known; a server's own, as of vLLM, among them."""
+    if kind is not None and kind not in ("eager", "sdpa") and "flash" not in kind:
+        raise ValueError(f"Layer ops need eager, sdpa or flash attention, and this model has {kind!r}.")
+
+
+def ops_of(model: Any, where: str) -> list:
+    """The layer ops of a `HiResLmmModel` that run in `language_model` or `vision_tower`."""
+    return [op for op in model.connector.layer_ops if op.options.of == where]
+
+
+def open_tower(model: Any, images: list[ImageGeometry], used: tuple[int, ...]) -> TowerPass | None:
+    """The call of the vision tower for its layer ops; None where it has none.
+
+    Args:
+        model (`HiResLmmModel`): The model.
+        images (`list[ImageGeometry]`): The images of the batch.
+        used (`tuple[int, ...]`): Rows of the views that pass the tower.
+    """
+    ops = ops_of(model, "vision_tower")
+    if not ops:
+        return None
+    rows = set(used)
+    seen = [
+        replace(image, views=tuple(view for row, view in enumerate(image.views, image.first_view) if row in rows))
+        for image in images
+    ]
+    return TowerPass(ops, [image for image in seen if image.views], model.config.patch_grid, model.training)
+
+
+def run_op(op: Any, layer: int, hidden: torch.Tensor, call: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Run an op; in training each of its parameters gets a gradient, on every process."""
+    hidden, keep = op(layer, hidden, call)
+    learned = [part for part in op.parameters() if part.requires_grad] if call.training else []
+    for part in learned:
+        hidden = hidden + 0.0 * part.reshape(-1)[0].to(hidden)
+    return hidden, keep
 
 
 def enter_layer(layer: int, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
@@ -502,10 +473,16 @@ def install_layer_ops(model: Any) -> None:
     Raises:
         ValueError: If the language model has layers whose attention is not known.
     """
-    ops = [op for op in model.connector.layer_ops if op.options.of == "language_model"]
+    inside = ops_of(model, "vision_tower")
+    for number, layer in enumerate(layers_of(model.vision_tower) if inside else ()):
+        if any(number in op.layers for op in inside):
+            layer.register_forward_hook(partial(leave_layer, number), with_kwargs=True)
+    ops = ops_of(model, "language_model")
     if not ops:
         return
     config = model.config.text_config
+    check_attention(config._attn_implementation)
+    AttentionInterface.register(QUERIES, give_queries)
     for number, layer in enumerate(layers_of(model.language_model)):
         attention_window(config, number)
         layer.register_forward_pre_hook(partial(enter_layer, number), with_kwargs=True)
@@ -558,7 +535,7 @@ def open_layers(model: Any, prompt: Any, cache: Any, options: dict) -> LanguageC
         cache (`Cache`, *optional*): Earlier positions.
         options (`dict`): What else the language model gets; the call is written into it.
     """
-    ops = [op for op in model.connector.layer_ops if op.options.of == "language_model"]
+    ops = ops_of(model, "language_model")
     if not ops:
         return None
     config, placed, conversation = model.language_model.config, prompt.placed, prompt.conversation

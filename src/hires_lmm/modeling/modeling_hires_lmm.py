@@ -27,7 +27,7 @@ from .inputs_hires_lmm import (
     take_images,
     take_text,
 )
-from .layer_ops_hires_lmm import install_layer_ops, open_layers
+from .layer_ops_hires_lmm import install_layer_ops, open_layers, ops_of
 from .logits_hires_lmm import scale_logits, select_learned, select_positions
 from .outputs_hires_lmm import (
     HiResLmmCausalLMOutputWithPast,
@@ -147,6 +147,8 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
         """Run the main tower: `(V, 3, H, W)` -> patch features of one layer `(V, L, C)`."""
         layer = self.config.vision_feature_layer if layer is None else layer
         chunk_size = self.config.vision_chunk_size if chunk_size is None else chunk_size
+        if ops_of(self, "vision_tower"):
+            raise ValueError("A layer op runs in the vision tower and needs whole images: call get_image_features.")
         return run_tower(self.vision_tower, pixel_values, layer, chunk_size=chunk_size).features
 
     def embed_token(self, ids: torch.Tensor) -> torch.Tensor:

@@ -19,6 +19,7 @@ class GeneratePrompt:
 
     Args:
         length (`int`): Input positions that belong to the prompt.
+        cached (`int`): Positions before them that the cache holds and the caller passed again.
         mask_length (`int`): Positions of the attention mask.
         is_right_padded (`bool`): Rows end in padding, which leaves before new tokens follow.
         keeps_cache (`bool`): The caller gets the cache and may go on from it.
@@ -26,6 +27,7 @@ class GeneratePrompt:
     """
 
     length: int
+    cached: int
     mask_length: int
     is_right_padded: bool
     keeps_cache: bool

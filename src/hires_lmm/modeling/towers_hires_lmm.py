@@ -1,7 +1,7 @@
 """Running a vision tower: bounded chunks of views, one layer of hidden states, and what parts ask for beside it."""
 
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -10,8 +10,11 @@ from transformers.utils import logging
 
 from .bases_hires_lmm import Needs
 from .carriers_hires_lmm import ImageGeometry, ViewGroup, constant_index, constant_indices
+from .compat_hires_lmm import layers_of
 from .geometry_hires_lmm import MAIN_TOWER, Kind
 from .inputs_hires_lmm import ImageInputs
+from .layer_ops_hires_lmm import TowerPass, open_tower
+from .layout_hires_lmm import idle_image
 from .tower_table_hires_lmm import patch_side, tower_family, tower_grid, tower_width, view_side
 
 
@@ -89,6 +92,7 @@ def run_tower(
     sizes: list[tuple[int, ...]] | None = None,
     output_hidden_states: bool | None = None,
     output_attentions: bool | None = None,
+    layers: TowerPass | None = None,
 ) -> TowerOutput:
     """Encode views.
 
@@ -103,6 +107,7 @@ def run_tower(
             size is encoded by itself, with positions of its own, and padded at bottom and right.
         output_hidden_states, output_attentions (`bool`, *optional*): Keep those of all layers; the tower's
             configuration decides by default.
+        layers (`TowerPass`, *optional*): What layer ops of the tower see of the views.
     """
     if sizes and len(set(sizes)) > 1:
         return _run_by_size(tower, pixels, layer, needs, chunk_size, sizes)
@@ -114,8 +119,12 @@ def run_tower(
     if tuple(pixels.shape[2:]) != (view_side(tower.config),) * 2 and not tower_family(tower.config).is_map:
         options["interpolate_pos_encoding"] = True
     pieces = []
-    for piece in split_views(pixels, chunk_size, tower):
-        output = tower(piece.to(tower.dtype), output_hidden_states=True, return_dict=True, **options)
+    views = split_views(pixels, chunk_size, tower)
+    chunks: Any = [(piece, {}) for piece in views]
+    if layers is not None:  # no image is split
+        chunks = layers.split(pixels, chunk_size if len(views) > 1 else None)
+    for piece, call in chunks:
+        output = tower(piece.to(tower.dtype), output_hidden_states=True, return_dict=True, **options, **call)
         states = output.hidden_states
         pieces.append(
             TowerOutput(
@@ -201,9 +210,9 @@ def cls_logits(tower: PreTrainedModel, states: tuple[torch.Tensor, ...]) -> torc
         `(V, L)` float32, the mean over the heads; computed from one layer's projections, in any attention backend.
     """
     family = tower_family(tower.config)
-    layer = tower_layers(tower)[-1]
+    layer = layers_of(tower)[-1]
     norm, query, key = (layer.get_submodule(path) for path in family.attention or ())
-    normed = norm(states[len(tower_layers(tower)) - 1])
+    normed = norm(states[len(layers_of(tower)) - 1])
     heads = tower.config.num_attention_heads
     queries = query(normed[:, :1]).unflatten(-1, (heads, -1)).float()
     keys = key(normed[:, family.prefix :]).unflatten(-1, (heads, -1)).float()
@@ -228,14 +237,6 @@ def check_needs(config: Any, needs: Needs) -> None:
                 f"A part needs {name}, but a tower of type {config.model_type!r} has no class token whose attention "
                 "is known; use a CLIP tower, or a part that needs no scores."
             )
-
-
-def tower_layers(tower: torch.nn.Module) -> torch.nn.ModuleList:
-    """The layers of a tower."""
-    depth = cast("Any", tower.config).num_hidden_layers
-    return next(
-        module for module in tower.modules() if isinstance(module, torch.nn.ModuleList) and len(module) == depth
-    )
 
 
 def _join_pieces(pieces: list[TowerOutput]) -> TowerOutput:
@@ -277,6 +278,9 @@ def run_towers(
     source = images.source
     if len(used) < len(views):
         source = source[constant_index(used, str(source.device))]
+    layers = open_tower(model, images.images, used)
+    if images.is_encoded and layers is not None:
+        raise ValueError("A layer op runs in the vision tower, so its features cannot be cached; pass pixel_values.")
     if images.is_encoded:
         if connector.needs != Needs():
             raise ValueError(
@@ -286,7 +290,9 @@ def run_towers(
         seen = TowerOutput(source.to(model.vision_tower.dtype), config.patch_grid, {}, {}, BaseModelOutput())
     else:
         sizes = [views[row][5:7] for row in used]
-        seen = run_tower(model.vision_tower, source, layer, connector.needs, chunk_size, sizes, **wanted)
+        seen = run_tower(
+            model.vision_tower, source, layer, connector.needs, chunk_size, sizes, layers=layers, **wanted
+        )
     kinds = dict.fromkeys(key[0] for key in connector.entering if key[1] == MAIN_TOWER)
     places = {kind: tuple(place for place, row in enumerate(used) if views[row][0] == kind) for kind in kinds}
     places = {kind: own for kind, own in places.items() if own}
@@ -361,9 +367,9 @@ def blank_groups(model: Any, device: torch.device, use_tower: bool) -> list[View
     kinds = [kind for kind, tower in model.connector.used if tower == MAIN_TOWER]
     shape = (1, config.vision_config.num_channels, config.view_size, config.view_size)
     if use_tower:
-        seen = run_tower(
-            model.vision_tower, torch.zeros(shape, device=device), config.vision_feature_layer, model.connector.needs
-        )
+        blank = torch.zeros(shape, device=device)
+        layers = open_tower(model, [idle_image(kinds[:1], config.patch_grid)], (0,))
+        seen = run_tower(model.vision_tower, blank, config.vision_feature_layer, model.connector.needs, layers=layers)
     else:
         rows, cols = config.patch_grid
         features = torch.zeros(1, rows * cols, config.vision_width, device=device, dtype=model.vision_tower.dtype)

@@ -91,14 +91,14 @@ def attention_of(layer: nn.Module) -> nn.Module:
     return found
 
 
-def attention_window(config: Any, layer: int) -> int | None:
+def attention_window(text_config: Any, layer: int) -> int | None:
     """Positions that a query looks back in a layer, itself included; None = all.
 
     Raises:
         ValueError: If the layer attends in another way.
     """
-    window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None)
+    window = getattr(text_config, "sliding_window", None)
+    kinds = getattr(text_config, "layer_types", None)
     if kinds is None:
         return window
     if kinds[layer] not in ("full_attention", "sliding_attention"):

@@ -97,7 +97,7 @@ class StageCallback(TrainerCallback, ExportableState):
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Note the rates of the step, before the scheduler moves on; the Trainer logs the first group only."""
         groups = kwargs["optimizer"].param_groups
-        self._rates = {f"learning_rate/{_group_name(group, n)}": group["lr"] for n, group in enumerate(groups)}
+        self._rates = {f"learning_rate/{group.get('name', n)}": group["lr"] for n, group in enumerate(groups)}
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
         """Add the numbers of the stage to what the Trainer logs; its history has been written by then."""
@@ -174,11 +174,6 @@ def shares_of(sums: dict[str, float]) -> dict[str, float]:
     return numbers
 
 
-def _group_name(group: dict, number: int) -> str:
-    """Name of a group of the optimizer, or its number."""
-    return str(group.get("name", number))
-
-
 def find_collator(dataloader: Any) -> HiResLmmCollator | None:
     """The collator of this package that a data loader uses, if it does."""
     collator = getattr(dataloader, "collate_fn", None)
@@ -186,24 +181,17 @@ def find_collator(dataloader: Any) -> HiResLmmCollator | None:
     return collator if isinstance(collator, HiResLmmCollator) else None
 
 
-def check_budgets(collator: HiResLmmCollator, stage: Stage) -> None:
-    """Compare the budgets of a collator with those of a stage."""
-    wanted, given = (
-        list(value) if isinstance(value, (list, tuple)) else value
-        for value in (stage.max_image_tokens, collator.max_image_tokens)
-    )
+def check_collator(collator: HiResLmmCollator | None, stage: Stage, carried: CarriedObjectives | None) -> None:
+    """Compare what a collator makes with what a stage and its objectives read."""
+    if collator is None:
+        return
+    budgets = (stage.max_image_tokens, collator.max_image_tokens)
+    wanted, given = (list(value) if isinstance(value, (list, tuple)) else value for value in budgets)
     if wanted is not None and wanted != given:
         raise ValueError(
             f"Stage {stage.name!r} trains with max_image_tokens={wanted}, but the collator has {given}; pass "
             "HiResLmmCollator(processor, views=stage.views, max_image_tokens=stage.max_image_tokens)."
         )
-
-
-def check_collator(collator: HiResLmmCollator | None, stage: Stage, carried: CarriedObjectives | None) -> None:
-    """Compare what a collator makes with what a stage and its objectives read."""
-    if collator is None:
-        return
-    check_budgets(collator, stage)
     if collator.views != stage.views:
         raise ValueError(
             f"Stage {stage.name!r} uses views={stage.views!r}, but the collator makes views={collator.views!r}; pass "

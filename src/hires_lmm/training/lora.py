@@ -29,9 +29,9 @@ def connector_modules(model: nn.Module) -> list[str]:
     connector = find_base(model).connector
     names = []
     for slot in CONNECTOR_PARTS:
-        part = connector.get_submodule(slot)
+        part = getattr(connector, slot)
         is_many = isinstance(part, (nn.ModuleList, nn.ModuleDict))
-        names += [f"{slot}.{name}" for name, _ in part.named_children()] if is_many else [slot]
+        names += [f"{slot}.{name}" for name, _ in part.named_children()] if is_many else [slot] if part else []
     held = [name for name in names if next(connector.get_submodule(name).parameters(), None) is not None]
     return [f"connector.{name}" for name in held]
 

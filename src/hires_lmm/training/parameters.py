@@ -6,11 +6,15 @@ from typing import Any
 
 from torch import nn
 
-from ..modeling.towers_hires_lmm import EXTRA_LAYER, tower_layers
+from ..modeling.compat_hires_lmm import layers_of
+from ..modeling.towers_hires_lmm import EXTRA_LAYER
 
 
 VIEWS = ("all", "global", "crops")
-CONNECTOR_PARTS = ("view_ops", "adapter", "tower_adapters", "map_ops", "layout", "token_ops")
+CONNECTOR_PARTS = (
+    *("view_ops", "adapter", "tower_adapters", "map_ops", "layout", "token_ops"),
+    *("layer_ops", "position_plan", "heads"),
+)
 PARTS = (
     "vision_tower",
     "extra_towers",
@@ -65,7 +69,7 @@ def unread_parameters(base: Any) -> set[int]:
     unread: list[nn.Module] = []
     towers = [(base.vision_tower, base.config.vision_feature_layer)]
     for tower, layer in [*towers, *((tower, EXTRA_LAYER) for tower in base.extra_towers.values())]:
-        layers = tower_layers(tower)
+        layers = layers_of(tower)
         unread += layers[layer + len(layers) + 1 if layer < 0 else layer :]  # 0 are the embeddings
         unread += [module for name, module in tower.named_modules() if name.removeprefix("vision_model.") in UNREAD]
     parts = [module for module in base.connector.modules() if hasattr(module, "untrained_parameters")]
