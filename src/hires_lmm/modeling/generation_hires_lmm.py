@@ -189,9 +189,9 @@ class HiResLmmGenerationMixin(GenerationMixin):
         self, input_ids: torch.Tensor, next_sequence_length: int | None = None, **kwargs: Any
     ) -> dict[str, Any]:
         """As in the library, whose first draft would read again what the caller's cache holds."""
-        image = (kwargs.get("mm_encoder_outputs") or {}).get("image")
-        if next_sequence_length is None and image is not None and image.prompt.cached:
-            next_sequence_length = input_ids.shape[1] - image.prompt.cached
+        prompt = getattr((kwargs.get("mm_encoder_outputs") or {}).get("image"), "prompt", None)
+        if next_sequence_length is None and prompt is not None and prompt.cached:
+            next_sequence_length = input_ids.shape[1] - prompt.cached
         return super().prepare_inputs_for_generation(input_ids, next_sequence_length, **kwargs)
 
     def _expand_multimodal_outputs(
