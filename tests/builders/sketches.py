@@ -9,7 +9,15 @@ import torch
 from torch import nn
 from torch.nn.functional import adaptive_avg_pool2d, interpolate, normalize, scaled_dot_product_attention
 
-from hires_lmm.modeling.bases_hires_lmm import HiResLmmTokenOp, HiResLmmViewOp, Needs, Traits
+from hires_lmm.modeling.bases_hires_lmm import (
+    HiResLmmHead,
+    HiResLmmLayerOp,
+    HiResLmmPositionPlan,
+    HiResLmmTokenOp,
+    HiResLmmViewOp,
+    Needs,
+    Traits,
+)
 from hires_lmm.modeling.geometry_hires_lmm import KINDS, MAIN_TOWER, Grid, Kind
 from hires_lmm.processing.planners_hires_lmm import BLACK, Planner, PlannerLimits, View, ViewPlan, _assemble, _Canvas
 
@@ -248,6 +256,39 @@ def share(total: int, weights: list[float], sizes: list[int]) -> list[int]:
     return given
 
 
+class Blend(HiResLmmLayerOp):
+    """Adds to the hidden states behind a layer what a linear map makes of them."""
+
+    def __init__(self, context, options):
+        super().__init__(context, options)
+        self.linear = nn.Linear(context.width, context.width)
+
+    def forward(self, layer, hidden, call):
+        return hidden + 0.1 * self.linear(hidden), None
+
+
+class HalfSteps(HiResLmmPositionPlan):
+    """Visual tokens stand half as far apart as text."""
+
+    def forward(self, tokens):
+        steps = tokens.real * torch.where(tokens.image >= 0, 0.5, 1.0)
+        return steps.cumsum(dim=1) - steps, None
+
+
+class Score(HiResLmmHead):
+    """One number at a token."""
+
+    def __init__(self, context, options):
+        super().__init__(context, options)
+        self.linear = nn.Linear(context.width, 1)
+
+    def forward(self, hidden):
+        return self.linear(hidden)[:, 0]
+
+    def loss(self, output, labels):
+        return (output - labels).pow(2).mean()
+
+
 @dataclass(frozen=True)
 class DualLimits(PlannerLimits):
     """Options of `dual`: rows and columns of the views of each perspective."""
@@ -297,6 +338,9 @@ SKETCHES = {
     "two_perspectives": ("view_ops", TwoPerspectives),
     "cells": ("view_ops", Cells),
     "commander": ("token_ops", Commander),
+    "blend": ("layer_ops", Blend),
+    "half_steps": ("position_plan", HalfSteps),
+    "score": ("heads", Score),
     "gate": ("map_ops", Gate),
     "rewrite": ("token_ops", Rewrite),
     "first": ("view_ops", FirstTokens),
