@@ -8,14 +8,31 @@ import torch
 from torch import nn
 
 from builders.sketches import SKETCHED_PLANNERS, SKETCHES
-from builders.tiny import make_batch, random_image, tiny_config, tiny_model, tiny_processor, tiny_vision_config
+from builders.tiny import (
+    make_batch,
+    plain_tokenizer,
+    random_image,
+    tiny_config,
+    tiny_model,
+    tiny_processor,
+    tiny_vision_config,
+)
 from hires_lmm import HiResLmmConnectorConfig
 from hires_lmm.modeling.geometry_hires_lmm import Kind
 from hires_lmm.modeling.parts_hires_lmm import SLOTS
 from hires_lmm.processing.planners_hires_lmm import PLANNERS, Planner, PlannerLimits
 
 
-SMALL = {"num_queries": 4, "later_queries": 2, "num_layers": 1, "num_heads": 2}
+QUESTION = "What is it?"
+TEXT = f"<image>{QUESTION}"
+SIZES = ((90, 60), (40, 200), (60, 50))
+SMALL = {
+    "num_queries": 4,
+    "later_queries": 2,
+    "num_layers": 1,
+    "num_heads": 2,
+    "token_id": plain_tokenizer()(QUESTION).input_ids[1],
+}
 """Given to every part that has an option of that name."""
 
 VARIANTS: dict[str, dict[str, dict]] = {
@@ -27,14 +44,12 @@ VARIANTS: dict[str, dict[str, dict]] = {
         "threshold": {"keep": {"rule": "threshold", "gamma": 0.5}},
     },
     "fusion": {"blind": {"question": False}},
+    "blend": {"tower": {"of": "vision_tower", "layers": 1}},
 }
 """Further options of parts that work in several ways; every part also runs with its defaults."""
 
 READS = {"gate": ("global", "crops", "detail"), "two_perspectives": ("global", "crops", "strided")}
 """Kinds of views that a part reads, where they are not global views and crops."""
-
-TEXT = "<image>What is it?"
-SIZES = ((90, 60), (40, 200), (60, 50))
 
 
 @dataclass(frozen=True)
@@ -87,7 +102,7 @@ class Case:
 CASES = [
     Case(slot, name, way) for slot, parts in SLOTS.items() for name in parts for way in ("", *VARIANTS.get(name, {}))
 ]
-SKETCH_CASES = [Case(slot, name) for name, (slot, _) in SKETCHES.items()]
+SKETCH_CASES = [Case(slot, name, way) for name, (slot, _) in SKETCHES.items() for way in ("", *VARIANTS.get(name, {}))]
 
 
 def register(monkeypatch) -> None:
@@ -100,8 +115,9 @@ def register(monkeypatch) -> None:
 
 def config_of(case: Case, kinds: tuple, layout: dict, **options):
     """The configuration of a tiny model with one part, whose images have views of the given kinds."""
-    is_list = isinstance(getattr(HiResLmmConnectorConfig(), case.slot), list)
+    empty = getattr(HiResLmmConnectorConfig(), case.slot)
     spec = case.spec(**options)
+    several = [spec] if isinstance(empty, list) else {"mine": spec} if empty == {} else spec
     changes = {}
     if "detail" in kinds:
         changes["extra_towers"] = {"fine": tiny_vision_config("siglip", 84, hidden_size=16).to_dict()}
@@ -109,7 +125,7 @@ def config_of(case: Case, kinds: tuple, layout: dict, **options):
         "llava_next",
         planner={"name": "every_kind", "kinds": [kind for kind in kinds if kind != "detail"]},
         connector_config={
-            case.slot: [spec] if is_list else spec,
+            case.slot: several,
             "layout": {"order": list(kinds), "crop_order": "views", **layout},
         },
         **changes,
@@ -136,4 +152,4 @@ def batch_of(processor, *sizes, text: str = TEXT, **options) -> dict[str, torch.
 def part_of(model, case: Case) -> nn.Module:
     """The part in a model."""
     found = getattr(model.model.connector, case.slot)
-    return found[0] if isinstance(found, nn.ModuleList) else found
+    return next(iter(found.children())) if isinstance(found, (nn.ModuleList, nn.ModuleDict)) else found

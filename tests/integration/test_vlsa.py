@@ -122,23 +122,6 @@ def test_every_crop_and_the_global_view_matter():
         assert (model(**changed).logits - wanted).abs().max() > 1e-3, view
 
 
-# ---- training
-
-
-def test_a_batch_without_images_reaches_every_parameter_of_the_connector():
-    """What keeps processes in step: the same parameters get a gradient with images, crops or neither."""
-    config = tiny_config("vlsa")
-    model, processor = tiny_model(config).train(), tiny_processor(config)
-    found = []
-    for images, extra in (([random_image(100, 180)], {}), ([random_image(100, 180)], {"views": "global"}), ([], {})):
-        model.zero_grad()
-        batch = make_batch(processor, [("USER: <image> a boat" if images else "USER: a boat", images)], **extra)
-        model(**batch, labels=batch["input_ids"]).loss.backward()
-        found.append({name for name, parameter in model.named_parameters() if parameter.grad is not None})
-        assert all(parameter.grad is not None for parameter in model.model.connector.parameters())
-    assert found[0] == found[1] == found[2]
-
-
 # ---- checkpoints
 
 CHILD = """

@@ -191,20 +191,6 @@ def test_what_was_hardly_read_is_not_blown_up():
 # ---- training
 
 
-@combinations
-def test_a_dummy_crop_reaches_every_parameter(options):
-    """A training batch without crops adds one that belongs to no image, so that all processes do the same work."""
-    op = randomise(build(**options).double()).train()
-    views = make_views([0, 0])
-    views.groups[1].features = torch.zeros_like(views.groups[0].features[:1])
-    wanted = op.eval()(make_views([0, 0])).groups[0].features
-    found = op.train()(views).groups[0].features
-    torch.testing.assert_close(found, wanted, rtol=0, atol=0)
-    found.sum().backward()
-    assert [name for name, parameter in op.named_parameters() if parameter.grad is None] == []
-    assert torch.isfinite(op.kv_proj.weight.grad).all() and not op.kv_proj.weight.grad.any()
-
-
 def test_the_loss_reaches_the_crops():
     op = randomise(build().double())
     views = make_views([2, 1])
