@@ -20,14 +20,9 @@ PRESET_SETTINGS: dict[str, dict[str, Any]] = json.loads(
 class ImageAccount:
     """What one image costs.
 
-    Args:
-        height, width (`int`): The image, pixels.
-        views (`int`): Squares that the vision tower sees.
-        crop_rows, crop_cols (`int`): Their grid without the global view.
-        patches (`int`): Patches of all views that enter the sequence, before any compression and without marks.
-        visual_tokens (`int`): What the parts make of them, marks included, before any is dropped.
-        kept_tokens (`int`, *optional*): Those that reach the language model under the budget.
-        llava_next (`int`): Visual tokens of the same image in LLaVA-NeXT with its released settings.
+    `patches` are those of all views that enter the sequence, before any compression and without separators;
+    `visual_tokens` what the parts make of them before any is dropped; `kept_tokens` those under the budget;
+    `llava_next` the tokens of the same image in LLaVA-NeXT with its released settings.
     """
 
     height: int

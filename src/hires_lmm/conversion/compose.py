@@ -48,12 +48,9 @@ def compose(
         vision (`str` or `Path`): Folder or Hub repository of a CLIP or SigLIP model, or of its tower alone.
         text (`str` or `Path`): Folder or Hub repository of a causal language model.
         preset (`str`): A name in `hires_lmm.PRESETS`.
-        destination (`str` or `Path`): The folder to make; it appears only when it is whole.
-        dtype (`str` or `torch.dtype`, *optional*): Dtype of all weights; by default the language model's.
+        destination, dtype, progress, max_shard_bytes: As in `convert`; the dtype is by default the language model's.
         chat_template (`str`, *optional*): A name in `CHAT_TEMPLATES` or a Jinja text; by default the tokenizer's own
             if it reads images, else the one its special tokens belong to.
-        progress (`Callable`, *optional*): Called with tensors done, tensors in all and a description.
-        max_shard_bytes (`int`): Most bytes of tensors in one file.
         changes: Fields of `HiResLmmConfig` that replace those of the preset.
 
     Returns:

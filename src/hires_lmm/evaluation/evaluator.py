@@ -73,15 +73,8 @@ class SweepResult:
 
 
 def group_answers(answers: Sequence[Answer]) -> dict[str, list[Answer]]:
-    """Sort answers into the groups that are reported.
-
-    Args:
-        answers (sequence of `Answer`): Answers of one setting.
-
-    Returns:
-        Group -> answers; empty groups are left out. First `all`, then `fine`, `scene`, `fine_whole` and `fine_cut` of
-        the answers that say what they are, then each kind in alphabetical order.
-    """
+    """Answers of one setting by group: `all`, `fine`, `scene`, `fine_whole`, `fine_cut` where they say so, then each
+    kind."""
     groups = {
         "all": list(answers),
         "fine": [answer for answer in answers if answer.fine is True],

@@ -15,13 +15,7 @@ NUM_OPTIONS = 4
 
 @dataclass(frozen=True)
 class AskedQuestion:
-    """What is put behind the user's text, and the answer that is then right.
-
-    Args:
-        suffix (`str`): Text after the question; may be empty.
-        answer (`str`): The right answer.
-        num_options (`int`, *optional*): Options to choose from; None for free answers.
-    """
+    """What is put behind the user's text, the answer that is then right, and the options to choose from, if any."""
 
     suffix: str
     answer: str

@@ -208,30 +208,16 @@ def _grad_key_value_kernel(
 
 
 def operand_type(tensor: torch.Tensor) -> tl.dtype:
-    """Type in which tiles are multiplied: that of the tensor.
-
-    Args:
-        tensor (`torch.Tensor`): An input. On the CPU, Triton's interpreter runs the kernels; it cannot multiply
-            bfloat16, so its products, exact in float32, are taken there.
-
-    Returns:
-        A Triton dtype.
-    """
+    """Type in which tiles are multiplied; the interpreter on a CPU cannot multiply bfloat16, whose products float32
+    holds."""
     if tensor.dtype == torch.bfloat16:
         return tl.bfloat16 if tensor.is_cuda else tl.float32
     return tl.float16 if tensor.dtype == torch.float16 else tl.float32
 
 
 def block_sizes(channels: int, is_backward: bool) -> dict:
-    """Tile sizes of a head size.
-
-    Args:
-        channels (`int`): Channels of a head.
-        is_backward (`bool`): The backward kernels hold two sums where the forward kernel holds one.
-
-    Returns:
-        Keyword arguments of the kernels.
-    """
+    """Tile sizes of a head size, as keyword arguments; backward kernels hold two sums where the forward kernel holds
+    one."""
     width = max(triton.next_power_of_2(channels), 16)
     return {
         "BLOCK_Q": 64,

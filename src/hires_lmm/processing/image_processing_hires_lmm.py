@@ -186,18 +186,7 @@ class HiResLmmImageProcessor(PilBackend):
         return super().from_dict(image_processor_dict, **kwargs)
 
     def fetch_images(self, images: Any) -> Any:
-        """Open paths, URLs, base64 texts and bytes in a (nested) list; images and arrays are passed on.
-
-        Args:
-            images: One image or source, or a (nested) list of them.
-
-        Returns:
-            The same structure with Pillow images in place of sources.
-
-        Raises:
-            ValueError: If a source cannot be opened, or lists are nested too deeply; the message names the index of
-                the source in the flat list.
-        """
+        """Open paths, URLs, base64 texts and bytes in a (nested) list; images and arrays are passed on."""
         flatten_images(images)  # refuses what is nested too deeply
         return self._fetch(images, [0])
 

@@ -201,14 +201,7 @@ class HiResLmmProcessor(ProcessorMixin):
     def apply_chat_template(self, conversation: Any, chat_template: str | None = None, **kwargs: Any) -> Any:
         """As in transformers, with any template; None means absent, and what stands in a text part stays text.
 
-        Args:
-            conversation: Messages of one conversation, or a list of these.
-            chat_template (`str`, *optional*): Jinja text, or the name of one of several own templates.
-            kwargs: As in transformers.
-
-        Returns:
-            Texts or model inputs, as in transformers. A text holds an invisible mark within the image tokens that a
-            user quoted; `__call__` takes it out.
+        A text holds an invisible mark within the image tokens that a user quoted; `__call__` takes it out.
         """
         token = None if kwargs.get("sanitize_control_tokens") else self.image_token
         for name in ("tools", "documents"):
@@ -220,18 +213,7 @@ class HiResLmmProcessor(ProcessorMixin):
         return super().apply_chat_template(conversation, chat_template=chat_template, **kwargs)
 
     def image_tokens(self, height: int, width: int, **images_kwargs: Any) -> int:
-        """Count the placeholders of an image without its pixels.
-
-        Args:
-            height, width (`int`): The upright image (after EXIF orientation), pixels.
-            images_kwargs: Options as in a call: `max_image_tokens`, `max_crops`, `views`, ...
-
-        Returns:
-            The number of tokens, exactly what a call gives.
-
-        Raises:
-            ValueError: If a size or option is wrong, or a budget is below the smallest value.
-        """
+        """Count the placeholders of an image without its pixels, as the image processor does."""
         return self.image_processor.image_tokens(height, width, **images_kwargs)
 
     def min_image_tokens(self, height: int, width: int, **images_kwargs: Any) -> int:
@@ -256,11 +238,7 @@ class HiResLmmProcessor(ProcessorMixin):
     def validate_inputs(
         self, images: Any = None, text: Any = None, videos: Any = None, audio: Any = None, **kwargs: Any
     ) -> None:
-        """Compare placeholders and images, sample by sample where images are nested.
-
-        Raises:
-            ValueError: If there is nothing to process, a text is no string, or the numbers differ.
-        """
+        """Compare placeholders and images, sample by sample where images are nested; nothing to process is refused."""
         if images is None and text is None:
             raise ValueError("There is nothing to process: pass text, images or both.")
         if text is None:
@@ -301,19 +279,8 @@ class HiResLmmProcessor(ProcessorMixin):
         videos_replacements: Sequence[str] = (),
         audio_replacements: Sequence[str] = (),
     ) -> tuple[list[str], list[dict[str, Any]]]:
-        """As in transformers; where later turns have tokens of their own, `QUERY_TOKEN` becomes theirs.
-
-        Args:
-            text (`list[str]`): Texts with one `<image>` an image.
-            images_replacements (`list[str]`): Placeholders of each image.
-            videos_replacements, audio_replacements (`list[str]`): None of this processor's.
-
-        Returns:
-            The texts, and where what was replaced; a `QUERY_TOKEN` counts as an image token there.
-
-        Raises:
-            ValueError: If a `QUERY_TOKEN` stands before the image of its text, or in a text without one.
-        """
+        """As in transformers; where later turns have tokens of their own, a `QUERY_TOKEN` behind the image becomes
+        theirs."""
         later, replacements = self._later_tokens, list(images_replacements)
         alone = [sample for sample in text if QUERY_TOKEN in sample and self.image_token not in sample]
         if later is not None and alone:
