@@ -1,7 +1,6 @@
 """Full disks, killed processes, broken samples: what was saved stays, and errors name what is broken."""
 
 import errno
-import importlib.util
 import json
 import logging
 import multiprocessing
@@ -16,24 +15,19 @@ import safetensors.torch
 import torch
 import transformers.modeling_utils
 from safetensors.torch import load_file
-from torch import nn
 
-from builders.docs import ROOT
 from builders.tiny import random_image
-from builders.training import conversation, conversations, make_trainer, slime_parts, training_arguments
+from builders.training import conversation, conversations, make_trainer, slime_parts
 from hires_lmm.files import replacing, write_text
 from hires_lmm.training import (
     HiResLmmCollator,
     Stage,
-    StageCallback,
     VisionFeatureStore,
     cache_vision_features,
     last_checkpoint,
 )
 from hires_lmm.training.data.cognition import cache_codes
 from hires_lmm.training.data.conversations import LlavaConversations, stream_llava
-from hires_lmm.training.objectives import OBJECTIVES, Objective
-from hires_lmm.training.objectives import files as objective_files
 
 
 TRAINABLE = {"connector": 1e-3, "language_model": 1e-4, "lm_head": 1e-4}
@@ -120,67 +114,6 @@ def test_the_last_checkpoint_is_the_newest_whole_one(tmp_path, caplog):
     assert "checkpoint-11 is passed over" in caplog.text
     (tmp_path / "checkpoint-10" / "trainer_state.json").unlink()
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-9")
-
-
-class Scale(Objective):
-    """A loss with one weight."""
-
-    def __init__(self):
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(3))
-
-    def watch(self, model):
-        return {"layout": model.connector.layout}
-
-    def forward(self, step):
-        return (step.calls["layout"][-1].args[0].group("global").features.float().mean() - self.scale).square().mean()
-
-
-def test_an_objective_is_written_before_the_checkpoint_before_is_deleted(tmp_path, monkeypatch):
-    """The Trainer deletes as soon as it has written its own part; the weights of the objective are there by then."""
-    from transformers import Trainer
-
-    monkeypatch.setitem(OBJECTIVES, "scale", Scale)
-    trainable = {"connector": 1e-3, "objectives.scale": 1e-2}
-    stage = Stage("scaled", trainable, loss_weights={"scale": 1.0})
-    args = training_arguments(tmp_path, **RUN, save_total_limit=1)
-    model, processor = slime_parts()
-    trainer = Trainer(
-        model,
-        args,
-        train_dataset=conversations(8),
-        data_collator=HiResLmmCollator(processor, views=stage.views),
-        callbacks=[StageCallback(stage, show_table=False, objectives={"scale": Scale()})],
-        optimizer_cls_and_kwargs=stage.optimizer_cls_and_kwargs(args),
-    )
-    write = objective_files.save_file
-    monkeypatch.setattr(objective_files, "save_file", failing(write, 1, disk_full, call=2))
-    with pytest.raises(OSError, match="No space left"):
-        trainer.train()
-    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
-    files = {file.name for file in (tmp_path / "checkpoint-2" / "objectives" / "scale").iterdir()}
-    assert files == {"config.json", "model.safetensors"}
-
-
-def test_a_stage_that_fails_while_it_saves_its_result_is_not_finished(tmp_path):
-    """`examples/train.py` takes a stage for finished by its folder `final`."""
-    spec = importlib.util.spec_from_file_location("train_example", ROOT / "examples" / "train.py")
-    example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
-
-    class Saver:
-        accelerator = type("Accelerator", (), {"wait_for_everyone": staticmethod(lambda: None)})
-
-        def is_world_process_zero(self):
-            return True
-
-        def save_model(self, folder):
-            Path(folder).mkdir(parents=True)
-            disk_full()
-
-    with pytest.raises(OSError, match="No space left"):
-        example.save_whole(Saver(), tmp_path / "final")
-    assert not (tmp_path / "final").exists()
 
 
 # ---- caches
@@ -291,12 +224,6 @@ def test_a_broken_sample_is_named(processor, broken, changes, text):
     with pytest.raises(ValueError, match=rf"(?s)^Sample 'seven'.*{text}") as caught:
         HiResLmmCollator(processor)([conversation(0), {**broken, **changes}])
     assert len(str(caught.value)) < 1500
-
-
-@pytest.mark.parametrize("sample", [None, "text", {}, {"messages": [1]}])
-def test_a_sample_of_another_type_is_named_by_its_place(processor, sample):
-    with pytest.raises(ValueError, match=r"^Sample 1 of its batch"):
-        HiResLmmCollator(processor)([conversation(0), sample])
 
 
 def test_broken_samples_may_be_left_out_and_are_counted(tmp_path, processor, broken, caplog):

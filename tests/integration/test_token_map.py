@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import LlamaForCausalLM
 
 import reference_generation as reference
 import reference_routing as routing
@@ -181,37 +180,6 @@ def test_the_map_of_reordered_features_has_their_boxes():
 
 
 # --- boxes ---------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("size", [*SIZES, (333, 250)])
-@pytest.mark.parametrize("preset", PRESETS)
-def test_boxes_of_crop_tokens_tile_the_image(preset, size):
-    """Every source pixel lies in exactly one crop token (where unpadding cut border patches: in at most one)."""
-    _, _, output = run(preset, [random_image(*size)])
-    records = of_image(output.token_map, 0)
-    height, width = size
-    rows, columns = (np.arange(side) + 0.5 for side in size)
-    hits = np.zeros(size, dtype=int)
-    for top, left, bottom, right in records["box"][records["kind"] == 1].tolist():
-        inside = ((rows >= top) & (rows < bottom))[:, None] & ((columns >= left) & (columns < right))[None]
-        hits += inside
-    rounding = 0.02 * height * width  # boxes are rounded to 1/256 pixel: a centre may fall between two of them
-    assert (hits > 1).sum() <= rounding
-    if preset == "llava_next":  # its own rule cuts up to half a patch of the image
-        assert (hits == 1).mean() > 0.6
-    else:
-        assert (hits == 0).sum() <= rounding
-    boxes = records["box"][records["kind"] >= 0]
-    assert torch.isfinite(boxes).all() and (boxes[:, 2:] > boxes[:, :2]).all()
-    assert records["box"][records["kind"] == -1].isnan().all()
-
-
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("preset", PRESETS)
-def test_boxes_of_global_tokens_cover_the_image(preset, size):
-    _, _, output = run(preset, [random_image(*size)])
-    records = of_image(output.token_map, 0)
-    boxes = records["box"][records["kind"] == 0]
-    assert (boxes[:, :2].min(0).values <= 0.01).all()
-    assert (boxes[:, 2:].max(0).values >= torch.tensor(size) - 0.01).all()
 
 
 def patch_means(batch, view: int, cell: torch.Tensor, grid: list[int]) -> float:
@@ -305,24 +273,3 @@ def test_generate_returns_the_map_of_the_images_as_passed(preset, rule, mode):
     assert output["token_map"] is output.token_map
     if mode != "sampled":
         assert torch.equal(output.sequences, model.generate(**batch, **options).sequences)
-
-
-@torch.no_grad()
-def test_an_assistant_of_text_alone_is_not_asked_for_a_map(deprecations):
-    model, processor = build("slime")
-    batch = make_batch(processor, [(TEXT, [random_image(100, 90)])])
-    helper = LlamaForCausalLM(model.config.text_config).eval()
-    options = {"max_new_tokens": 3, "return_dict_in_generate": True, "output_token_map": True}
-    output = model.generate(**batch, **options, assistant_model=helper)
-    same_map(output.token_map, model(**batch, output_token_map=True).token_map)
-    deprecations.clear()  # the library's own loop calls its assistant in a way that it calls deprecated
-
-
-def test_generate_has_no_place_for_a_map_in_a_tensor():
-    model, processor = build("slime")
-    batch = make_batch(processor, [(TEXT, [random_image(100, 90)])])
-    with pytest.raises(ValueError, match="return_dict_in_generate=True"):
-        model.generate(**batch, max_new_tokens=1, output_token_map=True)
-    text = processor(text="A boat?", return_tensors="pt")
-    options = {"max_new_tokens": 1, "return_dict_in_generate": True}
-    assert model.generate(**text, **options, output_token_map=True).token_map is None

@@ -42,19 +42,6 @@ def test_intervals_are_t_over_seeds_and_wilson_for_one(tmp_path):
     assert needle_report.run_table(results, ("absent",)) == needle_report.NOT_RUN
 
 
-def test_each_run_is_shown_on_the_views_it_was_trained_on(tmp_path):
-    write(tmp_path, result("global", 0, 30, views="global"), result("alternating", 0, 70))
-    results = needle_report.read_results(tmp_path, "validation")
-    table = needle_report.run_table(results, ("global", "alternating"))
-    assert "| run global | 30.0 (21.9–39.6) |" in table and "| run alternating | 70.0 (60.4–78.1) |" in table
-
-
-def test_different_budgets_are_not_compared(tmp_path):
-    write(tmp_path, result("alternating", 0, 80), result("end_to_end", 0, 80, share=0.5))
-    with pytest.raises(ValueError, match="mixes budgets"):
-        needle_report.read_results(tmp_path, "validation")
-
-
 def test_the_page_has_a_place_for_every_table(tmp_path):
     (tmp_path / "docs" / "images").mkdir(parents=True)
     shutil.copy(ROOT / "docs" / "evidence.md", tmp_path / "docs")

@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
-from builders.images import picture, random_sizes
+from builders.images import picture
 from hires_lmm.processing.image_processing_hires_lmm import HiResLmmImageProcessor
 from hires_lmm.processing.planners_hires_lmm import PLANNERS
 
@@ -124,14 +123,6 @@ def test_geometry_tensors_equal_the_plan(planner):
     assert [processor.num_views(image.height, image.width) for image in images] == [len(plan.views) for plan in plans]
 
 
-def test_batch_equals_single_images():
-    processor, images = small(), [picture(*size) for size in SIZES]
-    batch = processor([[images[0]], [], images[1:]])
-    singles = [processor(image) for image in images]
-    for name in processor.model_input_names:
-        assert np.array_equal(batch[name], np.concatenate([single[name] for single in singles]))
-
-
 def test_padding_colour_and_place():
     """White source: crops are white on the image and black (hd: white) elsewhere; a padded global view is black."""
     white = Image.new("RGB", (100, 40), (255, 255, 255))
@@ -178,15 +169,6 @@ def expected_grey(values=GREY) -> np.ndarray:
 def test_opaque_modes(mode):
     image = Image.fromarray(RGB).convert(mode)
     assert np.array_equal(one_view(image), np.asarray(image.convert("RGB")).astype(int))
-
-
-def test_lab_mode():
-    from PIL import ImageCms
-
-    profiles = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
-    lab = ImageCms.applyTransform(Image.fromarray(RGB), ImageCms.buildTransform(*profiles, "RGB", "LAB"))
-    assert lab.mode == "LAB"
-    assert np.abs(one_view(lab) - RGB).mean() < 6
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "RGBa", "La"])
@@ -375,18 +357,6 @@ def test_user_images_are_left_alone():
     assert image.tobytes() == before[0] and array.tobytes() == before[1] and torch.equal(tensor, before[2])
 
 
-def test_predicted_tokens_equal_emitted():
-    separators = {"newline": {"place": "token_row_end", "on": "crops"}, "end": {"place": "view_end"}}
-    layout = {"patch_grid": [2, 2], "grids": GRIDS, "layout": {"separators": separators}}
-    for planner in PLANNERS:
-        processor = small(planner=planner, token_layout={**layout, "budget": {"on": "all"}})
-        for height, width in [size for size in random_sizes(20, seed=6) if size[0] * size[1] < 3e5]:
-            emitted = processor(picture(height, width))["view_positions"]
-            assert set(emitted[:, 5].tolist()) == {processor.image_tokens(height, width)}
-            full = processor.image_tokens(height, width)
-            assert processor.image_tokens(height, width, max_image_tokens=full - 1) == full - 1
-
-
 def test_call_options_go_before_the_processors_own():
     processor = small(planner="slime", max_crops=6)
     image = picture(200, 200)
@@ -398,11 +368,6 @@ def test_call_options_go_before_the_processors_own():
     assert processor(image, size={"height": 14, "width": 14})["pixel_values"].shape[-1] == 14
     assert processor.image_tokens(200, 200, max_image_tokens=7) == 7
     assert len(processor(image)["pixel_values"]) == 5
-
-
-def test_device_option():
-    batch = small()(picture(5, 5), return_tensors="pt", device="cpu")
-    assert batch["pixel_values"].device.type == "cpu"
 
 
 def test_save_and_reload(tmp_path):
@@ -423,19 +388,3 @@ def test_save_and_reload(tmp_path):
     assert changed.image_tokens(60, 40) == 5
     larger = {"size": 56, "token_layout": {**layout, "patch_grid": [4, 4]}, "pinpoints": [[56, 56]]}
     assert HiResLmmImageProcessor.from_pretrained(tmp_path, **larger).view_size == 56
-
-
-def test_auto_class_reload(tmp_path):
-    pytest.importorskip("hires_lmm.processing.processing_hires_lmm")
-    HiResLmmImageProcessor.register_for_auto_class()
-    small(max_crops=3).save_pretrained(tmp_path)
-    reloaded = AutoImageProcessor.from_pretrained(tmp_path, trust_remote_code=True)
-    assert type(reloaded).__name__ == "HiResLmmImageProcessor" and reloaded.max_crops == 3
-    assert np.array_equal(
-        reloaded(picture(50, 70))["pixel_values"], small(max_crops=3)(picture(50, 70))["pixel_values"]
-    )
-
-
-def test_size_is_another_name_of_view_size():
-    assert HiResLmmImageProcessor(size={"height": 56, "width": 56}).view_size == 56
-    assert HiResLmmImageProcessor(view_size=56).size == {"height": 56, "width": 56}

@@ -69,11 +69,6 @@ def test_llava_next_without_unpadding_enters_whole():
     assert all(view.span == (0, 24, 0, 24) for view in plan.views)
 
 
-def test_multiple_pads_without_scaling():
-    plan = PLANNERS["multiple"](700, 336, PinpointLimits())
-    assert (plan.resized, plan.canvas, plan.paste, plan.grid) == ((700, 336), (1008, 336), (0, 0), (3, 1))
-
-
 def test_multiple_shrinks_least_beyond_the_limit():
     """Compared with a search over all scales in steps of 1/20000."""
     for height, width, most in [(5000, 4000, 9), (10000, 300, 6), (900, 1100, 4), (3000, 3000, 1), (1, 5000, 3)]:
@@ -92,10 +87,6 @@ def test_max_crops_is_respected():
             assert 1 <= plan.grid[0] * plan.grid[1] <= limit
     grids = {PLANNERS["slime_release"](*size, PinpointLimits(max_crops=6)).grid for size in random_sizes(500)}
     assert max(rows * cols for rows, cols in grids) == 7
-
-
-def box_source(box) -> list[float]:
-    return [edge / BOX_UNIT for edge in box]
 
 
 @pytest.mark.parametrize("planner", PLANNERS)
