@@ -167,18 +167,6 @@ def test_the_map_needs_boxes_and_is_absent_unless_asked_for():
     assert model(input_ids=ids, output_token_map=True).token_map is None
 
 
-def test_the_map_of_reordered_features_has_their_boxes():
-    images = [random_image(*size, seed=i) for i, size in enumerate(SIZES[:2])]
-    model, batch, output = run("slime", images)
-    features = model.get_image_features(**geometry_of(batch), return_dict=True).select_images([1, 0])
-    text = {name: batch[name].flip(0) for name in ("input_ids", "attention_mask")}
-    found = model(**text, mm_encoder_outputs={"image": features}, output_token_map=True).token_map
-    for image in range(2):
-        mine, theirs = of_image(found, image), of_image(output.token_map, 1 - image)
-        for name in mine:
-            torch.testing.assert_close(mine[name], theirs[name], equal_nan=True, atol=1e-4, rtol=0)
-
-
 # --- boxes ---------------------------------------------------------------------------------------------------------
 
 

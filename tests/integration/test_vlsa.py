@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from builders import geometry_of, make_batch, random_image, tiny_config, tiny_model, tiny_processor, tiny_vision_config
-from hires_lmm import HiResLmmForConditionalGeneration
+from builders import geometry_of, make_batch, random_image, tiny_config, tiny_model, tiny_processor
 from hires_lmm.conversion import preset_processor
 
 
@@ -76,29 +75,6 @@ def test_the_model_makes_as_many_tokens_as_promised(extra):
     assert (batch["input_ids"] == model.config.image_token_id).sum(1).tolist() == [TOKENS] * len(SIZES)
     assert features.tokens.aux["global_embedding"].shape == (len(SIZES), 32)
     assert model(**batch, output_token_map=True).token_map.kept.all()
-
-
-MARKS = {
-    "newline": {"place": "token_row_end", "on": "crops"},
-    "end": {"place": "view_end"},
-}
-
-
-def test_marks_and_routers_count():
-    config = tiny_config("vlsa", connector_config={"layout": {"separators": MARKS}})
-    assert tiny_processor(config).image_tokens(100, 180) == TOKENS + 1
-    batch = make_batch(tiny_processor(config), [("<image>", [random_image(100, 180)])])
-    assert len(tiny_model(config).model.get_image_features(**geometry_of(batch)).pooler_output[0]) == TOKENS + 1
-    router = {"part": "router", "score": "saliency", "on": "all", "keep": {"rule": "budget"}}
-    for on, least in (("all", 1), ("crops", TOKENS)):
-        config = tiny_config("vlsa", connector_config={"token_ops": [{**router, "on": on}]})
-        processor = tiny_processor(config)
-        assert processor.image_tokens(100, 180, max_image_tokens=least) == least
-        batch = make_batch(processor, [("<image>", [random_image(100, 180)])], max_image_tokens=least)
-        with torch.no_grad():
-            model = tiny_model(config)
-            assert len(model.model.get_image_features(**geometry_of(batch)).pooler_output[0]) == least
-            assert torch.isfinite(model(**batch).logits).all()
 
 
 @torch.no_grad()
@@ -185,13 +161,3 @@ def test_a_checkpoint_loads_and_trains_without_triton_and_diffusers(tmp_path):
     assert result["loaded"] == []
     assert result["results"] == [[True, ids.tolist(), TOKENS]] * 2
     assert not list(again.glob("*kernel*"))
-
-
-def test_a_new_model_starts_from_named_values():
-    """At initialisation: norms of one, a small query, and weights of the configured spread."""
-    torch.manual_seed(0)
-    model = HiResLmmForConditionalGeneration(tiny_config("vlsa", tiny_vision_config("clip", hidden_size=128)))
-    op = model.model.connector.view_ops[0]
-    assert torch.equal(op.cross_norm.weight, torch.ones(128)) and torch.equal(op.self_norm.weight, torch.ones(128))
-    for weight in (op.global_query, op.q_proj.weight, op.kv_proj.weight, op.k_proj.weight, op.self_out.weight):
-        assert 0.015 < float(weight.detach().std()) < 0.025

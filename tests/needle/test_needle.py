@@ -14,7 +14,6 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from needle import (
-    FINE_KINDS,
     QUESTION_KINDS,
     NeedleDataset,
     NeedleOptions,
@@ -28,12 +27,7 @@ from needle import (
     sprites,
 )
 from needle.patch_labels import (
-    IGNORED,
-    KIND_INDEX,
-    VALUE_INDEX,
     crop_boxes,
-    label_patches,
-    patch_shares,
     visible_share,
 )
 
@@ -102,19 +96,6 @@ def test_cut_objects_are_marked():
     assert cut > 20  # free placement really cuts
 
 
-@pytest.mark.parametrize(("placement", "offsets"), [("aligned", {0}), ("jitter", {0, 1, 2, 3})])
-def test_curriculum_modes_stay_near_the_lattice(placement: str, offsets: set[int]):
-    options = NeedleOptions(placement=placement)
-    seen = set()
-    for index in range(60):
-        scene = needle_scene(index, "train", options=options)
-        crops = [(item.top // 64, item.left // 64) for item in scene.objects]
-        assert len(set(crops)) == len(crops)
-        assert not any(item.cut for item in scene.objects)
-        seen |= {edge % 8 for item in scene.objects for edge in (item.top, item.left)}
-    assert seen == offsets
-
-
 # ---- questions
 
 
@@ -149,12 +130,6 @@ def test_answers_are_right():
                 ]
 
 
-def test_every_kind_is_asked_and_fine_means_detail():
-    asked = [question for scene in SCENES for question in ask_questions(scene)]
-    assert {question.kind for question in asked} == set(QUESTION_KINDS)
-    assert all(question.fine == (question.kind in FINE_KINDS) for question in asked)
-
-
 def test_chance_is_what_the_best_constant_answer_gets():
     asked = [question for index in range(1500) for question in ask_questions(needle_scene(index, "train"))]
     chance, constant = chance_accuracy(NeedleOptions()), constant_accuracy(asked)
@@ -162,24 +137,6 @@ def test_chance_is_what_the_best_constant_answer_gets():
     for kind in QUESTION_KINDS:
         assert chance[kind] <= constant[kind] + 1e-9
         assert constant[kind] < chance[kind] + 0.05
-
-
-# ---- patch labels
-
-
-def test_labels_of_an_aligned_object():
-    options = NeedleOptions(placement="aligned", num_objects=(1, 1), kinds=(("digit", 1.0),))
-    scene = needle_scene(3, "train", options=options)
-    (item,) = scene.objects
-    box = next(box for box in crop_boxes(scene) if visible_share(item, box) == 1)
-    labels = label_patches(scene, box, 8)
-    row, column = int(item.top - box[0]) // 8, int(item.left - box[1]) // 8
-    assert labels.kind.reshape(8, 8)[row, column] == KIND_INDEX["digit"]
-    assert labels.value.reshape(8, 8)[row, column] == VALUE_INDEX["digit", item.value]
-    assert patch_shares(item, box, 8).sum() * 64 == pytest.approx(item.height * item.width)
-    assert (labels.kind == 0).sum() >= 64 - 9
-    empty = label_patches(scene, next(box for box in crop_boxes(scene) if visible_share(item, box) == 0), 8)
-    assert (empty.kind == 0).all() and (empty.value == IGNORED).all()
 
 
 # ---- the stream

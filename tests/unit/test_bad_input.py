@@ -182,11 +182,6 @@ def test_bad_options(options, text):
             processor._get_num_multimodal_tokens(image_sizes=[(12, 10)], **kwargs)
 
 
-def test_contradicting_sizes():
-    with pytest.raises(ValueError, match="contradicts view_size=28"):
-        small(size=56)
-
-
 def test_unscaled_unit_floats_are_refused():
     with pytest.raises(ValueError, match=r"Image 0 .*do_rescale=False"):
         small()(filled(0.5), do_rescale=False)
@@ -330,37 +325,3 @@ def test_resizing_in_two_steps_gives_the_same_picture():
     rows = (np.arange(336) + 0.5) / 336 * 255
     mean, std = small().image_mean[0], small().image_std[0]
     assert np.abs(tall.mean(axis=1) * std * 255 + mean * 255 - rows).max() < 1
-
-
-@pytest.mark.parametrize(
-    "changes, text",
-    [
-        ({"planner": "hd", "max_crops": 4097}, "max_crops=4097 is more than 4096"),
-        ({"planner": "slime_release", "max_crops": 10**18}, "is more than 4096"),
-        ({"pinpoints": [[28 * 65, 28 * 64]]}, "which is more than 4096 crops of 28"),
-        ({"rescale_factor": 10**400}, "rescale_factor"),
-        ({"image_std": 1e-320}, "float32 cannot hold"),
-        ({"image_mean": [1e39, 0, 0]}, "float32 cannot hold"),
-    ],
-)
-def test_settings_that_exhaust(changes, text):
-    with pytest.raises(ValueError, match=text):
-        small(**changes)
-    with pytest.raises(ValueError, match=text):
-        small()(picture(9, 9), **changes)
-
-
-@pytest.mark.parametrize(
-    "image, text",
-    [
-        (np.ma.masked_array(np.zeros((9, 9, 3), np.uint8)), "masked array"),
-        (torch.empty(9, 9, 3, dtype=torch.uint4), "no values to read"),
-        (torch.empty(9, 9, 3, device="meta"), "no values to read"),
-        (torch.eye(9).to_sparse(), "sparse_coo"),
-        (memoryview(np.array(5)), "is not an image"),
-    ],
-    ids=["masked", "uint4", "meta", "coo", "memoryview"],
-)
-def test_arrays_without_plain_values(image, text):
-    with pytest.raises(ValueError, match=f"Image 1.*{text}"):
-        small()([picture(9, 9), image])

@@ -169,10 +169,3 @@ def test_a_cache_of_another_quantiser_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"holds no index.json"):
         CachedCodes(tmp_path / "none")
     assert json.loads((tmp_path / "index.json").read_text())["made_from"]["quantiser"] == "Counting"
-
-
-def test_sources_are_read_as_the_processor_reads_them(tmp_path):
-    clear = Image.new("RGBA", (8, 8), (1, 2, 3, 0))
-    clear.save(tmp_path / "clear.png")
-    cache = cache_codes(Counting(), [str(tmp_path / "clear.png")], tmp_path / "c", background=(7, 8, 9))
-    assert (cache([Image.new("RGB", (8, 8), (7, 8, 9))]) == 24).all()

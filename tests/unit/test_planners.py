@@ -180,12 +180,6 @@ def test_view_size_with_a_remainder():
     assert all(end <= 27 for view in unpadded.views for end in view.span)
 
 
-def test_own_pinpoints():
-    limits = PinpointLimits(pinpoints=[[336, 336], [336, 1344]])
-    for planner in ("llava_next", "slime"):
-        assert PLANNERS[planner](100, 400, limits).grid == (1, 4)
-
-
 @pytest.mark.parametrize(
     "arguments, text",
     [

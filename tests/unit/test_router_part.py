@@ -222,27 +222,3 @@ def test_an_image_before_all_turns_reads_nothing():
     asked.image_turn[0] = 0
     found, _ = router()(given, asked)
     assert found.scores["router"][[3, 4, 5]].tolist() == [0, 0, 0]
-
-
-def test_scores_carry_no_gradient():
-    given, asked = tokens(), question()
-    given.features.requires_grad_()
-    found, _ = router(score="attention")(given, asked)
-    assert not found.scores["router"].requires_grad and found.features is given.features
-
-
-# ---- what the part says of itself
-
-
-@pytest.mark.parametrize("score, reads", [("cosine", True), ("attention", True), ("saliency", False)])
-@pytest.mark.parametrize("rule, static", [("budget", True), ("threshold", False)])
-def test_what_the_pipeline_asks_of_the_part(score, reads, rule, static):
-    options = HiResLmmRouter.Options(on="all", score=score, keep={"rule": rule})
-    traits = HiResLmmRouter.describe(options, router().context)
-    assert (traits.reads_question, traits.count == "static") == (reads, static)
-    assert (traits.budget_on, traits.own_tokens, traits.width, traits.grids) == (
-        "all",
-        None,
-        WIDTH,
-        router().context.grids,
-    )

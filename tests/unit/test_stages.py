@@ -10,7 +10,6 @@ from builders.tiny import make_batch, random_image, tiny_config, tiny_model, tin
 from builders.training import query_former_config, slime_config, slime_parts, training_arguments
 from hires_lmm.training import Alternation, Stage, alternating_scheduler, get_plan, set_options, summarise
 from hires_lmm.training.callbacks import check_optimizer
-from hires_lmm.training.objectives import gate_balance
 from hires_lmm.training.optimization import parameter_groups
 from hires_lmm.training.parameters import list_parts, part_name
 from hires_lmm.training.plans import COLUMNS, FORCED_EXPERT
@@ -67,16 +66,6 @@ def test_what_no_gradient_reaches_is_not_trained(tower, layer):
     stage.apply(model)
     assert {name for name, parameter in named.items() if parameter.requires_grad} == reached
     assert 0 < len(reached) < len(named)
-
-
-def test_table_7_is_written_as_printed():
-    rows = {
-        name: (c.align_batch, c.tune_batch, c.align_rate, c.tune_rate, c.align_zero, c.tune_zero)
-        for name, c in COLUMNS.items()
-    }
-    assert rows["vicuna_7b"] == rows["vicuna_13b"] == (256, 128, 1e-3, 2e-5, 2, 3)
-    assert rows["llama3_8b"] == (256, 128, 1e-3, 1e-5, 2, 3)
-    assert rows["llama3_70b_lora"] == (256, 128, 1e-3, 1e-4, 3, 3)
 
 
 def test_wrappers_do_not_change_the_name_of_a_part():
@@ -242,8 +231,3 @@ def test_alternation_switches_groups_and_survives_a_resume(tmp_path):
     assert first + run(optimizer, scheduler, 5) == whole
     with pytest.raises(ValueError, match="has no alternation"):
         alternating_scheduler(get_plan("slime")[0], optimizer, 8)
-
-
-def test_gate_balance_is_zero_for_even_experts():
-    assert gate_balance(torch.full((5, 2), 0.5)) == 0
-    assert gate_balance(torch.tensor([[1.0, 0.0]] * 4)) == 1
