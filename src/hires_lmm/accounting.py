@@ -5,7 +5,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .processing.geometry_hires_lmm import Grid
 from .processing.planners_hires_lmm import find_planner
 from .processing.token_layout_hires_lmm import TokenLayout, apply_budget, count_tokens
 
@@ -67,7 +66,7 @@ def account_image(
         views=len(plan.views),
         crop_rows=plan.grid[0],
         crop_cols=plan.grid[1],
-        patches=count_tokens(plan, _plain_layout(plan.patch_grid)).total,
+        patches=count_tokens(plan, TokenLayout.plain(plan.patch_grid)).total,
         visual_tokens=count.total,
         kept_tokens=None if budget is None else apply_budget(count, layout, budget, 0),
         llava_next=count_tokens(next_plan, next_layout).total,
@@ -83,11 +82,5 @@ def _plan(settings: dict[str, Any], height: int, width: int, changes: dict[str, 
     layout = settings.get("token_layout")
     return (
         planner(height, width, limits),
-        _plain_layout(limits.patch_grid) if layout is None else TokenLayout.from_dict(layout),
+        TokenLayout.plain(limits.patch_grid) if layout is None else TokenLayout.from_dict(layout),
     )
-
-
-def _plain_layout(patch_grid: int) -> TokenLayout:
-    """Every patch of every view is a token."""
-    grid = Grid(patch_grid, patch_grid)
-    return TokenLayout(grid.size, {"global": grid, "crops": grid}, budget={"on": "all"})

@@ -8,12 +8,13 @@ import torch
 from transformers import AutoConfig
 
 from ..modeling.connector_hires_lmm import HiResLmmConnector
+from ..processing.processing_hires_lmm import choose_template
 from .configs import common_dtype
 from .errors import ConversionError, readable
 from .hub import is_repository, resolve_folder
 from .keys import Rename, Rule, Unused
 from .pipeline import Source, convert
-from .prompts import choose_template, image_stats_of, load_tokenizer
+from .prompts import image_stats_of, load_tokenizer
 from .tensors import Entries, entry_of, folder_entries, read_json
 from .towers import tower_config, tower_entries
 from .writing import MAX_SHARD_BYTES, Progress

@@ -21,7 +21,7 @@ from transformers.image_utils import (
 from transformers.processing_utils import ImagesKwargs, Unpack
 
 from .compat_hires_lmm import warn_if_untested
-from .geometry_hires_lmm import Grid, Kind
+from .geometry_hires_lmm import Kind
 from .image_input_hires_lmm import DEFAULT_PIXEL_LIMIT, flatten_budgets, flatten_images, open_image, to_rgb
 from .planners_hires_lmm import Planner, PlannerLimits, View, ViewPlan, find_planner, square_paste
 from .token_layout_hires_lmm import TokenLayout, apply_budget, count_tokens, min_budget
@@ -338,7 +338,7 @@ class HiResLmmImageProcessor(PilBackend):
         return _Settings(
             planner=planner,
             limits=limits,
-            layout=_plain_layout(limits) if layout is None else TokenLayout.from_dict(layout),
+            layout=TokenLayout.plain(limits.patch_grid) if layout is None else TokenLayout.from_dict(layout),
             scale=scale,
             shift=shift,
             **{name: options[name] for name in ("max_image_tokens", "resample", "pixel_limit", "do_rescale")},
@@ -533,12 +533,6 @@ def _scale_and_shift(factor: float, mean: Any, std: Any) -> tuple[np.ndarray, np
             f"a channel, image_std not 0 ({error})."
         ) from error
     return scale, shift
-
-
-def _plain_layout(limits: PlannerLimits) -> TokenLayout:
-    """Every patch of every view is a token."""
-    grid = Grid(limits.patch_grid, limits.patch_grid)
-    return TokenLayout(grid.size, {"global": grid, "crops": grid}, budget={"on": "all"})
 
 
 def _square_side(size: Any) -> int:

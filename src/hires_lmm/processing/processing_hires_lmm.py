@@ -155,7 +155,7 @@ class HiResLmmProcessor(ProcessorMixin):
         planner = find_planner(changes.get("planner", options["planner"]))[0]
         options.update(_tower_stats(config.vision_config.model_type, planner, image_stats))
         image_token = _prepare_tokenizer(tokenizer, config.image_token_id)
-        template = _choose_template(tokenizer) if chat_template is None else chat_template
+        template = choose_template(tokenizer) if chat_template is None else chat_template
         template = CHAT_TEMPLATES.get(template, template)
         if options["token_layout"].get("later_tokens") is not None:
             template = add_queries(template)
@@ -510,7 +510,8 @@ def _pad_left(tokenizer: Any) -> None:
     tokenizer.init_kwargs["padding_side"] = "left"
 
 
-def _choose_template(tokenizer: Any) -> str:
+def choose_template(tokenizer: Any) -> str:
+    """The template for a text model: its own if that reads images, else the one its special tokens belong to."""
     own = tokenizer.chat_template
     if isinstance(own, str) and "'image'" in own.replace('"', "'"):
         return own

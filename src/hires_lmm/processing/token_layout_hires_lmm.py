@@ -74,6 +74,12 @@ class TokenLayout:
             raise ValueError(f"token_layout has {wrong}; its keys are {', '.join(known)}.")
         return cls(**values)
 
+    @classmethod
+    def plain(cls, side: int) -> "TokenLayout":
+        """Every patch of every view is a token; `side` patches along each side of a view."""
+        grid = Grid(side, side)
+        return cls(grid.size, {"global": grid, "crops": grid}, budget={"on": "all"})
+
     def to_dict(self) -> dict:
         """The layout as a dict of JSON types with all keys."""
         return {
