@@ -28,22 +28,9 @@ def token_table(image_processor: Any) -> list[dict[str, int]]:
     rows = []
     for height, width in CARD_SIZES:
         (tokens,), (views,) = image_processor.count_images([(height, width)])
-        smallest = _smallest_budget(image_processor, height, width, tokens)
+        smallest = image_processor.min_image_tokens(height, width)
         rows.append({"height": height, "width": width, "views": views, "tokens": tokens, "smallest": smallest})
     return rows
-
-
-def _smallest_budget(image_processor: Any, height: int, width: int, tokens: int) -> int:
-    """The smallest accepted `max_image_tokens`, by bisection: what is accepted is an interval up to the full count."""
-    low, high = 1, tokens
-    while low < high:
-        middle = (low + high) // 2
-        try:
-            image_processor.image_tokens(height, width, max_image_tokens=middle)
-            high = middle
-        except ValueError:
-            low = middle + 1
-    return low
 
 
 def unsupported(config: Any) -> list[str]:

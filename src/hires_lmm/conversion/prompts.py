@@ -55,14 +55,6 @@ def load_tokenizer(folder: Path) -> Any | None:
     return tokenizer
 
 
-def place_image_token(tokenizer: Any) -> int:
-    """The id of the image token, which is added to the tokenizer where it is missing."""
-    token = tokenizer.image_token if hasattr(tokenizer, "image_token") else IMAGE_TOKEN
-    if token not in tokenizer.get_vocab():
-        tokenizer.add_special_tokens({"extra_special_tokens": [token]}, replace_extra_special_tokens=False)
-    return tokenizer.convert_tokens_to_ids(token)
-
-
 def released_template(tokenizer: Any) -> str:
     """Name of the template a released SliME model was trained with: Llama-3 has header tokens, Vicuna has not."""
     return "llama3" if LLAMA3_HEADER in tokenizer.get_vocab() else "vicuna"

@@ -490,12 +490,17 @@ def _known_token_id(tokenizer: Any, token: str) -> int:
     return ids[0]
 
 
-def _prepare_tokenizer(tokenizer: Any, image_token_id: int) -> str:
-    """Add the image token where it is missing and pad on the left; returns the token."""
+def place_image_token(tokenizer: Any) -> tuple[str, int]:
+    """The image token and its id; it is added to the tokenizer where it is missing."""
     token = tokenizer.image_token if hasattr(tokenizer, "image_token") else "<image>"
     if token not in tokenizer.get_vocab():
         tokenizer.add_special_tokens({"extra_special_tokens": [token]}, replace_extra_special_tokens=False)
-    found = tokenizer.convert_tokens_to_ids(token)
+    return token, tokenizer.convert_tokens_to_ids(token)
+
+
+def _prepare_tokenizer(tokenizer: Any, image_token_id: int) -> str:
+    """Place the image token and pad on the left; returns the token."""
+    token, found = place_image_token(tokenizer)
     if found != image_token_id:
         raise ValueError(
             f"The tokenizer has {token!r} as id {found}, the config has image_token_id={image_token_id}; set "
