@@ -181,27 +181,6 @@ def test_generate_in_training_mode(name, training_mode):
     assert sequences.shape[1] == batch["input_ids"].shape[1] + 5
 
 
-@all_rules
-def test_gradient_checkpointing(name, training_mode):
-    model, batch = copy.deepcopy(build(name)[0]), one(name)[0]
-    inputs = {**batch, "labels": batch["input_ids"], "prompt_mask": batch["attention_mask"]}
-    training_mode(model)
-    results = []
-    for checkpointing in (False, True):
-        if checkpointing:
-            if hasattr(model, "activation_checkpointing_enable"):  # the name from transformers 5.23 on
-                model.activation_checkpointing_enable()
-            else:
-                model.gradient_checkpointing_enable()
-        torch.manual_seed(0)
-        loss = model(**inputs).loss
-        loss.backward()
-        results.append([loss.detach(), *(w.grad for w in model.parameters() if w.grad is not None)])
-        model.zero_grad()
-    assert len(results[0]) == len(results[1]) > 20
-    torch.testing.assert_close(results[0], results[1], atol=1e-5, rtol=1e-4)
-
-
 def test_compiled_decoding_with_a_static_cache():
     model, (batch, expected) = copy.deepcopy(build("cosine")[0]), one("cosine")
     compile_config = CompileConfig(backend="eager", mode=None)

@@ -99,57 +99,6 @@ def test_scores_and_kept_are_those_of_the_router(rule):
         assert records["score"][records["kept"] & scored].min() > records["score"][~records["kept"]].max()
 
 
-@pytest.mark.parametrize(
-    "preset, rule, budget",
-    [
-        ("slime", None, None),
-        ("slime_release", None, None),
-        ("slime", None, 30),
-        ("monkey", routing.Rule("cosine", "budget", on="all"), 20),
-        ("monkey", None, 20),
-        ("llava_next", None, 30),
-        ("llava_next", routing.Rule("attention", on="crops"), None),
-        ("llava_hd", None, None),
-    ],
-    ids=str,
-)
-def test_as_many_are_kept_as_enter_the_language_model(preset, rule, budget):
-    model, processor = build(preset, rule)
-    extra = {} if budget is None else {"max_image_tokens": budget}
-    images = [random_image(*size, seed=i) for i, size in enumerate(SIZES)]
-    batch = make_batch(processor, [(TEXT, [image]) for image in images], padding_side="left", **extra)
-    seen = []
-
-    def look(module, args, kwargs):
-        mask, embeds = kwargs["attention_mask"], kwargs["inputs_embeds"]
-        mask = torch.ones(embeds.shape[:2], dtype=torch.long) if mask is None else mask  # a batch without padding
-        seen.append((mask[:, -embeds.shape[1] :].sum(1), embeds))
-
-    handle = model.model.language_model.register_forward_pre_hook(look, with_kwargs=True)
-    try:
-        with torch.no_grad():
-            output = model(**batch, output_token_map=True)
-    finally:
-        handle.remove()
-    text = (batch["attention_mask"].bool() & (batch["input_ids"] != model.config.image_token_id)).sum(1)
-    kept = torch.tensor([int(of_image(output.token_map, image)["kept"].sum()) for image in range(len(SIZES))])
-    (lengths, embeds), table = seen[0], model.get_input_embeddings().weight
-    assert kept.tolist() == (lengths - text).tolist()
-    if budget is not None:
-        full = [processor.image_tokens(*size) for size in SIZES]
-        assert all(k == budget for k, count in zip(kept.tolist(), full, strict=True) if count > budget)
-    # and they are those tokens, in their order
-    for image in range(len(SIZES)):
-        everything, _ = reference.full_visual_tokens(model, processor, [images[image]])
-        wanted = everything[0][of_image(output.token_map, image)["kept"]]
-        row = embeds[image, -int(lengths[image]) :]
-        first = int((batch["input_ids"][image] == model.config.image_token_id).nonzero()[0])
-        first -= int((batch["attention_mask"][image] == 0).sum())
-        torch.testing.assert_close(row[first : first + len(wanted)], wanted, atol=1e-4, rtol=0)
-        if first:
-            torch.testing.assert_close(row[0], table[batch["input_ids"][image][batch["attention_mask"][image] > 0][0]])
-
-
 def test_the_map_needs_boxes_and_is_absent_unless_asked_for():
     model, batch, output = run("slime", [random_image(60, 60)])
     assert output.token_map is not None

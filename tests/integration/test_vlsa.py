@@ -1,10 +1,6 @@
 """The preset `vlsa`: the same number of tokens for every image, and checkpoints without triton."""
 
 import functools
-import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -104,60 +100,3 @@ def test_a_batch_without_images_reaches_every_parameter_of_the_connector():
         found.append({name for name, parameter in model.named_parameters() if parameter.grad is not None})
         assert all(parameter.grad is not None for parameter in model.model.connector.parameters())
     assert found[0] == found[1] == found[2]
-
-
-# ---- checkpoints
-
-CHILD = """
-import json, sys
-BLOCKED = ("hires_lmm", "triton", "diffusers")
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in BLOCKED:
-            raise ModuleNotFoundError(f"No module named {name!r} (blocked by the test)", name=name)
-sys.meta_path.insert(0, Blocker())
-import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
-torch.set_num_threads(1)
-folder, again = sys.argv[1:]
-batch = torch.load(folder + "/batch.pt")
-results = []
-for source in (folder, again):
-    model = AutoModelForImageTextToText.from_pretrained(source, trust_remote_code=True)
-    processor = AutoProcessor.from_pretrained(source, trust_remote_code=True)
-    with torch.no_grad():
-        logits = model(**batch["inputs"]).logits
-    ids = model.generate(**batch["inputs"], max_new_tokens=4, do_sample=False, pad_token_id=0)
-    results.append([torch.equal(logits, batch["logits"]), ids.tolist(), processor.image_tokens(333, 555)])
-    model.train()
-    model(**batch["inputs"], labels=batch["inputs"]["input_ids"]).loss.backward()
-    model.save_pretrained(again)
-    processor.save_pretrained(again)
-loaded = [name for name in sys.modules if name.partition(".")[0] in BLOCKED]
-print(json.dumps({"results": results, "loaded": loaded, "kernel": type(model).__module__}))
-"""
-
-
-def test_a_checkpoint_loads_and_trains_without_triton_and_diffusers(tmp_path):
-    model, processor = build()
-    folder, again = tmp_path / "one", tmp_path / "two"
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    assert not list(folder.glob("*kernel*"))
-    batch = make_batch(processor, [("USER: <image> a boat", [random_image(100, 180)])])
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with torch.no_grad():
-        logits = model(**batch).logits
-    ids = model.generate(**batch, max_new_tokens=4, do_sample=False, pad_token_id=0)
-    torch.set_num_threads(threads)
-    torch.save({"inputs": dict(batch), "logits": logits}, folder / "batch.pt")
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "HF_", "COV"))}
-    environment = {**kept, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-I", "-c", CHILD, str(folder), str(again)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
-    result = json.loads(done.stdout.splitlines()[-1])
-    assert result["loaded"] == []
-    assert result["results"] == [[True, ids.tolist(), TOKENS]] * 2
-    assert not list(again.glob("*kernel*"))

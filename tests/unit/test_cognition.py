@@ -21,7 +21,7 @@ from hires_lmm.training.data.cognition_answers import (
     write_codes,
     write_pixels,
 )
-from hires_lmm.training.data.cognition_places import Place, find_places, insert_pair
+from hires_lmm.training.data.cognition_places import Place, find_places
 from hires_lmm.training.data.cognition_tasks import region_colours
 from hires_lmm.training.data.cognition_templates import CODE_TEMPLATES, PIXEL_TEMPLATES
 
@@ -251,22 +251,6 @@ def test_where_a_question_may_stand():
     assert find_places(separate, 1) == [Place(2, moves=True), Place(4)]
 
 
-def test_an_image_part_moves_with_its_image():
-    image = random_image(5, 6)
-    for content in (
-        [{"type": "image", "image": image}, {"type": "text", "text": "\nq"}],
-        [{"type": "text", "text": "q\n"}, {"type": "image", "image": image}],
-    ):
-        messages = [
-            {"role": "user", "content": content},
-            {"role": "assistant", "content": [{"type": "text", "text": "a"}]},
-        ]
-        new = insert_pair(messages, Place(0, moves=True), "P", "A")
-        assert new[0]["content"][0]["image"] is image and new[0]["content"][1]["text"] == "\nP"
-        assert new[2]["content"] == [{"type": "text", "text": "q"}] and len(new) == 4
-        assert len(content) == 2
-
-
 def test_images_are_named_and_asked_about_evenly_where_there_are_several():
     transform, counts = CognitionTransform({PixelTask((1, 1)): 1.0}, seed=4), Counter()
     colours = [(255, 0, 0), (0, 0, 255)]
@@ -313,19 +297,6 @@ def test_the_same_row_gets_the_same_questions_and_another_seed_or_epoch_others()
     assert run() != run(seed=1) and run() != run(epoch=1)
 
 
-# ---- images of all kinds
-
-
-def test_bad_rows_are_named(tmp_path):
-    transform = CognitionTransform({PixelTask(): 1.0})
-    with pytest.raises(ValueError, match="no messages"):
-        transform({"text": "x"})
-    with pytest.raises(ValueError, match=r"1 places .* 0 images"):
-        transform({"messages": row()["messages"]})
-    with pytest.raises(ValueError, match=r"Sample '7': .*no existing file"):
-        transform({"id": "7", "messages": row()["messages"], "images": [str(tmp_path / "none.png")]})
-
-
 # ---- datasets
 
 
@@ -352,17 +323,6 @@ def test_datasets_of_both_styles_give_the_same_rows_and_other_ones_in_the_next_e
     assert [texts(one) for one in streamed] != expected
     loader = DataLoader(pickle.loads(pickle.dumps(mapped)), batch_size=None, num_workers=2)
     assert [texts(one) for one in loader] == [texts(mapped[number]) for number in range(6)]
-
-
-def test_map_of_datasets_gives_the_same_rows():
-    datasets = pytest.importorskip("datasets")
-    transform = CognitionTransform({PixelTask((2, 2)): 0.6})
-    rows = [row(number, parts=True) for number in range(5)]
-    whole = datasets.Dataset.from_list(rows).cast_column("images", datasets.List(datasets.Image()))
-    expected = [texts(transform(one)) for one in whole]
-    for mapped in (whole.map(transform), whole.to_iterable_dataset().map(transform), with_cognition(whole, transform)):
-        assert [texts(one) for one in mapped] == expected
-    assert sum(len(one) > 6 for one in expected) in (2, 3, 4)
 
 
 def test_the_collator_learns_the_inserted_answers():

@@ -136,13 +136,6 @@ def test_token_types_mark_placeholders():
     assert sum(batch["mm_token_type_ids"][0]) == processor().image_tokens(9, 9)
 
 
-def test_truncation_of_text_is_allowed():
-    expanding = processor()
-    needed = expanding.image_tokens(9, 9)
-    batch = expanding(text="<image> and a tail", images=picture(9, 9), truncation=True, max_length=needed + 1)
-    assert len(batch["input_ids"][0]) == needed + 1
-
-
 def config(planner=None, model_type="clip_vision_model", image_token_id=3, **vision) -> SimpleNamespace:
     vision = {"image_size": 28, "patch_size": 14, "model_type": model_type, **vision}
     return SimpleNamespace(
@@ -254,13 +247,6 @@ def test_other_image_tokens_survive_reloading(tmp_path):
     first = HiResLmmProcessor(processor().image_processor, tokenizer, "chatml", image_token="<|eot_id|>")
     first.save_pretrained(tmp_path)
     assert HiResLmmProcessor.from_pretrained(tmp_path, trust_remote_code=True).image_token == "<|eot_id|>"
-
-
-def test_other_numbers_of_images_raise_in_the_words_of_transformers():
-    """Callers look for these words."""
-    words = "<image> tokens in the prompts should be the same as the number of images"
-    with pytest.raises(ValueError, match=words):
-        processor()(text="<image> a", images=[picture(30, 40)] * 2)
 
 
 def test_half_characters_are_named():

@@ -4,12 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
 from builders.tiny import make_batch, random_image, tiny_config, tiny_model, tiny_processor, tiny_vision_config
 from builders.training import query_former_config, slime_config, slime_parts, training_arguments
 from hires_lmm.training import Alternation, Stage, alternating_scheduler, get_plan, set_options, summarise
-from hires_lmm.training.callbacks import check_optimizer
 from hires_lmm.training.optimization import parameter_groups
 from hires_lmm.training.parameters import list_parts, part_name
 from hires_lmm.training.plans import COLUMNS, FORCED_EXPERT
@@ -179,23 +177,6 @@ def test_the_stage_is_saved_with_the_model(tmp_path):
     config = AutoConfig.from_pretrained(tmp_path)
     assert config.training_stage == "slime/I-a"
     assert config.connector_config.adapter["forced_expert"] == "mlp"
-
-
-def test_optimizers_of_another_kind_are_refused(tmp_path):
-    model, args = tiny_model(slime_config()), training_arguments(tmp_path, learning_rate=1e-3)
-    stage = Stage("x", {"connector": 1e-3, "lm_head": 1e-4})
-    stage.apply(model)
-    check_optimizer(stage.optimizer(model, args), model, stage)
-    one_rate = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-    with pytest.raises(ValueError, match=r"group None with learning rate 0\.001"):
-        check_optimizer(one_rate, model, stage)
-    single = Stage("y", {"connector": 1e-3})
-    with pytest.raises(ValueError, match=r"also holds lm_head\.weight"):
-        check_optimizer(one_rate, model, single)
-    with pytest.raises(ValueError, match=r"lacks connector\."):
-        check_optimizer(torch.optim.AdamW([model.lm_head.weight], lr=1e-3), model, single)
-    single.apply(model)
-    check_optimizer(torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3), model, single)
 
 
 def test_alternation_switches_groups_and_survives_a_resume(tmp_path):
