@@ -5,6 +5,7 @@ from typing import Any
 
 from PIL import Image
 
+from .extras import import_extra
 from .inference import AnswerStream, describe_unknown, prepare
 from .visualize import count_kept, draw_token_map
 
@@ -43,10 +44,7 @@ def answer_question(
 
 def build_page(model: Any, processor: Any, name: str, note: str | None = None) -> Any:
     """Build the page, `gradio.Blocks`, to be launched; `note` is a line below the title."""
-    try:
-        import gradio
-    except ImportError as error:
-        raise ImportError("The page needs gradio; install it with: pip install -e '.[demo]' (in a clone)") from error
+    gradio = import_extra("gradio", "demo")
 
     def answer(image: Image.Image | None, question: str, budget: int, max_crops: int, length: int) -> Iterator[Shown]:
         try:

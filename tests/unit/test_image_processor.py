@@ -230,27 +230,6 @@ def test_float_images(scale):
     assert np.array_equal(one_view(values), expected_grey())
 
 
-ARRAYS = {
-    "uint8": RGB,
-    "int64": RGB.astype(np.int64),
-    "int16": RGB.astype(np.int16),
-    "float32 unit": RGB.astype(np.float32) / 255,
-    "float64": RGB.astype(np.float64),
-    "uint16": RGB.astype(np.uint16) * 257,
-    "read only": np.broadcast_to(RGB, RGB.shape),
-    "reversed": np.ascontiguousarray(RGB[::-1])[::-1],
-}
-
-
-@pytest.mark.parametrize("name", ARRAYS)
-@pytest.mark.parametrize("channels_first", [False, True])
-@pytest.mark.parametrize("library", ["numpy", "torch"])
-def test_arrays(name, channels_first, library):
-    array = ARRAYS[name].transpose(2, 0, 1) if channels_first else ARRAYS[name]
-    image = torch.from_numpy(np.array(array)) if library == "torch" else array
-    assert np.array_equal(one_view(image), RGB)
-
-
 def test_tensors_with_gradient_half_precision_and_batches():
     tensor = (torch.from_numpy(RGB.copy()).float() / 255).requires_grad_()
     assert np.array_equal(one_view(tensor), RGB)
@@ -283,29 +262,6 @@ def test_ambiguous_channel_order_is_settled_by_the_caller(shape):
     first = small()(array, input_data_format="channels_first")
     assert last["view_boxes"][0].tolist() == list(small().plan(shape[0], shape[1]).views[0].box)
     assert first["view_boxes"][0].tolist() == list(small().plan(shape[1], shape[2]).views[0].box)
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation(orientation, tmp_path):
-    image = picture(20, 30)
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    image.save(tmp_path / "turned.png", exif=exif)
-    turns = [
-        lambda a: a,
-        lambda a: a[:, ::-1],
-        lambda a: a[::-1, ::-1],
-        lambda a: a[::-1],
-        lambda a: a.transpose(1, 0, 2),
-        lambda a: np.rot90(a, -1),
-        lambda a: a[::-1, ::-1].transpose(1, 0, 2),
-        lambda a: np.rot90(a),
-    ]
-    upright = Image.fromarray(np.ascontiguousarray(turns[orientation - 1](np.asarray(image))))
-    expected = small()(upright)
-    for source in (Image.open(tmp_path / "turned.png"), str(tmp_path / "turned.png")):
-        found = small()(source)
-        assert all(np.array_equal(found[name], expected[name]) for name in expected)
 
 
 def test_first_frame_of_an_animation(tmp_path):
