@@ -21,8 +21,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 @dataclass
 class Prepared:
-    """A question about images, ready for the model: tensors of one row, the upright RGB images, see
-    `find_unknown_words`."""
+    """A question about images, ready for the model, with the upright RGB images; see `find_unknown_words`."""
 
     inputs: BatchFeature
     images: list[Image.Image]

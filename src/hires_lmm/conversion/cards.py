@@ -69,8 +69,7 @@ def describe_choices(folder: Path) -> dict[str, str]:
 
 
 def carry_card(card: str, fresh: str, folder: Path) -> str:
-    """A card that somebody wrote, with code and versions as in a fresh one; links to no file of the folder become
-    text."""
+    """A card that somebody wrote, with code and versions of a fresh one; links to absent files become text."""
     new = {section.partition("\n")[0]: section for section in _sections(fresh)}
     code = CODE.search(new["## Use"])
     sections = _sections(card)

@@ -18,8 +18,7 @@ VIEWS_PER_PASS = 64
 
 @dataclass(frozen=True)
 class EncodedImages:
-    """Features of some images under one setting, the number of each by `source_key`, and the texts that stand for
-    them."""
+    """Features of some images under one setting, numbers by `source_key`, and the texts that stand for them."""
 
     features: HiResLmmImageFeatures
     order: dict
@@ -35,8 +34,7 @@ class ImageEncoder:
         self._seen: dict[tuple, torch.Tensor] = {}
 
     def check_budgets(self, settings: Sequence[SweepSetting]) -> None:
-        """Refuse budgets too small for one of the images; the message names them, and the smallest that is large
-        enough."""
+        """Refuse budgets too small for one of the images, all by name, with the smallest that is large enough."""
         refused = {}
         for setting in settings:
             if setting.tokens is None or setting.views == "none":

@@ -30,8 +30,7 @@ def normalise_answer(text: str) -> str:
 def draw_options(
     answer: str, kind: str | None, answers: Sequence[str], key: str, num_options: int = NUM_OPTIONS
 ) -> list[str]:
-    """The right answer and up to three wrong ones from the right answers to others; the same key gives the same
-    options."""
+    """The right answer and up to three of others, which are wrong; the same key gives the same options."""
     others = sorted({normalise_answer(other): other for other in answers}.items())
     wrong = [other for name, other in others if name != normalise_answer(answer)]
     if not wrong:

@@ -117,8 +117,7 @@ def _resolved(parts: list[dict], folder: Path) -> list[dict]:
 
 
 def prepare_rows(rows: Iterable[dict[str, Any]]) -> list[SweepRow]:
-    """Bring rows in the form that the collator takes into one form; the answer is `answer`, else the text of the last
-    turn."""
+    """Bring rows as the collator takes them into one form; the answer is `answer`, else the text of the last turn."""
     numbers: dict[str, int] = {}
     prepared = [_prepare(index, row, numbers) for index, row in enumerate(rows)]
     if not prepared:
@@ -181,8 +180,7 @@ def _group(index: int, row: dict[str, Any], sources: list, numbers: dict[str, in
 
 
 def digest_rows(rows: Sequence[SweepRow]) -> str:
-    """A short name of the questions: a hash of texts, answers, kinds, groups and names of images, not of their
-    pixels."""
+    """A hash of texts, answers, kinds, groups and names of images, not of their pixels."""
     digest = blake2b(digest_size=16)
     for row in rows:
         named = [str(source) if isinstance(source, (str, Path)) else "" for source in row.images]

@@ -100,8 +100,7 @@ def expand_grid(**axes: Sequence[Any]) -> list[SweepSetting]:
 
 
 def swept_axes(settings: Sequence[SweepSetting]) -> list[str]:
-    """Names of the axes along which settings differ, in the order of `AXES`; settings without an image count for
-    `views`."""
+    """The axes along which settings differ, in the order of `AXES`; those without an image count for `views` alone."""
     shown = [each for each in settings if each.views != "none"]
     varied = {name for name in AXES if len({getattr(each, name) for each in shown}) > 1}
     varied |= {"views"} if len({each.views for each in settings}) > 1 else set()

@@ -67,8 +67,7 @@ def score(
     constants: Sequence[float | None] = (),
     seed: int = 0,
 ) -> Score:
-    """Counts, accuracy and intervals of answers; `groups` are their scenes, `chances` and `constants` what guessing
-    gets."""
+    """Counts, accuracy and intervals; `groups` are scenes, `chances` and `constants` what guessing gets."""
     total, count = sum(right), len(right)
     return Score(
         questions=count,

@@ -180,16 +180,14 @@ def _grad_key_value_kernel(
 
 
 def operand_type(tensor: torch.Tensor) -> tl.dtype:
-    """Type in which tiles are multiplied; the interpreter on a CPU cannot multiply bfloat16, whose products float32
-    holds."""
+    """Type of the products: that of the tensor; on a CPU float32 for bfloat16, which is not multiplied there."""
     if tensor.dtype == torch.bfloat16:
         return tl.bfloat16 if tensor.is_cuda else tl.float32
     return tl.float16 if tensor.dtype == torch.float16 else tl.float32
 
 
 def block_sizes(channels: int, is_backward: bool) -> dict:
-    """Tile sizes of a head size, as keyword arguments; backward kernels hold two sums where the forward kernel holds
-    one."""
+    """Tile sizes of a head size, as keyword arguments; backward kernels hold two sums where the other holds one."""
     width = max(triton.next_power_of_2(channels), 16)
     return {
         "BLOCK_Q": 64,

@@ -166,8 +166,7 @@ _QUERIES = """
 
 
 def add_queries(template: str) -> str:
-    """Let one of `CHAT_TEMPLATES` write `QUERY_TOKEN` at the start of each user turn that follows an image and has
-    none."""
+    """Let a template write `QUERY_TOKEN` at the start of each user turn that follows an image and has none."""
     if QUERY_TOKEN in template or QUERY_IN_TEMPLATES in template:
         return template
     if _LATER_TURN not in template:
@@ -206,8 +205,7 @@ def answer_prefix_ids(processor: Any) -> list[int]:
 
 
 def question_prefix_ids(processor: Any) -> list[int]:
-    """The token ids that open the turn of a user who follows an answer; processor and errors as in
-    `answer_prefix_ids`.
+    """The token ids that open a user's turn behind an answer; processor and errors as in `answer_prefix_ids`.
 
     In templates without special tokens around roles (`vicuna`) the first turn of a conversation may be written with
     other ids, because a space stands before it. Empty where a template opens turns with nothing.

@@ -48,8 +48,7 @@ def flatten_images(images: Any) -> list:
 
 
 def flatten_budgets(budget: Any, images: Any) -> list:
-    """One budget an image, in the order of `flatten_images`, from one for all, a list of one each, or a list nested as
-    the images are."""
+    """One budget an image, in the order of `flatten_images`: one for all, one each, or nested as the images are."""
     number = len(flatten_images(images))
     if not isinstance(budget, (list, tuple)):
         return [budget] * number
@@ -65,11 +64,10 @@ def flatten_budgets(budget: Any, images: Any) -> list:
 
 
 def open_image(source: Any, index: int) -> Any:
-    """A path, URL, base64 text, data URL or encoded bytes as a Pillow image, not decoded yet; anything else is passed
-    on.
+    """A path, URL, base64 text, data URL or bytes as a Pillow image, not decoded yet; anything else is passed on.
 
-    Source: the sources of transformers' `load_image` and the dicts of `datasets`. Differs: alpha and bit depth are
-        kept for `to_rgb`.
+    Source: the sources of transformers' `load_image` and the dicts of `datasets`. Differs: alpha and bits are kept
+        for `to_rgb`.
     """
     if isinstance(source, dict) and source.keys() and source.keys() <= {"bytes", "path"}:
         source = source.get("path") if source.get("bytes") is None else source["bytes"]

@@ -16,8 +16,7 @@ QUERY_TOKEN = MARK + "<query>"
 
 
 def clean_messages(messages: Any) -> list:
-    """New messages without keys, content parts and texts that are None, which columnar datasets put for what a row
-    lacks."""
+    """New messages without what is None: keys, parts, texts. Columnar datasets put it for what a row lacks."""
     cleaned = []
     for message in messages:
         message = _without_none(message.model_dump() if hasattr(message, "model_dump") else message)
@@ -39,8 +38,7 @@ def _is_empty(part: Any) -> bool:
 
 
 def protect_messages(messages: Any, image_token: str | None) -> list:
-    """Messages without what is None, with marks in the image tokens of text parts (`image_token` of None: without
-    marks)."""
+    """Messages without what is None, with marks in the image tokens of text parts; none for a token of None."""
     protected = []
     for message in clean_messages(messages):
         if isinstance(message, dict):

@@ -217,8 +217,7 @@ def plan_slime_release(height: int, width: int, limits: PlannerLimits) -> ViewPl
 
 
 def plan_multiple(height: int, width: int, limits: PlannerLimits) -> ViewPlan:
-    """Padding the image, at its own scale, to the next multiple of the view size: black, at the bottom and on the
-    right.
+    """The image at its own scale, padded with black at bottom and right to the next multiple of the view size.
 
     `max_crops` is at least 1 (default 36); the global view is squeezed.
 
@@ -235,8 +234,7 @@ def plan_multiple(height: int, width: int, limits: PlannerLimits) -> ViewPlan:
 
 
 def plan_hd(height: int, width: int, limits: PlannerLimits) -> ViewPlan:
-    """The longest side decides: as many views along it as keep the whole grid within `max_crops` (at least 1, default
-    9).
+    """As many views along the longest side as keep the whole grid within `max_crops` (at least 1, default 9).
 
     White canvas padded across the long side, the global view is padded with black. A square image, or one that is
     smaller than a view, becomes its global view by bicubic interpolation without antialiasing.
@@ -268,8 +266,7 @@ def plan_hd(height: int, width: int, limits: PlannerLimits) -> ViewPlan:
 
 
 def plan_llava_next(height: int, width: int, limits: PinpointLimits) -> ViewPlan:
-    """As transformers' LLaVA-NeXT: the best fitting canvas of `pinpoints` (default 1x2, 2x1, 2x2, 3x1, 1x3 views),
-    unpadded.
+    """As transformers: the best fitting canvas of `pinpoints` (default 1x2, 2x1, 2x2, 3x1, 1x3 views), unpadded.
 
     `max_crops` leaves out larger ones. Unpadding (`unpad`, default True) cuts the same number of patch rows or
     columns on both sides of the stitched map and can leave none of them for a very long image, as in transformers.

@@ -279,8 +279,7 @@ class HiResLmmProcessor(ProcessorMixin):
         videos_replacements: Sequence[str] = (),
         audio_replacements: Sequence[str] = (),
     ) -> tuple[list[str], list[dict[str, Any]]]:
-        """As in transformers; where later turns have tokens of their own, a `QUERY_TOKEN` behind the image becomes
-        theirs."""
+        """As in transformers; a `QUERY_TOKEN` behind the image becomes the tokens of its turn, if any."""
         later, replacements = self._later_tokens, list(images_replacements)
         alone = [sample for sample in text if QUERY_TOKEN in sample and self.image_token not in sample]
         if later is not None and alone:
