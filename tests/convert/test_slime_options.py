@@ -158,13 +158,17 @@ def test_unused_tensors_of_the_attention_router_come_back(tmp_path):
     assert not (tmp_path / "again").exists()
 
 
-@pytest.mark.parametrize("kind, keys", [("linear", ("weight", "bias")), ("mlp1x_gelu", ("0.weight", "0.bias"))])
-def test_a_single_layer_adapter_goes_there_and_back(tmp_path, kind, keys):
+@pytest.mark.parametrize("kind, layers", [("linear", [""]), ("mlp1x_gelu", ["0."]), ("mlp2x_gelu", ["0.", "2."])])
+def test_the_other_adapters_go_there_and_back(tmp_path, kind, layers):
     tensors = {key: value for key, value in tensors_of(GOLDEN).items() if ".mm_projector." not in key}
-    tensors[f"model.mm_projector.{keys[0]}"] = torch.randn(64, 128)
-    tensors[f"model.mm_projector.{keys[1]}"] = torch.randn(64)
+    for width, layer in zip((128, 64), layers, strict=False):
+        tensors[f"model.mm_projector.{layer}weight"] = torch.randn(64, width)
+        tensors[f"model.mm_projector.{layer}bias"] = torch.randn(64)
     write_released(tmp_path / "source", tensors, mm_projector_type=kind)
     convert_slime(tmp_path / "source", tmp_path / "out")
+    last = "linear" if len(layers) == 1 else "mlp.linear_2"
+    ours = tensors_of(tmp_path / "out")[f"model.connector.adapter.{last}.bias"]
+    assert torch.equal(ours, tensors[f"model.mm_projector.{layers[-1]}bias"])
     convert_to_slime(tmp_path / "out", tmp_path / "back")
     back = tensors_of(tmp_path / "back")
     assert set(back) == set(tensors) and all(torch.equal(back[key], tensors[key]) for key in tensors)

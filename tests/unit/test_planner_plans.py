@@ -58,13 +58,6 @@ def test_slime():
     assert plan("slime", 90, 150) == wanted
 
 
-def test_slime_release():
-    """60 x 200 has 3.8 view areas, so 4 views; the height decides: 200 becomes 187, 18 pixels from the left."""
-    edges, spans = [-4928, 10404, 25737, 41070, 56402], [(1, 4), (0, 4), (0, 4), (0, 3)]
-    views = assembled((1, 4), (0, 0, 15360, 51200), [0, 15360], edges, col_spans=spans)
-    assert plan("slime_release", 60, 200, unpad=True) == expected((60, 200), views, (56, 224), (56, 187), (0, 18))
-
-
 def test_multiple():
     """60 x 90 at its own scale on 2 x 2 views: 4 rows and 34 columns of pixels in the last ones."""
     edges = [0, 56 * 256, 112 * 256]
@@ -82,33 +75,6 @@ def test_multiple_shrunk():
     assert plan("multiple", 57, 112, max_crops=2).resized == (56, 110)
     assert plan("multiple", 1, 1000, max_crops=1).resized == (1, 56)
     assert plan("multiple", 56, 36 * 56).grid == plan("multiple", 56, 37 * 56).grid == (1, 36)
-
-
-def test_hd_landscape():
-    """Nine views: 4 along 300 pixels, so 224 x 74 (truncated), 19 pixels of white above."""
-    image_box, rows = (-27022, 0, 52622, 76800), [-6573, 12800, 32173]
-    wanted = expected(
-        (100, 300),
-        assembled((2, 4), image_box, rows, [0, 19200, 38400, 57600, 76800]),
-        (112, 224),
-        (74, 224),
-        (19, 0),
-        fill=WHITE,
-        global_size=(18, 56),
-        global_paste=(19, 0),
-        resample=(PILLOW.LANCZOS, PILLOW.BILINEAR),
-    )
-    assert plan("hd", 100, 300) == wanted
-
-
-def test_hd_portrait_is_the_landscape_turned():
-    lying, standing = plan("hd", 100, 300), plan("hd", 300, 100)
-    assert standing.transposed and not lying.transposed
-    assert standing.grid == (4, 2) and standing.fill == WHITE
-    for name in ("canvas", "resized", "paste", "global_size", "global_paste"):
-        assert getattr(standing, name) == getattr(lying, name)[::-1]
-    turned = {(v.col, v.row): (v.box[1], v.box[0], v.box[3], v.box[2]) for v in lying.views[1:]}
-    assert {(v.row, v.col): v.box for v in standing.views[1:]} == turned
 
 
 def test_hd_small_and_square_images_keep_their_scale_on_a_square():
@@ -136,13 +102,6 @@ def test_llava_next_cuts_columns():
         col_spans=[(1, 4), (0, 4), (0, 3)],
     )
     assert plan("llava_next", 100, 240) == expected((100, 240), views, (56, 168), (56, 135), (0, 16))
-
-
-def test_llava_next_cuts_rows():
-    """Of 4 patch rows int(1.8) = 1 holds the image; (4 - 1) // 2 = 1 is cut on each side, so 2 stay."""
-    found = plan("llava_next", 30, 200)
-    assert (found.canvas, found.resized, found.paste) == ((56, 168), (26, 168), (15, 0))
-    assert [view.span for view in found.views] == [WHOLE, *[(1, 3, 0, 4)] * 3]
 
 
 def half_up(value: Fraction) -> int:

@@ -181,29 +181,6 @@ def test_view_size_with_a_remainder():
 
 
 @pytest.mark.parametrize(
-    "arguments, text",
-    [
-        ({"view_size": 0}, "view_size=0"),
-        ({"view_size": 336.0}, "view_size=336.0"),
-        ({"patch_size": 400}, "patch_size=400"),
-        ({"max_crops": 0}, "views='global'"),
-        ({"max_crops": True}, "max_crops=True"),
-        ({"max_crops": "6"}, "max_crops='6'"),
-        ({"unpad": 1}, "unpad=1"),
-        ({"global_view": "stretch"}, "'squeeze', 'pad'"),
-        ({"views": None}, "views=None"),
-        ({"views": "none"}, "'all', 'global', 'crops'"),
-        ({"pinpoints": []}, "pinpoints=\\[\\]"),
-        ({"pinpoints": [[336]]}, "\\[336\\]"),
-        ({"pinpoints": [[336, 500]]}, "multiples of view_size=336"),
-    ],
-)
-def test_wrong_limits(arguments, text):
-    with pytest.raises(ValueError, match=text):
-        PinpointLimits(**arguments)
-
-
-@pytest.mark.parametrize(
     "planner, arguments, text",
     [
         ("slime", {"max_crops": 37}, "from 1 to 36"),

@@ -66,7 +66,7 @@ def flatten_budgets(budget: Any, images: Any) -> list:
 def open_image(source: Any, index: int) -> Any:
     """A path, URL, base64 text, data URL or bytes as a Pillow image, not decoded yet; anything else is passed on.
 
-    Source: the sources of transformers' `load_image` and the dicts of `datasets`. Differs: alpha and bits are kept
+    Source: the sources of transformers' `load_image` and the dicts of `datasets`. Differs: alpha and bit depth stay
         for `to_rgb`.
     """
     if isinstance(source, dict) and source.keys() and source.keys() <= {"bytes", "path"}:
