@@ -92,6 +92,12 @@ def test_hd_small_and_square_images_keep_their_scale_on_a_square():
     assert plan("hd", 20, 40, global_view="squeeze").global_square is None
 
 
+def test_hd_keeps_a_pixel_of_the_thinnest_image():
+    assert (plan("hd", 4000, 1).resized, plan("hd", 4000, 1).paste) == ((504, 1), (0, 27))
+    assert plan("hd", 4000, 1).global_size == (56, 1)
+    assert (plan("hd", 1, 4000).resized, plan("hd", 1, 4000).global_size) == ((1, 504), (1, 56))
+
+
 def test_llava_next_cuts_columns():
     """240 becomes 135 of 168 pixels; of 12 patch columns int(9.6) = 9 hold the image, one is cut on each side."""
     views = assembled(
