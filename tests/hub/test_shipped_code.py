@@ -457,141 +457,34 @@ def test_importing_touches_nothing(tmp_path, monkeypatch):
 # ---- the rules can fail
 
 BAD = [
-    (rule_only_named_parts_of_the_standard_library, "import os"),
-    (rule_only_named_parts_of_the_standard_library, "from os import system"),
-    (rule_only_named_parts_of_the_standard_library, "from os import path, environ"),
-    (rule_only_named_parts_of_the_standard_library, "import os.path as p"),
-    (rule_only_named_parts_of_the_standard_library, "import socket"),
     (rule_only_named_parts_of_the_standard_library, "def f():\n    import subprocess"),
-    (rule_only_named_parts_of_the_standard_library, "from pathlib import Path"),
-    (rule_only_named_parts_of_the_standard_library, "import pickle"),
-    (rule_only_named_parts_of_the_standard_library, "import io"),
+    (rule_only_named_parts_of_the_standard_library, "from os import path, environ"),
     (rule_only_named_parts_of_the_standard_library, "from importlib import import_module"),
-    (rule_only_named_parts_of_the_standard_library, "import sys, math"),
     (rule_no_code_from_text, "from transformers.dynamic_module_utils import get_class_from_dynamic_module"),
-    (rule_no_code_from_text, "x = eval('1')"),
     (rule_no_code_from_text, "def f(text):\n    exec(text)"),
-    (rule_no_code_from_text, "code = compile('1', '', 'eval')"),
-    (rule_no_code_from_text, "run = eval"),
-    (rule_no_code_from_text, "f = __import__('os').system"),
     (rule_no_code_from_text, "import torch\ntorch.serialization.pickle.loads(b'')"),
-    (rule_no_code_from_text, "from torch.serialization import pickle"),
-    (rule_no_code_from_text, "from transformers.utils import importlib"),
-    (rule_no_code_from_text, "x = ().__class__.__base__.__subclasses__()"),
     (rule_no_code_from_text, "f = (lambda: 0).__globals__['os']"),
-    (rule_no_code_from_text, "import torch\ntorch.os.ctypes"),
-    (rule_no_code_from_text, "def f():\n    return globals()['x']"),
-    (rule_no_files_and_sockets, "open('x')"),
-    (rule_no_files_and_sockets, "def f(path):\n    with open(path, 'w') as file:\n        file.write('x')"),
     (rule_no_files_and_sockets, "def f(path):\n    return path.read_text()"),
-    (rule_no_files_and_sockets, "def f(path):\n    path.write_bytes(b'')"),
-    (rule_no_files_and_sockets, "def f(path):\n    return path.open()"),
-    (rule_no_files_and_sockets, "import torch\nx = torch.load('x')"),
-    (rule_no_files_and_sockets, "from torch import load"),
     (rule_no_files_and_sockets, "from torch import load as f"),
-    (rule_no_files_and_sockets, "import torch\ntorch.hub.list('x')"),
-    (rule_no_files_and_sockets, "import torch\ntorch.ops.load_library('x.so')"),
-    (rule_no_files_and_sockets, "import numpy as np\nnp.fromfile('x')"),
-    (rule_no_files_and_sockets, "from PIL import Image\nImage.open('x')"),
-    (rule_no_files_and_sockets, "from huggingface_hub import snapshot_download"),
     (rule_no_files_and_sockets, "from huggingface_hub import get_session\nget_session()"),
-    (rule_no_files_and_sockets, "from os import path\npath.os.remove('x')"),
     (rule_no_attribute_of_a_module_by_name, "import torch\nload = getattr(torch, 'lo' + 'ad')"),
-    (rule_no_attribute_of_a_module_by_name, "import torch\ndef f(n):\n    return getattr(torch.nn, n)"),
-    (rule_no_attribute_of_a_module_by_name, "import torch\nload = vars(torch)['load']"),
     (rule_no_attribute_of_a_module_by_name, "import torch\nload = torch.__dict__['load']"),
-    (rule_no_attribute_of_a_module_by_name, "import numpy as np\nsetattr(np, 'load', None)"),
-    (rule_definitions_only, "print('x')"),
     (rule_definitions_only, "import torch\ntorch.manual_seed(0)"),
-    (rule_definitions_only, "x = f()"),
-    (rule_definitions_only, "x: int = int('1')"),
-    (rule_definitions_only, "if True:\n    x = 1"),
-    (rule_definitions_only, "try:\n    import x\nexcept ImportError:\n    pass"),
-    (rule_definitions_only, "for x in range(3):\n    pass"),
-    (rule_definitions_only, "with a:\n    pass"),
-    (rule_definitions_only, "del x"),
-    (rule_definitions_only, "class A:\n    x = f()"),
-    (rule_definitions_only, "class A:\n    f()"),
-    (rule_definitions_only, "class A(f()):\n    pass"),
     (rule_definitions_only, "class A(metaclass=f()):\n    pass"),
-    (rule_definitions_only, "@f\ndef g():\n    pass"),
-    (rule_definitions_only, "@dataclass(f())\nclass A:\n    pass"),
-    (rule_definitions_only, "def g(x=f()):\n    pass"),
     (rule_definitions_only, "def g(*, x=f()):\n    pass"),
-    (rule_definitions_only, "def g(x: f()):\n    pass"),
-    (rule_definitions_only, "x = [f(y) for y in z]"),
-    (rule_definitions_only, "x = 'a'.format(f())"),
-    (rule_only_allowed_packages, "import torchvision"),
-    (rule_only_allowed_packages, "import numpy, einops"),
-    (rule_only_allowed_packages, "from flash_attn import flash_attn_func"),
-    (rule_only_allowed_packages, "def f():\n    import triton"),
     (rule_only_allowed_packages, "try:\n    import diffusers\nexcept ImportError:\n    diffusers = None"),
-    (rule_only_allowed_packages, "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import peft"),
-    (rule_nothing_of_the_package, "from hires_lmm.scaling import table"),
     (rule_nothing_of_the_package, "def f():\n    import hires_lmm.training"),
     (rule_nothing_of_the_package, "from ..processing.planners_hires_lmm import plan"),
-    (rule_nothing_of_the_package, "from .. import scaling"),
     (rule_siblings_only, "from . import good_hires_lmm"),
-    (rule_siblings_only, "from .good import X"),
-    (rule_siblings_only, "from .deep.good_hires_lmm import X"),
     (rule_siblings_only, "from .absent_hires_lmm import X"),
-    (rule_siblings_only, "from .good_hires_lmm import *"),
     (rule_loader_sees_the_real_imports, '"""Use it so:\n\n    from .good_hires_lmm import X\n"""'),
-    (rule_loader_sees_the_real_imports, "# a comment\n'''\nfrom .other import\n'''"),
-    (rule_loader_sees_the_real_imports, "'''\nimport .other\n'''"),
-    (rule_loader_sees_the_real_imports, "x = 1; from .good_hires_lmm import X"),
-    (rule_loader_sees_the_real_imports, "from . import good_hires_lmm"),
     (rule_no_future_annotations, "from __future__ import annotations"),
     (rule_own_config_is_read_without_defaults, "x = getattr(self.config, 'planner', None)"),
     (rule_no_files_beside_the_code, "from pathlib import Path\ntable = Path(__file__).with_name('t.json')"),
-    (rule_no_files_beside_the_code, "import importlib.resources"),
-    (rule_no_files_beside_the_code, "from importlib import resources"),
-    (rule_no_files_beside_the_code, "import importlib\nimportlib.import_module('x')"),
-    (rule_no_files_beside_the_code, "import pkgutil\npkgutil.get_data('x', 'y')"),
-    (rule_no_files_beside_the_code, "m = __import__('x')"),
 ]
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A folder with two siblings to import from."""
-    for name in ("good_hires_lmm", "other_hires_lmm"):
-        (tmp_path / f"{name}.py").write_text("")
-    return tmp_path
 
 
 @pytest.mark.parametrize(("rule", "source"), BAD)
-def test_rule_fires(folder: Path, rule: Callable[[Path, str], list[str]], source: str):
-    assert rule(folder / "bad_hires_lmm.py", source)
-
-
-GOOD = [
-    "import math\nfrom dataclasses import dataclass\nimport torch.nn.functional as F\nfrom PIL import Image\n",
-    "from transformers.modeling_utils import PreTrainedModel\nfrom huggingface_hub.dataclasses import strict\n",
-    "from .good_hires_lmm import X\nfrom .good_hires_lmm import (\n    Y,\n    Z,\n)\n",
-    '"""The text `from .good_hires_lmm import X` inside a line is harmless."""\n',
-    "\n\n\nfrom .good_hires_lmm import X\n",
-]
-
-
-@pytest.mark.parametrize("source", GOOD)
-@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
-def test_rule_accepts_good_code(folder: Path, rule: Callable[[Path, str], list[str]], source: str):
-    assert rule(folder / "code_hires_lmm.py", source) == []
-
-
-@pytest.mark.parametrize("name", ["attention.py", "Attention_hires_lmm.py", "hires_lmm.py"])
-def test_file_name_rule_fires(folder: Path, name: str):
-    assert rule_file_name(folder / name, "")
-
-
-def test_folder_rules_fire(tmp_path: Path):
-    first, second = tmp_path / "modeling", tmp_path / "processing"
-    for directory in (first, second):
-        directory.mkdir()
-        (directory / "same_hires_lmm.py").write_text("")
-    assert rule_flat(first) == []
-    assert rule_unique_names([first, second]) == ["same_hires_lmm.py"]
-    (first / "table.json").write_text("{}")
-    (first / "deep").mkdir()
-    assert rule_flat(first) == ["modeling/deep", "modeling/table.json"]
+def test_rule_fires(tmp_path: Path, rule: Callable[[Path, str], list[str]], source: str):
+    (tmp_path / "good_hires_lmm.py").write_text("")
+    assert rule(tmp_path / "bad_hires_lmm.py", source)

@@ -120,16 +120,6 @@ def test_given_geometry_nothing_is_copied(name):
         assert model(**inputs, image_geometry=images).logits.device.type == "meta"
 
 
-def test_geometry_on_the_device_or_on_the_host_gives_the_same(monkeypatch):
-    config, processor = build("slime")
-    model, batch = tiny_model(config), encode(processor, images=2)
-    images = model.model.read_images(batch["view_positions"], batch["view_spans"])
-    with torch.no_grad():
-        expected = model(**batch).logits
-        found = model(input_ids=batch["input_ids"], pixel_values=batch["pixel_values"], image_geometry=images).logits
-    torch.testing.assert_close(found, expected)
-
-
 @pytest.mark.parametrize("padding", ["none", "left", "right"])
 def test_padding_is_known_and_changes_no_logits(padding):
     config, processor = build("llava_next")

@@ -72,18 +72,6 @@ def test_rows_of_an_image_alone_and_of_nothing_after_it(name, side):
         assert texts[row] == model.generate(**single, **OPTIONS)[0, single["input_ids"].shape[1] :].tolist()
 
 
-@pytest.mark.parametrize("name", READING)
-@torch.no_grad()
-def test_an_empty_question_keeps_the_first_tokens(name):
-    """Without a word to compare with all scores are equal."""
-    model, processor = build(name)
-    batch = make_batch(processor, [("<image>", [random_image(100, 180)])])
-    found = model(**batch, output_token_map=True).token_map
-    assert (found.score[found.kind == 1] == 0).all()
-    kept = found.kept[found.kind == 1]
-    assert kept[: int(kept.sum())].all()
-
-
 @all_rules
 @torch.no_grad()
 def test_ten_images_in_a_row(name):
@@ -144,22 +132,6 @@ def test_masks_of_any_type_and_none(name):
     for mask in [None, *(batch["attention_mask"].to(dtype) for dtype in (torch.bool, torch.float32, torch.int32))]:
         torch.testing.assert_close(model(**rest, attention_mask=mask).logits, logits, atol=1e-5, rtol=0)
         assert model.generate(**rest, attention_mask=mask, **OPTIONS).tolist() == expected
-
-
-@all_rules
-@torch.no_grad()
-def test_prepared_masks(name):
-    """A budget takes any mask; the threshold, which drops positions, says that it needs two dimensions."""
-    model, batch = build(name)[0], one(name)[0]
-    length = batch["input_ids"].shape[1]
-    causal = torch.full((length, length), torch.finfo(torch.float32).min).triu(1)[None, None]
-    for mask in (causal, {"full_attention": causal}):
-        inputs = {**batch, "attention_mask": mask}
-        if RULES[name].keep == "threshold":
-            with pytest.raises(ValueError, match="two-dimensional attention_mask"):
-                model(**inputs)
-        elif isinstance(mask, torch.Tensor):
-            torch.testing.assert_close(model(**inputs).logits, model(**batch).logits, atol=1e-4, rtol=0)
 
 
 @all_rules

@@ -21,7 +21,7 @@ from transformers.image_utils import (
 from transformers.processing_utils import ImagesKwargs, Unpack
 
 from .compat_hires_lmm import warn_if_untested
-from .geometry_hires_lmm import Grid, Kind
+from .geometry_hires_lmm import Kind
 from .image_input_hires_lmm import DEFAULT_PIXEL_LIMIT, flatten_budgets, flatten_images, open_image, to_rgb
 from .own_parts_hires_lmm import HiResLmmOwnPartsMixin, as_name, map_planner, part_loader
 from .planners_hires_lmm import Planner, PlannerLimits, View, ViewPlan, find_planner, square_paste
@@ -207,18 +207,7 @@ class HiResLmmImageProcessor(HiResLmmOwnPartsMixin, PilBackend):
         return super().from_dict(image_processor_dict, **kwargs)
 
     def fetch_images(self, images: Any) -> Any:
-        """Open paths, URLs, base64 texts and bytes in a (nested) list; images and arrays are passed on.
-
-        Args:
-            images: One image or source, or a (nested) list of them.
-
-        Returns:
-            The same structure with Pillow images in place of sources.
-
-        Raises:
-            ValueError: If a source cannot be opened, or lists are nested too deeply; the message names the index of
-                the source in the flat list.
-        """
+        """Open paths, URLs, base64 texts and bytes in a (nested) list; images and arrays are passed on."""
         flatten_images(images)  # refuses what is nested too deeply
         return self._fetch(images, [0])
 
@@ -374,7 +363,7 @@ class HiResLmmImageProcessor(HiResLmmOwnPartsMixin, PilBackend):
         return _Settings(
             planner=planner,
             limits=limits,
-            layout=_plain_layout(limits) if layout is None else TokenLayout.from_dict(layout),
+            layout=TokenLayout.plain(limits.patch_grid) if layout is None else TokenLayout.from_dict(layout),
             scale=scale,
             shift=shift,
             **{name: options[name] for name in ("max_image_tokens", "resample", "pixel_limit", "do_rescale")},
@@ -573,12 +562,6 @@ def _scale_and_shift(factor: float, mean: Any, std: Any) -> tuple[np.ndarray, np
             f"a channel, image_std not 0 ({error})."
         ) from error
     return scale, shift
-
-
-def _plain_layout(limits: PlannerLimits) -> TokenLayout:
-    """Every patch of every view is a token."""
-    grid = Grid(limits.patch_grid, limits.patch_grid)
-    return TokenLayout(grid.size, {"global": grid, "crops": grid}, budget={"on": "all"})
 
 
 def _square_side(size: Any) -> int:

@@ -79,14 +79,7 @@ class PlannerLimits:
 
 @dataclass(frozen=True)
 class PinpointLimits(PlannerLimits):
-    """Limits of planners that choose a canvas from a list.
-
-    Args:
-        pinpoints (sequence of `(height, width)`, *optional*): Allowed canvas sizes, pixels.
-
-    Raises:
-        ValueError: As `PlannerLimits`, and for sizes that are no multiples of `view_size`.
-    """
+    """Limits of planners that choose a canvas from a list of (height, width) in pixels, multiples of `view_size`."""
 
     pinpoints: Sequence[Size] | None = None
 
@@ -184,17 +177,9 @@ class Canvas:
 
 
 def plan_slime(height: int, width: int, limits: PinpointLimits) -> ViewPlan:
-    """Plan by the rule of the SliME paper: the best fitting grid of at most 6 x 6 views.
+    """The rule of the SliME paper: the best fitting grid of at most 6 x 6 views, or the best of `pinpoints`.
 
-    Args:
-        height, width (`int`): Source image, pixels.
-        limits (`PlannerLimits`): `max_crops` 1 to 36 (default 36), or `pinpoints` instead of the grids.
-
-    Returns:
-        The plan; the image is centred on a black canvas, the global view is padded.
-
-    Raises:
-        ValueError: If a size or limit is out of range.
+    `max_crops` is 1 to 36 (default 36); the image is centred on a black canvas, the global view is padded.
 
     Source: SliME, huggingface.co/papers/2406.08487, section 3.
     """
@@ -211,17 +196,10 @@ def plan_slime(height: int, width: int, limits: PinpointLimits) -> ViewPlan:
 
 
 def plan_slime_release(height: int, width: int, limits: PlannerLimits) -> ViewPlan:
-    """Plan by the rule SliME's released weights were trained with: about as many crops as the image has view areas.
+    """The rule SliME's released weights were trained with: about as many crops as the image has view areas.
 
-    Args:
-        height, width (`int`): Source image, pixels.
-        limits (`PlannerLimits`): `max_crops` from 2 (default 6); as released, one crop more occurs (7x1, 1x7).
-
-    Returns:
-        The plan; the image is centred on a black canvas, the global view is squeezed.
-
-    Raises:
-        ValueError: If a size or limit is out of range.
+    `max_crops` is at least 2 (default 6); as released, one crop more occurs (7x1, 1x7). The image is centred on a
+    black canvas, the global view is squeezed.
 
     Source: github.com/yfzhang114/SliME at 5c89ec9.
     """
@@ -240,17 +218,9 @@ def plan_slime_release(height: int, width: int, limits: PlannerLimits) -> ViewPl
 
 
 def plan_multiple(height: int, width: int, limits: PlannerLimits) -> ViewPlan:
-    """Plan by padding the image, at its own scale, to the next multiple of the view size.
+    """The image at its own scale, padded with black at bottom and right to the next multiple of the view size.
 
-    Args:
-        height, width (`int`): Source image, pixels.
-        limits (`PlannerLimits`): `max_crops` from 1 (default 36).
-
-    Returns:
-        The plan; black padding at the bottom and on the right, the global view is squeezed.
-
-    Raises:
-        ValueError: If a size or limit is out of range.
+    `max_crops` is at least 1 (default 36); the global view is squeezed.
 
     Source: VLSA, openreview.net/forum?id=RLhEGWt94S. Differs: the paper names neither the side of the padding nor a
         limit; an image that needs more than `max_crops` is shrunk by the smallest amount that fits.
@@ -265,18 +235,10 @@ def plan_multiple(height: int, width: int, limits: PlannerLimits) -> ViewPlan:
 
 
 def plan_hd(height: int, width: int, limits: PlannerLimits) -> ViewPlan:
-    """Plan by the longest side: as many views along it as keep the whole grid within `max_crops`.
+    """As many views along the longest side as keep the whole grid within `max_crops` (at least 1, default 9).
 
-    Args:
-        height, width (`int`): Source image, pixels.
-        limits (`PlannerLimits`): `max_crops` from 1 (default 9).
-
-    Returns:
-        The plan; white canvas padded across the long side, the global view is padded with black. A square image, or
-        one that is smaller than a view, becomes its global view by bicubic interpolation without antialiasing.
-
-    Raises:
-        ValueError: If a size or limit is out of range.
+    White canvas padded across the long side, the global view is padded with black. A square image, or one that is
+    smaller than a view, becomes its global view by bicubic interpolation without antialiasing.
 
     Source: github.com/tenghuilee/ScalingCapFusedVisionLM at 42a2596 (huggingface.co/papers/2412.18387). Differs: a
         short side that the released rule rounds to 0 is one pixel in one row of crops here.
@@ -305,19 +267,10 @@ def plan_hd(height: int, width: int, limits: PlannerLimits) -> ViewPlan:
 
 
 def plan_llava_next(height: int, width: int, limits: PinpointLimits) -> ViewPlan:
-    """Plan as transformers' LLaVA-NeXT does: the best fitting canvas of a list, unpadded on the patch map.
+    """As transformers: the best fitting canvas of `pinpoints` (default 1x2, 2x1, 2x2, 3x1, 1x3 views), unpadded.
 
-    Args:
-        height, width (`int`): Source image, pixels.
-        limits (`PlannerLimits`): `pinpoints` (default the five shapes 1x2, 2x1, 2x2, 3x1, 1x3); `max_crops` leaves out
-            larger ones; `unpad` (default `True`).
-
-    Returns:
-        The plan. Unpadding cuts the same number of patch rows (or columns) on both sides of the stitched map and can
-        leave none of them for a very long image, as in transformers.
-
-    Raises:
-        ValueError: If a size or limit is out of range.
+    `max_crops` leaves out larger ones. Unpadding (`unpad`, default True) cuts the same number of patch rows or
+    columns on both sides of the stitched map and can leave none of them for a very long image, as in transformers.
 
     Source: LLaVA-NeXT as in transformers (`select_best_resolution`, `unpad_image`).
     """
@@ -334,13 +287,9 @@ def plan_llava_next(height: int, width: int, limits: PinpointLimits) -> ViewPlan
 
 @dataclass(frozen=True)
 class Planner:
-    """One slicing rule: a pure function, and the class of its options, which may have fields of their own. A user's
-    own one is a subclass with `Options` and a static method `plan`.
-
-    Args:
-        plan (`Callable`): `(height, width, options) -> ViewPlan`.
-        options (`type`): `PlannerLimits` or a subclass.
-    """
+    """One slicing rule: `(height, width, options) -> ViewPlan` in pixels, and the class of its options,
+    `PlannerLimits` or a subclass with fields of its own. What is out of range is a ValueError. A user's own one is a
+    subclass with `Options` and a static method `plan`."""
 
     plan: Callable[[int, int, Any], ViewPlan]
     options: type[PlannerLimits] = PlannerLimits
@@ -351,11 +300,7 @@ class Planner:
         return self.plan(height, width, options)
 
     def build_options(self, name: str, values: dict[str, Any]) -> PlannerLimits:
-        """Check options by name; None leaves a choice to the planner.
-
-        Raises:
-            ValueError: For options that the planner does not have, and for wrong values.
-        """
+        """Check options by name; None leaves a choice to the planner."""
         known = [each.name for each in fields(self.options)]
         unknown = [key for key, value in values.items() if key not in known and value is not None]
         if unknown:
