@@ -161,6 +161,25 @@ def test_entries_are_mapped_without_being_read():
     ]
 
 
+def test_what_does_not_fit_becomes_a_problem_each():
+    source = {
+        "extra": Entry((), torch.float16, lambda: None, "a.bin"),
+        "qkv": entry_of(torch.ones(7), ""),
+        "std": entry_of(torch.zeros(1), ""),
+        "line": entry_of(torch.ones(1, 2), ""),
+    }
+    mapped = map_forward([*RULES, Rename("other", "x")], source)
+    assert mapped.problems == [
+        ("unexpected", "extra", "scalar float16 in a.bin"),
+        ("unfit", "qkv", "qkv has 7 rows, which 3 does not divide."),
+        ("unfit", "std", "std holds [0.0], expected [1.0]."),
+    ]
+    assert list(mapped.entries) == ["mark"] and [record["source"] for record in mapped.records] == ["line"]
+    rules = [Rename("a", "x"), Rename("b", "x")]
+    twice = map_forward(rules, {"a": entry_of(torch.ones(1), ""), "b": entry_of(torch.zeros(1), "")})
+    assert twice.problems == [("twice", "b", "x has a source already")]
+
+
 def test_the_way_back():
     entries = {name: entry_of(torch.full((2, 2), float(n)), "ours", "kept") for n, name in enumerate("qkv")}
     mapped = map_backward(RULES, {**entries, "our_norm": unread((3,)), "stray": entry_of(torch.ones(2, 3), "")})
@@ -179,6 +198,12 @@ def test_the_way_back():
         "targets": ["q", "k", "v"],
         "transformation": "split rows; kept",
     }
+
+
+def test_the_way_back_names_absent_parts():
+    mapped = map_backward(RULES[:2], {"k": entry_of(torch.ones(2), ""), "our_norm": entry_of(torch.ones(1), "")})
+    assert mapped.problems == [("missing", "q", "needed for qkv"), ("missing", "v", "needed for qkv")]
+    assert list(mapped.entries) == ["norm"]
 
 
 # ---- changes of entries
@@ -202,3 +227,8 @@ def test_new_rows_are_the_mean(rows):
     assert torch.equal(old, table) and new.shape == (2, 2) and new.dtype == torch.bfloat16
     torch.testing.assert_close(new.double(), table.double().mean(0).expand(2, 2), atol=1e-3, rtol=1e-2)
     assert grow_rows(entry_of(table, "f"), rows + 1).note == "1 row(s) added for the image token"
+
+
+def test_no_new_rows():
+    entry, scalar = entry_of(torch.ones(3, 2), ""), entry_of(torch.tensor(1.0), "")
+    assert grow_rows(entry, 3) is entry and grow_rows(entry, 2) is entry and grow_rows(scalar, 5) is scalar
