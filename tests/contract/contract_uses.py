@@ -178,8 +178,6 @@ USES = [
         "self, key_states, value_states, layer_idx, *args, **kwargs",
         "as above",
     ),
-    Use("transformers.cache_utils:StaticLayer.is_compileable", None, "static layers with a window are masked"),
-    Use("transformers.cache_utils:StaticSlidingWindowLayer.is_sliding", None, "as above"),
     # the configuration
     Use(f"{CONFIG}.__post_init__", "self, **kwargs", "checks after the parts are configurations"),
     Use(f"{CONFIG}.sub_configs_defaults", None, "tower, language model and connector as parts"),
