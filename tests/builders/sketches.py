@@ -19,7 +19,7 @@ from hires_lmm.modeling.bases_hires_lmm import (
     Traits,
 )
 from hires_lmm.modeling.geometry_hires_lmm import KINDS, MAIN_TOWER, Grid, Kind
-from hires_lmm.processing.planners_hires_lmm import BLACK, Planner, PlannerLimits, View, ViewPlan, _assemble, _Canvas
+from hires_lmm.processing.planners_hires_lmm import BLACK, Canvas, Planner, PlannerLimits, View, ViewPlan, assemble
 
 
 FINE = (int(Kind.DETAIL), "fine")
@@ -299,7 +299,7 @@ class DualLimits(PlannerLimits):
 def plan_dual(height: int, width: int, limits: DualLimits) -> ViewPlan:
     """The picture squeezed to n x n views, cut into tiles and into every n-th pixel, and whole (INF-LLaVA)."""
     side = limits.n * limits.view_size
-    plan = _assemble((height, width), limits, _Canvas((limits.n, limits.n), (side, side), (0, 0)), "squeeze")
+    plan = assemble((height, width), limits, Canvas((limits.n, limits.n), (side, side), (0, 0)), "squeeze")
     strided = [replace(view, kind=int(Kind.STRIDED), box=plan.views[0].box) for view in plan.views[1:]]
     return replace(plan, views=(*plan.views, *strided))
 

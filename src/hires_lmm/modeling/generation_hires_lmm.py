@@ -186,12 +186,17 @@ class HiResLmmGenerationMixin(GenerationMixin):
         return past
 
     def prepare_inputs_for_generation(
-        self, input_ids: torch.Tensor, next_sequence_length: int | None = None, **kwargs: Any
+        self,
+        input_ids: torch.Tensor,
+        next_sequence_length: int | None = None,
+        inputs_embeds: torch.Tensor | None = None,  # named: the library looks for it before it takes embeddings
+        **kwargs: Any,
     ) -> dict[str, Any]:
         """As in the library, whose first draft would read again what the caller's cache holds."""
         prompt = getattr((kwargs.get("mm_encoder_outputs") or {}).get("image"), "prompt", None)
         if next_sequence_length is None and prompt is not None and prompt.cached:
             next_sequence_length = input_ids.shape[1] - prompt.cached
+        kwargs["inputs_embeds"] = inputs_embeds
         return super().prepare_inputs_for_generation(input_ids, next_sequence_length, **kwargs)
 
     def _expand_multimodal_outputs(
