@@ -322,8 +322,8 @@ def _interleaved(bands: list[list[int]], cells: list[tuple]) -> list[list[tuple[
     """Token rows of views that each took every n-th pixel: neighbours come from different views."""
     if len(set(cells)) > 1:
         raise ValueError(
-            f"Strided views of one image differ in the tokens that enter the sequence, {sorted(set(cells))}, and cannot "
-            'be interleaved; use layout.crop_order="views".'
+            f"Strided views of one image differ in the tokens that enter the sequence, {sorted(set(cells))}, and "
+            'cannot be interleaved; use layout.crop_order="views".'
         )
     top, bottom, left, right = cells[0] if cells else (0, 0, 0, 0)
     return [[(n, r, c, c + 1) for c in range(left, right) for n in band] for r in range(top, bottom) for band in bands]
