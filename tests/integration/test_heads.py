@@ -14,6 +14,7 @@ from transformers import Trainer, TrainingArguments
 from builders import make_batch, random_image, tiny_config, tiny_model, tiny_processor, tiny_text_config
 from builders.training import conversation
 from hires_lmm import HiResLmmForConditionalGeneration
+from hires_lmm.conversion.cards import write_card
 from hires_lmm.modeling.bases_hires_lmm import HiResLmmHead
 from hires_lmm.modeling.parts_hires_lmm import HEADS
 from hires_lmm.training import HiResLmmCollator
@@ -269,3 +270,11 @@ def test_the_collator_brings_the_numbers_of_each_conversation():
     targets, read = torch.tensor([0.0, 1.0, 0.0, 1.0, 1 / 3]), outputs.heads["numbers"]
     wanted = (torch.cat([read[0, :2], read[1, :3]]) - targets).abs().mean()
     torch.testing.assert_close(outputs.aux["loss/numbers"], wanted)
+
+
+def test_the_card_names_the_heads(tmp_path):
+    model, processor = build()
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    write_card(tmp_path, model.config, processor.image_processor, {"versions": {}})
+    assert f"* heads: `{model.config.connector_config.heads}`\n" in (tmp_path / "README.md").read_text()

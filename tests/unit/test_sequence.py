@@ -99,7 +99,7 @@ def test_strided_views_are_interleaved():
     views = [ViewShape(2, 1, 2, 0, col, 2, 2, 0, 2, 0, 2) for col in (1, 0)]
     found = sequence(views, {2: Grid(2, 2)}, order=["strided"], separators={"end": {"place": "token_row_end"}})
     assert found == ["1.0.0", "0.0.0", "1.0.1", "0.0.1", "end", "1.1.0", "0.1.0", "1.1.1", "0.1.1", "end"]
-    with pytest.raises(ValueError, match=r'be interleaved; use layout\.crop_order="views"'):
+    with pytest.raises(ValueError, match=r'cannot be interleaved; use layout\.crop_order="views"'):
         sequence([views[0], views[1]._replace(right=1)], {2: Grid(2, 2)}, order=["strided"])
 
 
