@@ -43,7 +43,6 @@ STANDARD = {  # module -> names that may be taken from it; None: the module itse
     "threading": {"Lock", "RLock"},
     "typing": {"Any", "Literal", "NamedTuple", "cast"},
     "warnings": None,
-    "weakref": {"WeakKeyDictionary"},
 }
 ALLOWED = {name.split(".")[0] for name in STANDARD} | {"torch", "numpy", "PIL", "transformers", "huggingface_hub"}
 LOOKS = {"os.listdir", "os.scandir"}  # the import system searches folders
