@@ -178,6 +178,8 @@ def write_card(
         "adapter": f"`{connector.adapter}`",
         "token_ops": listed(connector.token_ops),
         "layer_ops": listed(connector.layer_ops),
+        "position_plan": connector.position_plan,
+        "heads": connector.heads,
         "choices": describe_choices(folder),
         "unsupported": unsupported(config),
         "code_hash": code_hash(folder),
