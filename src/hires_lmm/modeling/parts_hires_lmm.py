@@ -14,6 +14,7 @@ from .bases_hires_lmm import PartContext, Traits, entering
 from .compressors_hires_lmm import HiResLmmConvMerge, HiResLmmQueryCompressor
 from .fusion_hires_lmm import HiResLmmFusion
 from .geometry_hires_lmm import KINDS, MAIN_TOWER, Grid, kinds_on
+from .globalcom2_hires_lmm import HiResLmmGlobalCom2
 from .routers_hires_lmm import HiResLmmRouter
 from .sa_perceiver_hires_lmm import HiResLmmSaPerceiver
 from .sequence_hires_lmm import LayoutOptions
@@ -32,7 +33,7 @@ ADAPTERS = {
     "mixture": HiResLmmMixtureAdapter,
 }
 MAP_OPS: dict[str, Any] = {}
-TOKEN_OPS = {"router": HiResLmmRouter, "fusion": HiResLmmFusion}
+TOKEN_OPS = {"router": HiResLmmRouter, "fusion": HiResLmmFusion, "globalcom2": HiResLmmGlobalCom2}
 SLOTS: dict[str, dict[str, Any]] = {
     "view_ops": VIEW_OPS,
     "adapter": ADAPTERS,

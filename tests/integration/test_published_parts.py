@@ -1,0 +1,130 @@
+"""Mechanisms of others in whole models: budgets, presets that they join, generation, saving, and what is refused."""
+
+import pytest
+import torch
+
+from builders import geometry_of, make_batch, random_image, tiny_config, tiny_model, tiny_processor
+from builders.reload import CHANGES
+from hires_lmm import HiResLmmForConditionalGeneration
+from hires_lmm.modeling.bases_hires_lmm import follow_grid
+from hires_lmm.modeling.carriers_hires_lmm import ViewGroup
+from hires_lmm.modeling.geometry_hires_lmm import Grid
+from hires_lmm.training import set_options
+
+
+TEXT = "<image>What is it?"
+GLOBALCOM2 = {"token_ops": [{"part": "globalcom2"}]}
+
+
+def parts(preset: str, vision="clip", **changes):
+    config = tiny_config(preset, vision, **changes)
+    return tiny_model(config), tiny_processor(config)
+
+
+def connector(preset: str, **changes) -> dict:
+    return {**CHANGES.get(preset, {}).get("connector_config", {}), **changes}
+
+
+def ask(processor, *sizes, **options):
+    return make_batch(processor, [(TEXT, [random_image(*size)]) for size in sizes], **options)
+
+
+def generated(model, batch, **options) -> list[list[int]]:
+    length = batch["input_ids"].shape[1]
+    return model.generate(**batch, max_new_tokens=6, do_sample=False, **options)[:, length:].tolist()
+
+
+@torch.no_grad()
+def logits_of(model, batch) -> torch.Tensor:
+    return model(**batch).logits
+
+
+# ---- globalcom2
+
+
+@pytest.mark.parametrize("preset", ["llava_next", "llava_hd", "slime", "slime_release", "monkey"])
+@torch.no_grad()
+def test_globalcom2_keeps_every_budget_exactly_in_every_preset_with_crops(preset):
+    model, processor = parts(preset, connector_config=connector(preset, **GLOBALCOM2))
+    size = (90, 150)
+    full, least = processor.image_tokens(*size), processor.image_processor.min_image_tokens(*size)
+    for budget in range(least, full + 1, 3):
+        batch = ask(processor, size, (40, 200), max_image_tokens=budget)
+        found = model(**batch, output_token_map=True)
+        own = found.token_map.image == 0
+        assert int(found.token_map.kept[own].sum()) == budget
+    token_map = model(**ask(processor, size, max_image_tokens=(full + least) // 2), output_token_map=True).token_map
+    assert set(token_map.kind[token_map.kept].tolist()) >= {0, 1}, "global view and crops share the budget"
+
+
+def test_globalcom2_in_a_batch_is_as_alone():
+    model, processor = parts("llava_next", connector_config=GLOBALCOM2)
+    sizes = ((90, 60), (40, 200), (60, 61))
+    together = generated(model, ask(processor, *sizes, max_image_tokens=30))
+    assert together == [generated(model, ask(processor, size, max_image_tokens=30))[0] for size in sizes]
+
+
+def test_a_live_model_gets_globalcom2_and_keeps_it(tmp_path):
+    model, processor = parts("llava_next")
+    batch, before = ask(processor, (90, 60), max_image_tokens=30), {id(p) for p in model.parameters()}
+    saliency, whole = logits_of(model, batch), logits_of(model, ask(processor, (90, 60)))
+    set_options(model, GLOBALCOM2)
+    assert {id(parameter) for parameter in model.parameters()} == before
+    found = logits_of(model, batch)
+    assert not torch.allclose(found, saliency, atol=1e-3)
+    torch.testing.assert_close(logits_of(model, ask(processor, (90, 60))), whole)
+    built = tiny_model(tiny_config("llava_next", connector_config=GLOBALCOM2))
+    torch.testing.assert_close(found, logits_of(built, batch))
+    model.save_pretrained(tmp_path)
+    again = HiResLmmForConditionalGeneration.from_pretrained(tmp_path)
+    assert again.config.connector_config.token_ops == GLOBALCOM2["token_ops"]
+    torch.testing.assert_close(logits_of(again, batch), found)
+
+
+@torch.no_grad()
+def test_a_share_without_a_budget_leaves_at_the_splice():
+    model, processor = parts("llava_next", connector_config={"token_ops": [{"part": "globalcom2", "ratio": 0.25}]})
+    batch = ask(processor, (90, 60))
+    token_map = model(**batch, output_token_map=True).token_map
+    is_view = token_map.kind >= 0
+    assert int(token_map.kept[is_view].sum()) == int(is_view.sum()) // 4 and bool(token_map.kept[~is_view].all())
+    plain, sparse = parts("llava_next", connector_config=GLOBALCOM2)
+    with_budget = ask(sparse, (90, 60), max_image_tokens=int(token_map.kept.sum()))
+    assert generated(model, batch) == generated(plain, with_budget)
+
+
+def test_globalcom2_without_a_global_view_shares_alike():
+    model, processor = parts("llava_next", connector_config=GLOBALCOM2)
+    batch = ask(processor, (112, 112), views="crops", max_image_tokens=24)
+    with torch.no_grad():
+        token_map = model(**batch, output_token_map=True).token_map
+    view = token_map.view[token_map.kept & (token_map.kind == 1)]
+    assert int(token_map.kept.sum()) == 24 and torch.bincount(view)[1:].tolist() == [4, 4, 4, 4]
+
+
+def test_scores_follow_the_grid_of_their_views():
+    score = torch.arange(16.0).view(1, 4, 4)
+    group = ViewGroup(1, torch.zeros(1, 16, 3), (4, 4), (0,), scores={"cls_logits": score.flatten(1)})
+    wanted = torch.tensor([[score[0, a : a + 2, b : b + 2].mean() for a in (0, 2) for b in (0, 2)]])
+    torch.testing.assert_close(follow_grid(group, Grid(2, 2))["cls_logits"], wanted)
+    assert follow_grid(group, Grid(2, 2, None, whole=True)) == {}
+
+
+def test_what_globalcom2_cannot_join_is_refused_by_name():
+    with pytest.raises(ValueError, match="needs cls_logits, but a tower of type 'siglip_vision_model' has no class"):
+        tiny_config("llava_next", "siglip", connector_config=GLOBALCOM2)
+    with pytest.raises(ValueError, match="globalcom2 shares a budget among crops, but none reach it"):
+        tiny_config("vlsa", connector_config=GLOBALCOM2)
+    fusion = {"part": "fusion", "num_queries": 12, "later_queries": 3, "num_layers": 2, "num_heads": 4}
+    with pytest.raises(ValueError, match=r"Two parts would consume max_image_tokens: .*GlobalCom2"):
+        tiny_config("fusion", connector_config={"token_ops": [*GLOBALCOM2["token_ops"], fusion]})
+
+
+def test_a_live_model_gets_no_untrained_weights():
+    model = parts("llava_next")[0]
+    before = model.config.to_dict()
+    with pytest.raises(ValueError, match=r"have weights \(token_ops\.0\.attention_score"):
+        set_options(model, {"token_ops": [{"part": "router", "score": "attention"}]})
+    with pytest.raises(ValueError, match="Unknown option 'rate'"):
+        set_options(model, {"token_ops": [{"part": "globalcom2", "rate": 0.25}]})
+    assert model.config.to_dict() == before
