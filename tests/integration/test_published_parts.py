@@ -5,11 +5,12 @@ import torch
 
 from builders import geometry_of, make_batch, random_image, tiny_config, tiny_model, tiny_processor
 from builders.reload import CHANGES
+from builders.training import conversations
 from hires_lmm import HiResLmmForConditionalGeneration
 from hires_lmm.modeling.bases_hires_lmm import follow_grid
 from hires_lmm.modeling.carriers_hires_lmm import ViewGroup
 from hires_lmm.modeling.geometry_hires_lmm import Grid
-from hires_lmm.training import set_options
+from hires_lmm.training import HiResLmmCollator, set_options
 
 
 TEXT = "<image>What is it?"
@@ -128,3 +129,61 @@ def test_a_live_model_gets_no_untrained_weights():
     with pytest.raises(ValueError, match="Unknown option 'rate'"):
         set_options(model, {"token_ops": [{"part": "globalcom2", "rate": 0.25}]})
     assert model.config.to_dict() == before
+
+
+# ---- mqt
+
+
+MQT = {"view_ops": [{"part": "mqt", "num_queries": 16, "num_heads": 2}], "layout": {"crop_order": "views"}}
+
+
+@torch.no_grad()
+def test_mqt_gives_the_first_queries_of_each_view_at_any_budget():
+    model, processor = parts("mqt", connector_config=MQT)
+    whole = model.model.get_image_features(**geometry_of(ask(processor, (90, 60), views="all"))).pooler_output[0]
+    views = len(whole) // 16
+    assert views == 5 and processor.image_tokens(90, 60) == 16
+    for budget in range(1, len(whole) + 1):
+        batch = ask(processor, (90, 60), views="all", max_image_tokens=budget)
+        found = model.model.get_image_features(**geometry_of(batch)).pooler_output[0]
+        shares = [budget // views + (view < budget % views) for view in range(views)]
+        wanted = [whole[16 * view : 16 * view + own] for view, own in enumerate(shares)]
+        torch.testing.assert_close(found, torch.cat(wanted))
+
+
+def test_mqt_in_a_batch_is_as_alone():
+    model, processor = parts("mqt", connector_config=MQT)
+    sizes = ((90, 60), (40, 200))
+    together = generated(model, ask(processor, *sizes, views="all", max_image_tokens=[30, 7]))
+    alone = [
+        generated(model, ask(processor, size, views="all", max_image_tokens=budget))[0]
+        for size, budget in zip(sizes, (30, 7), strict=True)
+    ]
+    assert together == alone
+
+
+def test_mqt_trains_at_a_number_of_tokens_drawn_for_each_step_alike_on_all_processes():
+    model, processor = parts("mqt", connector_config=MQT)
+    budgets, rows = list(range(2, 17, 2)), conversations(1)
+    ranks = [HiResLmmCollator(processor, views="global", max_image_tokens=budgets, seed=3) for _ in range(2)]
+    drawn = set()
+    for _ in range(6):
+        batches = [collator(rows) for collator in ranks]
+        counts = {int(batch["view_positions"][0, 5]) for batch in batches}
+        assert len(counts) == 1
+        drawn |= counts
+        model.train().zero_grad()
+        model(**batches[0]).loss.backward()
+        m = counts.pop()
+        gradient = model.model.connector.view_ops[0].queries.grad
+        assert bool((gradient[:m].abs().sum(dim=1) > 0).all()) and not gradient[m:].any()
+    assert len(drawn) > 2 and drawn <= set(budgets)
+
+
+def test_what_mqt_cannot_join_is_refused_by_name():
+    with pytest.raises(ValueError, match=r'fewer tokens of each crop under a budget needs layout\.crop_order="views"'):
+        tiny_config("slime", connector_config={**MQT, "layout": {}, "token_ops": [], "adapter": {"part": "mlp"}})
+    with pytest.raises(ValueError, match="Two parts would consume max_image_tokens: HiResLmmMqt, HiResLmmRouter"):
+        tiny_config("mqt", connector_config={**MQT, "token_ops": [{"part": "router", "score": "saliency"}]})
+    with pytest.raises(ValueError, match="HiResLmmMqt makes fewer tokens of a view under a budget, but a part behind"):
+        tiny_config("mqt", connector_config={**MQT, "adapter": {"part": "query_former", "num_queries": 4}})

@@ -1,6 +1,6 @@
 """Mechanisms that come next, sketched: each is one class and one registry line, and all else follows."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import ClassVar
 
 import pytest
@@ -9,8 +9,8 @@ from torch import nn
 
 from builders import geometry_of, make_batch, random_image, tiny_config, tiny_model, tiny_processor, tiny_vision_config
 from hires_lmm.modeling.bases_hires_lmm import HiResLmmTokenOp, HiResLmmViewOp, Needs, Traits
-from hires_lmm.modeling.geometry_hires_lmm import Grid, Kind
-from hires_lmm.modeling.parts_hires_lmm import MAP_OPS, TOKEN_OPS, VIEW_OPS
+from hires_lmm.modeling.geometry_hires_lmm import Kind
+from hires_lmm.modeling.parts_hires_lmm import MAP_OPS, TOKEN_OPS
 
 
 FINE = (int(Kind.DETAIL), "fine")
@@ -48,25 +48,6 @@ class Rewrite(HiResLmmTokenOp):
         for mean, mask, row in zip(means, question.image_mask(), question.image_row.tolist(), strict=True):
             embeds[row] += mask[:, None] * mean
         return tokens, replace(question, embeds=embeds)
-
-
-class FirstTokens(HiResLmmViewOp):
-    """Nested queries: a budget keeps the first ones of every view."""
-
-    @dataclass(frozen=True)
-    class Options:
-        on: str = "all"
-
-    @classmethod
-    def output_grid(cls, options, grid):
-        return Grid(1, grid.rows * grid.cols, None, whole=True)
-
-    @classmethod
-    def describe(cls, options, context):
-        return replace(super().describe(options, context), budget_on=options.on)
-
-    def forward_group(self, features, grid):
-        return features
 
 
 class ByAttention(HiResLmmTokenOp):
@@ -110,7 +91,7 @@ class Ends(HiResLmmTokenOp):
 @pytest.fixture(autouse=True)
 def registered(monkeypatch):
     for slot, name, part in (
-        (MAP_OPS, "gate", Gate), (TOKEN_OPS, "rewrite", Rewrite), (VIEW_OPS, "first", FirstTokens),
+        (MAP_OPS, "gate", Gate), (TOKEN_OPS, "rewrite", Rewrite),
         (TOKEN_OPS, "by_attention", ByAttention), (TOKEN_OPS, "ends", Ends),
     ):  # fmt: skip
         monkeypatch.setitem(slot, name, part)
@@ -189,19 +170,6 @@ def test_what_is_written_into_the_question_reaches_the_language_model():
         wanted = plain(inputs_embeds=embeds, **rest).logits
     torch.testing.assert_close(logits_of(model, batch), wanted, atol=1e-4, rtol=1e-4)
     assert not torch.allclose(wanted, logits_of(plain, batch), atol=1e-2)
-
-
-def test_a_budget_of_nested_queries_keeps_the_first_of_each_view():
-    layout = {"order": ["global", "crops"], "crop_order": "views"}
-    model, processor = parts(connector_config={"view_ops": [{"part": "first"}], "layout": layout})
-    full = processor.image_tokens(90, 60)
-    whole = model.model.get_image_features(**geometry_of(ask(processor, (90, 60)))).pooler_output[0]
-    batch = ask(processor, (90, 60), max_image_tokens=full // 2)
-    assert processor.image_tokens(90, 60, max_image_tokens=full // 2) == full // 2
-    views, half = full // 16, model.model.get_image_features(**geometry_of(batch)).pooler_output[0]
-    assert len(whole) == full and len(half) == full // 2
-    torch.testing.assert_close(half, whole.view(views, 16, -1)[:, :8].flatten(0, 1))
-    assert_batch_is_single(model, processor, (90, 60), (40, 200), max_image_tokens=40)
 
 
 def test_attention_of_the_class_token_decides():

@@ -62,9 +62,10 @@ class HiResLmmCrossAttention(nn.Module):
         return states.unflatten(-1, (self.num_heads, self.head_width)).transpose(1, 2)
 
     def forward(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """Attend from queries `(B or 1, Q, D)` to keys and values `(B, K, D)`: `(B, Q, D)`."""
-        query = self._heads(self.q_proj(queries)).expand(keys.shape[0], -1, -1, -1)
-        key, value = self._heads(self.k_proj(keys)), self._heads(self.v_proj(values))
+        """Attend from queries and keys `(B or 1, Q or K, D)` to values `(B, K, D)`: `(B, Q, D)`."""
+        value = self._heads(self.v_proj(values))
+        query, key = self._heads(self.q_proj(queries)), self._heads(self.k_proj(keys))
+        query, key = (each.expand(len(value), -1, -1, -1) for each in (query, key))
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         output, _ = attend(self, query, key, value, None, dropout=0.0, scaling=self.scaling, is_causal=False)
         return self.o_proj(output.flatten(2))

@@ -85,6 +85,14 @@ PRESETS: dict[str, dict] = {
         "planner": {"name": "multiple"},
         "connector_config": {"view_ops": [{"part": "sa_perceiver"}], "adapter": _MLP},
     },
+    "mqt": {
+        "planner": {"name": "slime", "max_crops": 4, "views": "global"},
+        "connector_config": {
+            "view_ops": [{"part": "mqt"}],
+            "adapter": {"part": "linear", "bias": False},
+            "layout": {"crop_order": "views"},
+        },
+    },
 }
 
 

@@ -15,6 +15,7 @@ from .compressors_hires_lmm import HiResLmmConvMerge, HiResLmmQueryCompressor
 from .fusion_hires_lmm import HiResLmmFusion
 from .geometry_hires_lmm import KINDS, MAIN_TOWER, Grid, kinds_on
 from .globalcom2_hires_lmm import HiResLmmGlobalCom2
+from .mqt_hires_lmm import HiResLmmMqt
 from .routers_hires_lmm import HiResLmmRouter
 from .sa_perceiver_hires_lmm import HiResLmmSaPerceiver
 from .sequence_hires_lmm import LayoutOptions
@@ -24,6 +25,7 @@ VIEW_OPS = {
     "query_compressor": HiResLmmQueryCompressor,
     "conv_merge": HiResLmmConvMerge,
     "sa_perceiver": HiResLmmSaPerceiver,
+    "mqt": HiResLmmMqt,
 }
 ADAPTERS = {
     "identity": HiResLmmIdentityAdapter,
@@ -159,6 +161,14 @@ class FittedChain:
         if len(consumers) > 1:
             names = ", ".join(step.part.__name__ for step in consumers)
             raise ValueError(f"Two parts would consume max_image_tokens: {names}; keep one of them.")
+        later = self.adapted.grids
+        changed = [key for key, grid in (consumers[0].traits.grids.items() if self.elastic else ()) if key in later]
+        changed = [key for key in changed if key[0] in self.elastic and later[key] != consumers[0].traits.grids[key]]
+        if changed:
+            raise ValueError(
+                f"{consumers[0].part.__name__} makes fewer tokens of a view under a budget, but a part behind it "
+                "makes others of them; put that part before it, or leave it out."
+            )
         if (
             self.elastic
             and self.layout.crop_order == "raster"
