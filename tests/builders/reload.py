@@ -51,6 +51,7 @@ SETTINGS = {  # of the image processor, each different from what the preset woul
     "fusion": {"max_crops": 4, "global_view": "pad"},
     "vlsa": {"max_crops": 4, "resample": 2},
     "mqt": {"max_image_tokens": 9, "views": "all"},
+    "llava_mini": {"max_crops": 2, "unpad": True},
 }
 PRESETS = tuple(SETTINGS)
 DTYPES = ("float32", "bfloat16", "float16")
@@ -82,6 +83,7 @@ DIAGONAL = [  # every preset, every family and every number format at least once
     Case("fusion", "siglip", "gemma3_text", "bfloat16", True, True),
     Case("vlsa", "clip", "llama", "float16", True, False),
     Case("mqt", "siglip", "llama", "float32", True, True),
+    Case("llava_mini", "clip", "qwen2", "bfloat16", False, True),
 ]
 
 

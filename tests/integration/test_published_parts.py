@@ -1,14 +1,26 @@
 """Mechanisms of others in whole models: budgets, presets that they join, generation, saving, and what is refused."""
 
+import copy
+
 import pytest
 import torch
 
-from builders import geometry_of, make_batch, random_image, tiny_config, tiny_model, tiny_processor
+from builders import (
+    geometry_of,
+    make_batch,
+    plain_tokenizer,
+    random_image,
+    tiny_config,
+    tiny_model,
+    tiny_processor,
+    tiny_vision_config,
+)
 from builders.reload import CHANGES
 from builders.training import conversations
 from hires_lmm import HiResLmmForConditionalGeneration
 from hires_lmm.modeling.bases_hires_lmm import follow_grid
 from hires_lmm.modeling.carriers_hires_lmm import ViewGroup
+from hires_lmm.modeling.compat_hires_lmm import CACHE
 from hires_lmm.modeling.geometry_hires_lmm import Grid
 from hires_lmm.training import HiResLmmCollator, set_options
 
@@ -187,3 +199,142 @@ def test_what_mqt_cannot_join_is_refused_by_name():
         tiny_config("mqt", connector_config={**MQT, "token_ops": [{"part": "router", "score": "saliency"}]})
     with pytest.raises(ValueError, match="HiResLmmMqt makes fewer tokens of a view under a budget, but a part behind"):
         tiny_config("mqt", connector_config={**MQT, "adapter": {"part": "query_former", "num_queries": 4}})
+
+
+# ---- llava_mini
+
+
+MINI = {
+    "view_ops": [{"part": "mini_compressor", "num_queries": 4, "num_heads": 2}],
+    "token_ops": [{"part": "prompt_fuser", "num_layers": 2, "num_heads": 2, "rope_theta": 100}],
+}
+MARKS = {"question": " USER:", "answer": " ASSISTANT:"}
+CHAT = "USER: <image>How many cats? ASSISTANT:"
+PROMPTS = [(CHAT, [(90, 60)]), ("USER: <image> or <image> - which? ASSISTANT:", [(40, 200), (60, 60)])]
+
+
+@pytest.fixture(scope="module")
+def mini():
+    prefixes = {f"{name}_prefix_ids": plain_tokenizer()(mark).input_ids for name, mark in MARKS.items()}
+    return parts("llava_mini", connector_config=MINI, **prefixes)
+
+
+def chats(processor, prompts=PROMPTS, **options):
+    rows = [(text, [random_image(*size) for size in sizes]) for text, sizes in prompts]
+    return make_batch(processor, rows, **options)
+
+
+def embeds_of(model, **inputs) -> torch.Tensor:
+    """What the language model reads."""
+    seen = {}
+    hook = model.model.language_model.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.update(embeds=kwargs["inputs_embeds"]), with_kwargs=True
+    )
+    with torch.no_grad():
+        model(**inputs)
+    hook.remove()
+    return seen["embeds"]
+
+
+def one_by_one(model, batch, steps: int = 6) -> list[list[int]]:
+    """Greedy ids of a batch without a cache: everything is read anew at each step."""
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    for _ in range(steps):
+        with torch.no_grad():
+            logits = model(**{**batch, "input_ids": ids, "attention_mask": mask}, use_cache=False).logits
+        ids = torch.cat([ids, logits[:, -1:].argmax(dim=-1)], dim=1)
+        mask = torch.cat([mask, mask[:, -1:]], dim=1)
+    return ids[:, batch["input_ids"].shape[1] :].tolist()
+
+
+def test_llava_mini_makes_four_tokens_of_any_image(mini):
+    processor = mini[1]
+    assert {processor.image_tokens(*size) for size in ((90, 60), (40, 200), (900, 900))} == {4}
+    with pytest.raises(ValueError, match="this model uses 4 tokens for every image"):
+        ask(processor, (90, 60), max_image_tokens=3)
+
+
+def test_the_layers_write_into_the_question_alone(mini):
+    model, processor = mini
+    text = CHAT + " Two. USER: And dogs? ASSISTANT:"
+    batch = chats(processor, [(text, [(90, 60)])])
+    ids, found = batch["input_ids"][0], embeds_of(model, **batch)[0]
+    is_raw = (found == model.get_input_embeddings()(ids)).all(dim=-1)
+    answer = plain_tokenizer()(MARKS["answer"]).input_ids
+    start = next(at for at in range(len(ids)) if ids[at : at + len(answer)].tolist() == answer)
+    assert not is_raw[:start].any() and is_raw[start:].all()
+    other = chats(processor, [(CHAT + " Six. USER: And a dog? ASSISTANT:", [(90, 60)])])
+    assert torch.equal(embeds_of(model, **other)[0, :start], found[:start])
+
+
+def test_llava_mini_in_every_mode_of_generate(mini, deprecations):
+    model, processor = mini
+    batch = chats(processor)
+    wanted = one_by_one(model, batch)
+    assert generated(model, batch) == wanted
+    assert generated(model, batch, use_cache=False) == wanted
+    assert generated(model, batch, num_beams=3, num_return_sequences=1) == generated(
+        model, batch, num_beams=3, use_cache=False
+    )
+    assert wanted == [generated(model, chats(processor, [prompt]))[0] for prompt in PROMPTS]
+    single = chats(processor, PROMPTS[:1])
+    assert generated(model, single, prompt_lookup_num_tokens=2) == wanted[:1]
+    assert generated(model, single, assistant_model=model) == wanted[:1]
+    deprecations.clear()  # the library's own, about an assistant
+    assert generated(model, batch, cache_implementation="static") == wanted
+    torch.manual_seed(0)
+    sampled = model.generate(**single, max_new_tokens=4, do_sample=True, num_return_sequences=3)
+    assert sampled.shape == (3, single["input_ids"].shape[1] + 4)
+
+
+def test_features_of_one_image_serve_two_questions(mini):
+    model, processor = mini
+    texts = (CHAT, "USER: <image>Where? ASSISTANT:")
+    batches = [chats(processor, [(text, [(90, 60)])]) for text in texts]
+    features = model.model.get_image_features(**geometry_of(batches[0]))
+    for batch in batches:
+        text = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        assert generated(model, {**text, "mm_encoder_outputs": {"image": features}}) == generated(model, batch)
+
+
+def test_llava_mini_in_a_conversation_on_a_cache(mini):
+    model, processor = mini
+    first = chats(processor, PROMPTS[:1])
+    options = {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True}
+    out = model.generate(**first, **options)
+    more = chats(processor, [(" USER: <image>And here? ASSISTANT:", [(120, 50)])])
+    new = torch.cat([out.sequences[:, -1:], more["input_ids"]], dim=1)
+    cache = out[CACHE]
+    mask = torch.ones(1, cache.get_seq_length() + new.shape[1], dtype=torch.long)
+    second = {**more, "input_ids": new, "attention_mask": mask}
+    found = model.generate(**second, **{CACHE: cache}, **options).sequences[:, new.shape[1] :]
+    both = chats(processor, [(CHAT + " USER: <image>And here? ASSISTANT:", [(90, 60), (120, 50)])])
+    whole = torch.cat([out.sequences, more["input_ids"]], dim=1)
+    both = {**both, "input_ids": whole, "attention_mask": torch.ones_like(whole)}
+    assert found.tolist() == model.generate(**both, **options).sequences[:, whole.shape[1] :].tolist()
+
+
+def test_the_layers_train_with_and_without_images_and_never_read_labels(mini):
+    model, processor = copy.deepcopy(mini[0]).train(), mini[1]
+    batch = chats(processor, [(CHAT + " Two", [(90, 60)])])
+    labels = torch.full_like(batch["input_ids"], -100)
+    labels[:, -1] = batch["input_ids"][:, -1]
+    for inputs in (batch, processor(text=["a b"], return_tensors="pt")):
+        model.zero_grad()
+        own = labels if inputs is batch else inputs["input_ids"]
+        model(**inputs, labels=own).loss.backward()
+        missing = [name for name, p in model.model.connector.named_parameters() if p.grad is None]
+        assert missing == []
+    assert model.model.language_model.embed_tokens.weight.grad.any()
+
+
+def test_what_llava_mini_cannot_join_is_refused_by_name():
+    with pytest.raises(ValueError, match="prompt_fuser leaves the tokens of the view op mini_compressor, but there"):
+        tiny_config("llava_mini", connector_config={**MINI, "view_ops": []})
+    with pytest.raises(ValueError, match=r'"detail" last into layout\.order'):
+        tiny_config("llava_mini", connector_config={**MINI, "layout": {}})
+    ops, vision = [*GLOBALCOM2["token_ops"], *MINI["token_ops"]], tiny_vision_config("clip", hidden_size=16)
+    with pytest.raises(ValueError, match="GlobalCom2 would consume max_image_tokens, but HiResLmmPromptFuser makes"):
+        tiny_config("llava_mini", connector_config={**MINI, "token_ops": ops})
+    with pytest.raises(ValueError, match="use an adapter that projects, such as mlp"):
+        tiny_config("llava_mini", vision, connector_config={**MINI, "adapter": {"part": "identity"}})

@@ -93,6 +93,15 @@ PRESETS: dict[str, dict] = {
             "layout": {"crop_order": "views"},
         },
     },
+    "llava_mini": {
+        "planner": {"name": "slime", "max_crops": 4},
+        "connector_config": {
+            "view_ops": [{"part": "mini_compressor"}],
+            "adapter": _MLP,
+            "layout": {"order": ["crops", "global", "detail"]},
+            "token_ops": [{"part": "prompt_fuser"}],
+        },
+    },
 }
 
 

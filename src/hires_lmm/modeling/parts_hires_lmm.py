@@ -15,6 +15,7 @@ from .compressors_hires_lmm import HiResLmmConvMerge, HiResLmmQueryCompressor
 from .fusion_hires_lmm import HiResLmmFusion
 from .geometry_hires_lmm import KINDS, MAIN_TOWER, Grid, kinds_on
 from .globalcom2_hires_lmm import HiResLmmGlobalCom2
+from .mini_hires_lmm import HiResLmmMiniCompressor, HiResLmmPromptFuser
 from .mqt_hires_lmm import HiResLmmMqt
 from .routers_hires_lmm import HiResLmmRouter
 from .sa_perceiver_hires_lmm import HiResLmmSaPerceiver
@@ -26,6 +27,7 @@ VIEW_OPS = {
     "conv_merge": HiResLmmConvMerge,
     "sa_perceiver": HiResLmmSaPerceiver,
     "mqt": HiResLmmMqt,
+    "mini_compressor": HiResLmmMiniCompressor,
 }
 ADAPTERS = {
     "identity": HiResLmmIdentityAdapter,
@@ -35,7 +37,12 @@ ADAPTERS = {
     "mixture": HiResLmmMixtureAdapter,
 }
 MAP_OPS: dict[str, Any] = {}
-TOKEN_OPS = {"router": HiResLmmRouter, "fusion": HiResLmmFusion, "globalcom2": HiResLmmGlobalCom2}
+TOKEN_OPS = {
+    "router": HiResLmmRouter,
+    "fusion": HiResLmmFusion,
+    "globalcom2": HiResLmmGlobalCom2,
+    "prompt_fuser": HiResLmmPromptFuser,
+}
 SLOTS: dict[str, dict[str, Any]] = {
     "view_ops": VIEW_OPS,
     "adapter": ADAPTERS,
@@ -161,6 +168,12 @@ class FittedChain:
         if len(consumers) > 1:
             names = ", ".join(step.part.__name__ for step in consumers)
             raise ValueError(f"Two parts would consume max_image_tokens: {names}; keep one of them.")
+        makers = [step for step in self.steps if step.traits.count == OWN and step.traits.budget_on is None]
+        if consumers and makers:
+            raise ValueError(
+                f"{consumers[0].part.__name__} would consume max_image_tokens, but {makers[0].part.__name__} makes a "
+                "number of tokens of its own; keep one of them."
+            )
         later = self.adapted.grids
         changed = [key for key, grid in (consumers[0].traits.grids.items() if self.elastic else ()) if key in later]
         changed = [key for key in changed if key[0] in self.elastic and later[key] != consumers[0].traits.grids[key]]
