@@ -52,6 +52,7 @@ SETTINGS = {  # of the image processor, each different from what the preset woul
     "vlsa": {"max_crops": 4, "resample": 2},
     "mqt": {"max_image_tokens": 9, "views": "all"},
     "llava_mini": {"max_crops": 2, "unpad": True},
+    "mg_llava": {"views": "all", "max_image_tokens": 30},
 }
 PRESETS = tuple(SETTINGS)
 DTYPES = ("float32", "bfloat16", "float16")
@@ -84,6 +85,7 @@ DIAGONAL = [  # every preset, every family and every number format at least once
     Case("vlsa", "clip", "llama", "float16", True, False),
     Case("mqt", "siglip", "llama", "float32", True, True),
     Case("llava_mini", "clip", "qwen2", "bfloat16", False, True),
+    Case("mg_llava", "siglip", "llama", "float32", False, True),
 ]
 
 

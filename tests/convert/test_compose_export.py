@@ -53,11 +53,9 @@ def halves(tmp_path_factory):
     return root / "clip", root / "text"
 
 
-@pytest.mark.parametrize("preset", sorted(PRESETS))
+@pytest.mark.parametrize("preset", sorted({*PRESETS} - {"mg_llava"}))  # whose second tower has no source here
 @torch.no_grad()
 def test_each_preset_is_ready_to_train(halves, tmp_path, preset):
-    if preset not in ("slime", "slime_release", "llava_next", "llava_hd", "monkey", "vlsa", "fusion", "mqt", "llava_mini"):
-        pytest.skip("a later preset")
     queries = {"part": "query_compressor", "on": "all" if preset == "monkey" else "crops", "num_queries": 4}
     changes = {"connector_config": {"view_ops": [queries]}} if preset in ("slime", "slime_release", "monkey") else {}
     if preset == "slime_release":

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch.nn.functional import gelu, interpolate
 
 from builders import (
     geometry_of,
@@ -11,6 +12,7 @@ from builders import (
     plain_tokenizer,
     random_image,
     tiny_config,
+    tiny_convnext,
     tiny_model,
     tiny_processor,
     tiny_vision_config,
@@ -338,3 +340,64 @@ def test_what_llava_mini_cannot_join_is_refused_by_name():
         tiny_config("llava_mini", connector_config={**MINI, "token_ops": ops})
     with pytest.raises(ValueError, match="use an adapter that projects, such as mlp"):
         tiny_config("llava_mini", vision, connector_config={**MINI, "adapter": {"part": "identity"}})
+
+
+# ---- conv_gate
+
+
+@pytest.mark.parametrize("model_type", ["convnext", "convnextv2", "dinov3_convnext"])
+@torch.no_grad()
+def test_any_convnext_is_gated_into_the_global_view(model_type):
+    towers = {"hires": tiny_convnext(model_type)}
+    model, processor = parts("mg_llava", extra_towers=towers)
+    batch = ask(processor, (90, 60), (40, 200))
+    assert batch["pixel_values_hires"].shape == (2, 3, 64, 64) and processor.image_tokens(90, 60) == 16
+    part = model.model.connector.view_ops[0]
+    maps = model.model.extra_towers["hires"](batch["pixel_values_hires"], output_hidden_states=True).hidden_states[-1]
+    patches = model.model.encode_pixels(batch["pixel_values"])
+    plane = patches.transpose(1, 2).unflatten(2, (4, 4))
+    low = plane + part.main_proj(gelu(part.main_conv(plane)))
+    high = interpolate(part.other_proj(gelu(part.other_conv(maps))), (4, 4), mode="bilinear")
+    means = torch.cat([low.mean(dim=(2, 3)), high.mean(dim=(2, 3))], dim=1)
+    fused = low + torch.tanh(part.gate_2(gelu(part.gate_1(means))))[..., None, None] * high
+    wanted = model.model.connector.adapter(fused.flatten(2).transpose(1, 2), 0)
+    found = model.model.get_image_features(**geometry_of(batch), pixel_values_hires=batch["pixel_values_hires"])
+    torch.testing.assert_close(torch.stack(list(found.pooler_output)), wanted, atol=1e-4, rtol=1e-4)
+    assert (fused - plane).abs().max() > 0.1
+    assert generated(model, batch) == [generated(model, ask(processor, size))[0] for size in ((90, 60), (40, 200))]
+
+
+@torch.no_grad()
+def test_a_new_gate_changes_nothing():
+    config = tiny_config("mg_llava")
+    model, processor = HiResLmmForConditionalGeneration(config).eval(), tiny_processor(config)
+    batch = ask(processor, (90, 60))
+    features = model.model.get_image_features(**geometry_of(batch), pixel_values_hires=batch["pixel_values_hires"])
+    plain = model.model.connector.adapter(model.model.encode_pixels(batch["pixel_values"]), 0)
+    assert torch.equal(features.pooler_output[0], plain[0])
+
+
+def test_the_gate_joins_crops_budgets_and_globalcom2_and_trains():
+    towers = {"hires": tiny_convnext()}
+    gate = {"view_ops": [{"part": "conv_gate"}], **GLOBALCOM2}
+    model, processor = parts("llava_next", extra_towers=towers, connector_config=gate)
+    batch = ask(processor, (90, 60), (40, 200), max_image_tokens=30)
+    together = generated(model, batch)
+    assert together == [
+        generated(model, ask(processor, size, max_image_tokens=30))[0] for size in ((90, 60), (40, 200))
+    ]
+    model.train()
+    for inputs in (batch, processor(text=["a b"], return_tensors="pt")):
+        model.zero_grad()
+        model(**inputs, labels=inputs["input_ids"]).loss.backward()
+        assert all(parameter.grad is not None for parameter in model.model.connector.parameters())
+
+
+def test_what_the_gate_cannot_join_is_refused_by_name():
+    with pytest.raises(ValueError, match="conv_gate reads a second tower, but there are none"):
+        tiny_config("mg_llava", extra_towers={})
+    with pytest.raises(ValueError, match=r"conv_gate reads the tower 'fine', but extra_towers has \['hires'\] here"):
+        tiny_config("mg_llava", connector_config={"view_ops": [{"part": "conv_gate", "tower": "fine"}]})
+    two = {name: tiny_convnext() for name in ("fine", "hires")}
+    with pytest.raises(ValueError, match=r"there are \['fine', 'hires'\]; name one by tower"):
+        tiny_config("mg_llava", extra_towers=two)

@@ -34,6 +34,12 @@ LLAVA_NEXT_GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
 _MLP = {"part": "mlp"}
 _COMPRESS_144 = {"part": "query_compressor", "on": "crops", "num_queries": 144}
 _NEWLINE = {"place": "token_row_end", "on": "crops"}
+_CONVNEXT_LARGE = {
+    "model_type": "convnext",
+    "depths": [3, 3, 27, 3],
+    "hidden_sizes": [192, 384, 768, 1536],
+    "image_size": 768,
+}
 _COSINE = {"part": "router", "on": "crops", "score": "cosine"}
 
 PRESETS: dict[str, dict] = {
@@ -101,6 +107,11 @@ PRESETS: dict[str, dict] = {
             "layout": {"order": ["crops", "global", "detail"]},
             "token_ops": [{"part": "prompt_fuser"}],
         },
+    },
+    "mg_llava": {
+        "planner": {"name": "multiple", "views": "global"},
+        "extra_towers": {"hires": _CONVNEXT_LARGE},
+        "connector_config": {"view_ops": [{"part": "conv_gate"}], "adapter": _MLP},
     },
 }
 

@@ -13,6 +13,7 @@ from .adapters_hires_lmm import (
 from .bases_hires_lmm import PartContext, Traits, entering
 from .compressors_hires_lmm import HiResLmmConvMerge, HiResLmmQueryCompressor
 from .fusion_hires_lmm import HiResLmmFusion
+from .gate_hires_lmm import HiResLmmConvGate
 from .geometry_hires_lmm import KINDS, MAIN_TOWER, Grid, kinds_on
 from .globalcom2_hires_lmm import HiResLmmGlobalCom2
 from .mini_hires_lmm import HiResLmmMiniCompressor, HiResLmmPromptFuser
@@ -28,6 +29,7 @@ VIEW_OPS = {
     "sa_perceiver": HiResLmmSaPerceiver,
     "mqt": HiResLmmMqt,
     "mini_compressor": HiResLmmMiniCompressor,
+    "conv_gate": HiResLmmConvGate,
 }
 ADAPTERS = {
     "identity": HiResLmmIdentityAdapter,
