@@ -2,7 +2,7 @@
 # requires-python = ">=3.10"
 # dependencies = ["hires-lmm"]
 # ///
-"""One image, several questions: n tokens that have read the question, and features that remember the conversation.
+"""One image, several questions: n tokens that have read the question, and a cache that remembers the conversation.
 
     python examples/fusion_turns.py [CHECKPOINT]
 
@@ -15,9 +15,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCache
 
 from hires_lmm.conversion import compose_random
+from hires_lmm.modeling.compat_hires_lmm import CACHE  # "cache"; before transformers 5.24 "past_key_values"
 
 
 IMAGE = Path(__file__).parent / "images" / "harbour_board.png"
@@ -60,7 +61,7 @@ def main(checkpoint: str | Path) -> None:
     fusion.register_forward_pre_hook(
         lambda module, args, kwargs: read.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
     )
-    chat, features = [first], None
+    chat, features, cache, length = [first], None, DynamicCache(config=model.config.get_text_config()), 0
     for number, question in enumerate(QUESTIONS):
         if number:
             chat.append(turn("user", question))
@@ -68,8 +69,13 @@ def main(checkpoint: str | Path) -> None:
         views = {name: inputs.pop(name) for name in VIEWS}
         if features is None:
             features = model.get_image_features(**views, return_dict=True)
-        output = model.generate(**inputs, mm_encoder_outputs={"image": features}, max_new_tokens=8, do_sample=False)
-        answer = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        if number:  # the answer is read again: its text may be cut into other ids
+            cache.crop(length - 1 - cache.get_seq_length())
+        output = model.generate(
+            **inputs, mm_encoder_outputs={"image": features}, max_new_tokens=8, do_sample=False, **{CACHE: cache}
+        )
+        length = inputs["input_ids"].shape[1]
+        answer = processor.decode(output[0, length:], skip_special_tokens=True)
         print(f"turn {number + 1}: the fusion transformer read {sum(read)} positions; answer: {answer!r}")
         read.clear()
         chat.append(turn("assistant", answer))

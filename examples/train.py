@@ -38,8 +38,7 @@ from hires_lmm.training import (
 )
 from hires_lmm.training.arguments import build_arguments
 from hires_lmm.training.collator import find_image, read_messages
-from hires_lmm.training.data.cognition import with_cognition
-from hires_lmm.training.data.cognition_settings import build_cognition
+from hires_lmm.training.data.cognition import build_cognition, with_cognition
 from hires_lmm.training.data.conversations import load_conversations
 from hires_lmm.training.lora import lora_config
 from hires_lmm.training.objectives import OBJECTIVES, Objective, load_objectives

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from enum import Enum
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -338,6 +339,9 @@ def _compose(
     preset: Annotated[str, typer.Option(help="How the parts between them are put together.")] = "slime",
     dtype: SaveDtype = None,
     chat_template: Annotated[str | None, typer.Option(help="llama3, vicuna, chatml, plain or a Jinja text.")] = None,
+    extra_tower: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=SOURCE", help="A further tower, by a name of its own.")
+    ] = None,
     random: Annotated[bool, typer.Option("--random", help="A small model with random weights instead.")] = False,
     seed: Annotated[int, typer.Option(help="Of the random weights.")] = 0,
 ) -> None:
@@ -351,6 +355,9 @@ def _compose(
         )
     if random and (dtype is not None or chat_template is not None):
         raise typer.BadParameter("a random model is float32 and speaks chatml.", param_hint="--dtype, --chat-template")
+    towers = dict(each.partition("=")[::2] for each in extra_tower or [])
+    if not all(towers.values()) or (random and towers):
+        raise typer.BadParameter("write NAME=SOURCE, and no --random.", param_hint="--extra-tower")
     with one_line_errors():
         _quiet()
         from hires_lmm import PRESETS
@@ -362,8 +369,9 @@ def _compose(
             compose_random(destination, preset, seed)
             output.print(f"wrote {_escape(str(destination))}; its weights are random")
             return
+        build = partial(compose, vision, text, preset, destination, dtype=dtype, chat_template=chat_template)
         with _progress() as progress:
-            compose(vision, text, preset, destination, dtype=dtype, chat_template=chat_template, progress=progress)
+            build(extra_towers=towers, progress=progress)
         output.print(f"wrote {_escape(str(destination))}; its new parts are untrained")
         _show_choices(destination)
 

@@ -5,6 +5,7 @@ import functools
 import torch
 
 from builders.tiny import GEOMETRY, make_batch, tiny_config, tiny_model, tiny_processor
+from hires_lmm.modeling.compat_hires_lmm import CACHE
 
 
 QUESTIONS = ("what is red here", "and what is blue", "how many are there")
@@ -62,9 +63,30 @@ def features_of(model, batch):
 
 def blocks_of(model, batch) -> list:
     """The blocks of a batch of one conversation, with the ids of their questions."""
-    features = features_of(model, batch)
-    logits_of(model, text_only(batch), mm_encoder_outputs={"image": features})
-    return features.tokens.memory[0].last.blocks
+    with torch.no_grad():
+        cache = model(**batch, use_cache=True)[CACHE]
+    return cache.conversation.records["fusion"].rows[0].blocks
+
+
+def read_lengths(model) -> tuple[list, object]:
+    """Rows and positions of all that the fusion transformer reads from now on, and the handle that ends it."""
+    shapes = []
+    handle = model.model.connector.token_ops[0].model.register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.append(tuple(kwargs["inputs_embeds"].shape[:2])), with_kwargs=True
+    )
+    return shapes, handle
+
+
+@torch.no_grad()
+def go_on(model, whole, begin, cache, features):
+    """The positions of a conversation from `begin` on, after a language model cache."""
+    return model(
+        input_ids=whole["input_ids"][:, begin:],
+        attention_mask=torch.ones_like(whole["input_ids"]),
+        cache=cache,
+        mm_encoder_outputs={"image": features},
+        use_cache=True,
+    )
 
 
 def text_only(batch) -> dict:

@@ -50,9 +50,19 @@ USES = [
         "beams and returned sequences repeat images, whose features hold more than one list",
     ),
     Use(
+        f"{GENERATION}.prepare_inputs_for_generation",
+        f"self, input_ids, next_sequence_length, {CACHE}, attention_mask, inputs_embeds, is_first_iteration, **kwargs",
+        "the first draft in a caller's cache reads the new ids alone",
+    ),
+    Use(
         f"{GENERATION}._update_model_kwargs_for_generation",
         "self, outputs, model_kwargs, is_encoder_decoder, num_new_tokens",
         "decoding goes on with the mask and positions of what was kept",
+    ),
+    Use(
+        f"{GENERATION}._valid_auto_compile_criteria",
+        "self, model_kwargs, generation_config",
+        "layer ops change lengths from layer to layer, which is nothing to compile",
     ),
     Use(
         "transformers.masking_utils:create_masks_for_generate",
@@ -144,6 +154,32 @@ USES = [
         "self, key_states, value_states, *args, **kwargs",
         "as above; a layer has `keys` and `values`, which fusion cuts",
     ),
+    # layer ops
+    Use(
+        "transformers:AttentionInterface.register",
+        "key, value",
+        "an attention function that gives the queries of a layer, with its scale and cap",
+    ),
+    Use(
+        "transformers.models.llama.modeling_llama:LlamaDecoderLayer.forward",
+        f"self, hidden_states, attention_mask, position_ids, {CACHE}, use_cache, position_embeddings, **kwargs",
+        "hooks before a layer change its mask and positions; what the model does not know reaches it",
+    ),
+    Use(
+        "transformers.models.llama.modeling_llama:LlamaAttention.forward",
+        f"self, hidden_states, position_embeddings, attention_mask, {CACHE}, **kwargs",
+        "called again for the queries that an op asks for; it gives what the attention function returns",
+    ),
+    Use(
+        "transformers.cache_utils:Cache.get_mask_sizes", "self, query_length, layer_idx", "keys that a layer will see"
+    ),
+    Use(
+        "transformers.cache_utils:Cache.update",
+        "self, key_states, value_states, layer_idx, *args, **kwargs",
+        "as above",
+    ),
+    Use("transformers.cache_utils:StaticLayer.is_compileable", None, "static layers with a window are masked"),
+    Use("transformers.cache_utils:StaticSlidingWindowLayer.is_sliding", None, "as above"),
     # the configuration
     Use(f"{CONFIG}.__post_init__", "self, **kwargs", "checks after the parts are configurations"),
     Use(f"{CONFIG}.sub_configs_defaults", None, "tower, language model and connector as parts"),
@@ -223,6 +259,11 @@ USES = [
 ]
 
 MENTIONS = [
+    Mention(
+        "transformers.models.llama.modeling_llama:LlamaAttention.__init__",
+        "self.num_key_value_groups",
+        "by it the attention of a layer is found",
+    ),
     Mention(f"{GENERATION}.prepare_inputs_for_generation", '"create_masks_for_generate"', "our hook is asked"),
     Mention(
         f"{GENERATION}.generate", "generation_config._mask_length", "the length of a mask of ones that was dropped"

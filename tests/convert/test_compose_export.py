@@ -8,6 +8,8 @@ import pytest
 import torch
 from convert_tools import GOLDEN, no_output, tensors_of, tokenizer_without_image_token
 from transformers import (
+    AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -22,6 +24,7 @@ from builders import (
     random_image,
     randomise,
     tiny_config,
+    tiny_convnext,
     tiny_model,
     tiny_processor,
     tiny_text_config,
@@ -53,13 +56,17 @@ def halves(tmp_path_factory):
     return root / "clip", root / "text"
 
 
-@pytest.mark.parametrize("preset", sorted({*PRESETS} - {"mg_llava"}))  # whose second tower has no source here
+@pytest.mark.parametrize("preset", sorted(PRESETS))
 @torch.no_grad()
 def test_each_preset_is_ready_to_train(halves, tmp_path, preset):
     queries = {"part": "query_compressor", "on": "all" if preset == "monkey" else "crops", "num_queries": 4}
     changes = {"connector_config": {"view_ops": [queries]}} if preset in ("slime", "slime_release", "monkey") else {}
     if preset == "slime_release":
         changes["connector_config"]["layout"] = {"separators": {"separator": {"place": "between_views", "value": [9]}}}
+    if preset == "mg_llava":
+        tower = AutoModel.from_config(AutoConfig.for_model(**tiny_convnext()))
+        randomise(tower).save_pretrained(tmp_path / "hires")
+        changes["extra_towers"] = {"hires": tmp_path / "hires"}
     compose(*halves, preset, tmp_path / "out", chat_template="chatml", **changes)
     model, info = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info.values())
@@ -193,3 +200,29 @@ def test_the_numbers_of_a_card_are_those_of_its_preset(card, preset):
         assert f"| {row['width']} x {row['height']} | {row['views']} | {row['tokens']} | {row['smallest']} |" in text
     for path in re.findall(r"examples/[\w/.]+", text):
         assert (CARDS.parent / path).is_file()
+
+
+@torch.no_grad()
+def test_further_towers_are_composed_by_name(halves, tmp_path):
+    """A ConvNeXt classifier loses its classes; the tokens of the tower enter behind the others."""
+    from transformers import ConvNextConfig, ConvNextForImageClassification
+
+    sizes = {"image_size": 64, "patch_size": 4, "hidden_sizes": [8, 8, 8, 16], "depths": [1, 1, 2, 1]}
+    fine = randomise(ConvNextForImageClassification(ConvNextConfig(**sizes)))
+    fine.save_pretrained(tmp_path / "fine")
+    compose(*halves, "llava_next", tmp_path / "out", chat_template="chatml", extra_towers={"fine": tmp_path / "fine"})
+    model, info = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values())
+    ours = model.model.extra_towers["fine"].state_dict()
+    assert all(torch.equal(ours[key], value) for key, value in fine.convnext.state_dict().items())
+    assert model.config.connector_config.layout["order"] == ["global", "crops", "detail"]
+    processor = AutoProcessor.from_pretrained(tmp_path / "out")
+    batch = make_batch(processor, [(PROMPT, [random_image(90, 130)])])
+    assert batch["pixel_values_fine"].shape == (1, 3, 64, 64)
+    assert torch.isfinite(model(**batch).logits).all()
+    compose(*halves, "slime", tmp_path / "b", extra_towers={"fine": halves[0]}, chat_template="chatml")
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path / "b").model
+    for name, value in again.vision_tower.state_dict().items():
+        assert torch.equal(again.extra_towers["fine"].state_dict()[name], value)
+    with pytest.raises(ConversionError, match="two towers, 'b' and another"):
+        compose(*halves, "llava_next", tmp_path / "c", extra_towers={"a": halves[0], "b": halves[0]})

@@ -68,12 +68,17 @@ def test_a_trained_checkpoint_without_the_report_goes_back(there_and_back, tmp_p
     assert {key: value.shape for key, value in back.items()} == {key: value.shape for key, value in golden.items()}
 
 
-def test_a_model_the_released_code_cannot_run_does_not_go_back(there_and_back, tmp_path):
+@pytest.mark.parametrize("slot", ["token_ops", "layer_ops"])
+def test_a_model_the_released_code_cannot_run_does_not_go_back(there_and_back, tmp_path, slot):
     root, _ = there_and_back
     model = AutoModelForImageTextToText.from_pretrained(root / "out")
-    model.config.connector_config.token_ops[0]["keep"] = {"rule": "budget"}
+    connector = model.config.connector_config
+    if slot == "token_ops":
+        connector.token_ops[0]["keep"] = {"rule": "budget"}
+    else:
+        connector.layer_ops = [{"part": "keep_after"}]
     model.save_pretrained(tmp_path / "other")
-    with pytest.raises(ConversionError, match="token_ops"):
+    with pytest.raises(ConversionError, match=slot):
         convert_to_slime(tmp_path / "other", tmp_path / "back")
     assert not (tmp_path / "back").exists()
 

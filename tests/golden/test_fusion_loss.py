@@ -5,7 +5,7 @@ import torch
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from builders.tiny import randomise
-from hires_lmm.training.objectives import Call, Contrastive, StepValues
+from hires_lmm.training.objectives import Contrastive, StepValues
 from hires_lmm.training.objectives.contrastive import AnswerColumn
 from hires_lmm.training.objectives.contrastive_math import (
     compose_answers,
@@ -53,7 +53,7 @@ def measure(
 
 def objective_on_model(cases: dict, weights: dict, tensors: dict, settings: dict) -> dict[str, torch.Tensor]:
     """Loss and gradients of the objective in a training step of the golden model."""
-    kinds, calls = cases["token_types"], []
+    kinds = cases["token_types"]
     model, inputs = hand_made(cases, weights), inputs_of(cases, tensors)
     encoder = text_encoder(cases, weights)
     contrastive = Contrastive(
@@ -67,13 +67,11 @@ def objective_on_model(cases: dict, weights: dict, tensors: dict, settings: dict
     )
     contrastive.projection.weight.data.copy_(weights["imgque_projection.weight"])
     contrastive.logit_scale.data.copy_(weights["logit_scale"])
-    watched = contrastive.watch(model)["fusion"]
-    watched.register_forward_hook(lambda module, args, output: calls.append(Call(args, {}, output)))
-    model.train()(**inputs)
+    outputs = model.train()(**inputs)
     rows = zip(tensors["input.ans_input_ids"].long(), tensors["input.ans_input_tps"], strict=True)
     answers = [ids[kind == kinds["ANS"]] for ids, kind in rows]
     column = AnswerColumn(None).join([answers[:1], answers[1:]])
-    loss = contrastive(StepValues({"fusion": calls}, {"answers": column}, inputs, True, model.model))
+    loss = contrastive(StepValues(outputs, {"answers": column}, inputs, True, model.model))
     loss.backward()
     connector = model.model.connector
     return {

@@ -32,7 +32,7 @@ STANDARD = {  # module -> names that may be taken from it; None: the module itse
     "copy": {"deepcopy", None},
     "dataclasses": {"asdict", "dataclass", "field", "fields", "replace"},
     "enum": {"IntEnum"},
-    "functools": {"cached_property", "lru_cache", "wraps"},
+    "functools": {"cached_property", "lru_cache", "partial", "wraps"},
     "inspect": {"signature"},
     "io": {"BytesIO"},
     "itertools": {"accumulate", "pairwise", "product"},

@@ -235,8 +235,11 @@ def test_export_writes_a_folder_that_answers(checkpoint, tmp_path):
         ("convert_to_slime", ["convert", "to-slime", "SRC", "DST"], (("SRC", Path("DST")), {})),
         (
             "compose",
-            ["compose", "--vision", "V", "--text", "T", "DST", "--preset", "monkey"],
-            (("V", "T", "monkey", Path("DST")), {"dtype": None, "chat_template": None}),
+            ["compose", "--vision", "V", "--text", "T", "DST", "--preset", "monkey", "--extra-tower", "fine=F"],
+            (
+                ("V", "T", "monkey", Path("DST")),
+                {"dtype": None, "chat_template": None, "extra_towers": {"fine": "F"}},
+            ),
         ),
     ],
 )

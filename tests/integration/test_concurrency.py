@@ -140,7 +140,7 @@ def test_threads_that_share_features_get_the_answers_of_each_alone(name):
 
 # --- features ------------------------------------------------------------------------------------------------------
 def fingerprint(value, seen=None) -> str:
-    """A hash of all tensors and plain values below a carrier; memories, which are meant to grow, are left out."""
+    """A hash of all tensors and plain values below a carrier."""
     digest = hashlib.sha256()
 
     def add(item) -> None:
@@ -155,8 +155,6 @@ def fingerprint(value, seen=None) -> str:
             digest.update(f"{type(item).__name__}{len(item)}".encode())
             for entry in item:
                 add(entry)
-        elif type(item).__name__ == "ImageMemory":
-            digest.update(b"memory")
         elif hasattr(item, "__dict__"):
             add(vars(item))
         else:

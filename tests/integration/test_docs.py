@@ -10,7 +10,7 @@ import pytest
 from builders.docs import ROOT, read_blocks, run_page
 from hires_lmm import PRESETS
 from hires_lmm.accounting import PRESET_SETTINGS
-from hires_lmm.modeling.parts_hires_lmm import ADAPTERS, TOKEN_OPS, VIEW_OPS
+from hires_lmm.modeling.parts_hires_lmm import ADAPTERS, LAYER_OPS, TOKEN_OPS, VIEW_OPS
 from hires_lmm.processing.planners_hires_lmm import PLANNERS
 
 
@@ -69,7 +69,7 @@ def test_tables_are_current(tables, capsys):
 def test_every_part_has_a_row_in_the_docs():
     text = (ROOT / "docs" / "parts.md").read_text(encoding="utf-8")
     rows = set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE))
-    names = {*PRESETS, *PLANNERS, *VIEW_OPS, *ADAPTERS, *TOKEN_OPS}
+    names = {*PRESETS, *PLANNERS, *VIEW_OPS, *ADAPTERS, *TOKEN_OPS, *LAYER_OPS}
     assert names <= rows, f"docs/parts.md has no row for {sorted(names - rows)}"
 
 

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from builders import GEOMETRY, make_batch, random_image
 from builders.chat import (
@@ -12,8 +13,10 @@ from builders.chat import (
     chat,
     features_of,
     fusion_setup,
+    go_on,
     inputs_of,
     logits_of,
+    read_lengths,
     runs_of,
     text_only,
 )
@@ -99,33 +102,30 @@ def test_two_turns_at_once_equal_turn_by_turn(setup):
 
 
 def test_a_new_question_runs_only_its_own_block(setup):
+    """Of a conversation that goes on in its cache, also where its end was cropped and something else is asked."""
     model, processor = setup
-    image, lengths = random_image(100, 130), []
-    fusion = model.model.connector.token_ops[0]
-    hook = fusion.model.register_forward_pre_hook(
-        lambda module, args, kwargs: lengths.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
-    )
+    image = random_image(100, 130)
     features = features_of(model, inputs_of(processor, 1, image))
-    got = []
-    calls = [(1, QUESTIONS), (2, QUESTIONS), (2, QUESTIONS), (1, QUESTIONS), (2, QUESTIONS[::-1]), (3, QUESTIONS)]
-    for turns, questions in calls:
-        batch = inputs_of(processor, turns, image, questions)
-        got.append(logits_of(model, text_only(batch), mm_encoder_outputs={"image": features}))
-    hook.remove()
-    asked = [
-        [len(block.question) for block in blocks_of(model, inputs_of(processor, *call[:1], image, call[1]))]
-        for call in calls
+    calls = [(1, QUESTIONS), (2, QUESTIONS), (2, (QUESTIONS[0], QUESTIONS[2])), (3, QUESTIONS[::-1])]
+    batches = [inputs_of(processor, turns, image, questions) for turns, questions in calls]
+    asked = [[len(block.question) for block in blocks_of(model, batch)] for batch in batches]
+    places = (batches[1]["input_ids"][0] == processor.image_token_id).nonzero()[:, 0].tolist()
+    begins = [0, batches[0]["input_ids"].shape[1], places[-3], places[0]]
+    expected = [logits_of(model, batch)[:, begin:] for batch, begin in zip(batches, begins, strict=True)]
+    shapes, handle = read_lengths(model)
+    cache = DynamicCache()
+    for batch, begin, logits in zip(batches, begins, expected, strict=True):
+        if begin < cache.get_seq_length():
+            cache.crop(begin - cache.get_seq_length())
+        found = go_on(model, batch, begin, cache, features).logits
+        torch.testing.assert_close(found, logits, atol=2e-5, rtol=1e-4)
+    handle.remove()
+    assert [length for _, length in shapes] == [
+        features.tokens.lengths[0] + asked[0][0] + 12,
+        asked[1][1] + 3,
+        asked[2][1] + 3,
+        sum(asked[3]) + 12 + 3 + 3,  # another first question: the visual tokens are known
     ]
-    num_visual = features.tokens.lengths[0]
-    assert lengths == [
-        num_visual + asked[0][0] + 12,
-        asked[1][1] + 3,  # the second question and its queries; the next two calls know everything
-        asked[4][0] + 12 + asked[4][1] + 3,  # other questions: the visual tokens are known
-        sum(asked[5]) + 12 + 3 + 3,
-    ]
-    for (turns, questions), own in zip(calls, got, strict=True):
-        fresh = logits_of(model, inputs_of(processor, turns, image, questions))
-        torch.testing.assert_close(own, fresh, atol=2e-5, rtol=1e-4)
 
 
 def test_another_conversation_on_the_same_features_is_read_anew(setup):
@@ -199,7 +199,7 @@ def test_generate_goes_on_from_a_cache(setup):
     assert torch.equal(with_cache.sequences, anew.sequences)
 
 
-def test_training_leaves_the_states_for_objectives_and_no_memory(setup):
+def test_training_leaves_the_states_for_objectives_and_keeps_no_keys(setup):
     model, processor = setup
     model.train()
     seen = []
@@ -208,7 +208,8 @@ def test_training_leaves_the_states_for_objectives_and_no_memory(setup):
     try:
         batch = inputs_of(processor, 2, random_image(100, 130))
         labels = torch.where(batch["input_ids"] == processor.image_token_id, -100, batch["input_ids"])
-        model(**batch, labels=labels).loss.backward()
+        output = model(**batch, labels=labels, use_cache=True)
+        output.loss.backward()
     finally:
         hook.remove()
         model.eval()
@@ -216,7 +217,8 @@ def test_training_leaves_the_states_for_objectives_and_no_memory(setup):
     assert aux["fusion_blocks"].tolist() == [0] * 12 + [1] * 3
     assert aux["fusion_rows"].tolist() == [0] * 15
     torch.testing.assert_close(fusion.output(aux["fusion_slots"]), seen[0].features)
-    assert all(own.last is None for own in seen[0].memory)
+    (known,) = output["cache"].conversation.records["fusion"].rows
+    assert len(known.blocks) == 2 and not known.layers and not known.visual.requires_grad
     assert {name for name, p in fusion.named_parameters() if p.grad is None} == set()
     model.zero_grad()
 
@@ -238,7 +240,8 @@ def test_errors_name_the_remedy(setup):
     features = features_of(model, batch)
     with torch.no_grad():
         cache = model(**batch, use_cache=True)[CACHE]
-        with pytest.raises(ValueError, match="have not read its beginning"):
+        del cache.conversation  # as in one that was put together by hand
+        with pytest.raises(ValueError, match="does not know what was read of its image"):
             model(
                 input_ids=torch.tensor([[7, *[processor.image_token_id] * 3, 9]]),
                 cache=cache,

@@ -1,4 +1,4 @@
-"""What features keep of conversations: never another conversation's, whatever the order of calls."""
+"""What a cache keeps of its conversation: never another conversation's, whatever the order of calls."""
 
 import copy
 import pickle
@@ -6,7 +6,19 @@ import pickle
 import pytest
 import torch
 
-from builders.chat import OTHER, QUESTIONS, chat, features_of, fusion_setup, inputs_of, logits_of, text_only
+from builders.chat import (
+    OTHER,
+    QUESTIONS,
+    blocks_of,
+    chat,
+    features_of,
+    fusion_setup,
+    go_on,
+    inputs_of,
+    logits_of,
+    read_lengths,
+    text_only,
+)
 from builders.tiny import make_batch, random_image
 from hires_lmm.modeling.compat_hires_lmm import CACHE
 from hires_lmm.processing.messages_hires_lmm import QUERY_TOKEN
@@ -20,27 +32,6 @@ OPTIONS = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": T
 def setup():
     """Model and processor over a tiny tower and language model."""
     return fusion_setup()
-
-
-def watch(model) -> tuple[list, object]:
-    """Shapes of all batches that the fusion transformer reads, and the handle that ends it."""
-    shapes = []
-    handle = model.model.connector.token_ops[0].model.register_forward_pre_hook(
-        lambda module, args, kwargs: shapes.append(tuple(kwargs["inputs_embeds"].shape[:2])), with_kwargs=True
-    )
-    return shapes, handle
-
-
-@torch.no_grad()
-def go_on(model, whole, begin, cache, features):
-    """The positions of a conversation from `begin` on, after a language model cache."""
-    return model(
-        input_ids=whole["input_ids"][:, begin:],
-        attention_mask=torch.ones_like(whole["input_ids"]),
-        cache=cache,
-        mm_encoder_outputs={"image": features},
-        use_cache=True,
-    )
 
 
 def test_conversations_in_turns_on_the_same_features(setup):
@@ -58,23 +49,48 @@ def test_conversations_in_turns_on_the_same_features(setup):
             caches[number], begins[number] = output[CACHE], whole["input_ids"].shape[1]
 
 
-def test_a_cache_that_the_features_do_not_know_is_an_error(setup):
+def test_a_copy_of_the_cache_is_another_conversation(setup):
+    """Two second questions, each in its own copy, and the features made anew for each."""
+    model, processor = setup
+    image = random_image(100, 130)
+    first = inputs_of(processor, 1, image)
+    begin = first["input_ids"].shape[1]
+    cache = go_on(model, first, 0, None, features_of(model, first))[CACHE]
+    twin = copy.deepcopy(cache)
+    for own, turns, questions in [(cache, 3, QUESTIONS), (twin, 2, (QUESTIONS[0], OTHER[0])), (cache, 2, QUESTIONS)]:
+        whole = inputs_of(processor, turns, image, questions)
+        if own.get_seq_length() > begin:
+            own.crop(begin - own.get_seq_length())
+        found = go_on(model, whole, begin, own, features_of(model, whole)).logits
+        torch.testing.assert_close(found, logits_of(model, whole)[:, begin:], **CLOSE)
+
+
+def test_a_cache_that_knows_no_conversation_is_an_error(setup):
     model, processor = setup
     image = random_image(100, 130)
     first, whole = (inputs_of(processor, turns, image) for turns in (1, 2))
     features = features_of(model, first)
     cache = go_on(model, first, 0, None, features)[CACHE]
+    del cache.conversation  # as in one that was put together by hand
+    with pytest.raises(ValueError, match="does not know what was read of its image"):
+        go_on(model, whole, first["input_ids"].shape[1], cache, features)
+
+
+def test_another_image_in_a_later_turn_is_read_with_all_questions(setup):
+    model, processor = setup
+    images = random_image(100, 130), random_image(100, 130, 1)
+    first, whole = inputs_of(processor, 1, images[0]), inputs_of(processor, 2, images[1])
     begin = first["input_ids"].shape[1]
-    for strange, known in ((copy.deepcopy(cache), features), (cache, copy.deepcopy(features))):
-        with pytest.raises(ValueError, match="have not read its beginning for that cache"):
-            go_on(model, whole, begin, strange, known)
-    expected = logits_of(model, whole)[:, begin:]
-    torch.testing.assert_close(go_on(model, whole, begin, cache, features).logits, expected, **CLOSE)
+    cache = go_on(model, first, 0, None, features_of(model, first))[CACHE]
+    output = go_on(model, whole, begin, cache, features_of(model, whole))
+    with torch.no_grad():
+        placed = model(**whole).image_outputs.pooler_output[0]
+    torch.testing.assert_close(output.image_outputs.pooler_output[0], placed[-3:], **CLOSE)
 
 
 @pytest.mark.parametrize("between", [QUESTIONS, OTHER], ids=["same", "other"])
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
-def test_generate_reads_the_conversation_of_its_ids(setup, between, options):
+def test_generate_reads_the_conversation_of_its_cache(setup, between, options):
     """The whole conversation with the cache of the turn before, after another conversation on the same features."""
     model, processor = setup
     image = random_image(100, 130)
@@ -84,7 +100,7 @@ def test_generate_reads_the_conversation_of_its_ids(setup, between, options):
     cache = model.generate(**text_only(first), mm_encoder_outputs=features, **OPTIONS)[CACHE]
     cache.crop(begun - 1 - cache.get_seq_length())
     model.generate(**text_only(inputs_of(processor, 3, image, between)), mm_encoder_outputs=features, **OPTIONS)
-    cache = copy.deepcopy(cache)  # a cache that the features do not know: only the ids say what it holds
+    cache = copy.deepcopy(cache)
     cache.batch_repeat_interleave(options.get("num_beams", 1))
     found = model.generate(**text_only(whole), **{CACHE: cache}, mm_encoder_outputs=features, **OPTIONS, **options)
     anew = model.generate(**whole, **OPTIONS, **options)
@@ -146,7 +162,7 @@ def test_beams_of_a_conversation_are_read_once(setup):
         (processor.apply_chat_template(chat(2), add_generation_prompt=True), [random_image(100, 130, seed)])
         for seed in (0, 1)
     ]
-    shapes, handle = watch(model)
+    shapes, handle = read_lengths(model)
     model.generate(**make_batch(processor, samples), num_beams=4, max_new_tokens=3)
     handle.remove()
     assert [rows for rows, _ in shapes] == [2]
@@ -156,9 +172,7 @@ def test_questions_in_another_vocabulary_in_generate(setup):
     """The same words by `question_ids`: the same text; other words: another one."""
     model, processor = setup
     batch = inputs_of(processor, 2, random_image(100, 130))
-    features = features_of(model, batch)
-    logits_of(model, text_only(batch), mm_encoder_outputs={"image": features})
-    own = [list(block.question) for block in features.tokens.memory[0].last.blocks]
+    own = [list(block.question) for block in blocks_of(model, batch)]
     asked = torch.full((1, 2, max(map(len, own))), -1)
     for turn, ids in enumerate(own):
         asked[0, turn, : len(ids)] = torch.tensor(ids)

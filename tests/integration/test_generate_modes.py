@@ -597,7 +597,7 @@ def test_features_given_back_twice_stay_as_they_were(case, options):
         assert all(a is b for a, b in zip(pooled, tensors, strict=True))
         assert all(torch.equal(a, b) for a, b in zip(pooled, copies, strict=True))
         assert set(features) == set(fields)
-        assert features.prompt_length is None and features.is_right_padded is None
+        assert features.prompt is None
         assert features.tokens is tokens and tokens.kept is kept
         for name, value in token_fields.items():
             same = torch.equal if isinstance(value, torch.Tensor) else lambda a, b: str(a) == str(b)

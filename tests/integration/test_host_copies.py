@@ -104,7 +104,7 @@ def test_the_hook_of_generate_copies_once_as_well(monkeypatch):
     with torch.no_grad():
         made = model._maybe_prepare_encoder_kwargs_for_generation(ids, inputs, "input_ids", model.generation_config)
         image = made["mm_encoder_outputs"]["image"]
-        assert copies.events == ["copy", "tower"] and image.is_unpadded and not image.is_right_padded
+        assert copies.events == ["copy", "tower"] and image.is_unpadded and not image.prompt.is_right_padded
         model(input_ids=ids, mm_encoder_outputs=made["mm_encoder_outputs"], attention_mask=inputs["attention_mask"])
     assert copies.events == ["copy", "tower"]
 

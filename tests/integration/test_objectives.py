@@ -33,11 +33,8 @@ class Energy(Objective):
         super().__init__()
         self.factor = nn.Parameter(torch.tensor(0.7))
 
-    def watch(self, model):
-        return {"layout": model.connector.layout}
-
     def forward(self, step):
-        tokens = step.calls["layout"][-1].args[0].group("global").features
+        tokens = step.aux["global_tokens"]
         return step.per_row(self.factor * tokens.float().square().sum(dim=(1, 2)) / 2)
 
 

@@ -330,6 +330,14 @@ def test_the_layers_train_with_and_without_images_and_never_read_labels(mini):
     assert model.model.language_model.embed_tokens.weight.grad.any()
 
 
+def test_an_image_without_its_global_view_has_no_compressed_tokens(mini):
+    model, processor = mini
+    with pytest.raises(ValueError, match=r"4 compressed tokens of each of 1 images, but 0 are there; .*views='all'"):
+        model(**chats(processor, PROMPTS[:1], views="crops"))
+    assert chats(processor, PROMPTS[:1], views="global")["pixel_values"].shape[0] == 1
+    assert generated(model, chats(processor, PROMPTS[:1], views="global"))
+
+
 def test_what_llava_mini_cannot_join_is_refused_by_name():
     with pytest.raises(ValueError, match="prompt_fuser leaves the tokens of the view op mini_compressor, but there"):
         tiny_config("llava_mini", connector_config={**MINI, "view_ops": []})

@@ -10,7 +10,7 @@ from builders.text import tiny_tokenizer
 from builders.training import conversation, conversations, fusion_parts, losses, slime_parts, training_arguments
 from hires_lmm.training import HiResLmmCollator, Stage, StageCallback, set_options
 from hires_lmm.training.collator import read_messages
-from hires_lmm.training.objectives import Call, Contrastive, StepValues, load_objectives
+from hires_lmm.training.objectives import Contrastive, StepValues, load_objectives
 from hires_lmm.training.objectives.contrastive_math import (
     compose_answers,
     contrast,
@@ -153,20 +153,10 @@ def test_every_turn_has_a_block_and_an_answer(tmp_path):
     batch = HiResLmmCollator(trainer.processing_class, max_image_tokens=6, columns=contrastive.columns())([two])
     assert batch["answers"]["turns"].tolist() == [2]
     batch["answers"]["lengths"] = torch.cat([batch["answers"]["lengths"], torch.zeros(1, dtype=torch.long)])
-    step = StepValues({"fusion": [call_of(trainer.model, batch)]}, {"answers": batch["answers"]}, batch, True, None)
+    outputs = trainer.model.train()(**{name: value for name, value in batch.items() if name != "answers"})
+    step = StepValues(outputs, {"answers": batch["answers"]}, batch, True, None)
     with pytest.raises(ValueError, match="3 user turns, but the fusion transformer made 2 blocks"):
         contrastive(step)
-
-
-def call_of(model, batch) -> Call:
-    """The call of the fusion transformer in a forward pass."""
-    found = []
-    handle = model.model.connector.token_ops[0].register_forward_hook(
-        lambda module, args, output: found.append(Call(args, {}, output))
-    )
-    model.train()(**{name: value for name, value in batch.items() if name != "answers"})
-    handle.remove()
-    return found[0]
 
 
 def test_a_turn_without_an_answer_is_left_out():
@@ -221,10 +211,9 @@ def test_a_stage_switches_the_question(tmp_path):
     batch = HiResLmmCollator(processor)([conversation(1)])
     other = HiResLmmCollator(processor)([{**conversation(1), "messages": conversation(7)["messages"]}])
 
-    def slots(batch):
-        with torch.no_grad():
-            found = call_of(model, batch).output[0].features
-        return found
+    @torch.no_grad()
+    def slots(batch, model=model):
+        return torch.cat(model.train()(**batch).image_outputs.pooler_output)
 
     assert not torch.allclose(slots(batch), slots(other), atol=1e-3)
     Stage("silent", {"connector": 1e-3}, settings={QUESTION: False}).apply(model)
@@ -235,7 +224,7 @@ def test_a_stage_switches_the_question(tmp_path):
     model.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path)
     assert again.model.connector.token_ops[0].question is False
-    assert torch.allclose(call_of(again, batch).output[0].features, silent, atol=1e-5)
+    assert torch.allclose(slots(batch, again), silent, atol=1e-5)
     set_options(model, {QUESTION: True})
     assert not torch.allclose(slots(batch), silent, atol=1e-3)
     model.peft_config = {}

@@ -240,7 +240,9 @@ def test_budgets_out_of_range():
 
 
 def test_an_image_without_tokens_is_an_error():
-    with pytest.raises(ValueError, match=r"Image 1 of 1x500 pixels has no tokens with views='crops'"):
+    with pytest.raises(
+        ValueError, match=r"Image 1 of 1x500 pixels has no tokens with views='crops'; take other views, or unpad=False"
+    ):
         small()([GOOD, picture(1, 500)], views="crops")
 
 

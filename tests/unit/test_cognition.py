@@ -15,16 +15,24 @@ from torch.utils.data import DataLoader, IterableDataset
 from builders.tiny import random_image, tiny_processor
 from builders.training import conversation, slime_config
 from hires_lmm.training import HiResLmmCollator
-from hires_lmm.training.data.cognition import CodebookTask, CognitionTransform, PixelTask, with_cognition
-from hires_lmm.training.data.cognition_answers import (
+from hires_lmm.training.data.cognition import (
+    CodebookTask,
+    CognitionTransform,
+    PixelTask,
+    Place,
+    find_places,
+    insert_pair,
+    with_cognition,
+)
+from hires_lmm.training.data.cognition_tasks import (
+    CODE_TEMPLATES,
+    PIXEL_TEMPLATES,
     read_codes,
     read_pixels,
+    region_colours,
     write_codes,
     write_pixels,
 )
-from hires_lmm.training.data.cognition_places import Place, find_places, insert_pair
-from hires_lmm.training.data.cognition_tasks import region_colours
-from hires_lmm.training.data.cognition_templates import CODE_TEMPLATES, PIXEL_TEMPLATES
 
 
 PALETTE = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 0], [0, 0, 0]])

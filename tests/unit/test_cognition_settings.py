@@ -8,8 +8,14 @@ import pytest
 from builders.tiny import random_image
 from builders.training import conversation
 from hires_lmm.training import get_plan
-from hires_lmm.training.data.cognition import CodebookTask, CognitionTransform, PixelTask, cache_codes
-from hires_lmm.training.data.cognition_settings import TASK_KEYS, build_cognition
+from hires_lmm.training.data.cognition import (
+    TASK_KEYS,
+    CodebookTask,
+    CognitionTransform,
+    PixelTask,
+    build_cognition,
+    cache_codes,
+)
 
 
 class Levels:
@@ -60,7 +66,7 @@ def test_a_model_is_loaded_by_name(monkeypatch):
         asked.update(kwargs, name=name)
         return Levels()
 
-    monkeypatch.setattr("hires_lmm.training.data.cognition_settings.load_quantiser", load)
+    monkeypatch.setattr("hires_lmm.training.data.cognition.load_quantiser", load)
     values = {"rate": 1, "model": "vq", "image_size": 64, "subfolder": "vqvae", "block": None}
     transform = build_cognition({"codebook": values})
     assert asked == {"name": "vq", "image_size": 64, "subfolder": "vqvae"}

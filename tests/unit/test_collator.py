@@ -172,7 +172,7 @@ def test_the_cache_goes_on_where_it_stopped_and_refuses_another_tower(tmp_path):
     store = cache_vision_features(model, processor, [*images, images[0]], tmp_path)
     assert len(store) == 3 and (tmp_path / "shard-00000.safetensors").stat().st_mtime_ns == before
     other, _ = slime_parts(seed=1)
-    with pytest.raises(ValueError, match="was made with tower="):
+    with pytest.raises(ValueError, match="was made with towers="):
         cache_vision_features(other, processor, images, tmp_path)
     processor.image_processor.max_crops = 2
     with pytest.raises(ValueError, match="was made with max_crops=4, now it is 2; write it anew"):

@@ -4,7 +4,8 @@ import random
 
 import pytest
 
-from hires_lmm.processing.geometry_hires_lmm import KINDS, Grid, ViewShape
+from hires_lmm.modeling.layout_hires_lmm import HiResLmmLayout, token_plan
+from hires_lmm.processing.geometry_hires_lmm import KINDS, Grid, Kind, ViewShape
 from hires_lmm.processing.sequence_hires_lmm import PLACES, Arrangement, LayoutOptions, Run, split_budget
 
 
@@ -93,6 +94,15 @@ def test_crops_are_stitched_by_their_place():
         sequence(image(1, 2, [FULL, FULL, (0, 1, 0, 2)]))
 
 
+def test_strided_views_are_interleaved():
+    """Two views of 1 x 2 tokens, each of every second column: neighbours come from different views."""
+    views = [ViewShape(2, 1, 2, 0, col, 2, 2, 0, 2, 0, 2) for col in (1, 0)]
+    found = sequence(views, {2: Grid(2, 2)}, order=["strided"], separators={"end": {"place": "token_row_end"}})
+    assert found == ["1.0.0", "0.0.0", "1.0.1", "0.0.1", "end", "1.1.0", "0.1.0", "1.1.1", "0.1.1", "end"]
+    with pytest.raises(ValueError, match=r'cannot be interleaved; use layout\.crop_order="views"'):
+        sequence([views[0], views[1]._replace(right=1)], {2: Grid(2, 2)}, order=["strided"])
+
+
 def test_grids_round_spans_outwards_and_follow_the_size_of_a_view():
     view = ViewShape(1, 1, 1, 0, 0, 24, 24, 1, 5, 3, 4)
     assert Grid(12, 12, (2, 2)).cells(view) == Grid(12, 12, None).cells(view) == (0, 3, 1, 2)
@@ -176,7 +186,8 @@ def lay_out(views: dict, order: list, is_raster: bool, separators: list) -> list
             bands.setdefault(view[0][0], []).append(view)
         if not bands:
             continue
-        if kind == "crops" and is_raster:
+        in_grid = kind in ("crops", "strided")
+        if in_grid and is_raster:
             if blocks:
                 put("between_views")
             blocks += 1
@@ -191,7 +202,7 @@ def lay_out(views: dict, order: list, is_raster: bool, separators: list) -> list
             continue
         for which, band in enumerate(bands.values()):
             for place, (_, (rows, cols)) in enumerate(band):
-                if kind == "crops" and (place or which):
+                if in_grid and (place or which):
                     put("crop_column" if place else "between_crop_rows", kind)
                 if kind == "frames" and (which or place):
                     put("between_frames", kind)
@@ -205,7 +216,7 @@ def lay_out(views: dict, order: list, is_raster: bool, separators: list) -> list
                     words.extend([kind] * cols)
                     put("token_row_end", kind)
                 put("view_end", kind)
-            if kind == "crops":
+            if in_grid:
                 put("crop_row_end", kind)
     put("image_end")
     return words
@@ -220,23 +231,29 @@ def test_random_layouts_equal_the_walk_and_are_counted_right(seed):
         (f"s{number}", draw.choice(places), draw.sample(list(KINDS), draw.randint(1, 5)), draw.randint(1, 3))
         for number in range(draw.randint(0, 6))
     ]
-    order = draw.sample(["global", "crops", "frames"], 3)
+    order = draw.sample(["global", "crops", "frames", "strided"], 4)
     rows, cols = ([draw.randint(1, 5) for _ in range(draw.randint(1, 4))] for _ in range(2))
     views = {
         "global": [((0, 0), (draw.randint(1, 5), draw.randint(1, 5)))],
         "crops": [((r, c), (rows[r], cols[c])) for r in range(len(rows)) for c in range(len(cols))],
-        "frames": [((n, 0), (3, 2)) for n in range(draw.randint(0, 4))],
+        "frames": [((n, 0), (draw.randint(1, 5), draw.randint(1, 5))) for n in range(draw.randint(0, 4))],
+        "strided": [((r, c), (rows[0], cols[0])) for r in range(len(rows)) for c in range(len(cols))],
     }
     if draw.random() < 0.2:
         views["crops"] = []
-    shapes = [
-        ViewShape(int(KINDS[kind]), len(rows), len(cols), *place, *size, 0, size[0], 0, size[1])
-        for kind, own in views.items()
-        for place, size in own
-    ]
+    shapes = []
+    for kind, own in views.items():  # views have more patches than enter, each another number
+        for place, (high, wide) in own:
+            top, left = draw.randint(0, 2), draw.randint(0, 2)
+            if is_raster and kind in ("crops", "strided"):
+                top = left = 0
+            patches = (top + high + draw.randint(0, 2), left + wide + draw.randint(0, 2))
+            span = (top, top + high, left, left + wide)
+            shapes.append(ViewShape(int(KINDS[kind]), len(rows), len(cols), *place, *patches, *span))
     values = {name: {"place": place, "on": on, "value": [7] * number} for name, place, on, number in separators}
     options = LayoutOptions(order=order, crop_order="raster" if is_raster else "views", separators=values)
-    arrangement = Arrangement(options, {int(KINDS[kind]): Grid(9, 9) for kind in order})
+    grids = {int(KINDS[kind]): Grid(9, 9) for kind in order}
+    arrangement = Arrangement(options, grids)
     names = {int(number): name for name, number in KINDS.items()}
     found = []
     for piece in arrangement.walk(shapes):
@@ -249,3 +266,21 @@ def test_random_layouts_equal_the_walk_and_are_counted_right(seed):
     counts = arrangement.count(shapes)
     assert sum(counts.values()) == len(wanted)
     assert all(counts[int(KINDS[kind])] == wanted.count(kind) for kind in order)
+    groups = tuple((kind, (9, 9), (len(views[names[kind]]), 81)) for kind in grids)
+    layout = HiResLmmLayout(options, grids, (), 1)
+    plan = token_plan(((0, tuple(map(tuple, shapes)), 0),), groups, layout.spec, "cpu")
+    assert [names.get(kind, "mark") for kind in plan.kind.tolist()] == [w if w in KINDS else "mark" for w in wanted]
+    first = {kind: next((n for n, shape in enumerate(shapes) if shape.kind == kind), 0) for kind in grids}
+    bank, start = {}, 0
+    for kind, _, (number, size) in groups:
+        bank[kind], start = start, start + number * size
+    for at, kind, view, (row, col) in zip(
+        *(part.tolist() for part in (plan.index, plan.kind, plan.view, plan.cell)), strict=True
+    ):
+        assert kind == Kind.SEPARATOR or at == bank[kind] + 81 * (view - first[kind]) + 9 * row + col
+    places = [
+        (row * len(rows) + shapes[view].row, col * len(cols) + shapes[view].col)
+        for kind, view, (row, col) in zip(*(part.tolist() for part in (plan.kind, plan.view, plan.cell)), strict=True)
+        if kind == Kind.STRIDED
+    ]
+    assert not is_raster or places == sorted(places)

@@ -10,12 +10,12 @@ from builders.tiny import random_image, tiny_processor
 from builders.training import slime_config
 from hires_lmm.training import HiResLmmCollator
 from hires_lmm.training.data.conversations import LlavaConversations
-from hires_lmm.training.data.smr import build_smr
-from hires_lmm.training.data.smr_sources import (
+from hires_lmm.training.data.smr import (
     DESCRIBE,
     OPTION_LETTER,
     SHORT_ANSWER,
     SMR_SOURCES,
+    build_smr,
     letter_of,
     with_options,
 )

@@ -92,6 +92,10 @@ def test_dict_round_trip(layout):
         ({"patch_grid": [4.0, 4]}, "patch_grid=[4.0, 4]"),
         ({"grids": {"crop": {"rows": 1, "cols": 1}}}, "grids={'crop'"),
         ({"grids": {"crops": {"rows": 1}}}, "cols"),
+        (
+            {"grids": {"crops": {"rows": 2, "cols": 2}}},
+            "2x2 tokens, but views of 4x4 patches with stride=(1, 1) have 4x4",
+        ),
         ({"layout": {"crop_order": "rows"}}, "crop_order"),
         ({"layout": {"row_end": "learned"}}, "row_end"),
         ({"own_tokens": 0}, "own_tokens=0"),

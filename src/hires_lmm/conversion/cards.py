@@ -177,6 +177,7 @@ def write_card(
         "view_ops": listed(connector.view_ops),
         "adapter": f"`{connector.adapter}`",
         "token_ops": listed(connector.token_ops),
+        "layer_ops": listed(connector.layer_ops),
         "choices": describe_choices(folder),
         "unsupported": unsupported(config),
         "code_hash": code_hash(folder),

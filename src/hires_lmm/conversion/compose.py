@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
+from ..modeling.configuration_hires_lmm import PRESETS
 from ..modeling.connector_hires_lmm import HiResLmmConnector
+from ..processing.sequence_hires_lmm import LayoutOptions
 from .configs import common_dtype
 from .errors import ConversionError, readable
 from .hub import is_repository, resolve_folder
@@ -23,11 +25,15 @@ SEED = 0
 VISION = "vision."
 """Put before the names of the tower, so that both models fit into one table."""
 
+EXTRA = "extra_towers."
+"""The same for the extra towers, with the name of each behind it."""
+
 RULES: list[Rule] = [
     Unused("model.layers.{}.self_attn.rotary_emb.inv_freq"),
     Rename("model.**", "model.language_model.**"),
     Rename("lm_head.weight", "lm_head.weight"),
     Rename(f"{VISION}**", "model.vision_tower.**"),
+    Rename(f"{EXTRA}**", "model.extra_towers.**"),
 ]
 
 
@@ -40,6 +46,7 @@ def compose(
     chat_template: str | None = None,
     progress: Progress | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    extra_towers: dict[str, str] | None = None,
     **changes: Any,
 ) -> dict:
     """Make an untrained model from two pretrained ones, ready for its first stage of training.
@@ -54,6 +61,9 @@ def compose(
             if it reads images, else the one its special tokens belong to.
         progress (`Callable`, *optional*): Called with tensors done, tensors in all and a description.
         max_shard_bytes (`int`): Most bytes of tensors in one file.
+        extra_towers (`dict[str, str]`, *optional*): Name -> folder or Hub repository of further towers (CLIP, SigLIP,
+            ConvNeXt). The tokens of one enter the sequence behind the others, unless `changes` has a `layout` or
+            `map_ops` in `connector_config`.
         changes: Fields of `HiResLmmConfig` that replace those of the preset.
 
     Returns:
@@ -62,13 +72,17 @@ def compose(
     Raises:
         ConversionError: If the two are not what they should be or do not fit the preset.
     """
-    read = partial(read_pair, str(vision), str(text), preset, chat_template, changes)
+    towers = {name: str(source) for name, source in (extra_towers or {}).items()}
+    read = partial(read_pair, str(vision), str(text), preset, chat_template, changes, towers)
     return convert(read, destination, dtype, progress, max_shard_bytes)
 
 
-def read_pair(vision: str, text: str, preset: str, chat_template: str | None, changes: dict) -> Source:
-    """Read a vision tower and a language model."""
+def read_pair(
+    vision: str, text: str, preset: str, chat_template: str | None, changes: dict, extra_towers: dict[str, str]
+) -> Source:
+    """Read vision towers and a language model."""
     tower, language = resolve_folder(vision, "The vision tower"), resolve_folder(text, "The language model")
+    extra = {name: resolve_folder(source, f"The extra tower {name!r}") for name, source in extra_towers.items()}
     vision_config = tower_config(read_json(tower / "config.json"), tower.name)
     with readable("The language model"):
         text_config = AutoConfig.from_pretrained(language, trust_remote_code=False)
@@ -78,17 +92,21 @@ def read_pair(vision: str, text: str, preset: str, chat_template: str | None, ch
     if tokenizer is None:
         raise ConversionError(f"{language.name} has no tokenizer; a new model needs one.")
     words = folder_entries(language)
+    seen = {VISION + key: entry for key, entry in tower_entries(tower).items()}
+    for name, folder in extra.items():
+        seen |= {f"{EXTRA}{name}.{key}": entry for key, entry in tower_entries(folder).items()}
+    configs = {name: tower_config(read_json(folder / "config.json"), folder.name) for name, folder in extra.items()}
     is_tied = text_config.tie_word_embeddings or changes.get("tie_word_embeddings", False)
     return Source(
         format="compose",
         name=f"{tower.name} + {language.name}",
         summary=f"An untrained model of the preset `{preset}`: a pretrained vision tower and a pretrained language "
         "model with a new connector between them, ready for the first stage of training.",
-        entries={**words, **{VISION + key: entry for key, entry in tower_entries(tower).items()}},
+        entries={**words, **seen},
         rules=[Unused("lm_head.weight"), *RULES] if is_tied else RULES,
         vision_config=vision_config,
         text_config=text_config,
-        settings=changes,
+        settings=with_extra_towers(changes, configs, preset),
         preset=preset,
         dtype=common_dtype(words, text_config.dtype),
         one_dtype=True,
@@ -99,11 +117,30 @@ def read_pair(vision: str, text: str, preset: str, chat_template: str | None, ch
         new_tensors=new_connector,
         bases=[
             {"part": part, "name": name}
-            for part, name in (("vision tower", vision), ("language model", text))
+            for part, name in (
+                ("vision tower", vision),
+                *((f"extra tower {name}", source) for name, source in extra_towers.items()),
+                ("language model", text),
+            )
             if is_repository(name)
         ],
         report={"preset": preset},
     )
+
+
+def with_extra_towers(changes: dict, configs: dict[str, Any], preset: str) -> dict:
+    """The changes of a preset with extra towers, whose tokens enter where nothing else is said."""
+    connector = changes.get("connector_config") or {}
+    others = [name for name in configs if name not in PRESETS.get(preset, {}).get("extra_towers", {})]
+    if not configs:
+        return changes
+    if others and not {"layout", "map_ops"} & set(connector):
+        layout = PRESETS.get(preset, {}).get("connector_config", {}).get("layout", {})
+        order = layout.get("order", LayoutOptions().order)
+        connector = {**connector, "layout": {**layout, "order": [*order, "detail"]}}
+    adapters = {**{name: {"part": "mlp"} for name in others}, **(connector.get("tower_adapters") or {})}
+    towers = {name: config.to_dict() for name, config in configs.items()}
+    return {**changes, "extra_towers": towers, "connector_config": {**connector, "tower_adapters": adapters}}
 
 
 def new_connector(config: Any) -> Entries:

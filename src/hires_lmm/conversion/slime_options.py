@@ -239,5 +239,6 @@ def _plain(connector: Any) -> dict[str, Any]:
         "view_ops": [options(op) for op in chain.view_ops],
         "adapter": options(chain.adapter),
         "token_ops": [options(op) for op in chain.token_ops],
+        "layer_ops": [options(op) for op in chain.layer_ops],
         "layout": vars(chain.layout),
     }

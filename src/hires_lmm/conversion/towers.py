@@ -26,8 +26,9 @@ KNOWN_TOWERS = {
 """Sizes of the tower that every published SliME model uses, so that a full checkpoint converts without a network."""
 
 COMPOSITES = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
-_UNREAD = ("embeddings.position_ids", "head.")
-"""Beginnings of names that no model of ours has: a buffer, and SigLIP's pooling head."""
+CONVOLUTIONAL = ("convnext", "convnextv2")
+_UNREAD = ("embeddings.position_ids", "head.", "classifier.")
+"""Beginnings of names that no model of ours has: a buffer, SigLIP's pooling head, ConvNeXt's classifier."""
 
 
 def tower_config(values: dict, name: str) -> Any:
@@ -37,20 +38,22 @@ def tower_config(values: dict, name: str) -> Any:
         projection = {key: values[key] for key in ("projection_dim",) if key in values and model_type == "clip"}
         model_type = COMPOSITES[model_type]
         values = {**projection, **(values.get("vision_config") or {})}
-    if model_type not in COMPOSITES.values():
-        known = ", ".join([*COMPOSITES.values(), *COMPOSITES])
+    if model_type not in (*COMPOSITES.values(), *CONVOLUTIONAL):
+        known = ", ".join([*COMPOSITES.values(), *COMPOSITES, *CONVOLUTIONAL])
         raise ConversionError(f"{name} describes a model of type {model_type!r}; vision towers can be: {known}.")
     with readable(f"The vision tower's configuration in {name}"):
         return AutoConfig.for_model(model_type, **known_fields(values, model_type, "vision_use_head"))
 
 
 def tower_entries(folder: Path) -> Entries:
-    """The weights of a tower, named as in the tower alone; a model of image and text loses its text side."""
+    """The weights of a tower, named as in the tower alone; what else a model has, text or classes, is left out."""
     entries = folder_entries(folder)
+    for name in CONVOLUTIONAL:
+        entries = {key.removeprefix(f"{name}."): entry for key, entry in entries.items()}
     inside = {key.removeprefix("vision_model."): entry for key, entry in entries.items() if key.startswith("vision_")}
     inside = {key: entry for key, entry in inside.items() if f"vision_model.{key}" in entries}
     found = {key: entry for key, entry in (inside or entries).items() if not key.startswith(_UNREAD)}
-    if "embeddings.patch_embedding.weight" not in found:
+    if not {"embeddings.patch_embedding.weight", "embeddings.patch_embeddings.weight"} & set(found):
         raise ConversionError(f"{folder.name} holds no vision tower: it has no embeddings.patch_embedding.weight.")
     return found
 

@@ -10,7 +10,8 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 
 from .attention_hires_lmm import HiResLmmQueryFormer, square_side
-from .bases_hires_lmm import HiResLmmAdapter, PartContext
+from .bases_hires_lmm import HiResLmmAdapter, PartContext, Traits
+from .carriers_hires_lmm import ViewGroup
 from .geometry_hires_lmm import KINDS, Grid
 from .noise_hires_lmm import HiResLmmNoise
 
@@ -232,6 +233,21 @@ class HiResLmmMixtureAdapter(HiResLmmAdapter):
         forced_expert: Literal["mlp", "query_former"] | None = None
         num_heads: int | None = None
 
+    @classmethod
+    def describe(cls, options: Any, context: PartContext) -> Traits:
+        """As other adapters; the released gate never reads its second table.
+
+        Raises:
+            ValueError: If there is nothing to mix, as in an extra tower.
+        """
+        if not context.keys(options.mix_on):
+            raise ValueError(
+                f"The adapter 'mixture' mixes on {options.mix_on!r} views of the main tower, and there are none here; "
+                "use another adapter, for an extra tower in tower_adapters, such as mlp."
+            )
+        untrained = ("gate.noise_weight",) if options.gate == "release" else ()
+        return replace(super().describe(options, context), untrained=untrained)
+
     def __init__(self, context: PartContext, options: Options):
         super().__init__(context, options)
         self.mix_on = KINDS[options.mix_on]
@@ -243,12 +259,18 @@ class HiResLmmMixtureAdapter(HiResLmmAdapter):
         )
         self.gate = HiResLmmGate(context.width, options.gate)
 
-    def forward(self, features: torch.Tensor, kind: int) -> torch.Tensor:
+    def adapt(self, group: ViewGroup) -> ViewGroup:
+        """Adapt one group; `aux["gates"]` holds the weights of the experts `(V, L, 2)` where they are mixed."""
+        aux: dict[str, torch.Tensor] = {}
+        return replace(group, features=self(group.features, group.kind, aux), aux=aux)
+
+    def forward(self, features: torch.Tensor, kind: int, aux: dict | None = None) -> torch.Tensor:
         """Adapt the views of one kind.
 
         Args:
             features (`torch.Tensor` of shape `(V, L, C)`): Features of the views of one kind.
             kind (`int`): See `Kind`.
+            aux (`dict`, *optional*): Takes the weights of the experts.
 
         Returns:
             `(V, L, D)`.
@@ -258,5 +280,8 @@ class HiResLmmMixtureAdapter(HiResLmmAdapter):
         queried = self.mlp(self.query_former(features))
         if self.forced_expert == "query_former":
             return queried
-        gates = self.gate(features).to(queried.dtype)
+        gates = self.gate(features)
+        if aux is not None:
+            aux["gates"] = gates
+        gates = gates.to(queried.dtype)
         return self.mlp(features) * gates[..., :1] + queried * gates[..., 1:]

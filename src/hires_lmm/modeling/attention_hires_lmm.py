@@ -116,9 +116,9 @@ class HiResLmmCrossAttention(nn.Module):
         The layers run once however many rows there are, as processes that share weights need it.
         """
         states = (self.q_proj(queries), self.k_proj(keys), self.v_proj(values))
-        heads = [each.unflatten(-1, (self.num_heads, self.head_width)) for each in states]
+        query, key, value = (each.unflatten(-1, (self.num_heads, self.head_width)) for each in states)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        return self.o_proj(attend_by_count(self, attend, *heads, counts))
+        return self.o_proj(attend_by_count(self, attend, query, key, value, counts))
 
 
 def default_num_heads(width: int) -> int:

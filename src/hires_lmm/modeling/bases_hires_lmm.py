@@ -1,14 +1,15 @@
 """The base class of each slot: what a part says of itself before it is built, and what it does."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from huggingface_hub.dataclasses import strict
 from torch import nn
 
 from .carriers_hires_lmm import Question, ViewFeatures, ViewGroup, VisualTokens
-from .geometry_hires_lmm import MAIN_TOWER, Grid, kinds_on
+from .geometry_hires_lmm import KINDS, MAIN_TOWER, Grid, Kind, kinds_on
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class PartContext:
         patch_grid (`tuple[int, int]`): Patch rows and columns of a view of the tower's own size.
         vocab_size (`int`): Token ids of the language model.
         tower_widths (`dict[str, int]`): Widths of the extra towers by name.
+        depths (`dict[str, int]`): Layers of `language_model` and `vision_tower`.
+        layers (`tuple[int, ...]`): Layers that a layer op runs behind.
     """
 
     config: Any
@@ -50,26 +53,30 @@ class PartContext:
     patch_grid: tuple[int, int]
     vocab_size: int = 0
     tower_widths: dict[str, int] = field(default_factory=dict)
+    depths: dict[str, int] = field(default_factory=dict)
+    layers: tuple[int, ...] = ()
 
     def keys(self, on: Any) -> list[tuple[int, str]]:
         """The groups of the main tower that an option `on` names."""
         return [key for key in self.grids if key[0] in kinds_on(on) and key[1] == MAIN_TOWER]
 
-    def grid(self, on: Any, tower: str = MAIN_TOWER) -> Grid:
-        """The one token grid of the views that `on` names.
+    def grid(self, on: Any) -> Grid:
+        """The one token grid of the views that `on` names, of the main tower; of an extra one where that is alone.
 
         Raises:
             ValueError: If there is none, or if they differ.
         """
-        found = {
-            (grid.rows, grid.cols) for key, grid in self.grids.items() if key[0] in kinds_on(on) and key[1] == tower
-        }
-        if len(found) != 1:
+        towers = dict.fromkeys(tower for _, tower in self.grids)
+        tower = MAIN_TOWER if MAIN_TOWER in towers or not towers else next(iter(towers))
+        grids = {key: grid for key, grid in self.grids.items() if key[0] in kinds_on(on) and key[1] == tower}
+        sizes = {grid.size for grid in grids.values()}
+        if len(sizes) != 1:
+            here = ", ".join(f"{Kind(kind).name.lower()} of {own}" for kind, own in self.grids)
             raise ValueError(
-                f"on={on!r} needs views of one token grid, but these have {sorted(found) or 'none'}; give each kind "
-                "of views a part of its own, or move the part."
+                f"on={on!r} needs views of one token grid, but there are {sorted(sizes) or 'none'} (here: "
+                f"{here or 'no views'}); give each kind of views a part of its own, or move the part."
             )
-        return next(grid for key, grid in self.grids.items() if key[0] in kinds_on(on) and key[1] == tower)
+        return next(iter(grids.values()))
 
 
 @dataclass(frozen=True)
@@ -89,6 +96,7 @@ class Traits:
         budget_on (`str` or `list[str]`, *optional*): Views whose tokens the part drops or saves under a budget, or
             `"own"`; None = it does not consume the budget.
         needs (`Needs`): What the tower computes for it.
+        untrained (`tuple[str, ...]`): Its parameters, or modules of it, that no loss reaches: they are frozen.
     """
 
     grids: dict[tuple[int, str], Grid]
@@ -100,6 +108,7 @@ class Traits:
     later_tokens: int | None = None
     budget_on: Any = None
     needs: Needs = field(default_factory=Needs)
+    untrained: tuple[str, ...] = ()
 
 
 def follow_grid(group: ViewGroup, grid: Grid) -> dict[str, torch.Tensor]:
@@ -121,6 +130,11 @@ class HiResLmmPart(nn.Module):
     """
 
     traits: Traits
+
+    def untrained_parameters(self) -> list[nn.Parameter]:
+        """The parameters that no loss reaches."""
+        heads = tuple(f"{name}." for name in self.traits.untrained)
+        return [parameter for name, parameter in self.named_parameters() if f"{name}.".startswith(heads)]
 
     @dataclass(frozen=True)
     class Options:
@@ -219,6 +233,210 @@ class HiResLmmTokenOp(HiResLmmPart):
         raise NotImplementedError
 
 
+@dataclass
+class LayerCall:
+    """What a layer op of the language model sees beside the hidden states `(B, m, D)`: the tokens still there.
+
+    Args:
+        slots (`torch.Tensor` of shape `(B, m)`): Place of each in the conversation, rising along a row.
+        real (`torch.Tensor` of shape `(B, m)`): False at padding.
+        visual (`torch.Tensor` of shape `(B, m)`): True at visual tokens.
+        last (`torch.Tensor` of shape `(B,)`): Position of the last token of the prompt; drafts and answers follow it.
+        token (`torch.Tensor` of shape `(B, m)`): Row of each visual token in `tokens`; -1 elsewhere, and where image
+            features came without their geometry.
+        tokens (`VisualTokens`, *optional*): View, cell and scores of each, on the CPU.
+        attention (`LayerAttention`, *optional*): The attention of the layer, where the op sets `reads_attention`; None
+            in conversations without images.
+        is_prefill (`bool`): Whether the call holds images; elsewhere nothing may leave.
+        training (`bool`): Whether the model is in training.
+        aux (`dict[str, torch.Tensor]`): Takes tensors for losses and logs; they come out as `outputs.aux`.
+    """
+
+    slots: torch.Tensor
+    real: torch.Tensor
+    visual: torch.Tensor
+    last: torch.Tensor
+    token: torch.Tensor
+    tokens: VisualTokens | None
+    attention: Any
+    is_prefill: bool
+    training: bool
+    aux: dict
+
+    @property
+    def text(self) -> torch.Tensor:
+        """True at tokens that are neither visual nor padding."""
+        return self.real & ~self.visual
+
+    @property
+    def prompt(self) -> torch.Tensor:
+        """True at tokens up to the last one of the prompt: not at answers and drafts, which nobody may read."""
+        places = torch.arange(self.real.shape[1], device=self.real.device)
+        return self.real & (places <= self.last[:, None])
+
+
+@dataclass
+class TowerCall:
+    """What a layer op of the vision tower sees beside the hidden states `(V, prefix + L, C)` of whole images.
+
+    Args:
+        images (`list[ImageGeometry]`): The images; `first_view` is the row of an image's first view in the states.
+        grid (`tuple[int, int]`): Patch rows and columns of a view.
+        prefix (`int`): Tokens before the patches.
+        training (`bool`): Whether the model is in training.
+    """
+
+    images: list
+    grid: tuple[int, int]
+    prefix: int
+    training: bool
+
+
+class HiResLmmLayerOp(HiResLmmPart):
+    """Base of layer operations, which run behind chosen layers of the language model or of the vision tower.
+
+    `Options` of a subclass extend these. `reads_attention` asks for the attention of the layer, `masks_attention` has
+    `see` called before it.
+    """
+
+    reads_attention = False
+    masks_attention = False
+
+    @strict
+    @dataclass
+    class Options:
+        """Options of every layer op.
+
+        Args:
+            of (`str`): `"language_model"` or `"vision_tower"`.
+            layers (`int`, `list[int]` or `"all"`): Layers that it runs behind, from 0.
+        """
+
+        of: Literal["language_model", "vision_tower"] = "language_model"
+        layers: int | list | str = "all"
+
+    def __init__(self, context: PartContext, options: Any):
+        super().__init__(context, options)
+        self.layers = context.layers
+
+    def forward(self, layer: int, hidden: torch.Tensor, call: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Run behind a layer.
+
+        Args:
+            layer (`int`): Its number.
+            hidden (`torch.Tensor`): What it made.
+            call (`LayerCall` or `TowerCall`): What belongs to it.
+
+        Returns:
+            Hidden states of the same shape, and None or, in the language model, `(B, m)`: bool, False where a visual
+            token leaves; or in training floats, by which later layers weigh the token as a key.
+        """
+        raise NotImplementedError
+
+    def see(self, layer: int, seen: torch.Tensor, call: LayerCall) -> torch.Tensor:
+        """Change which tokens of a call with images see which, in a layer of the language model.
+
+        Args:
+            layer (`int`): The layer that is about to run.
+            seen (`torch.Tensor` of shape `(B, 1, m, m)`): True where a query (third dimension) sees a key.
+            call (`LayerCall`): What belongs to it, without attention.
+
+        Returns:
+            The same, or one `(B, heads, m, m)`.
+        """
+        raise NotImplementedError
+
+
+@dataclass
+class RowTokens:
+    """The tokens of each row as the language model has them, from its beginning: cached ones, then those of the call.
+
+    Args:
+        real (`torch.Tensor` of shape `(B, n)`): False at padding.
+        image (`torch.Tensor` of shape `(B, n)`): Number of its image in the row, from 0; -1 at text and padding.
+        view (`torch.Tensor` of shape `(B, n)`): Number of its view in the image, from 0; -1 at text and separators.
+        kind (`torch.Tensor` of shape `(B, n)`): See `Kind`; -1 at text and separators.
+        num_cached (`int`): Tokens before the call.
+        has_images (`bool`): Whether the call holds visual tokens.
+    """
+
+    real: torch.Tensor
+    image: torch.Tensor
+    view: torch.Tensor
+    kind: torch.Tensor
+    num_cached: int = 0
+    has_images: bool = False
+
+    @property
+    def number(self) -> torch.Tensor:
+        """Number of each token in its row, padding not counted: `(B, n)`."""
+        return (self.real.long().cumsum(dim=1) - 1).clamp(min=0)
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "RowTokens":
+        """Change each tensor."""
+        real, image, view, kind = map(function, (self.real, self.image, self.view, self.kind))
+        return replace(self, real=real, image=image, view=view, kind=kind)
+
+
+class HiResLmmPositionPlan(HiResLmmPart):
+    """Base of position plans, which say where tokens stand for the language model and what they see."""
+
+    def forward(self, tokens: RowTokens) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Place tokens; asked in every call, while decoding too, always from the beginning of the rows.
+
+        Args:
+            tokens (`RowTokens`): What there is.
+
+        Returns:
+            Positions `(B, n)`, which may have fractions; and, where a token does not see just itself and all before
+            it, `(B, n - num_cached, n)`: True where a token of the call (row) sees a token (column), else None.
+        """
+        raise NotImplementedError
+
+
+class HiResLmmHead(HiResLmmPart):
+    """Base of heads, which read the last hidden states at a token and have a loss of their own.
+
+    `Options` of a subclass extend these.
+    """
+
+    @strict
+    @dataclass
+    class Options:
+        """Options of every head.
+
+        Args:
+            token_id (`int`): Token whose hidden states it reads.
+            weight (`float`): Of its loss beside the language loss.
+        """
+
+        token_id: int
+        weight: float | int = 1.0
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Read hidden states `(N, D)`, one an occurrence of the token; N may be 0. Gives `(N, ...)`."""
+        raise NotImplementedError
+
+    def loss(self, output: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The loss of an output `(N, ...)` against the caller's labels `(N, ...)`: one number; N is at least 1."""
+        raise NotImplementedError
+
+
+def layers_behind(options: Any, depth: int) -> tuple[int, ...]:
+    """The layers that a layer op names.
+
+    Raises:
+        ValueError: If there is no such layer.
+    """
+    named = options.layers
+    layers = range(depth) if named == "all" else [named] if isinstance(named, int) else named
+    if not layers or any(isinstance(n, bool) or not isinstance(n, int) or not 0 <= n < depth for n in layers):
+        raise ValueError(
+            f'layers={named!r} of a layer op: name layers of {options.of} from 0 to {depth - 1}, or "all".'
+        )
+    return tuple(layers)
+
+
 def entering(grids: Mapping[tuple[int, str], Grid]) -> dict[int, Grid]:
     """The token grids by kind.
 
@@ -228,6 +446,10 @@ def entering(grids: Mapping[tuple[int, str], Grid]) -> dict[int, Grid]:
     found: dict[int, Grid] = {}
     for (kind, tower), grid in grids.items():
         if kind in found:
-            raise ValueError(f"Views of kind {kind} come from two towers ({tower} is one); let a part join them.")
+            name = next(name for name, number in KINDS.items() if number == kind)
+            raise ValueError(
+                f"Tokens of the views {name!r} come from two towers, {tower!r} and another; the sequence takes those "
+                "of one. Let a map op join them, or leave one of the towers to a map op that reads it."
+            )
         found[kind] = grid
     return found

@@ -1,12 +1,12 @@
 """Blocks of queries: which ones a conversation asks for, and what was read of it before."""
 
 from itertools import pairwise
-from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from typing import Any, NamedTuple, cast
 
 import torch
 
 from .carriers_hires_lmm import Question
+from .conversation_hires_lmm import Conversation, Record
 from .inputs_hires_lmm import copy_to_host
 
 
@@ -22,77 +22,92 @@ class Block(NamedTuple):
 
 
 class Prefix(NamedTuple):
-    """What the transformer has read of a conversation; never changed, so it may be shared.
+    """What the transformer has read of a conversation; never changed, so copies share it.
 
     Args:
-        blocks (`tuple[Block]`): The blocks, in order.
-        states (`tuple[torch.Tensor]`): States `(n_t, C)` of the slots of each block.
-        ends (`tuple[int]`): Positions read before the first block (the visual tokens) and at the end of each block.
-        layers (`tuple[tuple[torch.Tensor, torch.Tensor]]`): Keys and values `(1, H, ends[-1], C / H)` a layer.
+        visual (`torch.Tensor` of shape `(n, C)`): The visual tokens.
+        blocks (`tuple[Block]`): The blocks behind them, in order.
+        layers (`tuple[tuple[torch.Tensor, torch.Tensor]]`): Keys and values `(1, H, length, C / H)` a layer; empty
+            where they were not kept, as in training.
     """
 
-    blocks: tuple[Block, ...]
-    states: tuple[torch.Tensor, ...]
-    ends: tuple[int, ...]
-    layers: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+    visual: torch.Tensor
+    blocks: tuple[Block, ...] = ()
+    layers: tuple[tuple[torch.Tensor, torch.Tensor], ...] = ()
+
+    def __deepcopy__(self, memo: dict) -> "Prefix":
+        return self
+
+    @property
+    def length(self) -> int:
+        """Positions that the transformer has read."""
+        return len(self.visual) + sum(len(block.question) + block.num_slots for block in self.blocks)
 
     def cut(self, number: int) -> "Prefix":
         """The visual tokens and the first `number` blocks."""
-        if number == len(self.blocks):
-            return self
-        end = self.ends[number]
-        layers = tuple((keys[:, :, :end], values[:, :, :end]) for keys, values in self.layers)
-        return Prefix(self.blocks[:number], self.states[:number], self.ends[: number + 1], layers)
-
-    def shared(self, blocks: tuple[Block, ...]) -> "Prefix":
-        """What is common with another conversation on the same image; at least the visual tokens."""
-        pairs = list(zip(self.blocks, blocks, strict=False))
-        return self.cut(next((at for at, (own, other) in enumerate(pairs) if own != other), len(pairs)))
-
-    def extended(self, blocks: tuple[Block, ...], hidden: torch.Tensor, known: int, layers: tuple) -> "Prefix":
-        """The conversation with further blocks, whose states `hidden` holds from position `known` on."""
-        ends, states = list(self.ends), list(self.states)
-        for block in blocks:
-            ends.append(ends[-1] + len(block.question) + block.num_slots)
-            own = hidden[ends[-1] - block.num_slots - known : ends[-1] - known]
-            states.append(own.clone() if layers else own)
-        return Prefix((*self.blocks, *blocks), tuple(states), tuple(ends), layers)
+        cut = self._replace(blocks=self.blocks[:number])
+        layers = tuple((keys[:, :, : cut.length], values[:, :, : cut.length]) for keys, values in self.layers)
+        return cut._replace(layers=layers)
 
 
-class ImageMemory:
-    """What was read on one image, kept with its features for later calls that pass them again.
-
-    It holds the conversation that was read last, and every one that goes on in a language model cache which is still
-    alive. Entries are replaced and never changed, so threads may share it. A copy (`copy.deepcopy`, pickle) is empty.
+class Reading(Record):
+    """What fusion has read of the conversation of each row of the batch.
 
     Args:
-        keeps (`bool`): Whether anything is kept; False for features that no caller can pass again.
+        batch_size (`int`): Rows of the batch.
     """
 
-    def __init__(self, keeps: bool = True):
-        self.keeps = keeps
-        self.last: Prefix | None = None
-        self._by_cache: WeakKeyDictionary = WeakKeyDictionary()
+    def __init__(self, batch_size: int):
+        self.rows: list[Prefix | None] = [None] * batch_size
+        self.stops: list[list[int]] = [[] for _ in range(batch_size)]  # behind each block, as the cache counts
 
-    def __getstate__(self) -> dict:
-        return {"keeps": self.keeps}
+    @classmethod
+    def of(cls, conversation: Conversation) -> "Reading":
+        """The record of a conversation, made where it has none."""
+        return cast("Reading", conversation.records.setdefault("fusion", cls(conversation.batch_size)))
 
-    def __setstate__(self, state: dict) -> None:
-        self.__init__(**state)  # type: ignore[misc]
+    def select(self, rows: list[int]) -> None:
+        """Gather rows of the batch."""
+        self.rows, self.stops = [self.rows[row] for row in rows], [self.stops[row] for row in rows]
 
-    def of_cache(self, cache: Any) -> Prefix | None:
-        """The conversation that goes on in a language model cache."""
-        return None if cache is None else self._by_cache.get(cache)
+    def follow(self, cache: Any, length: int) -> None:
+        """Forget blocks that were cropped from the cache; what was read of the image stays."""
+        for row, stops in enumerate(self.stops):
+            if stops and stops[-1] > length:
+                self.stops[row] = [stop for stop in stops if stop <= length]
+                self.rows[row] = cast("Prefix", self.rows[row]).cut(len(self.stops[row]))
 
-    def remember(self, cache: Any, prefix: Prefix) -> None:
-        """Note which conversation a language model cache holds; without its states where these carry gradients."""
-        if self.keeps and cache is not None:
-            self._by_cache[cache] = prefix if prefix.layers else Prefix(prefix.blocks, (), (), ())
+    def pack(self, expand: torch.Tensor, past: int) -> None:
+        """Move the blocks of this call to their packed positions."""
+        self.stops = [
+            [stop if stop <= past else past + own[stop - past - 1] + 1 for stop in stops]
+            for own, stops in zip(expand.tolist(), self.stops, strict=True)
+        ]
 
-    def clear(self) -> None:
-        """Forget all conversations, which frees their keys and values."""
-        self.last = None
-        self._by_cache = WeakKeyDictionary()
+    def note(self, row: int, prefix: Prefix, stops: list[int]) -> None:
+        """Write down what a row has read now, and where the blocks that are new stop."""
+        self.rows[row], self.stops[row] = prefix, [*self.stops[row], *stops]
+
+
+class Asked(NamedTuple):
+    """What a call shows of the conversation about one image.
+
+    Args:
+        row (`int`): Row of the batch.
+        blocks (`tuple[Block]`): The blocks that it shows.
+        stops (`list[int]`): Positions of the call behind the placeholders of each.
+        known (`Prefix`, *optional*): What was read before, where the conversation goes on.
+    """
+
+    row: int
+    blocks: tuple[Block, ...]
+    stops: list[int]
+    known: Prefix | None = None
+
+    @property
+    def earlier(self) -> tuple[Block, ...]:
+        """The blocks before those shown."""
+        return () if self.known is None else self.known.blocks
 
 
 def find_runs(flags: list) -> list[tuple[int, int]]:
@@ -101,13 +116,14 @@ def find_runs(flags: list) -> list[tuple[int, int]]:
     return list(zip(edges[::2], edges[1::2], strict=True))
 
 
-def read_blocks(question: Question, reads: bool) -> list[list[tuple[Block, int]]]:
-    """The blocks of each image that a call shows, each with the position behind its run of placeholders."""
+def read_blocks(question: Question, reads: bool) -> list[Asked]:
+    """The blocks of each image that a call shows."""
     if reads and question.ids is None and question.asked is None:
         raise ValueError("fusion reads questions as ids, and inputs_embeds has none; pass input_ids.")
     wanted = [question.ids, question.turn, question.next_turn] if reads and question.asked is None else []
     asked = question.asked if reads else None
     rows, placeholder, asked, *texts = copy_to_host(question.image_row, question.placeholder, asked, *wanted)
+    reading = None if question.conversation is None else Reading.of(question.conversation)
     found = []
     for row in rows.tolist():
         runs = find_runs(placeholder[row].tolist())
@@ -118,7 +134,9 @@ def read_blocks(question: Question, reads: bool) -> list[list[tuple[Block, int]]
             questions = _own_questions(ids, turn, next_turn, runs)
         else:
             questions = [()] * len(runs)
-        found.append([(Block(ids, stop - at), stop) for ids, (at, stop) in zip(questions, runs, strict=True)])
+        blocks = tuple(Block(ids, stop - at) for ids, (at, stop) in zip(questions, runs, strict=True))
+        known = None if reading is None else reading.rows[row]
+        found.append(Asked(row, blocks, [stop for _, stop in runs], known))
     return found
 
 
@@ -144,7 +162,7 @@ def _foreign_questions(asked: list, num_runs: int, row: int, continues: bool) ->
 
 def stack_prefixes(prefixes: list[Prefix | None]) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], list[int]]:
     """Keys and values a layer of several conversations, padded in front to the longest, and their lengths."""
-    lengths = [prefix.ends[-1] if prefix else 0 for prefix in prefixes]
+    lengths = [prefix.length if prefix else 0 for prefix in prefixes]
     longest, layers = max(lengths), []
     for number, pair in enumerate(next(prefix for prefix in prefixes if prefix).layers):
         stacked = []
@@ -162,3 +180,9 @@ def cut_cache(cache: Any, row: int, start: int, stop: int) -> tuple[tuple[torch.
         (layer.keys[row : row + 1, :, start:stop].clone(), layer.values[row : row + 1, :, start:stop].clone())
         for layer in cache.layers
     )
+
+
+def block_states(hidden: torch.Tensor, blocks: tuple[Block, ...]) -> torch.Tensor:
+    """States `(n, C)` of the slots of the last blocks that were read, out of all states `(L, C)`."""
+    sizes = [size for block in blocks for size in (len(block.question), block.num_slots)]
+    return torch.cat(hidden[len(hidden) - sum(sizes) :].split(sizes)[1::2])

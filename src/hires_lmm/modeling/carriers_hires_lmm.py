@@ -3,12 +3,14 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import torch
 
-from .geometry_hires_lmm import MAIN_TOWER, Column, Kind, ViewShape, kinds_on
+from .conversation_hires_lmm import Conversation
+from .geometry_hires_lmm import MAIN_TOWER, Column, Grid, Kind, ViewShape, kinds_on
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,29 @@ class ImageGeometry:
     def grid(self, kind: int) -> tuple[int, int]:
         """Rows and columns of the grid of a kind's views; `(0, 0)` without any."""
         return next(((view[1], view[2]) for view in self.views if view[0] == kind), (0, 0))
+
+
+def map_edges(
+    geometry: ImageGeometry, grid: Grid, kind: int
+) -> tuple[dict[int, tuple[ViewShape, tuple[int, int, int, int]]], list[int], list[int]]:
+    """Where the views of a kind lie on the map that they make side by side, in tokens, without their padding.
+
+    Args:
+        geometry (`ImageGeometry`): An image with such views.
+        grid (`Grid`): Their token grid.
+        kind (`int`): See `Kind`.
+
+    Returns:
+        By number of the view its shape and its cells that enter; upper and left edges of the rows and columns of
+        views on the map, one more than there are.
+    """
+    views = {number: ViewShape(*view) for number, view in enumerate(geometry.views) if view[0] == kind}
+    cells = {number: (view, grid.cells(view)) for number, view in views.items()}
+    rows, cols = geometry.grid(kind)
+    heights, widths = [0] * rows, [0] * cols
+    for view, (top, bottom, left, right) in cells.values():
+        heights[view.row], widths[view.col] = max(heights[view.row], bottom - top), max(widths[view.col], right - left)
+    return cells, list(accumulate(heights, initial=0)), list(accumulate(widths, initial=0))
 
 
 def read_geometry(positions: list[list[int]], spans: list[list[int]]) -> list[ImageGeometry]:
@@ -88,6 +113,7 @@ class ViewGroup:
         tower (`str`): Where they come from.
         scores (`dict[str, torch.Tensor]`): `(n, L)` by name, where a part needs them.
         hidden (`dict[int, torch.Tensor]`): States `(n, L, C)` of other layers, where a part needs them.
+        aux (`dict[str, torch.Tensor]`): What an adapter says for losses and logs, by name.
     """
 
     kind: int
@@ -97,6 +123,7 @@ class ViewGroup:
     tower: str = MAIN_TOWER
     scores: dict = field(default_factory=dict)
     hidden: dict = field(default_factory=dict)
+    aux: dict = field(default_factory=dict)
 
     @property
     def key(self) -> tuple[int, str]:
@@ -125,6 +152,11 @@ class ViewFeatures:
         """The group of one kind, or None."""
         kind = kinds_on(on)[0]
         return next((group for group in self.groups if group.key == (kind, tower)), None)
+
+    def patches(self, group: ViewGroup) -> list[tuple[int, int]]:
+        """Patch rows and columns of each view of a group of the main tower: unequal ones are padded to its grid."""
+        sizes = [ViewShape(*view)[5:7] for image in self.images for view in image.views]
+        return [sizes[row] for row in group.rows] + [group.grid] * (len(group.features) - len(group.rows))
 
     def map(self, on: Any, function: Callable[[ViewGroup], ViewGroup]) -> "ViewFeatures":
         """Change the groups of the main tower that `on` names."""
@@ -212,9 +244,7 @@ class VisualTokens:
         score (`str`, *optional*): Name of the score that decided `kept`.
         aux (`dict[str, torch.Tensor]`): Tensors for losses and logs, by name.
         plan (`TokenPlan`, *optional*): The plan they came from; not read once `kind` is another tensor.
-        memory (`list[ImageMemory]`, *optional*): What an operation keeps of each image for later calls on the same
-            features; shared by all copies of these tokens.
-        read (`list[tuple]`, *optional*): Memory and conversation of each image, as this call read them.
+        sources (`list[int]`, *optional*): Image of the caller that each one is, where images were chosen or repeated.
     """
 
     features: torch.Tensor
@@ -230,8 +260,7 @@ class VisualTokens:
     score: str | None = None
     aux: dict = field(default_factory=dict)
     plan: TokenPlan | None = None
-    memory: list | None = None
-    read: list | None = None
+    sources: list | None = None
 
     @property
     def num_images(self) -> int:
@@ -280,7 +309,7 @@ class VisualTokens:
             kind=gather(self.kind),
             kept=None if self.kept is None else gather(self.kept),
             scores={name: gather(score) for name, score in self.scores.items()},
-            memory=None if self.memory is None else [self.memory[index] for index in indices],
+            sources=[self.sources[index] if self.sources is not None else index for index in indices],
         )
 
     def boxes(self, view_boxes: torch.Tensor) -> np.ndarray:
@@ -319,11 +348,10 @@ class Question:
         image_turn (`torch.Tensor` of shape `(I,)`): Turn that holds each image.
         placeholder (`torch.Tensor` of shape `(B, S)`, *optional*): True at placeholders.
         next_turn (`torch.Tensor` of shape `(B, S)`, *optional*): Turn that is open or comes next.
-        continues (`bool`): Whether earlier positions of the conversation are in a cache and not shown.
         asked (`torch.Tensor` of shape `(B, turns, L)`, *optional*): Ids of the questions in another vocabulary; -1
             behind a question, -2 behind the last turn.
-        cache (`Cache`, *optional*): That cache.
-        earlier (`list[tuple]`, *optional*): The blocks of each image before those shown, where they are known.
+        conversation (`Conversation`, *optional*): What is remembered of the positions that a cache holds and the call
+            does not show; None where no later call can go on from this one.
     """
 
     embeds: torch.Tensor
@@ -333,10 +361,13 @@ class Question:
     image_turn: torch.Tensor
     placeholder: torch.Tensor | None = None
     next_turn: torch.Tensor | None = None
-    continues: bool = False
     asked: torch.Tensor | None = None
-    cache: Any = None
-    earlier: list | None = None
+    conversation: Conversation | None = None
+
+    @property
+    def continues(self) -> bool:
+        """Whether earlier positions of the conversation are in a cache and not shown."""
+        return self.conversation is not None and self.conversation.length > 0
 
     def image_mask(self) -> torch.Tensor:
         """True where a token belongs to the question of an image: `(I, S)`."""

@@ -11,7 +11,7 @@ from transformers.models.auto import AutoConfig
 
 from .compat_hires_lmm import CACHE_NAMES, warn_if_untested
 from .geometry_hires_lmm import KINDS, MAIN_TOWER, Grid, Kind
-from .tower_table_hires_lmm import patch_side, tower_grid, tower_width, view_side
+from .tower_table_hires_lmm import patch_side, tower_family, tower_grid, tower_width, view_side
 
 
 AUTO_MAP = {
@@ -142,6 +142,9 @@ class HiResLmmConnectorConfig(PreTrainedConfig):
         tower_adapters (`dict[str, dict]`, *optional*): Adapters of extra towers by name; like the main one by default.
         map_ops (`list[dict]`, *optional*): Operations on adapted features of views.
         token_ops (`list[dict]`, *optional*): Operations on the token sequence.
+        layer_ops (`list[dict]`, *optional*): Operations behind layers of the language model or the vision tower.
+        position_plan (`dict`, *optional*): Positions and mask of the language model; one after the other by default.
+        heads (`dict[str, dict]`, *optional*): By name, modules on the last hidden states at a token.
         layout (`dict`, *optional*): Order of views and separators, see `LayoutOptions`.
         initializer_range (`float`): Standard deviation of new linear weights.
 
@@ -157,6 +160,9 @@ class HiResLmmConnectorConfig(PreTrainedConfig):
     tower_adapters: dict | None = None
     map_ops: list | None = None
     token_ops: list | None = None
+    layer_ops: list | None = None
+    position_plan: dict | None = None
+    heads: dict | None = None
     layout: dict | None = None
     initializer_range: float | int = 0.02
 
@@ -166,10 +172,11 @@ class HiResLmmConnectorConfig(PreTrainedConfig):
             key for key in kwargs if not key.startswith("_") and key not in own and not hasattr(type(self), key)
         ]
         if unknown:
-            known = "view_ops, adapter, tower_adapters, map_ops, token_ops, layout, initializer_range"
+            known = ", ".join(type(self).__annotations__)
             raise ValueError(f"Unknown key {unknown[0]!r} in connector_config; known keys: {known}.")
         super().__post_init__(**kwargs)
         self.view_ops, self.map_ops, self.token_ops = self.view_ops or [], self.map_ops or [], self.token_ops or []
+        self.layer_ops, self.heads = self.layer_ops or [], self.heads or {}
         self.adapter = self.adapter if self.adapter is not None else {"part": "mlp"}
         self.tower_adapters, self.layout = self.tower_adapters or {}, self.layout or {}
         self.resolve()
@@ -188,6 +195,9 @@ class HiResLmmConnectorConfig(PreTrainedConfig):
             self.map_ops or [],
             self.token_ops or [],
             self.layout or {},
+            self.layer_ops or [],
+            self.position_plan,
+            self.heads or {},
         )
 
 
@@ -230,6 +240,7 @@ class HiResLmmConfig(PreTrainedConfig):
         "kept_mask",
         "token_map",
         "aux",
+        "heads",
     ]
     sub_configs_defaults = {
         "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="clip_vision_model"),
@@ -263,8 +274,9 @@ class HiResLmmConfig(PreTrainedConfig):
         for where, dtype in dtypes.items():
             check_dtype(dtype, where)
         super().__post_init__(**kwargs)
+        self._read_extra_towers()
         self._check_halves()
-        self._drop_pooling_head()
+        self.vision_config = _without_head(self.vision_config)
         self.planner = self.planner if self.planner is not None else {"name": "slime"}
         self.auto_map = {**AUTO_MAP, **(self.auto_map or {})}
         if self.text_config.tie_word_embeddings:
@@ -278,6 +290,15 @@ class HiResLmmConfig(PreTrainedConfig):
         halves = {
             "vision_config": (self.vision_config, ("image_size", "patch_size", "hidden_size", "num_hidden_layers")),
             "text_config": (self.text_config, ("vocab_size", "hidden_size", "num_hidden_layers")),
+            **{
+                f"extra_towers.{name}": (
+                    tower,
+                    ("image_size", "hidden_sizes", "depths")
+                    if tower_family(tower).is_map
+                    else ("image_size", "patch_size", "num_hidden_layers"),
+                )
+                for name, tower in self.extra_tower_configs().items()
+            },
         }
         if self.vision_config.model_type == "siglip2_vision_model":
             raise ValueError(
@@ -290,20 +311,27 @@ class HiResLmmConfig(PreTrainedConfig):
                 first = value[0] if isinstance(value, (list, tuple)) and value else value
                 if isinstance(first, bool) or not isinstance(first, int) or first < 1:
                     raise ValueError(f"{where}.{name}={value!r} of a {half.model_type!r} must be an integer above 0.")
-            if half.num_hidden_layers > LAYERS_LIMIT:
-                raise ValueError(f"{where}.num_hidden_layers={half.num_hidden_layers} is more than {LAYERS_LIMIT}.")
+            layers = sum(half.depths) if tower_family(half).is_map else half.num_hidden_layers
+            if layers > LAYERS_LIMIT:
+                raise ValueError(f"{where}.num_hidden_layers={layers} is more than {LAYERS_LIMIT}.")
         if not 1 <= self.patch_grid[0] <= GRID_LIMIT:
             raise ValueError(
                 f"vision_config has image_size={self.vision_config.image_size} and "
                 f"patch_size={self.vision_config.patch_size}; a view must have 1 to {GRID_LIMIT} patches a side."
             )
 
-    def _drop_pooling_head(self) -> None:
-        """Leave out the pooling head of SigLIP: nothing reads it, it gets no gradients, and offloading breaks it."""
-        tower = self.vision_config
-        if tower.model_type.startswith("siglip") and getattr(tower, "vision_use_head", True):
-            self.vision_config = deepcopy(tower)
-            self.vision_config.vision_use_head = False
+    def _read_extra_towers(self) -> None:
+        """Bring the extra towers into one form: complete dicts; their names become arguments of calls."""
+        for name, tower in (self.extra_towers or {}).items():
+            if not isinstance(name, str) or not name.isidentifier() or name == MAIN_TOWER or hasattr(dict, name):
+                raise ValueError(f"extra_towers has the name {name!r}; use a plain word other than {MAIN_TOWER}.")
+            if isinstance(tower, dict) and "model_type" not in tower:
+                raise ValueError(f"extra_towers.{name} has no model_type, such as 'clip_vision_model'; add it.")
+        towers = {
+            name: AutoConfig.for_model(**tower) if isinstance(tower, dict) else tower
+            for name, tower in (self.extra_towers or {}).items()
+        }
+        self.extra_towers = {name: _without_head(tower).to_dict() for name, tower in towers.items()} or None
 
     @classmethod
     def from_preset(
@@ -366,8 +394,13 @@ class HiResLmmConfig(PreTrainedConfig):
         return tuple(self.extra_towers or {})
 
     def extra_tower_configs(self) -> dict[str, PreTrainedConfig]:
-        """Configurations of the extra towers."""
-        return {name: AutoConfig.for_model(**values) for name, values in (self.extra_towers or {}).items()}
+        """Configurations of the extra towers; number format and attention are those of the main one."""
+        towers = {name: AutoConfig.for_model(**values) for name, values in (self.extra_towers or {}).items()}
+        for tower in towers.values():
+            tower.dtype = self.vision_config.dtype
+            if hasattr(tower, "num_attention_heads"):
+                tower._attn_implementation = self.vision_config._attn_implementation
+        return towers
 
     def part_context(self) -> Any:
         """What the towers give and the language model takes, a `PartContext`."""
@@ -386,6 +419,10 @@ class HiResLmmConfig(PreTrainedConfig):
             self.patch_grid,
             self.text_config.vocab_size,
             {name: tower_width(tower) for name, tower in towers.items()},
+            {
+                "language_model": self.text_config.num_hidden_layers,
+                "vision_tower": self.vision_config.num_hidden_layers,
+            },
         )
 
     def fitted_chain(self) -> Any:
@@ -408,6 +445,8 @@ class HiResLmmConfig(PreTrainedConfig):
                         f"layout.separators.{name} is the token id {mark}, but the language model has "
                         f'{self.text_config.vocab_size} tokens; use one of them, or "learned".'
                     )
+        if self.unequal_views and any(step.options.of == "vision_tower" for step in chain.of("layer_ops")):
+            raise ValueError("A layer op of the vision tower needs views of one size; leave out unequal_views.")
         from .towers_hires_lmm import check_needs
 
         for step in chain.steps:
@@ -421,6 +460,14 @@ class HiResLmmConfig(PreTrainedConfig):
             Token grids of views, order and separators, own counts and who consumes `max_image_tokens`.
         """
         return self.fitted_chain().token_layout()
+
+
+def _without_head(tower: PreTrainedConfig) -> PreTrainedConfig:
+    """Leave out the pooling head of SigLIP: nothing reads it, it gets no gradients, and offloading breaks it."""
+    if tower.model_type.startswith("siglip") and getattr(tower, "vision_use_head", True):
+        tower = deepcopy(tower)
+        tower.vision_use_head = False
+    return tower
 
 
 def check_fit(config: HiResLmmConfig, language_model: Any) -> None:

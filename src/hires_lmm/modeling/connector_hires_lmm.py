@@ -9,7 +9,6 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .bases_hires_lmm import Needs, PartContext
-from .blocks_hires_lmm import ImageMemory
 from .carriers_hires_lmm import Question, ViewFeatures, ViewGroup, VisualTokens
 from .configuration_hires_lmm import HiResLmmConnectorConfig
 from .geometry_hires_lmm import MAIN_TOWER, Kind
@@ -18,6 +17,9 @@ from .parts_hires_lmm import BUDGET_ROUTER, resolve_part
 
 
 Embed = Callable[[torch.Tensor], torch.Tensor]
+
+GLOBAL_TOKENS = "global_tokens"
+"""Name of the adapted tokens of the global views `(I, L, D)` in `aux`, in training."""
 
 
 class HiResLmmConnector(PreTrainedModel):
@@ -50,10 +52,15 @@ class HiResLmmConnector(PreTrainedModel):
         self.layout = HiResLmmLayout(chain.layout, chain.grids, chain.elastic, chain.adapted.width)
         steps = chain.of("token_ops")
         self.token_ops = nn.ModuleList(step.build() for step in steps)
+        self.layer_ops = nn.ModuleList(step.build() for step in chain.of("layer_ops"))
+        self.position_plan = next((step.build() for step in chain.of("position_plan")), None)
+        heads = [step for step in chain.steps if step.slot.startswith("heads.")]
+        self.heads = nn.ModuleDict({step.slot.partition(".")[2]: step.build() for step in heads})
         self.budget_router = None
         if chain.consumer is None and chain.own is None:
             router = resolve_part("token_ops", BUDGET_ROUTER, "the budget router")
             self.budget_router = router.part(chain.adapted, router.options)
+            self.budget_router.traits = router.part.describe(router.options, chain.adapted)
         self.reads_question = any(step.traits.reads_question for step in steps)
         self.is_count_static = all(step.traits.count != "content" for step in steps)
         self.makes_tokens = chain.own is not None
@@ -88,10 +95,13 @@ class HiResLmmConnector(PreTrainedModel):
             op.resize_vocabulary(rows, mean_resizing)
 
     def uses(self, kind: int) -> bool:
-        """Whether the views of a kind are used: in training, a stage may leave some out on every process."""
+        """Whether the views of a kind are used: in training, a stage may leave some out on every process.
+
+        Extra towers see whole images, so they go with the global views.
+        """
         if not self.training or self.training_views == "all":
             return True
-        return (kind == Kind.GLOBAL) == (self.training_views == "global")
+        return (kind in (Kind.GLOBAL, Kind.DETAIL)) == (self.training_views == "global")
 
     @property
     def used(self) -> list[tuple[int, str]]:
@@ -112,9 +122,7 @@ class HiResLmmConnector(PreTrainedModel):
             images = tuple((image.views, image.num_tokens) for image in views.images)
             views = replace(views, limits=view_limits(images, self.layout.spec))
         tokens = self.layout(self.adapt(views), embed)
-        if self.has_turns:
-            tokens.memory = [ImageMemory() for _ in tokens.lengths]
-        elif not self.makes_tokens:
+        if not self.has_turns and not self.makes_tokens:
             check_counts(tokens)
         for op in self.token_ops[: self.num_early_ops]:
             tokens, _ = op(tokens, None)
@@ -137,17 +145,18 @@ class HiResLmmConnector(PreTrainedModel):
         views = replace(views, groups=adapted)
         for op in self.map_ops:
             views = op(views)
-        return _without_idle(views)
+        views = _without_idle(views)
+        return _with_aux(views, adapted) if self.training else views
 
-    def run_idle(self, groups: list[ViewGroup], embed: Embed) -> torch.Tensor:
-        """Zero, computed from all parts, for training batches without images.
+    def run_idle(self, groups: list[ViewGroup], embed: Embed) -> tuple[torch.Tensor, dict]:
+        """Zero and `aux`, computed from all parts, for training batches without images.
 
         Args:
             groups (`list[ViewGroup]`): What each tower gives for a blank view of each kind, see `blank_groups`.
             embed (`Callable`): Looks up token embeddings of the language model.
 
         Returns:
-            A scalar zero that depends on every parameter of the connector.
+            A scalar zero that depends on every parameter of the connector, and what parts say of the blank image.
         """
         kinds = [group.kind for group in groups if group.tower == MAIN_TOWER]
         tokens = self.layout(self.adapt(ViewFeatures(groups, [idle_image(kinds, self.patch_grid)])), embed)
@@ -157,7 +166,7 @@ class HiResLmmConnector(PreTrainedModel):
         for op in self.token_ops:
             tokens, question = op(tokens, question)
         scores = (score.float().nan_to_num() for score in tokens.scores.values())
-        return sum(((0.0 * score).sum() for score in scores), (0.0 * tokens.features).sum())
+        return sum(((0.0 * score).sum() for score in scores), (0.0 * tokens.features).sum()), tokens.aux
 
     def finish(self, tokens: VisualTokens, question: Question | None) -> tuple[VisualTokens, Question | None]:
         """Run the operations that `encode` held back.
@@ -176,23 +185,13 @@ class HiResLmmConnector(PreTrainedModel):
             tokens, question = op(tokens, question)
         return self._apply_budget(tokens), question
 
-    def read_blocks(self, question: Question) -> list[list[tuple]]:
-        """What a call asks of the operation that makes tokens turn by turn.
-
-        Args:
-            question (`Question`): The readable text and the placeholders.
-
-        Returns:
-            For each image its blocks of tokens, each with the position behind its placeholders.
-        """
-        maker: Any = next(op for op in self.token_ops if hasattr(op, "read_blocks"))
-        return maker.read_blocks(question)
-
     def _apply_budget(self, tokens: VisualTokens) -> VisualTokens:
-        """Reduce images over their budget where no configured part does so."""
-        if self.budget_router is None or tokens.lengths == tokens.num_tokens:
-            return tokens
-        return self.budget_router(tokens, None)[0]
+        """Reduce images over their budget where no configured part does so; in training, say what is kept."""
+        if self.budget_router is not None and tokens.lengths != tokens.num_tokens:
+            tokens = self.budget_router(tokens, None)[0]
+        if self.training and tokens.kept is not None:
+            tokens = replace(tokens, aux={**tokens.aux, "kept": tokens.kept})
+        return tokens
 
 
 def _idle_group(groups: list[ViewGroup], key: tuple[int, str]) -> ViewGroup:
@@ -225,6 +224,15 @@ def _without_idle(views: ViewFeatures) -> ViewFeatures:
         at = next(number for number, group in enumerate(groups) if group.rows)
         groups[at] = replace(groups[at], features=groups[at].features + torch.stack(zeros).sum())
     return replace(views, groups=groups)
+
+
+def _with_aux(views: ViewFeatures, adapted: list[ViewGroup]) -> ViewFeatures:
+    """What losses and logs read: tokens of the global views, and what the adapters said, over all groups."""
+    names = dict.fromkeys(name for group in adapted for name in group.aux)
+    said = {name: [group.aux[name].flatten(0, -2) for group in adapted if name in group.aux] for name in names}
+    glob = views.group("global")
+    shown = {} if glob is None else {GLOBAL_TOKENS: glob.features}
+    return replace(views, aux={**views.aux, **shown, **{name: torch.cat(parts) for name, parts in said.items()}})
 
 
 def check_counts(tokens: VisualTokens) -> None:

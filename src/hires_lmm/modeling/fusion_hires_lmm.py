@@ -10,7 +10,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaModel
 from transformers import initialization as init
 
 from .bases_hires_lmm import HiResLmmTokenOp, PartContext, Traits
-from .blocks_hires_lmm import Block, ImageMemory, Prefix, cut_cache, read_blocks, stack_prefixes
+from .blocks_hires_lmm import Asked, Block, Prefix, Reading, block_states, cut_cache, read_blocks, stack_prefixes
 from .carriers_hires_lmm import Question, VisualTokens
 from .compat_hires_lmm import CACHE
 from .geometry_hires_lmm import Kind
@@ -31,12 +31,8 @@ class HiResLmmFusion(HiResLmmTokenOp):
     user text behind the run. The last query of a block is the end slot; a short block takes the first rows of the
     table, so that any number up to `num_queries` may be asked for.
 
-    After a call without gradients, what was read hangs on the features that `get_image_features` returned
-    (`tokens.memory`, an `ImageMemory` an image). A call that is given the same features goes on from what it shares
-    with the conversation read last: a further turn runs its own block only, another first question spares the visual
-    tokens. A call that shows the end of a conversation only, the rest being in `cache`, goes on from what
-    was read for that very cache. So features may serve many conversations and threads; nothing is kept on the module.
-    They hold for the weights they were made with.
+    What a call without gradients has read is kept with the cache of the language model (`cache.conversation`): a later
+    turn that goes on in it runs its own block only. It holds for the weights it was made with.
 
     Args:
         context (`PartContext`): Widths and grids around the part.
@@ -139,10 +135,6 @@ class HiResLmmFusion(HiResLmmTokenOp):
         """Rows of a block: the first queries and the end slot, `(num_slots, C)`."""
         return torch.cat([self.queries[: num_slots - 1], self.queries[-1:]])
 
-    def read_blocks(self, question: Question) -> list[list[tuple[Block, int]]]:
-        """The blocks that a call shows, image by image, each with the position behind its placeholders."""
-        return read_blocks(question, self.question)
-
     def forward(self, tokens: VisualTokens, question: Question | None) -> tuple[VisualTokens, Question | None]:
         """Read images and questions.
 
@@ -154,17 +146,17 @@ class HiResLmmFusion(HiResLmmTokenOp):
             Tokens of the language model's width, one a placeholder, and the question unchanged.
 
         Raises:
-            ValueError: If a run of placeholders has another length than its block, or a conversation goes on that
-                these features do not know.
+            ValueError: If a run of placeholders has another length than its block, or a conversation goes on in a
+                cache that does not know its beginning.
         """
-        shown, earlier = self._ask(tokens, question)
-        blocks = [(*before, *own) for before, own in zip(earlier, shown, strict=True)]
-        memory = tokens.memory or [ImageMemory(keeps=False) for _ in blocks]
-        cache = None if question is None else question.cache
-        read = self._read(tokens, memory, blocks, cache)
-        states = [part for own, before in zip(read, earlier, strict=True) for part in own.states[len(before) :]]
-        slots = torch.cat([tokens.features[:0].to(self.queries), *states])
-        counts = [sum(block.num_slots for block in own) for own in shown]
+        asked = self._ask(tokens, question)
+        conversation = None if question is None else question.conversation
+        read = self._read(tokens, asked, keeps=conversation is not None and not torch.is_grad_enabled())
+        if conversation is not None:
+            for own, (prefix, _) in zip(asked, read, strict=True):
+                Reading.of(conversation).note(own.row, prefix, [conversation.length + stop for stop in own.stops])
+        slots = torch.cat([tokens.features[:0].to(self.queries), *(states for _, states in read)])
+        counts = [sum(block.num_slots for block in own.blocks) for own in asked]
         features = self.output(slots)
         if self.training:  # the word embeddings take part in every loss, also where no question is read
             features = features + (0.0 * self.model.embed_tokens.weight[:1]).sum()
@@ -178,94 +170,48 @@ class HiResLmmFusion(HiResLmmTokenOp):
             cell=torch.zeros(total, 2, dtype=torch.long),
             kind=torch.full((total,), int(Kind.SEPARATOR)),
             kept=None,
-            aux={**tokens.aux, **(self._states_by_name(slots, shown, question) if self.training else {})},
+            aux={**tokens.aux, **(_states_by_name(slots, asked) if self.training else {})},
             plan=None,
-            read=list(zip(memory, read, strict=True)),
         )
         return result, question
 
-    def _states_by_name(
-        self, slots: torch.Tensor, shown: list[tuple[Block, ...]], question: Question | None
-    ) -> dict[str, torch.Tensor]:
-        """The states for objectives, with the number of the block and the row of the batch of each slot."""
-        rows = torch.arange(len(shown)) if question is None else question.image_row.cpu()
-        sizes = torch.tensor([block.num_slots for own in shown for block in own], dtype=torch.long)
-        block_rows = rows.repeat_interleave(torch.tensor([len(own) for own in shown], dtype=torch.long))
-        blocks = torch.arange(len(sizes)).repeat_interleave(sizes)
-        return {
-            "fusion_slots": slots,
-            "fusion_blocks": blocks.to(slots.device),
-            "fusion_rows": block_rows.repeat_interleave(sizes).to(slots.device),
-        }
-
-    def _ask(
-        self, tokens: VisualTokens, question: Question | None
-    ) -> tuple[list[tuple[Block, ...]], list[tuple[Block, ...]]]:
-        """The blocks of each image that the call shows, and those before them."""
+    def _ask(self, tokens: VisualTokens, question: Question | None) -> list[Asked]:
+        """What the call shows of the conversation about each image, and what was read of it before."""
         if question is None or question.placeholder is None:
-            blank: list[tuple[Block, ...]] = [
-                (Block((), min(count, self.options.num_queries)),) for count in tokens.num_tokens
-            ]
-            return blank, [() for _ in blank]
-        shown = [tuple(block for block, _ in own) for own in self.read_blocks(question)]
-        earlier: list[tuple[Block, ...]] = [() for _ in shown]
-        if question.earlier is not None:
-            earlier = list(question.earlier)
-        elif question.continues:
-            earlier = [self._known(tokens, image, own, question) for image, own in enumerate(shown)]
-        rows = question.image_row.tolist()
-        for own, before, row, num_tokens in zip(shown, earlier, rows, tokens.num_tokens, strict=True):
-            self._check_runs(own, len(before), num_tokens, row)
-        return shown, earlier
+            counts = (min(count, self.options.num_queries) for count in tokens.num_tokens)
+            return [Asked(row, (Block((), count),), [count]) for row, count in enumerate(counts)]
+        asked = read_blocks(question, self.question)
+        for own, num_tokens in zip(asked, tokens.num_tokens, strict=True):
+            is_new = own.blocks[0].num_slots == num_tokens > self.options.later_queries  # the image comes in this turn
+            if own.known is None and question.conversation and question.conversation.is_foreign and not is_new:
+                raise ValueError(
+                    "The conversation goes on in a cache that does not know what was read of its image. Pass the "
+                    "cache that this model returned for the turn before (or a copy of it), or the whole conversation "
+                    "without cache."
+                )
+            self._check_runs(own, num_tokens)
+        return asked
 
-    def _known(self, tokens: VisualTokens, image: int, own: tuple, question: Question) -> tuple[Block, ...]:
-        """The blocks that a language model cache holds of a conversation."""
-        prefix = None if tokens.memory is None else tokens.memory[image].of_cache(question.cache)
-        if prefix is not None:
-            return prefix.blocks
-        if own and own[0].num_slots == tokens.num_tokens[image] > self.options.later_queries:
-            return ()  # the image comes in this turn
-        raise ValueError(
-            "The conversation goes on in cache, but these image features have not read its beginning for "
-            'that cache. Pass the features of the first turn as mm_encoder_outputs={"image": features} in every turn, '
-            "with the cache object that the turn before returned; or pass the whole conversation to generate, or "
-            "without cache."
-        )
-
-    def _check_runs(self, own: tuple[Block, ...], num_earlier: int, num_tokens: int, row: int) -> None:
+    def _check_runs(self, own: Asked, num_tokens: int) -> None:
         """Compare the runs of placeholders of one conversation with the blocks that belong there."""
         later = min(num_tokens, self.options.later_queries)
-        wanted = [later if number else num_tokens for number in range(num_earlier, num_earlier + len(own))]
-        given = [block.num_slots for block in own]
+        wanted = [later] * len(own.blocks) if own.earlier else [num_tokens] + [later] * (len(own.blocks) - 1)
+        given = [block.num_slots for block in own.blocks]
         if given != wanted or max(given, default=0) > self.options.num_queries:
             raise ValueError(
-                f"Conversation {row} has runs of {given} image tokens, but fusion makes {wanted} (at most "
+                f"Conversation {own.row} has runs of {given} image tokens, but fusion makes {wanted} (at most "
                 f"{self.options.num_queries} for the image, {self.options.later_queries} for each later turn). Pass "
                 "input_ids and the view tensors of one processor call."
             )
 
-    def _read(
-        self, tokens: VisualTokens, memory: list[ImageMemory], blocks: list[tuple[Block, ...]], cache: Any
-    ) -> list[Prefix]:
-        """Read each conversation to its end, from where it is known."""
-        parts, may_use = tokens.per_image(tokens.features), not torch.is_grad_enabled()
-        jobs = [(id(own), asked) for own, asked in zip(memory, blocks, strict=True)]
+    def _read(self, tokens: VisualTokens, asked: list[Asked], keeps: bool) -> list[tuple[Prefix, torch.Tensor]]:
+        """Read each conversation to its end: what was read, and the states `(n, C)` of the blocks that are shown."""
+        parts, sources = tokens.per_image(tokens.features), tokens.sources or range(len(asked))
+        jobs = [(source, own.earlier, own.blocks) for source, own in zip(sources, asked, strict=True)]
         first = [jobs.index(job) for job in jobs]  # beams of one conversation are read once
-        done: dict[int, Prefix] = {}
-        todo: list[tuple[int, Prefix | None]] = []
-        for image in sorted(set(first)):
-            known = (memory[image].of_cache(cache) or memory[image].last) if may_use else None
-            known = known.shared(blocks[image]) if known is not None and known.layers else None
-            if known is not None and len(known.blocks) == len(blocks[image]):
-                done[image] = known
-            else:
-                todo.append((image, known))
-        keeps = [may_use and memory[image].keeps for image, _ in todo]
-        for (image, _), prefix in zip(todo, self._run(parts, todo, blocks, keeps), strict=True):
-            done[image] = prefix
-            if may_use and memory[image].keeps:
-                memory[image].last = prefix
-        return [done[image] for image in first]
+        todo = sorted(set(first))
+        done = dict(zip(todo, self._run([parts[at] for at in todo], [asked[at] for at in todo], keeps), strict=True))
+        return [done[at] for at in first]
 
     def _embed(self, visual: torch.Tensor | None, blocks: tuple[Block, ...]) -> torch.Tensor:
         """Inputs of a conversation `(L, C)`: visual tokens where they are new, then questions and queries."""
@@ -275,30 +221,27 @@ class HiResLmmFusion(HiResLmmTokenOp):
             pieces += [self.model.embed_tokens(ids), self.slots(block.num_slots)]
         return torch.cat(pieces)
 
-    def _run(
-        self,
-        parts: list[torch.Tensor],
-        todo: list[tuple[int, Prefix | None]],
-        blocks: list[tuple[Block, ...]],
-        keeps: list[bool],
-    ) -> list[Prefix]:
+    def _run(self, parts: list[torch.Tensor], asked: list[Asked], keeps: bool) -> list[tuple[Prefix, torch.Tensor]]:
         """Run the transformer on what is new of some conversations.
 
         Known positions are padded in front and masked; new ones are padded behind their end, where no causal reader
-        looks.
+        looks. An image that is not the one that was read before is read anew, with all questions.
         """
-        if not todo:
+        if not asked:
             return []
-        prefixes = [prefix for _, prefix in todo]
-        new = [blocks[image][len(prefix.blocks) if prefix else 0 :] for image, prefix in todo]
+        known = [
+            own.known if keeps and own.known and own.known.layers and torch.equal(own.known.visual, part) else None
+            for own, part in zip(asked, parts, strict=True)
+        ]
         inputs = [
-            self._embed(None if prefix else parts[image], own) for (image, prefix), own in zip(todo, new, strict=True)
+            self._embed(None, own.blocks) if prefix else self._embed(part, own.earlier + own.blocks)
+            for own, prefix, part in zip(asked, known, parts, strict=True)
         ]
         batch = nn.utils.rnn.pad_sequence(inputs, batch_first=True)
-        cache, mask, positions, longest = DynamicCache() if any(keeps) or any(prefixes) else None, None, None, 0
-        lengths = [0] * len(todo)
-        if cache is not None and any(prefixes):
-            stacked, lengths = stack_prefixes(prefixes)
+        cache, mask, positions, longest = DynamicCache() if keeps else None, None, None, 0
+        lengths = [0] * len(asked)
+        if cache is not None and any(known):
+            stacked, lengths = stack_prefixes(known)
             for number, (keys, values) in enumerate(stacked):
                 cache.update(keys, values, number)
             longest, past = max(lengths), torch.tensor(lengths, device=batch.device)[:, None]
@@ -312,11 +255,21 @@ class HiResLmmFusion(HiResLmmTokenOp):
             **{CACHE: cache},
         ).last_hidden_state
         read = []
-        for number, ((image, prefix), own) in enumerate(zip(todo, new, strict=True)):
-            layers: tuple = ()
-            if cache is not None and keeps[number]:
-                start = longest - lengths[number]
-                layers = cut_cache(cache, number, start, start + lengths[number] + inputs[number].shape[0])
-            base = prefix or Prefix((), (), (parts[image].shape[0],), ())
-            read.append(base.extended(own, hidden[number], lengths[number], layers))
+        for row, (own, part, length) in enumerate(zip(asked, parts, lengths, strict=True)):
+            prefix, start = Prefix(part.detach(), own.earlier + own.blocks), longest - length
+            if cache is not None:
+                prefix = prefix._replace(layers=cut_cache(cache, row, start, start + prefix.length))
+            read.append((prefix, block_states(hidden[row, : len(inputs[row])], own.blocks)))
         return read
+
+
+def _states_by_name(slots: torch.Tensor, asked: list[Asked]) -> dict[str, torch.Tensor]:
+    """The states for objectives, with the number of the block and the row of the batch of each slot."""
+    blocks = [(own.row, block.num_slots) for own in asked for block in own.blocks]
+    sizes = torch.tensor([size for _, size in blocks], dtype=torch.long)
+    rows = torch.tensor([row for row, _ in blocks], dtype=torch.long)
+    return {
+        "fusion_slots": slots,
+        "fusion_blocks": torch.arange(len(blocks)).repeat_interleave(sizes).to(slots.device),
+        "fusion_rows": rows.repeat_interleave(sizes).to(slots.device),
+    }

@@ -14,20 +14,16 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import ModelOutput
 
-from .carriers_hires_lmm import VisualTokens
 from .compat_hires_lmm import CACHE
 from .inputs_hires_lmm import (
-    check_encoder_outputs,
-    compare_counts,
-    copy_to_host,
-    padding_flags,
+    IMAGE_ARGUMENTS,
+    extra_arguments,
     placeholders_per_image,
+    read_features,
     read_images,
-    refuse_both,
-    take_extra,
+    take_images,
 )
-from .outputs_hires_lmm import HiResLmmImageFeatures
-from .question_hires_lmm import PromptText
+from .outputs_hires_lmm import GeneratePrompt, HiResLmmImageFeatures
 
 
 def images_after(placeholder: torch.Tensor, lengths: list[int], position: int) -> list[int]:
@@ -56,38 +52,23 @@ def images_after(placeholder: torch.Tensor, lengths: list[int], position: int) -
     return chosen
 
 
+def rows_after(placeholder: torch.Tensor, position: int) -> list[int]:
+    """As `images_after`, where all placeholders of a row, in several runs, belong to one image."""
+    rows = placeholder.any(dim=1).nonzero()[:, 0]
+    before, after = placeholder[rows, position - 1], placeholder[rows, position:]
+    cut = rows[before & after[:, :1].any(dim=1)].tolist()
+    if cut:
+        raise ValueError(
+            f"cache ends after {position} positions, in the middle of the image tokens of conversation {cut[0]}; crop "
+            "it to before them."
+        )
+    return after.any(dim=1).nonzero()[:, 0].tolist()
+
+
 def mask_length(length: int, model_kwargs: dict[str, Any], generation_config: GenerationConfig) -> int:
     """Positions of the attention mask of `generate`; the library drops a mask of ones and notes its length."""
     mask = model_kwargs.get("attention_mask")
     return mask.shape[1] if mask is not None else vars(generation_config).get("_mask_length", length)
-
-
-def check_context(length: int, attention_mask: torch.Tensor | None, num_drafted: int, text_config: Any) -> None:
-    """Refuse a prompt of `generate` that is longer than the language model reads.
-
-    Args:
-        length (`int`): Positions of the prompt, those in the cache and padding among them, drafted ones not.
-        attention_mask (`torch.Tensor` of shape `(B, length + num_drafted)`, *optional*): 0 at padding.
-        num_drafted (`int`): Positions behind the prompt.
-        text_config: Configuration of the language model; one without a longest position refuses nothing.
-
-    Raises:
-        ValueError: If it does not fit.
-    """
-    limit = text_config.max_position_embeddings if hasattr(text_config, "max_position_embeddings") else None
-    if limit is None or length <= limit:
-        return
-    if attention_mask is not None:
-        length = int(attention_mask.sum(dim=1).max()) - num_drafted
-    if length > limit:
-        raise ValueError(
-            f"The prompt has {length} tokens, more than the {limit} positions of the language model "
-            "(max_position_embeddings); lower max_image_tokens or max_crops, or pass fewer images."
-        )
-
-
-IMAGE_ARGUMENTS = ("pixel_values", "vision_features", "view_positions", "view_spans", "view_boxes")
-"""Arguments of `generate` that are read once, before the first step."""
 
 
 class HiResLmmGenerationMixin(GenerationMixin):
@@ -126,8 +107,8 @@ class HiResLmmGenerationMixin(GenerationMixin):
         return output
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
-        """As in the library; the views of extra towers have names that only the configuration knows."""
-        known = [f"pixel_values_{name}" for name in self.config.tower_names]
+        """As in the library; `forward` does not name all that speaks of images."""
+        known = [*IMAGE_ARGUMENTS, "output_token_map", *extra_arguments(self.config)]
         super()._validate_model_kwargs({key: value for key, value in model_kwargs.items() if key not in known})
 
     def _maybe_prepare_encoder_kwargs_for_generation(
@@ -139,77 +120,45 @@ class HiResLmmGenerationMixin(GenerationMixin):
     ) -> dict[str, Any]:
         """Encode images once; work on a copy of the caller's features and note where the prompt ends."""
         token_maps = model_kwargs.pop("output_token_map", None)  # here, or an assistant would get it too
-        encoded = check_encoder_outputs(model_kwargs.get("mm_encoder_outputs"))
         ids = inputs_tensor if inputs_tensor.ndim == 2 else model_kwargs.get("input_ids")
         placeholder = self.model.get_placeholder_mask(ids if ids is not None and ids.shape[1] else None, inputs_tensor)
         cached = self._cached_history(inputs_tensor.shape[1], model_kwargs, placeholder, generation_config)
-        image, mask = encoded.get("image"), model_kwargs.get("attention_mask")
-        named = {name: model_kwargs.pop(name, None) for name in IMAGE_ARGUMENTS}
-        extra = take_extra(self.model, model_kwargs)
+        mask, given = model_kwargs.get("attention_mask"), take_images(self.config, model_kwargs)
+        image, inputs, flags = given.features, None, []
         if image is not None:
-            refuse_both(encoded, named)
-            inputs, (count, *flags) = None, copy_to_host(placeholder.sum(), *padding_flags(mask))
+            flags = read_features(self.model, image, mask, placeholder)
         else:
-            inputs = read_images(self.model, extra=extra, attention_mask=mask, placeholder=placeholder, **named)
+            inputs = read_images(self.model, given, mask, placeholder)
         if inputs is None and image is None:
             if bool(placeholder[:, cached:].any()):
                 raise ValueError(
                     f"The prompt holds {int(placeholder[:, cached:].sum())} image tokens, but no images were passed. "
                     "Pass all that the processor returned: model.generate(**inputs)."
                 )
-            return {**model_kwargs, "mm_encoder_outputs": encoded}
+            return {**model_kwargs, "mm_encoder_outputs": {}}
         if generation_config.prefill_chunk_size is not None:
             raise ValueError("prefill_chunk_size is not supported with images; leave it unset.")
-        has_turns = self.model.connector.has_turns
         if inputs is not None:
             image = self.model.encode_images(inputs)
-            image.keep_nothing()
-            flags = [inputs.is_unpadded, inputs.is_right_padded]
-        elif not has_turns:
-            compare_counts(int(count), sum(placeholders_per_image(image)))
-        image = copy.copy(image)
-        if not isinstance(image, HiResLmmImageFeatures):
-            image = HiResLmmImageFeatures.of(image)
-        if cached and has_turns:
-            image = self._after_history(image, ids, inputs_tensor, placeholder, cached, model_kwargs)
-        elif cached:
-            image = image.select_images(images_after(placeholder, placeholders_per_image(image), cached))
+            flags = [flag for flag in (inputs.is_unpadded, inputs.is_right_padded) if flag is not None]
+        image = copy.copy(cast("HiResLmmImageFeatures", image))
+        if cached:
+            has_turns, lengths = self.model.connector.has_turns, placeholders_per_image(image)
+            after = rows_after(placeholder, cached) if has_turns else images_after(placeholder, lengths, cached)
+            image = image.select_images(after)
         if cached and model_kwargs.get("prompt_mask") is not None:
             model_kwargs["prompt_mask"] = model_kwargs["prompt_mask"][:, cached:]
-        image.pooler_output, image.prompt_length = list(image.pooler_output), inputs_tensor.shape[1] - cached
-        image.token_maps = token_maps
-        image.mask_length = mask_length(inputs_tensor.shape[1], model_kwargs, generation_config)
-        image.is_unpadded, image.is_right_padded = map(bool, flags) if flags else (None, False)
+        image.pooler_output = list(image.pooler_output)
+        image.is_unpadded, is_right_padded = flags or (None, False)
+        image.prompt = GeneratePrompt(
+            length=inputs_tensor.shape[1] - cached,
+            cached=cached,
+            mask_length=mask_length(inputs_tensor.shape[1], model_kwargs, generation_config),
+            is_right_padded=is_right_padded,
+            keeps_cache=model_kwargs.get(CACHE) is not None or bool(generation_config.return_dict_in_generate),
+            token_maps=token_maps,
+        )
         return {**model_kwargs, "mm_encoder_outputs": {"image": image if image.pooler_output else None}}
-
-    def _after_history(
-        self,
-        image: HiResLmmImageFeatures,
-        ids: torch.Tensor | None,
-        inputs_tensor: torch.Tensor,
-        placeholder: torch.Tensor,
-        cached: int,
-        model_kwargs: dict[str, Any],
-    ) -> HiResLmmImageFeatures:
-        """Images that are asked about behind a cached history, with what was asked before.
-
-        So features that served other conversations in between are no danger: the ids say what must have been read.
-        """
-        names = ("attention_mask", "prompt_mask", "labels", "question_ids")
-        text = PromptText(ids, inputs_tensor, *(model_kwargs.get(name) for name in names))
-        lengths = cast("VisualTokens", image.tokens).num_tokens
-        question = self.model.read_question(text, placeholder, lengths, inputs_tensor.shape[1])
-        blocks = self.model.connector.read_blocks(question)
-        for row, own in zip(question.image_row.tolist(), blocks, strict=True):
-            if any(stop - block.num_slots < cached < stop for block, stop in own):
-                raise ValueError(
-                    f"cache ends after {cached} positions, in the middle of the image tokens of "
-                    f"conversation {row}; crop it to before them."
-                )
-        asked = [index for index, own in enumerate(blocks) if any(stop > cached for _, stop in own)]
-        image = image.select_images(asked)
-        image.earlier = [tuple(block for block, stop in blocks[index] if stop <= cached) for index in asked]
-        return image
 
     def _cached_history(
         self,
@@ -224,7 +173,7 @@ class HiResLmmGenerationMixin(GenerationMixin):
         the main model, so it may go on with a packed cache.
         """
         cache = model_kwargs.get(CACHE)
-        past = cache.get_seq_length() if isinstance(cache, Cache) else 0
+        past = int(cache.get_seq_length()) if isinstance(cache, Cache) else 0
         is_new = mask_length(length, model_kwargs, generation_config) != length
         if not past or is_new or generation_config.is_assistant:
             return 0
@@ -235,6 +184,15 @@ class HiResLmmGenerationMixin(GenerationMixin):
                 f"length {past} + the number of new ids; or start without cache."
             )
         return past
+
+    def prepare_inputs_for_generation(
+        self, input_ids: torch.Tensor, next_sequence_length: int | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """As in the library, whose first draft would read again what the caller's cache holds."""
+        image = (kwargs.get("mm_encoder_outputs") or {}).get("image")
+        if next_sequence_length is None and image is not None and image.prompt.cached:
+            next_sequence_length = input_ids.shape[1] - image.prompt.cached
+        return super().prepare_inputs_for_generation(input_ids, next_sequence_length, **kwargs)
 
     def _expand_multimodal_outputs(
         self,
@@ -267,6 +225,11 @@ class HiResLmmGenerationMixin(GenerationMixin):
         if is_first_iteration:
             return attention_mask
         return create_masks_for_generate(attention_mask=attention_mask, **kwargs)
+
+    def _valid_auto_compile_criteria(self, model_kwargs: dict[str, Any], generation_config: GenerationConfig) -> bool:
+        """Layer ops change lengths from layer to layer, so a static cache does not have the model compiled."""
+        valid: Any = super()._valid_auto_compile_criteria
+        return not self.model.connector.layer_ops and valid(model_kwargs, generation_config)
 
     def _update_model_kwargs_for_generation(
         self,

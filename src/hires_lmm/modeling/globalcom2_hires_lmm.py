@@ -9,7 +9,7 @@ from huggingface_hub.dataclasses import strict
 from torch import nn
 
 from .bases_hires_lmm import HiResLmmTokenOp, Needs, PartContext, Traits
-from .carriers_hires_lmm import Question, VisualTokens, index_tensor
+from .carriers_hires_lmm import Question, VisualTokens, index_tensor, map_edges
 from .geometry_hires_lmm import MAIN_TOWER, Kind, ViewShape
 from .routers_hires_lmm import keep_budget
 
@@ -37,17 +37,11 @@ class Crops(NamedTuple):
 
 def find_crops(tokens: VisualTokens, image: int) -> Crops:
     """Where the crop tokens of an image lie on the map of its crops, padding left out."""
-    geometry, grid = tokens.images[image], tokens.grids[int(Kind.CROP)]
-    views = {number: ViewShape(*view) for number, view in enumerate(geometry.views) if view[0] == Kind.CROP}
-    spans = {number: grid.cells(view) for number, view in views.items()}
-    heights, widths = np.zeros((2, max(view.grid_rows + view.grid_cols for view in views.values())), dtype=int)
-    for number, (top, bottom, left, right) in spans.items():
-        heights[views[number].row], widths[views[number].col] = bottom - top, right - left
-    rows, cols = next((view.grid_rows, view.grid_cols) for view in views.values())
-    tops, lefts = [0, *heights[:rows].cumsum().tolist()], [0, *widths[:cols].cumsum().tolist()]
+    geometry = tokens.images[image]
+    views, tops, lefts = map_edges(geometry, tokens.grids[int(Kind.CROP)], Kind.CROP)
     table = np.zeros((len(geometry.views), 3), dtype=int)  # crop, and what to add to a cell's row and column
-    for crop, (number, view) in enumerate(views.items()):
-        table[number] = crop, tops[view.row] - spans[number][0], lefts[view.col] - spans[number][2]
+    for crop, (number, (view, cells)) in enumerate(views.items()):
+        table[number] = crop, tops[view.row] - cells[0], lefts[view.col] - cells[2]
     start = sum(tokens.lengths[:image])
     mine = slice(start, start + tokens.lengths[image])
     is_crop = tokens.kind[mine].numpy() == Kind.CROP
@@ -58,7 +52,7 @@ def find_crops(tokens: VisualTokens, image: int) -> Crops:
         index_tensor(crop, device),
         index_tensor((row + down) * lefts[-1] + col + right, device),
         np.bincount(crop, minlength=len(views)).tolist(),
-        [(view.row, view.col) for view in views.values()],
+        [(view.row, view.col) for view, _ in views.values()],
         tops,
         lefts,
     )
@@ -192,7 +186,7 @@ class HiResLmmGlobalCom2(HiResLmmTokenOp):
     def __init__(self, context: PartContext, options: Options):
         super().__init__(context, options)
         self.score, self.release = f"cls_{options.score}", options.compat is not None
-        self.ratio = options.ratio or (RELEASED_RATIO if self.release else None)
+        self.ratio = float(options.ratio or (RELEASED_RATIO if self.release else 1.0))
         is_share = options.score == "probabilities" and not self.release
         self.temperature = None if is_share else float(options.temperature)
 
@@ -239,7 +233,7 @@ class HiResLmmGlobalCom2(HiResLmmTokenOp):
                 scores = scores.index_copy(0, others, combined_scores(given[others], whole, crops))
                 weights = self._weights(whole, crops)
             scores = scores.index_copy(0, first, given[first])
-            if surplus or self.ratio:
+            if surplus or self.ratio < 1:
                 num_first, counts = self._counts(surplus, total, len(first), weights, crops)
                 kept = kept.index_copy(0, first, keep_budget(given[first], num_first))
                 if crops is not None:
@@ -314,7 +308,7 @@ def reorder(tokens: VisualTokens, order: torch.Tensor) -> VisualTokens:
     return replace(
         tokens,
         features=tokens.features[on_device],
-        kept=tokens.kept[on_device],
+        kept=None if tokens.kept is None else tokens.kept[on_device],
         scores={name: score[on_device] for name, score in tokens.scores.items()},
         view=tokens.view[order],
         cell=tokens.cell[order],

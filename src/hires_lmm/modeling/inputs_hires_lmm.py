@@ -1,15 +1,17 @@
 """The door of the model: all checks of a call's tensors, and the one copy of them to the host."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .carriers_hires_lmm import ImageGeometry, read_geometry
-from .geometry_hires_lmm import KINDS, Column
+from .geometry_hires_lmm import KINDS, Column, Kind
+from .outputs_hires_lmm import HiResLmmImageFeatures
 from .question_hires_lmm import PromptText
+from .tower_table_hires_lmm import tower_grid, tower_width, view_side
 
 
 OPTIONS_ELSEWHERE = {"max_image_tokens", "max_crops", "views", "planner", "pinpoints", "gamma", "vision_chunk_size"}
@@ -17,6 +19,41 @@ OPTIONS_ELSEWHERE = {"max_image_tokens", "max_crops", "views", "planner", "pinpo
 
 NUM_COLUMNS = 9
 """Of `view_positions`: one a member of `Column`."""
+
+IMAGE_ARGUMENTS = (
+    "pixel_values",
+    "vision_features",
+    "view_positions",
+    "view_spans",
+    "view_boxes",
+    "image_geometry",
+    "mm_encoder_outputs",
+)
+"""Arguments of a call that speak of its images; those of extra towers, see `extra_arguments`, come beside them."""
+
+TEXT_ARGUMENTS = ("prompt_mask", "question_labels", "question_ids")
+"""Keyword arguments that say which of the text may be read, in the order of `PromptText`."""
+
+
+@dataclass
+class ImageArguments:
+    """What a call says of its images, not yet checked; the names are explained at `HiResLmmModel.forward`.
+
+    Args:
+        pixel_values, vision_features, view_positions, view_spans, view_boxes (`torch.Tensor`, *optional*): As given.
+        image_geometry (`list[ImageGeometry]`, *optional*): As given.
+        features (`HiResLmmImageFeatures`, *optional*): What `mm_encoder_outputs` holds.
+        extra (`dict[str, torch.Tensor]`): Those of `extra_arguments`.
+    """
+
+    pixel_values: torch.Tensor | None = None
+    vision_features: torch.Tensor | None = None
+    view_positions: torch.Tensor | None = None
+    view_spans: torch.Tensor | None = None
+    view_boxes: torch.Tensor | None = None
+    image_geometry: list[ImageGeometry] | None = None
+    features: HiResLmmImageFeatures | None = None
+    extra: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -26,7 +63,7 @@ class ImageInputs:
     Args:
         source (`torch.Tensor` of shape `(V, ...)`): Views, or their features where the tower ran before.
         images (`list[ImageGeometry]`): The geometry of each image.
-        extra (`dict[str, torch.Tensor]`): Views `(R, 3, H, W)` of extra towers by name.
+        extra (`dict[str, torch.Tensor]`): Views `(R, 3, H, W)` of extra towers, or their features, by argument.
         is_encoded (`bool`): Whether `source` holds features.
         view_boxes (`torch.Tensor` of shape `(V, 4)`, *optional*): For token maps.
         is_unpadded, is_right_padded (`bool`, *optional*): Whether the attention mask is all ones, and whether a row
@@ -129,14 +166,14 @@ def check_kinds(model: Any, images: list[ImageGeometry]) -> None:
         )
 
 
-def check_encoder_outputs(outputs: Any) -> dict[str, Any]:
-    """Copy `mm_encoder_outputs`, which must be a dict with the one key `"image"`, or None.
+def read_encoder_outputs(outputs: Any) -> HiResLmmImageFeatures | None:
+    """The features that `mm_encoder_outputs` holds: None, or a dict with the one key `"image"`.
 
     Raises:
         ValueError: If it is no dict or has other keys, whose features would be ignored, or its value no features.
     """
     if outputs is None:
-        return {}
+        return None
     if not isinstance(outputs, dict) or set(outputs) - {"image"}:
         given = sorted(outputs) if isinstance(outputs, dict) else type(outputs).__name__
         raise ValueError(
@@ -147,17 +184,7 @@ def check_encoder_outputs(outputs: Any) -> dict[str, Any]:
         raise ValueError(
             f'mm_encoder_outputs["image"] is a {type(image).__name__}; pass what get_image_features returned.'
         )
-    return dict(outputs)
-
-
-def refuse_both(encoded: dict[str, Any], given: Mapping[str, Any]) -> None:
-    """Refuse images that come twice: as features that were encoded before, and as views."""
-    if encoded.get("image") is not None and any(
-        given.get(name) is not None for name in ("pixel_values", "vision_features")
-    ):
-        raise ValueError(
-            "Pass one of pixel_values, vision_features and mm_encoder_outputs: they stand for the same images."
-        )
+    return image if image is None or isinstance(image, HiResLmmImageFeatures) else HiResLmmImageFeatures.of(image)
 
 
 def compare_counts(num_placeholders: int, num_tokens: int) -> None:
@@ -216,31 +243,110 @@ def check_text(text: PromptText, cache: Any, options: Mapping[str, Any], layer: 
         )
 
 
-def take_extra(model: Any, options: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Take the views of extra towers out of the keyword arguments of a call."""
-    found = {name: options.pop(f"pixel_values_{name}", None) for name in model.config.tower_names}
-    return {name: views for name, views in found.items() if views is not None}
+def take_text(
+    model: Any, ids: Any, embeds: Any, attention_mask: Any, cache: Any, options: dict[str, Any]
+) -> PromptText:
+    """Embed and check the text of a call, and take what says of it out of the keyword arguments.
+
+    Raises:
+        ValueError: If ids and embeddings come both or neither, and as `check_text`.
+    """
+    if (ids is None) == (embeds is None):
+        raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
+    embeds = model.get_input_embeddings()(ids) if embeds is None else embeds
+    text = PromptText(ids, embeds, attention_mask, *(options.pop(name, None) for name in TEXT_ARGUMENTS))
+    check_text(text, cache, options, model.config.vision_feature_layer)
+    return text
+
+
+def extra_arguments(config: Any) -> list[str]:
+    """The arguments of a call that belong to extra towers: their views, or in place of these their features."""
+    return [f"{what}_{name}" for name in config.tower_names for what in ("pixel_values", "vision_features")]
+
+
+def check_extra(model: Any, extra: dict[str, torch.Tensor], images: list[ImageGeometry], prefix: str) -> None:
+    """Compare the views of extra towers, or their features, with the images and with the towers.
+
+    Args:
+        model (`HiResLmmModel`): Holds the towers.
+        extra (`dict[str, torch.Tensor]`): Those of `extra_arguments` that were given.
+        images (`list[ImageGeometry]`): The images of the call.
+        prefix (`str`): `"pixel_values"` or `"vision_features"`: what was given for the main tower.
+
+    Raises:
+        ValueError: If one is missing, of the other kind, or of another shape.
+    """
+    count = sum(len(image.rows(Kind.GLOBAL)) for image in images)
+    for name, tower in model.extra_towers.items():
+        argument, config = f"{prefix}_{name}", tower.config
+        if argument not in extra or len(extra) != len(model.config.tower_names):
+            raise ValueError(
+                f"{prefix} came without {argument}, or with more: {', '.join(extra) or 'nothing'} was passed for the "
+                "extra towers. Pass all that the processor gives, or cached features of every tower."
+            )
+        side, (rows, cols) = view_side(config), tower_grid(config)
+        one = (config.num_channels, side, side) if prefix == "pixel_values" else (rows * cols, tower_width(config))
+        if tuple(extra[argument].shape) != (count, *one):
+            raise ValueError(
+                f"{argument} has the shape {tuple(extra[argument].shape)}, but these images need {(count, *one)}: one "
+                "row a global view. Use the processor that belongs to this checkpoint."
+            )
+
+
+def take_images(config: Any, options: dict[str, Any], **named: Any) -> ImageArguments:
+    """Take what a call says of its images out of its keyword arguments.
+
+    Args:
+        config (`HiResLmmConfig`): Names the extra towers.
+        options (`dict`): Keyword arguments of the call; those of `IMAGE_ARGUMENTS` and of extra towers leave.
+        named: Those that the signature of the caller names.
+
+    Raises:
+        ValueError: If the same images come twice, as views and as features.
+    """
+    given = {name: named[name] if name in named else options.pop(name, None) for name in IMAGE_ARGUMENTS}
+    features = read_encoder_outputs(given.pop("mm_encoder_outputs"))
+    found = {argument: options.pop(argument, None) for argument in extra_arguments(config)}
+    extra = {argument: views for argument, views in found.items() if views is not None}
+    images = ImageArguments(**given, features=features, extra=extra)
+    if sum(source is not None for source in (images.pixel_values, images.vision_features, images.features)) > 1:
+        raise ValueError(
+            "Pass one of pixel_values, vision_features and mm_encoder_outputs: they stand for the same images."
+        )
+    return images
+
+
+def read_features(
+    model: Any, features: HiResLmmImageFeatures, attention_mask: Any, placeholder: torch.Tensor
+) -> list[bool]:
+    """Compare features that were encoded before with the placeholders of a call.
+
+    Args:
+        model (`HiResLmmModel`): Says whether later turns have placeholders too, which are not compared.
+        features (`HiResLmmImageFeatures`): The caller's.
+        attention_mask (`torch.Tensor`, *optional*): To know whether there is padding.
+        placeholder (`torch.Tensor` of shape `(B, S)`): True at placeholders.
+
+    Returns:
+        Whether the mask is all ones, and whether a row ends in padding; empty where that is not known.
+
+    Raises:
+        ValueError: If the numbers differ.
+    """
+    count, *flags = copy_to_host(placeholder.sum(), *padding_flags(attention_mask))
+    if not model.connector.has_turns:
+        compare_counts(int(count), sum(placeholders_per_image(features)))
+    return [bool(flag) for flag in flags]
 
 
 def read_images(
-    model: Any,
-    pixel_values: torch.Tensor | None,
-    vision_features: torch.Tensor | None,
-    extra: dict[str, torch.Tensor],
-    view_positions: torch.Tensor | None,
-    view_spans: torch.Tensor | None,
-    view_boxes: torch.Tensor | None,
-    attention_mask: Any = None,
-    placeholder: torch.Tensor | None = None,
+    model: Any, given: ImageArguments, attention_mask: Any = None, placeholder: torch.Tensor | None = None
 ) -> ImageInputs | None:
-    """Check the images of a call and copy what decides their arrangement to the host, once.
+    """Check the views of a call, or their features, and copy what decides their arrangement to the host, once.
 
     Args:
         model (`HiResLmmModel`): Says what views it reads.
-        pixel_values (`torch.Tensor` of shape `(V, 3, H, W)`, *optional*): Views.
-        vision_features (`torch.Tensor` of shape `(V, L, C)`, *optional*): In place of them, what the tower gave.
-        extra (`dict[str, torch.Tensor]`): Views of extra towers.
-        view_positions, view_spans, view_boxes (`torch.Tensor`, *optional*): Geometry, as the processor gave it.
+        given (`ImageArguments`): The call's images; with `image_geometry` nothing is copied, nor compared.
         attention_mask (`torch.Tensor`, *optional*): To know whether there is padding.
         placeholder (`torch.Tensor` of shape `(B, S)`, *optional*): True at placeholders, to compare their number.
 
@@ -250,33 +356,59 @@ def read_images(
     Raises:
         ValueError: If tensors contradict each other or the model.
     """
-    if pixel_values is not None and vision_features is not None:
-        raise ValueError(
-            "Pass one of pixel_values, vision_features and mm_encoder_outputs: they stand for the same images."
-        )
-    source, is_encoded = (pixel_values, False) if vision_features is None else (vision_features, True)
+    is_encoded = given.vision_features is not None
+    source = given.vision_features if is_encoded else given.pixel_values
+    view_positions = given.view_positions
     if source is None and view_positions is not None and view_positions.shape[0]:
         raise ValueError(
             f"view_positions describes {view_positions.shape[0]} views, but pixel_values is missing; pass all that "
             "the processor returned."
         )
+    if source is None and given.image_geometry:
+        raise ValueError("image_geometry came without pixel_values; pass both.")
     if source is None or not source.shape[0]:
         return None
     name = "vision_features" if is_encoded else "pixel_values"
-    missing = [tower for tower in model.config.tower_names if tower not in extra]
-    if missing:
-        raise ValueError(f"{name} came without pixel_values_{missing[0]}; pass all that the processor gives.")
+    if given.image_geometry is not None:
+        check_extra(model, given.extra, given.image_geometry, name)
+        return ImageInputs(source, given.image_geometry, given.extra, is_encoded, given.view_boxes)
     is_here = placeholder is not None or view_positions is None or view_positions.device == source.device
-    flags = [all_finite(source)] if is_here else []  # on another device, looking would wait for it once more
+    sources = {name: source, **given.extra} if is_here else {}  # elsewhere looking would wait for it once more
+    flags = [all_finite(each) for each in sources.values()]
     count = None if placeholder is None else placeholder.sum()
     positions, spans, count, *flags = copy_to_host(
-        view_positions, view_spans, count, *flags, *padding_flags(attention_mask)
+        view_positions, given.view_spans, count, *flags, *padding_flags(attention_mask)
     )
     if placeholder is not None:
         check_placeholders(count, positions, model.connector.has_turns)
     check_views(model, source, is_encoded, positions, spans)
-    if is_here:
-        check_finite(flags.pop(0), source, name)
+    for argument, each in sources.items():
+        check_finite(flags.pop(0), each, argument)
     images = read_geometry(positions.tolist(), spans.tolist())
     check_kinds(model, images)
-    return ImageInputs(source, images, extra, is_encoded, view_boxes, *map(bool, flags))
+    check_extra(model, given.extra, images, name)
+    return ImageInputs(source, images, given.extra, is_encoded, given.view_boxes, *map(bool, flags))
+
+
+def check_context(length: int, attention_mask: torch.Tensor | None, num_drafted: int, text_config: Any) -> None:
+    """Refuse a prompt of `generate` that is longer than the language model reads.
+
+    Args:
+        length (`int`): Positions of the prompt, those in the cache and padding among them, drafted ones not.
+        attention_mask (`torch.Tensor` of shape `(B, length + num_drafted)`, *optional*): 0 at padding.
+        num_drafted (`int`): Positions behind the prompt.
+        text_config: Configuration of the language model; one without a longest position refuses nothing.
+
+    Raises:
+        ValueError: If it does not fit.
+    """
+    limit = text_config.max_position_embeddings if hasattr(text_config, "max_position_embeddings") else None
+    if limit is None or length <= limit:
+        return
+    if attention_mask is not None:
+        length = int(attention_mask.sum(dim=1).max()) - num_drafted
+    if length > limit:
+        raise ValueError(
+            f"The prompt has {length} tokens, more than the {limit} positions of the language model "
+            "(max_position_embeddings); lower max_image_tokens or max_crops, or pass fewer images."
+        )

@@ -33,7 +33,8 @@ class HiResLmmSeparators(nn.Module):
 
     def __init__(self, values: dict[str, str | list], width: int):
         super().__init__()
-        self.values, self.width = values, width
+        self.lengths = {name: None if value == LEARNED else int(np.size(value)) for name, value in values.items()}
+        self.width = width
         self.ids = tuple(int(token) for value in values.values() if value != LEARNED for token in np.ravel(value))
         for name in (name for name, value in values.items() if value == LEARNED):
             self.register_parameter(name, nn.Parameter(torch.empty(width)))
@@ -47,11 +48,11 @@ class HiResLmmSeparators(nn.Module):
         """All vectors in order, `(M, D)`, on the device and in the dtype of `like`."""
         rows = embed(constant_index(self.ids, str(like.device))).to(like).unbind(0) if self.ids else ()
         looked_up, vectors = iter(rows), []
-        for name, value in self.values.items():
-            if value == LEARNED:
+        for name, length in self.lengths.items():
+            if length is None:
                 vectors.append(getattr(self, name).to(like))
             else:
-                vectors += [next(looked_up) for _ in range(int(np.size(value)))]
+                vectors += [next(looked_up) for _ in range(length)]
         return torch.stack(vectors) if vectors else like.new_zeros(0, self.width)
 
 

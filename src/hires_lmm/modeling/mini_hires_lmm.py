@@ -17,8 +17,8 @@ from .attention_hires_lmm import (
     square_side,
 )
 from .bases_hires_lmm import HiResLmmTokenOp, HiResLmmViewOp, PartContext, Traits
-from .carriers_hires_lmm import ImageGeometry, Question, ViewFeatures, ViewGroup, VisualTokens
-from .geometry_hires_lmm import KINDS, MAIN_TOWER, Grid, Kind, ViewShape
+from .carriers_hires_lmm import ImageGeometry, Question, ViewFeatures, ViewGroup, VisualTokens, map_edges
+from .geometry_hires_lmm import KINDS, MAIN_TOWER, Grid, Kind
 from .inputs_hires_lmm import copy_to_host
 
 
@@ -97,27 +97,31 @@ class HiResLmmMiniCompressor(HiResLmmViewOp):
         rows = tuple(row for image in views.images for row in image.rows(Kind.GLOBAL))
         if main is None or len(rows) != len(views.images) or any(row not in main.rows for row in rows):
             raise ValueError("mini_compressor needs the global view of every image; make the batch with views='all'.")
-        maps = [self._map(image, main, crops) for image in views.images]
-        positions = self.positions.to(main.features.dtype)
-        values = self.key_norm(torch.cat([part.flatten(0, 1) for part in maps]))
-        keys = values + torch.cat([resize_positions(positions, tuple(part.shape[:2])) for part in maps])
-        queries = (self.query_norm(self.queries) + positions).expand(len(maps), -1, -1)
-        features = self.attention.read_ragged(queries, keys, values, [part[..., 0].numel() for part in maps])
+        read = [self._read(image, main, crops) for image in views.images]
+        values = self.key_norm(torch.cat([tokens for tokens, _ in read]))
+        keys = values + torch.cat([positions for _, positions in read])
+        queries = (self.query_norm(self.queries) + self.positions.to(values.dtype)).expand(len(read), -1, -1)
+        features = self.attention.read_ragged(queries, keys, values, [len(tokens) for tokens, _ in read])
         made = ViewGroup(int(Kind.DETAIL), features, (self.side, self.side), rows)
         return replace(views, groups=[*views.groups, made])
 
-    def _map(self, image: ImageGeometry, main: ViewGroup, crops: ViewGroup | None) -> torch.Tensor:
-        """What an image's queries read, `(h, w, C)`: its crops side by side."""
-        bands: dict[int, list[torch.Tensor]] = {}
-        for row in image.rows(Kind.CROP) if crops is not None and self.crop_grid is not None else ():
-            view = ViewShape(*image.views[row - image.first_view])
-            top, bottom, left, right = self.crop_grid.cells(view)  # type: ignore[union-attr]
-            plane = crops.features[crops.rows.index(row)].unflatten(0, crops.grid)  # type: ignore[union-attr]
-            if bottom > top and right > left:
-                bands.setdefault(view.row, []).append(plane[top:bottom, left:right])
-        if not bands:
-            return main.features[main.rows.index(image.rows(Kind.GLOBAL)[0])].unflatten(0, main.grid)
-        return torch.cat([torch.cat(band, dim=1) for band in bands.values()])
+    def _read(
+        self, image: ImageGeometry, main: ViewGroup, crops: ViewGroup | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What an image's queries read, and its positions on the map of all crops: `(n, C)` each."""
+        table = self.positions.to(main.features.dtype)
+        if crops is None or self.crop_grid is None or not image.rows(Kind.CROP):
+            place = main.rows.index(image.rows(Kind.GLOBAL)[0])
+            return main.features[place], resize_positions(table, main.grid)
+        views, tops, lefts = map_edges(image, self.crop_grid, Kind.CROP)
+        table = resize_positions(table, (tops[-1], lefts[-1])).unflatten(0, (tops[-1], lefts[-1]))
+        tokens, positions = [], []
+        for number, (view, (top, bottom, left, right)) in views.items():
+            plane = crops.features[crops.rows.index(image.first_view + number)].unflatten(0, crops.grid)
+            tokens.append(plane[top:bottom, left:right].flatten(0, 1))
+            row, col = tops[view.row], lefts[view.col]
+            positions.append(table[row : row + bottom - top, col : col + right - left].flatten(0, 1))
+        return torch.cat(tokens), torch.cat(positions)
 
 
 class HiResLmmPromptFuser(HiResLmmTokenOp):
@@ -227,6 +231,12 @@ class HiResLmmPromptFuser(HiResLmmTokenOp):
         Returns:
             The compressed tokens, and the question with other embeddings where it was read.
         """
+        found = int((tokens.kind == Kind.DETAIL).sum())
+        if found != self.num_tokens * len(tokens.lengths):
+            raise ValueError(
+                f"prompt_fuser leaves {self.num_tokens} compressed tokens of each of {len(tokens.lengths)} images, "
+                f"but {found} are there; make the batch with views='all' or 'global'."
+            )
         image = torch.arange(len(tokens.lengths)).repeat_interleave(torch.tensor(tokens.lengths))
         order = (2 * image + (tokens.kind == Kind.DETAIL)).argsort(stable=True)  # compressed tokens behind the others
         parts = tokens.features[order.to(tokens.features.device)].split(tokens.lengths)

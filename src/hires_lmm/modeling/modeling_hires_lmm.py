@@ -1,91 +1,49 @@
 """The model: vision tower, connector and language model, and the splice between them."""
 
-import copy
 from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 
-from .carriers_hires_lmm import ImageGeometry, Question, ViewFeatures, read_geometry
-from .compat_hires_lmm import CACHE, CACHE_NAMES, takes_cache
+from .carriers_hires_lmm import ImageGeometry, ViewFeatures, read_geometry
+from .compat_hires_lmm import CACHE, takes_cache
 from .configuration_hires_lmm import HiResLmmConfig, HiResLmmConnectorConfig, check_fit
 from .connector_hires_lmm import HiResLmmConnector, drop
-from .generation_hires_lmm import HiResLmmGenerationMixin, check_context
+from .conversation_hires_lmm import Conversation
+from .generation_hires_lmm import HiResLmmGenerationMixin
+from .heads_hires_lmm import add_head_losses, run_heads, take_heads
 from .inputs_hires_lmm import (
+    ImageArguments,
     ImageInputs,
-    check_encoder_outputs,
-    check_text,
-    compare_counts,
     copy_to_host,
-    placeholders_per_image,
+    read_features,
     read_images,
-    refuse_both,
-    take_extra,
+    take_images,
+    take_text,
 )
-from .loading_hires_lmm import HiResLmmLoadingMixin
+from .layer_ops_hires_lmm import install_layer_ops, open_layers, ops_of
 from .logits_hires_lmm import scale_logits, select_learned, select_positions
 from .outputs_hires_lmm import (
     HiResLmmCausalLMOutputWithPast,
     HiResLmmImageFeatures,
     HiResLmmModelOutputWithPast,
     HiResLmmTrainingOutput,
-    build_token_map,
 )
-from .packing_hires_lmm import expand, pack, plan_batch
-from .question_hires_lmm import PromptText, build_question, recover_text
-from .splice_hires_lmm import find_placeholders, splice
+from .positions_hires_lmm import plan_positions
+from .pretrained_hires_lmm import HiResLmmPreTrainedModel
+from .question_hires_lmm import PromptText
+from .splice_hires_lmm import Prompt, find_placeholders, splice_images
 from .towers_hires_lmm import blank_groups, run_tower, run_towers
 
 
-PEFT_EMBEDDINGS = "embeddings.word_embeddings"
-
-
-class HiResLmmPreTrainedModel(HiResLmmLoadingMixin, PreTrainedModel):
-    """Base of the two models: loading, saving and what the library may do with them."""
-
-    config: HiResLmmConfig
-    base_model_prefix = "model"
-    input_modalities = ("image", "text")
-    supports_gradient_checkpointing = True
-    _no_split_modules: Any = None
-    _skip_keys_device_placement = [*CACHE_NAMES]
-    _supports_flash_attn = True
-    _supports_sdpa = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-    on_saved: Any = None  # called with model and folder after saving; the package writes the card there
-
-    def save_pretrained(self, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any) -> None:
-        """See `PreTrainedModel.save_pretrained`."""
-        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
-        if is_main_process and self.on_saved is not None:
-            self.on_saved(save_directory)
-
-    def post_init(self) -> None:
-        """Finish construction; keep only block classes that exist, since FSDP rejects the others."""
-        super().post_init()
-        present = {type(module).__name__ for module in self.modules()}
-        self._no_split_modules = {name for name in self._no_split_modules if name in present}
-
-    def get_submodule(self, target: str) -> nn.Module:
-        """A module by its path; under the name that PEFT's prompt tuning asks for, the word embeddings.
-
-        It would take the first table of as many rows as the vocabulary, which may be that of a part.
-        """
-        return self.get_input_embeddings() if target == PEFT_EMBEDDINGS else super().get_submodule(target)
-
-    def _resize_token_embeddings(
-        self, new_num_tokens: int | None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
-    ) -> nn.Embedding:
-        embeddings = super()._resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
-        self.base_model.connector.resize_vocabulary(embeddings.num_embeddings, mean_resizing)
-        return embeddings
+TOWER_OUTPUTS = ("output_hidden_states", "output_attentions")
+"""Keyword arguments that the tower reads as well as the language model."""
 
 
 class HiResLmmModel(HiResLmmPreTrainedModel):
@@ -106,6 +64,7 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
         )
         self.language_model = AutoModel.from_config(config.text_config)
         check_fit(config, self.language_model)
+        install_layer_ops(self)
         self.post_init()
 
     def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
@@ -150,12 +109,20 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
         Raises:
             ValueError: If the tensors do not belong together or do not fit the model.
         """
-        options = dict(kwargs)
-        extra = take_extra(self, options)
-        images = read_images(self, pixel_values, vision_features, extra, view_positions, view_spans, view_boxes)
+        options: dict[str, Any] = dict(kwargs)
+        given = take_images(
+            self.config,
+            options,
+            pixel_values=pixel_values,
+            vision_features=vision_features,
+            view_positions=view_positions,
+            view_spans=view_spans,
+            view_boxes=view_boxes,
+        )
+        images = read_images(self, given)
         if images is None:
             raise ValueError("There is nothing to encode: pass pixel_values or vision_features with their geometry.")
-        wanted = {name: options.get(name) for name in ("output_hidden_states", "output_attentions")}
+        wanted = {name: options.get(name) for name in TOWER_OUTPUTS}
         return self.encode_images(images, vision_feature_layer, vision_chunk_size, **wanted)
 
     def encode_images(
@@ -163,7 +130,7 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
     ) -> HiResLmmImageFeatures:
         """What `get_image_features` does once the geometry is on the host; it never waits for the device."""
         groups, output = run_towers(self, images, layer, chunk_size, **wanted)
-        tokens = self.connector.encode(ViewFeatures(groups, images.images), self._embed_token)
+        tokens = self.connector.encode(ViewFeatures(groups, images.images), self.embed_token)
         is_done = self.connector.is_done_early
         placed = drop(tokens)[0].split(tokens.num_tokens) if is_done else tokens.per_image(tokens.features)
         return HiResLmmImageFeatures(
@@ -180,9 +147,11 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
         """Run the main tower: `(V, 3, H, W)` -> patch features of one layer `(V, L, C)`."""
         layer = self.config.vision_feature_layer if layer is None else layer
         chunk_size = self.config.vision_chunk_size if chunk_size is None else chunk_size
+        if ops_of(self, "vision_tower"):
+            raise ValueError("A layer op runs in the vision tower and needs whole images: call get_image_features.")
         return run_tower(self.vision_tower, pixel_values, layer, chunk_size=chunk_size).features
 
-    def _embed_token(self, ids: torch.Tensor) -> torch.Tensor:
+    def embed_token(self, ids: torch.Tensor) -> torch.Tensor:
         """Look up token embeddings; a function, because accelerate moves modules that are passed as arguments."""
         return self.get_input_embeddings()(ids)
 
@@ -190,9 +159,7 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
         self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor, prompt_length: int | None = None
     ) -> torch.Tensor:
         """Where the image placeholders are, `(B, S)` bool; see `find_placeholders`."""
-        return find_placeholders(
-            input_ids, inputs_embeds, self.config.image_token_id, self._embed_token, prompt_length
-        )
+        return find_placeholders(input_ids, inputs_embeds, self.config.image_token_id, self.embed_token, prompt_length)
 
     @takes_cache
     @merge_with_config_defaults
@@ -209,12 +176,8 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
         cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
-        prompt_mask: torch.Tensor | None = None,
         mm_encoder_outputs: dict | None = None,
         output_token_map: bool = False,
-        vision_features: torch.Tensor | None = None,
-        image_geometry: list[ImageGeometry] | None = None,
-        question_ids: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | HiResLmmModelOutputWithPast:
         """Run the model.
@@ -230,18 +193,18 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
             cache (`Cache`, *optional*): Cache of earlier positions; `past_key_values` means the same.
             inputs_embeds (`torch.Tensor` of shape `(B, S, D)`, *optional*): Instead of `input_ids`.
             use_cache (`bool`, *optional*): Return a cache.
-            prompt_mask (`torch.Tensor` of shape `(B, S)`, *optional*): True where parts may read the question.
             mm_encoder_outputs (`dict`, *optional*): `{"image": features}` from `get_image_features`.
             output_token_map (`bool`): Return a record of every visual token.
-            vision_features (`torch.Tensor` of shape `(V, L, C)`, *optional*): Cached output of the tower in place of
-                `pixel_values`, for training; with no rows it says that the tower runs on no process.
-            image_geometry (`list[ImageGeometry]`, *optional*): What `read_images` returned, in place of
-                `view_positions` and `view_spans`: nothing is then read back from the device, so the call can be
-                compiled whole (once a grid, `dynamic=False`) and captured. Numbers of placeholders are not compared.
-            question_ids (`torch.Tensor` of shape `(B, turns, L)`, *optional*): Ids of the questions in another
-                vocabulary, see `HiResLmmProcessor.question_ids`.
-            kwargs: `pixel_values_<name>`: views of an extra tower. `question_labels` `(B, S)`: training labels, to
-                keep answers unread. The rest goes to the language model.
+            kwargs: `vision_features` `(V, L, C)`: cached output of the tower in place of `pixel_values`, for training;
+                with no rows it says that the tower runs on no process. `pixel_values_<name>`: views of an extra tower.
+                `image_geometry`: what `read_images` returned, in place of `view_positions` and `view_spans`; nothing
+                is then read back from the device, so the call can be compiled whole (once a grid, `dynamic=False`) and
+                captured, and numbers of placeholders are not compared. `prompt_mask` `(B, S)`: true where parts may
+                read the question. `question_labels` `(B, S)`: training labels, to keep answers unread.
+                `question_ids` `(B, turns, L)`: ids of the questions in another vocabulary, see
+                `HiResLmmProcessor.question_ids`. `labels_<name>` `(N, ...)`: what a head should read at the
+                occurrences of its token. `output_heads`: whether heads run; by default where no earlier positions are
+                cached. The rest goes to the language model.
 
         Returns:
             `HiResLmmModelOutputWithPast`.
@@ -249,98 +212,63 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
         Raises:
             ValueError: If inputs contradict each other.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
-        embeds = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
-        labels = kwargs.pop("question_labels", None)
-        text = PromptText(input_ids, embeds, attention_mask, prompt_mask, labels, question_ids)
-        check_text(text, cache, kwargs, self.config.vision_feature_layer)
-        features = self._see(
-            text,
-            mm_encoder_outputs,
-            take_extra(self, kwargs),
-            image_geometry,
-            {name: kwargs.get(name) for name in ("output_hidden_states", "output_attentions")},
+        text = take_text(self, input_ids, inputs_embeds, attention_mask, cache, kwargs)
+        heads = take_heads(self, kwargs, cache)
+        given = take_images(
+            self.config,
+            kwargs,
             pixel_values=pixel_values,
-            vision_features=vision_features,
             view_positions=view_positions,
             view_spans=view_spans,
             view_boxes=view_boxes,
+            mm_encoder_outputs=mm_encoder_outputs,
         )
-        past = cache.get_seq_length() if cache is not None else 0
-        packing, remember = None, None
-        extra: dict[str, Any] = {}
+        conversation = None
+        parts, may_cache = self.connector, cache is not None or use_cache is not False
+        if parts.layer_ops or parts.position_plan is not None or (parts.has_turns and may_cache):
+            conversation = Conversation.of(cache).follow(cache, len(text.embeds))
+        features = self._see(given, text, **{name: kwargs.get(name) for name in TOWER_OUTPUTS})
         if features is not None:
-            embeds, kept, remember, extra = self._splice(features, text, cache, output_token_map)
-            if not self.connector.is_count_static or features.is_right_padded:
-                packing, attention_mask, position_ids = plan_batch(
-                    kept, attention_mask, past, features.prompt_length is not None
-                )
-                embeds = pack(embeds, packing)
-                prompt = past + kept.shape[1] - extra.get("num_drafted", 0)
-                extra["packed_attention_mask"] = attention_mask[:, features.num_virtual(prompt) :]
-            elif features.is_unpadded and (position_ids is None or cache is not None):
-                attention_mask = None  # all ones: the language model need not look
-            if "num_drafted" in extra:
-                length = past + embeds.shape[1] - extra["num_drafted"]
-                check_context(length, attention_mask, extra["num_drafted"], self.config.text_config)
-        elif self.training and cache is None:
-            embeds = embeds + self._idle(embeds.device, use_tower=vision_features is None).to(embeds)
+            prompt = splice_images(self, text, features, cache, position_ids, conversation, output_token_map)
+        else:
+            prompt = Prompt(text.embeds, attention_mask, position_ids, conversation=conversation)
+            if self.training and cache is None:
+                prompt.embeds, prompt.outputs["aux"] = self._idle(text.embeds, given.vision_features is None)
+        plan_positions(self, prompt, cache)
+        prompt.layers = open_layers(self, prompt, cache, kwargs)
         outputs = self.language_model(
-            inputs_embeds=embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
+            inputs_embeds=prompt.embeds,
+            attention_mask=prompt.attention_mask,
+            position_ids=prompt.position_ids,
             use_cache=use_cache,
             return_dict=True,
             **{CACHE: cache},
             **kwargs,
         )
-        for memory, conversation in remember or []:
-            memory.remember(outputs.get(CACHE), conversation)
-        hidden = outputs.last_hidden_state
+        prompt.remember(outputs.get(CACHE))
+        hidden = prompt.expand(outputs.last_hidden_state)
+        if heads is not None:
+            run_heads(self, text, hidden, heads, prompt.outputs)
         return HiResLmmModelOutputWithPast(
-            last_hidden_state=hidden if packing is None else expand(hidden, packing),
+            last_hidden_state=hidden,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             **{CACHE: outputs.get(CACHE)},
-            **extra,
+            **prompt.outputs,
         )
 
-    def _see(
-        self,
-        text: PromptText,
-        encoded: dict | None,
-        extra: dict[str, torch.Tensor],
-        geometry: list[ImageGeometry] | None,
-        wanted: dict[str, Any],
-        **given: torch.Tensor | None,
-    ) -> HiResLmmImageFeatures | None:
-        """Encode the images of a call, or take the caller's features, after comparing them with the placeholders."""
-        encoded = check_encoder_outputs(encoded)
-        refuse_both(encoded, given)
-        features: Any = encoded.get("image")
-        images: ImageInputs | None = None
-        if features is None and geometry is not None:
-            features_given = given["vision_features"]
-            source = given["pixel_values"] if features_given is None else features_given
-            images = ImageInputs(
-                cast("torch.Tensor", source), geometry, extra, features_given is not None, given["view_boxes"]
-            )
-        elif features is None:
-            placeholder = self.get_placeholder_mask(text.ids, text.embeds)
-            images = read_images(
-                self, extra=extra, attention_mask=text.attention_mask, placeholder=placeholder, **given
-            )
-        if features is None and images is not None:
-            features = self.encode_images(images, **wanted)
-            features.keep_nothing()
-            return features
-        if features is not None and not isinstance(features, HiResLmmImageFeatures):
-            features = HiResLmmImageFeatures.of(features)
-        if features is not None and features.prompt_length is None and not self.connector.has_turns:
-            mask = self.get_placeholder_mask(text.ids, text.embeds)
-            compare_counts(int(mask.sum()), sum(placeholders_per_image(features)))
-        return features
+    def _see(self, given: ImageArguments, text: PromptText, **wanted: Any) -> HiResLmmImageFeatures | None:
+        """Encode the images of a call, or take the caller's features."""
+        if given.features is not None and given.features.prompt is not None:
+            return given.features  # `generate` has compared them
+        placeholder = self.get_placeholder_mask(text.ids, text.embeds)
+        if given.features is not None:
+            read_features(self, given.features, None, placeholder)
+            return given.features
+        images = read_images(self, given, text.attention_mask, placeholder)
+        if images is None:
+            return None
+        return self.encode_images(images, **wanted)
 
     def read_images(self, view_positions: torch.Tensor, view_spans: torch.Tensor) -> list[ImageGeometry]:
         """Read the geometry of a batch, as `image_geometry` of `forward` wants it.
@@ -354,76 +282,11 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
         """
         return read_geometry(*(part.tolist() for part in copy_to_host(view_positions, view_spans)))
 
-    def _splice(
-        self, features: HiResLmmImageFeatures, text: PromptText, cache: Cache | None, output_token_map: bool
-    ) -> tuple[torch.Tensor, torch.Tensor, list | None, dict]:
-        """Run what needs the question and write visual tokens over placeholders: embeddings, kept positions, what was
-        read of conversations, and more outputs."""
-        prompt_length = features.prompt_length
-        if prompt_length is not None and text.ids is None:  # PEFT puts virtual tokens before what generate was given
-            prompt_length = text.embeds.shape[1]
-        placeholder = self.get_placeholder_mask(text.ids, text.embeds, prompt_length)
-        tokens, question = features.tokens, None
-        if not self.connector.is_done_early:
-            if tokens is None:
-                raise ValueError(
-                    "These image features hold only pooler_output; pass what get_image_features returned."
-                )
-            if self.connector.reads_question or self.connector.has_turns:
-                past = cache.get_seq_length() if cache is not None else 0
-                question = self.read_question(text, placeholder, tokens.num_tokens, prompt_length, past)
-                question.cache, question.earlier = cache, features.earlier
-            tokens, question = self.connector.finish(tokens, question)
-        parts = features.pooler_output if self.connector.is_done_early else tokens
-        spliced = splice(text.embeds, placeholder, cast("Any", parts), question)
-        counts = placeholders_per_image(features) if tokens is None else tokens.num_tokens
-        image_outputs = copy.copy(features)
-        image_outputs.pooler_output = list(spliced.placed.split(counts))
-        extra: dict[str, Any] = {"image_outputs": image_outputs, "kept_mask": spliced.kept}
-        if prompt_length is not None:
-            extra["num_drafted"] = placeholder.shape[1] - prompt_length
-        if tokens is not None and tokens.aux:
-            extra["aux"] = tokens.aux
-        if output_token_map or features.token_maps is not None:
-            if tokens is None:
-                raise ValueError("output_token_map=True needs the features that get_image_features returned.")
-            extra["token_map"] = build_token_map(tokens, features.view_boxes)
-            if features.token_maps == []:
-                sources = features.sources or range(tokens.num_images)
-                features.token_maps.append(extra["token_map"].merge_images(sources))
-        return spliced.embeds, spliced.kept, None if tokens is None else tokens.read, extra
-
-    def read_question(
-        self, text: PromptText, placeholder: torch.Tensor, lengths: list[int], prompt_length: int | None, past: int = 0
-    ) -> Question:
-        """Collect the readable text of each image.
-
-        Args:
-            text (`PromptText`): The text of the call.
-            placeholder (`torch.Tensor` of shape `(B, S)`): True at image placeholders.
-            lengths (`list[int]`): Placeholders of each image.
-            prompt_length (`int`, *optional*): Set by `generate`: positions beyond it are generated.
-            past (`int`): Positions in the cache.
-        """
-        if text.ids is None and self.connector.reads_question:
-            vocabulary = self.get_input_embeddings().num_embeddings
-            text = recover_text(text, placeholder, self._embed_token, vocabulary)
-        return build_question(
-            text,
-            placeholder,
-            lengths,
-            prompt_length,
-            scope=self.config.question_scope,
-            answer_prefix=self.config.answer_prefix_ids or [],
-            question_prefix=self.config.question_prefix_ids or [],
-            training=self.training and prompt_length is None and self.connector.reads_question,  # or no answer is read
-            continues=past > 0,
-            has_later=self.connector.has_turns,
-        )
-
-    def _idle(self, device: torch.device, use_tower: bool) -> torch.Tensor:
-        """Zero, computed from the visual modules of the stage, so that they train on every rank alike."""
-        return self.connector.run_idle(blank_groups(self, device, use_tower), self._embed_token)
+    def _idle(self, embeds: torch.Tensor, use_tower: bool) -> tuple[torch.Tensor, dict]:
+        """The embeddings plus zero, computed from the visual modules of the stage, so that they train on every rank
+        alike; and `aux` of a blank image."""
+        zero, aux = self.connector.run_idle(blank_groups(self, embeds.device, use_tower), self.embed_token)
+        return embeds + zero.to(embeds), aux
 
 
 class HiResLmmForConditionalGeneration(HiResLmmPreTrainedModel, HiResLmmGenerationMixin):
@@ -466,7 +329,6 @@ class HiResLmmForConditionalGeneration(HiResLmmPreTrainedModel, HiResLmmGenerati
         prompt_mask: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         mm_encoder_outputs: dict | None = None,
-        output_token_map: bool = False,
         vision_features: torch.Tensor | None = None,
         question_ids: torch.Tensor | None = None,
         return_logits: bool = False,
@@ -499,7 +361,6 @@ class HiResLmmForConditionalGeneration(HiResLmmPreTrainedModel, HiResLmmGenerati
             use_cache=use_cache,
             prompt_mask=prompt_mask,
             mm_encoder_outputs=mm_encoder_outputs,
-            output_token_map=output_token_map,
             question_labels=labels,
             vision_features=vision_features,
             question_ids=question_ids,
@@ -518,19 +379,11 @@ class HiResLmmForConditionalGeneration(HiResLmmPreTrainedModel, HiResLmmGenerati
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
-        others = {
-            "hidden_states": outputs.hidden_states,
-            "attentions": outputs.attentions,
-            "image_outputs": outputs.image_outputs,
-            "kept_mask": outputs.kept_mask,
-            "packed_attention_mask": outputs.packed_attention_mask,
-            "num_drafted": outputs.num_drafted,
-            "token_map": outputs.token_map,
-            "aux": outputs.aux,
-        }
+        loss = add_head_losses(self.model, loss, outputs.aux or {}, labels, kwargs)
+        fields = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
         if learned is not None:
-            return HiResLmmTrainingOutput(loss=loss, cache=outputs.get(CACHE), **others)
-        return HiResLmmCausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: outputs.get(CACHE)}, **others)
+            return HiResLmmTrainingOutput(loss=loss, cache=fields.pop(CACHE, None), **fields)
+        return HiResLmmCausalLMOutputWithPast(loss=loss, logits=logits, **fields)
 
 
 __all__ = ["HiResLmmForConditionalGeneration", "HiResLmmModel", "HiResLmmPreTrainedModel"]

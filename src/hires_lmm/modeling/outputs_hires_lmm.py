@@ -13,6 +13,31 @@ from transformers.utils import ModelOutput
 from .carriers_hires_lmm import VisualTokens
 
 
+@dataclass(frozen=True)
+class GeneratePrompt:
+    """What `generate` knows of its prompt before the first forward pass; it travels on a copy of the features.
+
+    Args:
+        length (`int`): Input positions that belong to the prompt.
+        cached (`int`): Positions before them that the cache holds and the caller passed again.
+        mask_length (`int`): Positions of the attention mask.
+        is_right_padded (`bool`): Rows end in padding, which leaves before new tokens follow.
+        keeps_cache (`bool`): The caller gets the cache and may go on from it.
+        token_maps (`list`, *optional*): Takes the token map of the prompt.
+    """
+
+    length: int
+    cached: int
+    mask_length: int
+    is_right_padded: bool
+    keeps_cache: bool
+    token_maps: list | None
+
+    def num_virtual(self, length: int) -> int:
+        """Of the positions of a prompt, those that PEFT put in front, and will put before its mask."""
+        return max(length - self.mask_length, 0)
+
+
 @dataclass
 class HiResLmmImageFeatures(BaseModelOutputWithPooling):
     """Features of the images of a batch, before anything reads the question; can be cached and given back.
@@ -23,40 +48,19 @@ class HiResLmmImageFeatures(BaseModelOutputWithPooling):
             where an operation that reads the question, or whose count depends on content, is still to come.
         tokens (`VisualTokens`): The same tokens before selection, with their geometry.
         view_boxes (`torch.Tensor` of shape `(V, 4)`, *optional*): Boxes of the views in 1/256 source pixel.
-        prompt_length (`int`, *optional*): Set by `generate`: input positions that belong to the prompt.
-        mask_length (`int`, *optional*): Set by `generate`: positions of its attention mask.
-        is_right_padded (`bool`, *optional*): Set by `generate`: rows end in padding, which leaves before new tokens
-            follow.
         is_unpadded (`bool`, *optional*): Known to come with an attention mask of ones.
-        sources (`list[int]`, *optional*): Image of the caller that each one is, where images were chosen or repeated.
-        token_maps (`list`, *optional*): Set by `generate`: takes the token map of the prompt.
-        earlier (`list[tuple]`, *optional*): Set by `generate`: what was asked about each image in the part of the
-            conversation that the cache holds.
+        prompt (`GeneratePrompt`, *optional*): Set by `generate`, on its own copy.
     """
 
     tokens: VisualTokens | None = None
     view_boxes: torch.Tensor | None = None
-    prompt_length: int | None = None
-    mask_length: int | None = None
-    is_right_padded: bool | None = None
     is_unpadded: bool | None = None
-    sources: list[int] | None = None
-    token_maps: list | None = None
-    earlier: list | None = None
+    prompt: GeneratePrompt | None = None
 
     @classmethod
     def of(cls, output: Any) -> "HiResLmmImageFeatures":
         """Features that another object holds as a list `pooler_output`, finished."""
         return cls(pooler_output=list(output.pooler_output))
-
-    def num_virtual(self, length: int) -> int:
-        """Of the positions of a prompt of `generate`, those that PEFT put in front, and will put before its mask."""
-        return 0 if self.mask_length is None else max(length - self.mask_length, 0)
-
-    def keep_nothing(self) -> None:
-        """Keep no conversations with these features: no later call can pass them again."""
-        for memory in (self.tokens.memory if self.tokens is not None else None) or []:
-            memory.keeps = False
 
     def select_images(self, indices: list[int]) -> "HiResLmmImageFeatures":
         """Features of some of the images, for a cache or for a batch that repeats images.
@@ -70,9 +74,6 @@ class HiResLmmImageFeatures(BaseModelOutputWithPooling):
         selected = copy.copy(self)
         selected.pooler_output = [self.pooler_output[index] for index in indices]
         selected.tokens = None if self.tokens is None else self.tokens.select_images(indices)
-        sources = range(len(self.pooler_output)) if self.sources is None else self.sources
-        selected.sources = [sources[index] for index in indices]
-        selected.earlier = None if self.earlier is None else [self.earlier[index] for index in indices]
         return selected
 
 
@@ -88,6 +89,7 @@ class TokenMap:
         box (`torch.Tensor` of shape `(N, 4)`): Top, left, bottom, right in source pixels; NaN for separators.
         score (`torch.Tensor` of shape `(N,)`): The score that decided; NaN where a token was not scored.
         kept (`torch.Tensor` of shape `(N,)`): True where the token reached the language model.
+        left_at (`torch.Tensor` of shape `(N,)`): Layer of the language model behind which it left; -1 for none.
     """
 
     image: torch.Tensor
@@ -97,6 +99,7 @@ class TokenMap:
     box: torch.Tensor
     score: torch.Tensor
     kept: torch.Tensor
+    left_at: torch.Tensor
 
     def merge_images(self, sources: Sequence[int]) -> "TokenMap":
         """The records under the numbers of the caller's images, without those of repeated ones.
@@ -136,13 +139,24 @@ def build_token_map(tokens: VisualTokens, view_boxes: torch.Tensor | None) -> To
         box=torch.from_numpy(tokens.boxes(view_boxes)).float(),
         score=score.detach().float().cpu(),
         kept=torch.ones(count, dtype=torch.bool) if tokens.kept is None else tokens.kept.cpu(),
+        left_at=torch.full((count,), -1),
     )
 
 
+@dataclass
 class _WithImages(ModelOutput):
-    """As a tuple, the features of the images are one too."""
+    """What outputs of the models say of images, see `HiResLmmModelOutputWithPast`."""
+
+    image_outputs: HiResLmmImageFeatures | None = None
+    kept_mask: torch.Tensor | None = None
+    packed_attention_mask: torch.Tensor | None = None
+    num_drafted: int | None = None
+    token_map: TokenMap | None = None
+    aux: dict | None = None
+    heads: dict | None = None
 
     def to_tuple(self) -> tuple:
+        """All values, those of the features of the images as a tuple in it."""
         return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in super().to_tuple())
 
 
@@ -161,15 +175,11 @@ class HiResLmmModelOutputWithPast(_WithImages, BaseModelOutputWithPast):
         packed_attention_mask (`torch.Tensor` of shape `(B, past + P)`, *optional*): Mask of the packed rows.
         num_drafted (`int`, *optional*): Positions beyond the prompt in this call.
         token_map (`TokenMap`, *optional*): With `output_token_map=True`.
-        aux (`dict[str, torch.Tensor]`, *optional*): What parts say for losses and logs, by name.
+        aux (`dict[str, torch.Tensor]`, *optional*): What parts say for losses and logs, by name; `loss/<name>` is the
+            loss of a head before it is weighed.
+        heads (`dict[str, torch.Tensor]`, *optional*): By name, what each head reads at its token: `(N, ...)`, one row
+            an occurrence, in reading order.
     """
-
-    image_outputs: HiResLmmImageFeatures | None = None
-    kept_mask: torch.Tensor | None = None
-    packed_attention_mask: torch.Tensor | None = None
-    num_drafted: int | None = None
-    token_map: TokenMap | None = None
-    aux: dict | None = None
 
 
 @dataclass
@@ -179,23 +189,7 @@ class HiResLmmCausalLMOutputWithPast(_WithImages, CausalLMOutputWithPast):
     Args:
         loss (`torch.Tensor` of shape `()`, *optional*): Next-token loss, with `labels`.
         logits (`torch.Tensor` of shape `(B, S, vocabulary)`): Scores of the input length.
-        cache (`Cache`, *optional*): See `HiResLmmModelOutputWithPast`, as all that follow.
-        hidden_states (`tuple[torch.Tensor]`, *optional*): As above.
-        attentions (`tuple[torch.Tensor]`, *optional*): As above.
-        image_outputs (`HiResLmmImageFeatures`, *optional*): As above.
-        kept_mask (`torch.Tensor`, *optional*): As above.
-        packed_attention_mask (`torch.Tensor`, *optional*): As above.
-        num_drafted (`int`, *optional*): As above.
-        token_map (`TokenMap`, *optional*): As above.
-        aux (`dict[str, torch.Tensor]`, *optional*): As above.
     """
-
-    image_outputs: HiResLmmImageFeatures | None = None
-    kept_mask: torch.Tensor | None = None
-    packed_attention_mask: torch.Tensor | None = None
-    num_drafted: int | None = None
-    token_map: TokenMap | None = None
-    aux: dict | None = None
 
 
 class NoLogitsError(AttributeError, LookupError):
@@ -209,33 +203,23 @@ class NoLogitsError(AttributeError, LookupError):
 
 
 @dataclass
-class HiResLmmTrainingOutput(ModelOutput):
-    """The output of a training step with labels: no logits, and whoever reads them is told so.
-
-    No field has their name, so that what copies, gathers or shards outputs field by field passes them over.
-
-    Args:
-        loss (`torch.Tensor` of shape `()`): Next-token loss.
-        cache (`Cache`, *optional*): See `HiResLmmModelOutputWithPast`, as all that follow.
-        hidden_states (`tuple[torch.Tensor]`, *optional*): As above.
-        attentions (`tuple[torch.Tensor]`, *optional*): As above.
-        image_outputs (`HiResLmmImageFeatures`, *optional*): As above.
-        kept_mask (`torch.Tensor`, *optional*): As above.
-        packed_attention_mask (`torch.Tensor`, *optional*): As above.
-        num_drafted (`int`, *optional*): As above.
-        token_map (`TokenMap`, *optional*): As above.
-        aux (`dict[str, torch.Tensor]`, *optional*): As above.
-    """
-
+class _LossAndStates(ModelOutput):
     loss: torch.Tensor | None = None
     cache: Cache | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
-    image_outputs: HiResLmmImageFeatures | None = None
-    kept_mask: torch.Tensor | None = None
-    packed_attention_mask: torch.Tensor | None = None
-    num_drafted: int | None = None
-    token_map: TokenMap | None = None
+
+
+@dataclass
+class HiResLmmTrainingOutput(_WithImages, _LossAndStates):
+    """The output of a training step with labels: no logits, and whoever reads them is told so.
+
+    The other fields are those of `HiResLmmModelOutputWithPast`. None is called logits, so that what copies, gathers or
+    shards outputs field by field passes them over.
+
+    Args:
+        loss (`torch.Tensor` of shape `()`): Next-token loss.
+    """
 
     @property
     def logits(self) -> torch.Tensor:
@@ -253,5 +237,3 @@ class HiResLmmTrainingOutput(ModelOutput):
         if key == "logits":
             raise NoLogitsError
         return super().get(key, default)
-
-    aux: dict | None = None

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from torch import nn
+
 from .adapters_hires_lmm import (
     HiResLmmIdentityAdapter,
     HiResLmmLinearAdapter,
@@ -10,12 +12,13 @@ from .adapters_hires_lmm import (
     HiResLmmMlpAdapter,
     HiResLmmQueryFormerAdapter,
 )
-from .bases_hires_lmm import PartContext, Traits, entering
+from .bases_hires_lmm import PartContext, Traits, entering, layers_behind
 from .compressors_hires_lmm import HiResLmmConvMerge, HiResLmmQueryCompressor
 from .fusion_hires_lmm import HiResLmmFusion
 from .gate_hires_lmm import HiResLmmConvGate
-from .geometry_hires_lmm import KINDS, MAIN_TOWER, Grid, kinds_on
+from .geometry_hires_lmm import KINDS, MAIN_TOWER, Grid, check_stride, kinds_on
 from .globalcom2_hires_lmm import HiResLmmGlobalCom2
+from .keep_after_hires_lmm import HiResLmmKeepAfter
 from .mini_hires_lmm import HiResLmmMiniCompressor, HiResLmmPromptFuser
 from .mqt_hires_lmm import HiResLmmMqt
 from .routers_hires_lmm import HiResLmmRouter
@@ -45,11 +48,17 @@ TOKEN_OPS = {
     "globalcom2": HiResLmmGlobalCom2,
     "prompt_fuser": HiResLmmPromptFuser,
 }
+LAYER_OPS = {"keep_after": HiResLmmKeepAfter}
+POSITION_PLANS: dict[str, Any] = {}
+HEADS: dict[str, Any] = {}
 SLOTS: dict[str, dict[str, Any]] = {
     "view_ops": VIEW_OPS,
     "adapter": ADAPTERS,
     "map_ops": MAP_OPS,
     "token_ops": TOKEN_OPS,
+    "layer_ops": LAYER_OPS,
+    "position_plan": POSITION_PLANS,
+    "heads": HEADS,
 }
 
 OWN = "own"
@@ -72,6 +81,8 @@ class Step:
         """The module, which says what it is by `traits`."""
         module = self.part(self.context, self.options)
         module.traits = self.traits
+        for parameter in module.untrained_parameters():
+            parameter.requires_grad_(False)
         return module
 
     @property
@@ -97,6 +108,9 @@ class ResolvedChain:
     tower_adapters: dict[str, ResolvedPart]
     map_ops: list[ResolvedPart]
     token_ops: list[ResolvedPart]
+    layer_ops: list[ResolvedPart]
+    position_plan: ResolvedPart | None
+    heads: dict[str, ResolvedPart]
     layout: LayoutOptions
 
     @property
@@ -122,9 +136,14 @@ class ResolvedChain:
         def add(slot: str, op: ResolvedPart) -> Traits:
             nonlocal context
             traits = op.part.describe(op.options, context)
+            for grid in traits.grids.values():
+                check_stride(grid, context.patch_grid, op.part.__name__)
             steps.append(Step(slot, op.part, op.options, context, traits))
             context = replace(context, grids=traits.grids, width=traits.width)
             return traits
+
+        def add_beside(slot: str, op: ResolvedPart, own: PartContext) -> None:
+            steps.append(Step(slot, op.part, op.options, own, op.part.describe(op.options, own)))
 
         for op in self.view_ops:
             add("view_ops", op)
@@ -145,6 +164,16 @@ class ResolvedChain:
         behind = context
         for op in self.token_ops:
             add("token_ops", op)
+        for op in self.layer_ops:
+            width = first.width if op.options.of == "vision_tower" else first.text_width
+            layers = layers_behind(op.options, first.depths[op.options.of])
+            add_beside("layer_ops", op, replace(first, width=width, layers=layers))
+        inner = replace(first, width=first.text_width)
+        if self.position_plan is not None:
+            add_beside("position_plan", self.position_plan, inner)
+        for name, op in self.heads.items():
+            check_head(name, op.options.token_id, first.vocab_size)
+            add_beside(f"heads.{name}", op, inner)
         return FittedChain(steps, self.layout, first, behind, context.width)
 
 
@@ -184,6 +213,20 @@ class FittedChain:
                 f"{consumers[0].part.__name__} makes fewer tokens of a view under a budget, but a part behind it "
                 "makes others of them; put that part before it, or leave it out."
             )
+        entering(self.adapted.grids)  # refuses two towers for one kind
+        kind_names = {int(kind): name for name, kind in KINDS.items()}
+        for (kind, tower), grid in self.adapted.grids.items():
+            is_read = kind in kinds_on(self.layout.order)
+            if tower != MAIN_TOWER and not is_read:
+                raise ValueError(
+                    f"Nothing reads the extra tower {tower!r}: add 'detail' to layout.order={self.layout.order!r}, so "
+                    "that its tokens enter the sequence, or a part that reads it."
+                )
+            if grid.source is not None and not is_read:
+                raise ValueError(
+                    f"Nothing reads the views {kind_names[kind]!r} that an operation makes: add them to "
+                    f"layout.order={self.layout.order!r}."
+                )
         if (
             self.elastic
             and self.layout.crop_order == "raster"
@@ -237,6 +280,17 @@ class FittedChain:
             "later_tokens": None if own is None else own.later_tokens,
             "budget": budget,
         }
+
+
+def check_head(name: str, token_id: int, vocab_size: int) -> None:
+    """Refuse a head whose labels could have no name, or whose token does not exist."""
+    if not name.isidentifier() or hasattr(nn.ModuleDict(), name):
+        raise ValueError(f"heads.{name} is no name for a head; labels_<name> is an argument, so use a plain word.")
+    if not 0 <= token_id < vocab_size:
+        raise ValueError(
+            f"heads.{name}.token_id={token_id} is no token of the language model, which has {vocab_size}; make "
+            "text_config.vocab_size larger first."
+        )
 
 
 def _names(on: Any) -> list[str]:
@@ -293,7 +347,15 @@ def resolve_part(slot: str, spec: dict, where: str) -> ResolvedPart:
 
 
 def resolve_chain(
-    view_ops: list, adapter: dict, tower_adapters: dict, map_ops: list, token_ops: list, layout: dict
+    view_ops: list,
+    adapter: dict,
+    tower_adapters: dict,
+    map_ops: list,
+    token_ops: list,
+    layout: dict,
+    layer_ops: list | None = None,
+    position_plan: dict | None = None,
+    heads: dict | None = None,
 ) -> ResolvedChain:
     """Look up all parts of a connector.
 
@@ -302,6 +364,9 @@ def resolve_chain(
         adapter (`dict`): The adapter.
         tower_adapters (`dict[str, dict]`): Adapters of extra towers; the main one's kind by default.
         layout (`dict`): Fields of `LayoutOptions`.
+        layer_ops (`list[dict]`, *optional*): Operations behind layers of tower and language model.
+        position_plan (`dict`, *optional*): Positions and mask of the language model.
+        heads (`dict[str, dict]`, *optional*): Heads by name.
 
     Returns:
         The chain.
@@ -321,5 +386,8 @@ def resolve_chain(
         },
         map_ops=listed("map_ops", map_ops),
         token_ops=listed("token_ops", token_ops),
+        layer_ops=listed("layer_ops", layer_ops or []),
+        position_plan=None if position_plan is None else resolve_part("position_plan", position_plan, "position_plan"),
+        heads={name: resolve_part("heads", spec, f"heads.{name}") for name, spec in (heads or {}).items()},
         layout=build_options(LayoutOptions, layout, "layout"),
     )

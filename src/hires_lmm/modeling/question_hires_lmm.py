@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .carriers_hires_lmm import Question
+from .conversation_hires_lmm import Conversation
 
 
 def find_sequence(ids: torch.Tensor, sequence: list[int]) -> torch.Tensor:
@@ -120,13 +121,13 @@ def build_question(
     answer_prefix: list[int],
     question_prefix: list[int],
     training: bool,
-    continues: bool = False,
     has_later: bool = False,
+    conversation: Conversation | None = None,
 ) -> Question:
     """Collect the text that question-reading operations may see.
 
-    `training` makes a missing source of the question an error; `continues` says that earlier positions are in a cache,
-    not shown, `has_later` that later turns have placeholders of their own, so that a row holds one image.
+    `training` makes a missing source of the question an error; `has_later` says that later turns have placeholders of
+    their own, so that a row holds one image.
     """
     readable, prompt_mask = find_readable(text, placeholder, prompt_length)
     ids, labels = text.ids, text.labels
@@ -157,7 +158,43 @@ def build_question(
     rows, first = (_first_runs if has_later else _image_positions)(placeholder, lengths)
     turn = torch.where(readable, turn, 0)
     return Question(
-        text.embeds, ids, turn, rows, next_turn[rows, first], placeholder, next_turn, continues, text.asked
+        text.embeds, ids, turn, rows, next_turn[rows, first], placeholder, next_turn, text.asked, conversation
+    )
+
+
+def read_question(
+    model: Any,
+    text: PromptText,
+    placeholder: torch.Tensor,
+    lengths: list[int],
+    prompt_length: int | None,
+    conversation: Conversation | None = None,
+) -> Question:
+    """Collect the readable text of each image of a call.
+
+    Args:
+        model (`HiResLmmModel`): Its configuration and connector say what is read.
+        text (`PromptText`): The text of the call.
+        placeholder (`torch.Tensor` of shape `(B, S)`): True at image placeholders.
+        lengths (`list[int]`): Placeholders of each image.
+        prompt_length (`int`, *optional*): Set by `generate`: positions beyond it are generated.
+        conversation (`Conversation`, *optional*): What is remembered with the cache.
+    """
+    config, connector = model.config, model.connector
+    if text.ids is None and connector.reads_question:
+        vocabulary = model.get_input_embeddings().num_embeddings
+        text = recover_text(text, placeholder, model.embed_token, vocabulary)
+    return build_question(
+        text,
+        placeholder,
+        lengths,
+        prompt_length,
+        scope=config.question_scope,
+        answer_prefix=config.answer_prefix_ids or [],
+        question_prefix=config.question_prefix_ids or [],
+        training=model.training and prompt_length is None and connector.reads_question,  # or no answer is read
+        has_later=connector.has_turns,
+        conversation=conversation,
     )
 
 

@@ -200,6 +200,7 @@ class HiResLmmRouter(HiResLmmTokenOp):
             reads_question=options.score != "saliency",
             count="static" if KeepOptions(**options.keep).rule == "budget" else "content",
             budget_on=options.on,
+            untrained=("attention_score",) if options.score == "attention" else (),
         )
 
     def _score(

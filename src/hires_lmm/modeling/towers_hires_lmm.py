@@ -1,7 +1,7 @@
 """Running a vision tower: bounded chunks of views, one layer of hidden states, and what parts ask for beside it."""
 
-from dataclasses import dataclass
-from typing import Any, cast
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -10,12 +10,18 @@ from transformers.utils import logging
 
 from .bases_hires_lmm import Needs
 from .carriers_hires_lmm import ImageGeometry, ViewGroup, constant_index, constant_indices
+from .compat_hires_lmm import layers_of
 from .geometry_hires_lmm import MAIN_TOWER, Kind
 from .inputs_hires_lmm import ImageInputs
-from .tower_table_hires_lmm import patch_side, tower_family, view_side
+from .layer_ops_hires_lmm import TowerPass, open_tower
+from .layout_hires_lmm import idle_image
+from .tower_table_hires_lmm import patch_side, tower_family, tower_grid, tower_width, view_side
 
 
 logger = logging.get_logger(__name__)
+
+EXTRA_LAYER = -1
+"""Layer of an extra tower whose hidden states are used."""
 
 
 @torch.compiler.assume_constant_result  # names of types are nothing to compile
@@ -86,6 +92,7 @@ def run_tower(
     sizes: list[tuple[int, ...]] | None = None,
     output_hidden_states: bool | None = None,
     output_attentions: bool | None = None,
+    layers: TowerPass | None = None,
 ) -> TowerOutput:
     """Encode views.
 
@@ -100,6 +107,7 @@ def run_tower(
             size is encoded by itself, with positions of its own, and padded at bottom and right.
         output_hidden_states, output_attentions (`bool`, *optional*): Keep those of all layers; the tower's
             configuration decides by default.
+        layers (`TowerPass`, *optional*): What layer ops of the tower see of the views.
     """
     if sizes and len(set(sizes)) > 1:
         return _run_by_size(tower, pixels, layer, needs, chunk_size, sizes)
@@ -111,8 +119,12 @@ def run_tower(
     if tuple(pixels.shape[2:]) != (view_side(tower.config),) * 2 and not tower_family(tower.config).is_map:
         options["interpolate_pos_encoding"] = True
     pieces = []
-    for piece in split_views(pixels, chunk_size, tower):
-        output = tower(piece.to(tower.dtype), output_hidden_states=True, return_dict=True, **options)
+    views = split_views(pixels, chunk_size, tower)
+    chunks: Any = [(piece, {}) for piece in views]
+    if layers is not None:  # no image is split
+        chunks = layers.split(pixels, chunk_size if len(views) > 1 else None)
+    for piece, call in chunks:
+        output = tower(piece.to(tower.dtype), output_hidden_states=True, return_dict=True, **options, **call)
         states = output.hidden_states
         pieces.append(
             TowerOutput(
@@ -142,19 +154,23 @@ def _run_by_size(
     side = patch_side(tower.config)
     grid = (pixels.shape[2] // side, pixels.shape[3] // side)
     order: list[int] = []
-    pieces = []
+    pieces, views = [], pixels.unbind()  # an index would be one more constant of a compiled graph
     for size in sorted(set(sizes)):
-        places = tuple(place for place, own in enumerate(sizes) if own == size)
-        views = pixels[constant_index(places, str(pixels.device)), :, : size[0] * side, : size[1] * side]
+        places = [place for place, own in enumerate(sizes) if own == size]
+        own_views = torch.stack([views[place][:, : size[0] * side, : size[1] * side] for place in places])
         order += places
-        pieces.append(_pad_output(run_tower(tower, views, layer, needs, chunk_size), grid))
+        pieces.append(_pad_output(run_tower(tower, own_views, layer, needs, chunk_size), grid))
     joined = _join_pieces(pieces)
-    back = constant_index(tuple(sorted(range(len(order)), key=order.__getitem__)), str(pixels.device))
+
+    def put_back(states: torch.Tensor) -> torch.Tensor:
+        rows = states.unbind()
+        return torch.stack([rows[order.index(place)] for place in range(len(order))])
+
     return TowerOutput(
-        joined.features[back],
+        put_back(joined.features),
         grid,
-        {name: score[back] for name, score in joined.scores.items()},
-        {number: states[back] for number, states in joined.hidden.items()},
+        {name: put_back(score) for name, score in joined.scores.items()},
+        {number: put_back(states) for number, states in joined.hidden.items()},
         BaseModelOutput(),
     )
 
@@ -189,9 +205,9 @@ def class_products(tower: PreTrainedModel, states: tuple[torch.Tensor, ...]) -> 
     Computed from that layer's projections, in any attention backend.
     """
     norm, query, key = (
-        tower_layers(tower)[-1].get_submodule(path) for path in tower_family(tower.config).attention or ()
+        layers_of(tower)[-1].get_submodule(path) for path in tower_family(tower.config).attention or ()
     )
-    normed = norm(states[len(tower_layers(tower)) - 1])
+    normed = norm(states[len(layers_of(tower)) - 1])
     heads = tower.config.num_attention_heads
     queries = query(normed[:, :1]).unflatten(-1, (heads, -1)).float()
     keys = key(normed).unflatten(-1, (heads, -1)).float()
@@ -236,14 +252,6 @@ def check_needs(config: Any, needs: Needs) -> None:
             )
 
 
-def tower_layers(tower: torch.nn.Module) -> torch.nn.ModuleList:
-    """The layers of a tower."""
-    depth = cast("Any", tower.config).num_hidden_layers
-    return next(
-        module for module in tower.modules() if isinstance(module, torch.nn.ModuleList) and len(module) == depth
-    )
-
-
 def _join_pieces(pieces: list[TowerOutput]) -> TowerOutput:
     """One output of those of chunks."""
     joined: dict[str, Any] = {"last_hidden_state": torch.cat([piece.output.last_hidden_state for piece in pieces])}
@@ -283,6 +291,9 @@ def run_towers(
     source = images.source
     if len(used) < len(views):
         source = source[constant_index(used, str(source.device))]
+    layers = open_tower(model, images.images, used)
+    if images.is_encoded and layers is not None:
+        raise ValueError("A layer op runs in the vision tower, so its features cannot be cached; pass pixel_values.")
     if images.is_encoded:
         if connector.needs != Needs():
             raise ValueError(
@@ -292,7 +303,9 @@ def run_towers(
         seen = TowerOutput(source.to(model.vision_tower.dtype), config.patch_grid, {}, {}, BaseModelOutput())
     else:
         sizes = [views[row][5:7] for row in used]
-        seen = run_tower(model.vision_tower, source, layer, connector.needs, chunk_size, sizes, **wanted)
+        seen = run_tower(
+            model.vision_tower, source, layer, connector.needs, chunk_size, sizes, layers=layers, **wanted
+        )
     kinds = dict.fromkeys(key[0] for key in connector.entering if key[1] == MAIN_TOWER)
     places = {kind: tuple(place for place, row in enumerate(used) if views[row][0] == kind) for kind in kinds}
     places = {kind: own for kind, own in places.items() if own}
@@ -301,16 +314,39 @@ def run_towers(
         _take(seen, kind, tuple(used[place] for place in own), index)
         for (kind, own), index in zip(places.items(), indices, strict=True)
     ]
-    for name, tower in model.extra_towers.items():
-        output = run_tower(tower, images.extra[name], -1, chunk_size=chunk_size)
-        rows = tuple(row for row, view in enumerate(views) if view[0] == Kind.GLOBAL)
-        if len(rows) != len(output.features):
-            raise ValueError(
-                f"pixel_values_{name} has {len(output.features)} views, but there are {len(rows)} images; pass all "
-                "that the processor gives."
-            )
-        groups.append(ViewGroup(int(Kind.DETAIL), output.features, output.grid, rows, name))
+    rows = tuple(row for row, view in enumerate(views) if view[0] == Kind.GLOBAL)
+    for name in extra_towers_used(model) if rows or connector.training else ():
+        if not rows:
+            groups.append(replace(_blank_extra(model, name, source.device, not images.is_encoded), rows=()))
+        elif images.is_encoded:
+            groups.append(_extra_group(model, name, images.extra[f"vision_features_{name}"], rows))
+        else:
+            pixels = images.extra[f"pixel_values_{name}"]
+            output = run_tower(model.extra_towers[name], pixels, EXTRA_LAYER, chunk_size=chunk_size)
+            groups.append(_extra_group(model, name, output.features, rows))
     return groups, seen.output
+
+
+def extra_towers_used(model: Any) -> list[str]:
+    """Names of the extra towers that run; a training stage on crops leaves them out."""
+    return [name for name in model.extra_towers if model.connector.uses(Kind.DETAIL)]
+
+
+def _extra_group(model: Any, name: str, features: torch.Tensor, rows: tuple[int, ...]) -> ViewGroup:
+    """The group of an extra tower, which sees what the rows of the global views show."""
+    tower = model.extra_towers[name]
+    return ViewGroup(int(Kind.DETAIL), features.to(tower.dtype), tower_grid(tower.config), rows, name)
+
+
+def _blank_extra(model: Any, name: str, device: torch.device, use_tower: bool) -> ViewGroup:
+    """What an extra tower gives for a blank view; zeros where it does not run."""
+    tower, config = model.extra_towers[name], model.extra_towers[name].config
+    side, (rows, cols) = view_side(config), tower_grid(config)
+    features = torch.zeros(1, rows * cols, tower_width(config), device=device)
+    if use_tower:
+        blank = torch.zeros(1, config.num_channels, side, side, device=device)
+        features = run_tower(tower, blank, EXTRA_LAYER).features
+    return _extra_group(model, name, features, (0,))
 
 
 def _take(seen: TowerOutput, kind: int, rows: tuple[int, ...], index: torch.Tensor | None) -> ViewGroup:
@@ -338,23 +374,19 @@ def blank_groups(model: Any, device: torch.device, use_tower: bool) -> list[View
     Args:
         model (`HiResLmmModel`): Holds the towers.
         device (`torch.device`): Where the views are made.
-        use_tower (`bool`): Run the main tower; else its features are zero, as where they come from a cache.
+        use_tower (`bool`): Run the towers; else their features are zero, as where they come from a cache.
     """
     config, groups = model.config, []
     kinds = [kind for kind, tower in model.connector.used if tower == MAIN_TOWER]
     shape = (1, config.vision_config.num_channels, config.view_size, config.view_size)
     if use_tower:
-        seen = run_tower(
-            model.vision_tower, torch.zeros(shape, device=device), config.vision_feature_layer, model.connector.needs
-        )
+        blank = torch.zeros(shape, device=device)
+        layers = open_tower(model, [idle_image(kinds[:1], config.patch_grid)], (0,))
+        seen = run_tower(model.vision_tower, blank, config.vision_feature_layer, model.connector.needs, layers=layers)
     else:
         rows, cols = config.patch_grid
         features = torch.zeros(1, rows * cols, config.vision_width, device=device, dtype=model.vision_tower.dtype)
         seen = TowerOutput(features, config.patch_grid, {}, {}, BaseModelOutput())
     for row, kind in enumerate(kinds):
         groups.append(ViewGroup(kind, seen.features, seen.grid, (row,), scores=seen.scores, hidden=seen.hidden))
-    for name, tower in model.extra_towers.items():
-        side = view_side(tower.config)
-        output = run_tower(tower, torch.zeros(1, tower.config.num_channels, side, side, device=device), -1)
-        groups.append(ViewGroup(int(Kind.DETAIL), output.features, output.grid, (0,), name))
-    return groups
+    return [*groups, *(_blank_extra(model, name, device, use_tower) for name in extra_towers_used(model))]

@@ -8,6 +8,7 @@ from inspect import signature
 from typing import Any
 
 import transformers
+from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import logging
 
@@ -22,6 +23,14 @@ CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else 
 
 CACHE_NAMES = ("cache", "past_key_values")
 """Every name that a caller may use for it."""
+
+
+def training_field(name: str) -> str:
+    """Name of a field of `TrainingArguments`: before 5.23 `activation_checkpointing` was `gradient_checkpointing`."""
+    from transformers import TrainingArguments  # a training library behind it, which inference does without
+
+    known = name in TrainingArguments.__dataclass_fields__
+    return name if known else name.replace("activation_checkpointing", "gradient_checkpointing")
 
 
 def warn_if_untested() -> None:
@@ -60,3 +69,38 @@ def takes_cache(forward: Callable) -> Callable:
 
     call.__signature__ = known.replace(parameters=shown)  # type: ignore[attr-defined]  # ready made: generate reads it for every token
     return call
+
+
+def layers_of(model: Any) -> nn.ModuleList:
+    """The layers of a tower or language model: its list of that many modules."""
+    depth = model.config.num_hidden_layers
+    return next(part for part in model.modules() if isinstance(part, nn.ModuleList) and len(part) == depth)
+
+
+def attention_of(layer: nn.Module) -> nn.Module:
+    """The attention of a layer: what has groups of key heads, which every attention function asks for.
+
+    Raises:
+        ValueError: If it has none.
+    """
+    found = next((part for part in layer.modules() if hasattr(part, "num_key_value_groups")), None)
+    if found is None:
+        raise ValueError(
+            f"{type(layer).__name__} has no attention that layer ops can read; use another language model."
+        )
+    return found
+
+
+def attention_window(text_config: Any, layer: int) -> int | None:
+    """Positions that a query looks back in a layer, itself included; None = all.
+
+    Raises:
+        ValueError: If the layer attends in another way.
+    """
+    window = getattr(text_config, "sliding_window", None)
+    kinds = getattr(text_config, "layer_types", None)
+    if kinds is None:
+        return window
+    if kinds[layer] not in ("full_attention", "sliding_attention"):
+        raise ValueError(f"Layer ops work with full and sliding attention, and layer {layer} has {kinds[layer]}.")
+    return window if kinds[layer] == "sliding_attention" else None

@@ -133,5 +133,19 @@ class Grid:
         return cls(**{**values, "stride": None if stride is None else tuple(stride)})
 
 
+def check_stride(grid: Grid, patch_grid: tuple[int, int], where: str) -> None:
+    """Refuse a grid whose size and stride contradict each other: counts would follow the stride.
+
+    Raises:
+        ValueError: If they do.
+    """
+    if grid.of(patch_grid) != grid.size:
+        raise ValueError(
+            f"{where} gives {grid.rows}x{grid.cols} tokens, but views of {patch_grid[0]}x{patch_grid[1]} patches with "
+            f"stride={grid.stride} have {'x'.join(map(str, grid.of(patch_grid)))}; correct one of them, or set "
+            "stride=None where the number of tokens does not follow the size of a view."
+        )
+
+
 def _cell_interval(start: int, end: int, tokens: int, patches: int) -> tuple[int, int]:
     return (start * tokens // patches, -(-end * tokens // patches)) if end > start and tokens else (0, 0)

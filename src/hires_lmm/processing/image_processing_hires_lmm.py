@@ -1,6 +1,6 @@
 """Images to views: pixels, positions, boxes, spans and the number of tokens of each image."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
@@ -213,7 +213,7 @@ class HiResLmmImageProcessor(PilBackend):
             views of unequal size padded at bottom and right; int64 `view_positions` `(views, 9)` (see `Column`),
             `view_boxes` `(views, 4)` (top, left, bottom, right in 1/256 source pixel) and `view_spans` `(views, 4)`
             (first and past-last row and column of patches that enter). For each extra tower `pixel_values_<name>`
-            `(images, 3, size, size)`.
+            `(images with a global view, 3, size, size)`.
 
         Raises:
             ValueError: If an image or option is wrong; the message names the image's index.
@@ -237,8 +237,12 @@ class HiResLmmImageProcessor(PilBackend):
         counts = self._count(plans, settings, images)
         _check_views(plans)
         data = {"pixel_values": _render(pictures, plans, settings), **_geometry(plans, counts)}
+        pairs = zip(pictures, plans, strict=True)
+        whole = [picture for picture, plan in pairs if any(view.kind == Kind.GLOBAL for view in plan.views)]
         for name, tower in (settings.extra_towers or {}).items():
-            data[f"pixel_values_{name}"] = np.stack([_draw_whole(picture, tower, settings) for picture in pictures])
+            views = [_draw_whole(picture, tower, settings) for picture in whole]
+            empty = np.zeros((0, 3, tower["size"], tower["size"]), dtype=np.float32)
+            data[f"pixel_values_{name}"] = np.stack(views) if views else empty
         batch = BatchFeature(data=data, tensor_type=kwargs.get("return_tensors"))
         return batch if kwargs.get("device") is None else batch.to(kwargs["device"])
 
@@ -405,9 +409,11 @@ def _is_budget(value: Any) -> bool:
 def _num_tokens(plan: ViewPlan, budget: int | None, settings: _Settings, index: int) -> int:
     number = apply_budget(count_tokens(plan, settings.layout), settings.layout, budget, index)
     if number < 1:
+        padded = settings.planner(*plan.size, replace(settings.limits, unpad=False))
+        remedy = ", or unpad=False" if count_tokens(padded, settings.layout).total else ""
         raise ValueError(
             f"Image {index} of {plan.size[0]}x{plan.size[1]} pixels has no tokens with "
-            f"views={settings.limits.views!r}; take other views, or unpad=False."
+            f"views={settings.limits.views!r}; take other views{remedy}."
         )
     if number > TOKENS_LIMIT:
         raise ValueError(

@@ -101,8 +101,8 @@ class LayoutOptions:
 
     Args:
         order (`list[str]`): Kinds of views that enter, in order.
-        crop_order (`str`): `"raster"` reads the stitched map of all crops (or strided views) row by row; `"views"` one
-            after another.
+        crop_order (`str`): `"raster"` reads the map of all crops, side by side, row by row, and that of all strided
+            views, interleaved; `"views"` one after another.
         separators (`dict[str, dict]`): Name -> fields of `Separator`.
     """
 
@@ -261,9 +261,8 @@ class Arrangement:
         for which, band in enumerate(shown):
             for place, number in enumerate(band):
                 view = own[number]
-                block = self._block(
-                    [[number]], cells, kind, view.row, view.col, None if limits is None else limits[number]
-                )
+                limit = None if limits is None else limits[number]
+                block = self._block(_side_by_side([[number]], cells), kind, view.row, view.col, limit)
                 before: list[Mark] = []
                 if kind in GRID_KINDS and place:
                     before = self._marks("crop_column", kind, view.row, view.col)
@@ -276,27 +275,19 @@ class Arrangement:
     def _stitched(
         self, bands: list[list[int]], cells: list[tuple], kind: int
     ) -> Iterator[tuple[list[Mark], list[Run | Mark]]]:
-        """The map of all views of a kind side by side; it exists where it has tokens or separators of token rows."""
-        rows = sum(cells[band[0]][1] - cells[band[0]][0] for band in bands)
-        cols = max((sum(cells[n][3] - cells[n][2] for n in band) for band in bands), default=0)
-        for band in bands:
-            if len({cells[n][:2] for n in band}) > 1:
-                raise ValueError(
-                    f"Views of one grid row differ in the rows that enter the sequence: {[cells[n][:2] for n in band]}"
-                )
-        if rows and (cols or self._at["token_row_end", kind]):
-            yield [], self._block(bands, cells, kind, 0, 0, None)
+        """The map of all views of a kind: crops side by side, strided views interleaved, as they were cut.
+
+        It exists where it has tokens or separators of token rows.
+        """
+        lines = _interleaved(bands, cells) if kind == Kind.STRIDED else _side_by_side(bands, cells)
+        if lines and (any(lines) or self._at["token_row_end", kind]):
+            yield [], self._block(lines, kind, 0, 0, None)
 
     def _block(
-        self, bands: list[list[int]], cells: list[tuple], kind: int, row: int, col: int, limit: int | None
+        self, lines: list[list[tuple[int, int, int, int]]], kind: int, row: int, col: int, limit: int | None
     ) -> list[Run | Mark]:
         """One block: its token rows with what stands around them."""
         out: list[Run | Mark] = [*self._marks("view_start", kind, row, col)]
-        lines = [
-            [(n, r, *cells[n][2:]) for n in band if cells[n][3] > cells[n][2]]
-            for band in bands
-            for r in range(*cells[band[0]][:2])
-        ]
         between, end = self._marks("between_token_rows", kind), self._marks("token_row_end", kind)
         for number, line in enumerate(lines):
             if limit is not None:
@@ -319,6 +310,31 @@ def _count(arrangement: Arrangement, views: tuple[ViewShape, ...]) -> dict[int, 
         else:
             counts[int(Kind.SEPARATOR)] += arrangement.separators[piece.separator].num_tokens
     return counts
+
+
+def _side_by_side(bands: list[list[int]], cells: list[tuple]) -> list[list[tuple[int, int, int, int]]]:
+    """Token rows of views that lie side by side: pieces (view, row, first and past-last column)."""
+    for band in bands:
+        if len({cells[n][:2] for n in band}) > 1:
+            raise ValueError(
+                f"Views of one grid row differ in the rows that enter the sequence: {[cells[n][:2] for n in band]}"
+            )
+    return [
+        [(n, r, *cells[n][2:]) for n in band if cells[n][3] > cells[n][2]]
+        for band in bands
+        for r in range(*cells[band[0]][:2])
+    ]
+
+
+def _interleaved(bands: list[list[int]], cells: list[tuple]) -> list[list[tuple[int, int, int, int]]]:
+    """Token rows of views that each took every n-th pixel: neighbours come from different views."""
+    if len(set(cells)) > 1:
+        raise ValueError(
+            f"Strided views of one image differ in the tokens that enter the sequence, {sorted(set(cells))}, and "
+            'cannot be interleaved; use layout.crop_order="views".'
+        )
+    top, bottom, left, right = cells[0] if cells else (0, 0, 0, 0)
+    return [[(n, r, c, c + 1) for c in range(left, right) for n in band] for r in range(top, bottom) for band in bands]
 
 
 def split_budget(total: int, sizes: Sequence[int]) -> list[int]:

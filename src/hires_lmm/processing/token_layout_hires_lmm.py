@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, fields
 from functools import cached_property, lru_cache
 from typing import Any
 
-from .geometry_hires_lmm import KINDS, Grid, kinds_on
+from .geometry_hires_lmm import KINDS, Grid, check_stride, kinds_on
 from .planners_hires_lmm import ViewPlan
 from .sequence_hires_lmm import Arrangement, LayoutOptions
 
@@ -47,6 +47,8 @@ class TokenLayout:
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"token_layout: {name}={value!r} must be null or an integer of at least 1.")
         try:
+            for name, grid in self.grids.items():
+                check_stride(_as_grid(grid), self.patch_grid, f"grids.{name}")
             self.arrangement  # noqa: B018  # reads layout and grids
             if self.budget is not None and self.budget["on"] != OWN:
                 kinds_on(self.budget["on"])

@@ -5,6 +5,8 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from ..modeling.compat_hires_lmm import training_field
+
 
 def build_arguments(folder: str | Path, **values: Any) -> TrainingArguments:
     """Build `TrainingArguments` for our collator, with `activation_checkpointing` at every minor of transformers.
@@ -16,9 +18,5 @@ def build_arguments(folder: str | Path, **values: Any) -> TrainingArguments:
     Returns:
         The arguments.
     """
-    known = TrainingArguments.__dataclass_fields__
-    named = {
-        name if name in known else name.replace("activation_checkpointing", "gradient_checkpointing"): value
-        for name, value in values.items()
-    }
+    named = {training_field(name): value for name, value in values.items()}
     return TrainingArguments(str(folder), **{"remove_unused_columns": False, **named})

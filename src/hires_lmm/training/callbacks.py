@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -16,11 +15,10 @@ from .objectives.base import Objective
 from .objectives.files import FOLDER, restore_objectives, save_objectives
 from .objectives.run import (
     CarriedObjectives,
-    ObjectiveHooks,
+    StepHooks,
     attach,
     check_objectives,
     choose_objectives,
-    holds_images,
     needed_columns,
 )
 from .optimization import NO_DECAY, other_stage_message
@@ -55,7 +53,6 @@ class StageCallback(TrainerCallback, ExportableState):
         self._carried: CarriedObjectives | None = None
         self._handles: list = []
         self._sums = Sums(COUNTS)
-        self._has_images = True
         self._rates: dict[str, float] = {}
         self._written: int | None = None
 
@@ -100,7 +97,7 @@ class StageCallback(TrainerCallback, ExportableState):
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Note the rates of the step, before the scheduler moves on; the Trainer logs the first group only."""
         groups = kwargs["optimizer"].param_groups
-        self._rates = {f"learning_rate/{_group_name(group, n)}": group["lr"] for n, group in enumerate(groups)}
+        self._rates = {f"learning_rate/{group.get('name', n)}": group["lr"] for n, group in enumerate(groups)}
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
         """Add the numbers of the stage to what the Trainer logs; its history has been written by then."""
@@ -118,10 +115,7 @@ class StageCallback(TrainerCallback, ExportableState):
             state.log_history[-1].update(numbers)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Write the objectives into a checkpoint that is about to be written, which holds the model without them.
-
-        Before the Trainer does: once it has written its own part it may delete the checkpoint before.
-        """
+        """Write the objectives into a checkpoint before the Trainer does: it may then delete the one before."""
         if control.should_save:
             self._write(Path(args.output_dir) / f"checkpoint-{state.global_step}", state)
             self._written = state.global_step
@@ -155,39 +149,17 @@ class StageCallback(TrainerCallback, ExportableState):
     # --- numbers ---
 
     def _listen(self, model: nn.Module) -> None:
-        """Hook the modules whose numbers are logged; hooks change nothing unless the stage weighs a loss."""
+        """Hook the model; this changes nothing unless the stage weighs a loss."""
         self._stop_listening()
-        base = find_base(model)
         self._sums = Sums([*COUNTS, "share", "loss/generation", *(f"loss/{name}" for name in self.objectives)])
-        self._handles.append(base.register_forward_pre_hook(self._before_forward, with_kwargs=True))
-        for op in (*base.connector.token_ops, base.connector.budget_router):
-            if op is not None:
-                self._handles.append(op.register_forward_hook(self._after_token_op))
-        if hasattr(base.connector.adapter, "gate"):
-            self._handles.append(base.connector.adapter.gate.register_forward_hook(self._after_gate))
-        if self.stage.loss_weights:
-            carried = self._carried if self._carried is not None else CarriedObjectives({})
-            self._handles += ObjectiveHooks(carried, self.stage.loss_weights, self._sums).install(model, base)
+        carried = self._carried if self._carried is not None else CarriedObjectives({})
+        self._handles = StepHooks(carried, self.stage.loss_weights, self._sums).install(model, find_base(model))
 
     def _stop_listening(self) -> None:
         """Take the hooks away."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-
-    def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        self._has_images = module.training and holds_images(kwargs)
-
-    def _after_token_op(self, module: nn.Module, args: tuple, output: tuple) -> None:
-        kept = output[0].kept
-        if self._has_images and kept is not None:
-            self._sums.add("tokens", kept.numel())
-            self._sums.add("kept", kept.sum())
-
-    def _after_gate(self, module: nn.Module, args: tuple, gates: torch.Tensor) -> None:
-        if self._has_images:
-            self._sums.add("gate", gates[..., 0].detach().float().sum())
-            self._sums.add("gated", gates[..., 0].numel())
 
 
 def shares_of(sums: dict[str, float]) -> dict[str, float]:
@@ -202,11 +174,6 @@ def shares_of(sums: dict[str, float]) -> dict[str, float]:
     return numbers
 
 
-def _group_name(group: dict, number: int) -> str:
-    """Name of a group of the optimizer, or its number."""
-    return str(group.get("name", number))
-
-
 def find_collator(dataloader: Any) -> HiResLmmCollator | None:
     """The collator of this package that a data loader uses, if it does."""
     collator = getattr(dataloader, "collate_fn", None)
@@ -214,24 +181,17 @@ def find_collator(dataloader: Any) -> HiResLmmCollator | None:
     return collator if isinstance(collator, HiResLmmCollator) else None
 
 
-def check_budgets(collator: HiResLmmCollator, stage: Stage) -> None:
-    """Compare the budgets of a collator with those of a stage."""
-    wanted, given = (
-        list(value) if isinstance(value, (list, tuple)) else value
-        for value in (stage.max_image_tokens, collator.max_image_tokens)
-    )
+def check_collator(collator: HiResLmmCollator | None, stage: Stage, carried: CarriedObjectives | None) -> None:
+    """Compare what a collator makes with what a stage and its objectives read."""
+    if collator is None:
+        return
+    budgets = (stage.max_image_tokens, collator.max_image_tokens)
+    wanted, given = (list(value) if isinstance(value, (list, tuple)) else value for value in budgets)
     if wanted is not None and wanted != given:
         raise ValueError(
             f"Stage {stage.name!r} trains with max_image_tokens={wanted}, but the collator has {given}; pass "
             "HiResLmmCollator(processor, views=stage.views, max_image_tokens=stage.max_image_tokens)."
         )
-
-
-def check_collator(collator: HiResLmmCollator | None, stage: Stage, carried: CarriedObjectives | None) -> None:
-    """Compare what a collator makes with what a stage and its objectives read."""
-    if collator is None:
-        return
-    check_budgets(collator, stage)
     if collator.views != stage.views:
         raise ValueError(
             f"Stage {stage.name!r} uses views={stage.views!r}, but the collator makes views={collator.views!r}; pass "
@@ -314,10 +274,6 @@ def render_table(model: nn.Module, stage: Stage) -> Table:
 
 
 def put_first(trainer: Any) -> None:
-    """Move stage callbacks before all others, so that TensorBoard and the like see their numbers too.
-
-    Args:
-        trainer (`Trainer`): A trainer with a `StageCallback`.
-    """
+    """Move stage callbacks before all others, so that TensorBoard and the like see their numbers too."""
     first = (DefaultFlowCallback, StageCallback)  # the former decides when to log and to save
     trainer.callback_handler.callbacks.sort(key=lambda callback: [not isinstance(callback, kind) for kind in first])

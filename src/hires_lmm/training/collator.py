@@ -38,7 +38,7 @@ class HiResLmmCollator:
             it; a batch that loses all its samples becomes one row of two end tokens, so that every process has one.
         max_image_tokens (`int` or `list[int]`, *optional*): Budget of every image; from a list, one is drawn for each
             optimizer step, the same on all processes, for models whose number of tokens is to stay a choice.
-        features (`VisionFeatureStore`, *optional*): Cached tower features that replace the pixels.
+        features (`VisionFeatureStore`, *optional*): Cached features of all towers that replace the pixels.
         pad_to_multiple_of (`int`, *optional*): Round the length of the batch up.
         images_kwargs (`dict`, *optional*): More options for the images, such as `max_crops`.
         seed (`int`): Of the draws from a list of budgets.
@@ -88,6 +88,8 @@ class HiResLmmCollator:
         self.features = features
         self.pad_to_multiple_of = pad_to_multiple_of
         self.images_kwargs = {**(images_kwargs or {}), "views": views}
+        kind = "pixel_values" if features is None else "vision_features"
+        self._sources = [kind, *(f"{kind}_{name}" for name in processor.image_processor.extra_towers or {})]
         self.columns = columns or []
         self.seed = seed
         self.broken = broken
@@ -96,12 +98,7 @@ class HiResLmmCollator:
         self._origin = torch.tensor([0, 1]).share_memory_()
 
     def start(self, step: int = 0, batches_per_step: int = 1) -> None:
-        """Number the coming batches, from which the draws of budgets follow; `StageCallback` calls this.
-
-        Args:
-            step (`int`): Optimizer steps that were done before, in a run that is resumed.
-            batches_per_step (`int`): Batches of an optimizer step on one process.
-        """
+        """Number the coming batches, from which the draws of budgets follow; `StageCallback` calls this."""
         self._batches.zero_()
         self._origin.copy_(torch.tensor([step * batches_per_step, batches_per_step]))
 
@@ -181,8 +178,8 @@ class HiResLmmCollator:
 
         Returns:
             `input_ids`, `attention_mask`, `labels`, `prompt_mask` (all `(B, S)`), and for batches with images
-            `pixel_values` (or `vision_features` from a cache, for all batches) and the geometry of the views; and the
-            `columns` for which a sample gave a value.
+            `pixel_values` (or `vision_features` from a cache, for all batches), the same for each extra tower, and the
+            geometry of the views; and the `columns` for which a sample gave a value.
         """
         samples, budget = [], self._next_budget()
         for position, example in enumerate(examples):
@@ -226,11 +223,11 @@ class HiResLmmCollator:
         for name in GEOMETRY if has_images else ():
             sample[name] = torch.as_tensor(encoded[name])
         if has_images and self.features is None:
-            sample["pixel_values"] = torch.as_tensor(encoded["pixel_values"])
+            sample |= {name: torch.as_tensor(encoded[name]) for name in self._sources if name in encoded}
         elif has_images and self.features is not None:
             images = [find_image(part) for message in messages for part in message["content"]]
             images = [image for image in images if image is not None]
-            sample["vision_features"] = self.features.rows(self.processor, images, sample["view_positions"])
+            sample |= self.features.rows(self.processor, images, sample["view_positions"])
         for column in self.columns:
             value = column.encode(messages)
             if value is not None:
@@ -253,7 +250,10 @@ class HiResLmmCollator:
     def _end_row(self) -> dict[str, torch.Tensor]:
         """A row that teaches next to nothing: an end token after an end token."""
         ids = torch.full((2,), self.processor.tokenizer.eos_token_id, dtype=torch.long)
+        silence = [{"role": role, "content": [{"type": "text", "text": ""}]} for role in ("user", "assistant")]
+        values = {column.name: column.encode(silence) for column in self.columns}
         return {
+            **{name: value for name, value in values.items() if value is not None},
             "input_ids": ids,
             "labels": torch.tensor([IGNORED, ids[1].item()]),
             "prompt_mask": torch.tensor([True, False]),
@@ -278,12 +278,12 @@ class HiResLmmCollator:
             "labels": padded("labels", IGNORED),
             "prompt_mask": padded("prompt_mask", 0),
         }
-        for name in ("pixel_values", "vision_features", *GEOMETRY):
+        for name in (*self._sources, *GEOMETRY):
             parts = [sample[name] for sample in samples if name in sample]
             if parts:
                 batch[name] = torch.cat(parts)
         if self.features is not None and "vision_features" not in batch:
-            batch["vision_features"] = self.features.empty()
+            batch |= self.features.empty()
         for column in self.columns:
             values = [sample[column.name] for sample in samples if column.name in sample]
             if values:

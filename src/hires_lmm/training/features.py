@@ -1,8 +1,8 @@
-"""Tower features on disk, so that stages with a frozen tower run none."""
+"""Features of all towers on disk, so that stages with frozen towers run none."""
 
 import json
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..processing.geometry_hires_lmm import Column
+from ..modeling.towers_hires_lmm import EXTRA_LAYER, run_tower
+from ..processing.geometry_hires_lmm import MAIN_TOWER, Column, Kind
 from ..processing.image_input_hires_lmm import open_image, to_rgb
+from ..processing.tower_table_hires_lmm import tower_grid, tower_width
 from .image_store import SHARD_BYTES, ImageStore, pixel_key, read_pictures
 from .parameters import find_base
 
@@ -29,6 +31,7 @@ VIEW_OPTIONS = (
     "image_std",
     "rescale_factor",
     "background",
+    "extra_towers",
 )
 
 
@@ -38,65 +41,62 @@ def planner_key(processor: Any) -> dict[str, Any]:
     return json.loads(json.dumps(values, default=list))
 
 
-def tower_key(model: nn.Module) -> str:
-    """Hash of the weights of a vision tower and of the layer that is read."""
+def towers_of(model: nn.Module) -> dict[str, Any]:
+    """The vision towers of a model by name, the main one first."""
     base = find_base(model)
-    digest = blake2b(str(base.config.vision_feature_layer).encode(), digest_size=16)
-    for name, tensor in sorted(base.vision_tower.state_dict().items()):
-        digest.update(name.encode())
+    return {MAIN_TOWER: base.vision_tower, **dict(base.extra_towers.items())}
+
+
+def tower_key(model: nn.Module, name: str = MAIN_TOWER) -> str:
+    """Hash of the weights of a vision tower and of the layer that is read."""
+    layer = find_base(model).config.vision_feature_layer if name == MAIN_TOWER else EXTRA_LAYER
+    digest = blake2b(str(layer).encode(), digest_size=16)
+    for key, tensor in sorted(towers_of(model)[name].state_dict().items()):
+        digest.update(key.encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
 class VisionFeatureStore(ImageStore):
-    """Reads what `cache_vision_features` wrote.
-
-    Args:
-        folder (`str`): The folder.
-        made_from (`dict`, *optional*): See `ImageStore`.
-    """
+    """Reads what `cache_vision_features` wrote."""
 
     written_by = "cache_vision_features"
 
     def check_processor(self, processor: Any) -> None:
-        """Compare the processor with the one that made the views.
-
-        Raises:
-            ValueError: If an option differs.
-        """
+        """Compare the processor with the one that made the views."""
         self.check(planner_key(processor))
 
-    def rows(self, processor: Any, images: list, view_positions: torch.Tensor) -> torch.Tensor:
-        """Features of the views that a processor call made.
-
-        Args:
-            processor (`HiResLmmProcessor`): The processor.
-            images (`list`): The images of the call, in order.
-            view_positions (`torch.Tensor` of shape `(V, 6)`): Its geometry; without crops the global view is taken.
-
-        Returns:
-            `(V, L, C)`.
-
-        Raises:
-            ValueError: If an image is missing or was cut differently.
-        """
+    def rows(self, processor: Any, images: list, view_positions: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Features of the views that a processor call made."""
         options = processor.image_processor
         starts = [*torch.nonzero(view_positions[:, Column.STARTS_IMAGE])[:, 0].tolist(), len(view_positions)]
-        parts = []
+        parts: dict[str, list] = {name: [features] for name, features in self.empty().items()}
         for image, first, last in zip(images, starts, starts[1:], strict=False):
             picture = to_rgb(open_image(image, 0), 0, tuple(options.background), options.pixel_limit)
-            features = self.get(pixel_key(picture))
+            features = self.get(feature_key(picture, MAIN_TOWER))
             if last - first not in (1, len(features)):
                 raise ValueError(
                     f"The cache holds {len(features)} views of an image of which {last - first} are asked for; write "
                     "it with the same max_crops and planner."
                 )
-            parts.append(features[: last - first])
-        return torch.cat(parts)
+            parts["vision_features"].append(features[: last - first])
+            if view_positions[first, Column.KIND] == Kind.GLOBAL:
+                for name in list(self.made_from["shapes"])[1:]:
+                    parts[f"vision_features_{name}"].append(self.get(feature_key(picture, name)))
+        return {name: torch.cat([features.to(own[-1].dtype) for features in own]) for name, own in parts.items()}
 
-    def empty(self) -> torch.Tensor:
+    def empty(self) -> dict[str, torch.Tensor]:
         """Features of no view `(0, L, C)`: a batch without images under a cache still runs no tower."""
-        return torch.zeros(0, *self.made_from["shape"])
+        shapes = self.made_from["shapes"].items()
+        return {
+            "vision_features" if name == MAIN_TOWER else f"vision_features_{name}": torch.zeros(0, *shape)
+            for name, shape in shapes
+        }
+
+
+def feature_key(picture: Any, tower: str) -> str:
+    """Name of what a tower gave for an image in a store."""
+    return pixel_key(picture) if tower == MAIN_TOWER else f"{pixel_key(picture)}.{tower}"
 
 
 def cache_vision_features(
@@ -108,17 +108,17 @@ def cache_vision_features(
     shard_bytes: int = SHARD_BYTES,
     dtype: torch.dtype | None = None,
 ) -> VisionFeatureStore:
-    """Write the tower features of images, all views each.
+    """Write the features of every tower of images, all views each.
 
     Images that the folder already holds are skipped, so an interrupted run goes on where its last shard ended. One
     process writes at a time; others wait, and then find the images there.
 
     Args:
-        model (`nn.Module`): The model whose tower is run, in evaluation mode.
+        model (`nn.Module`): The model whose towers are run, in evaluation mode.
         processor (`HiResLmmProcessor`): Cuts the images.
         images (`Iterable`): Images or sources; repetitions cost a hash.
         folder (`str`): Where to write.
-        views_per_pass (`int`): Views that the tower sees at once.
+        views_per_pass (`int`): Views that a tower sees at once.
         shard_bytes (`int`): Size of a shard.
         dtype (`torch.dtype`, *optional*): Type on disk; that of the tower by default.
 
@@ -126,18 +126,23 @@ def cache_vision_features(
         The store.
 
     Raises:
-        ValueError: If the folder holds features of another tower or processor; if an image cannot be read: the message
-            names its number, counted from 0, and what came before it is kept.
+        ValueError: If the folder holds features of other towers or another processor; if an image cannot be read: the
+            message names its number, counted from 0, and what came before it is kept.
     """
-    base, options = find_base(model), processor.image_processor
-    rows, cols = base.config.patch_grid
-    shape = [rows * cols, base.config.vision_config.hidden_size]
-    store = VisionFeatureStore(folder, {"tower": tower_key(model), "shape": shape, **planner_key(processor)})
+    towers, options = towers_of(model), processor.image_processor
+    grids = {name: tower_grid(tower.config) for name, tower in towers.items()}
+    shapes = {name: [rows * cols, tower_width(towers[name].config)] for name, (rows, cols) in grids.items()}
+    keys = {name: tower_key(model, name) for name in towers}
+    store = VisionFeatureStore(folder, {"towers": keys, "shapes": shapes, **planner_key(processor)})
     pictures = read_pictures(images, tuple(options.background), options.pixel_limit)
-    with evaluating(base.vision_tower):
+    items = ((feature_key(picture, name), (picture, name)) for _, picture in pictures for name in towers)
+    base = find_base(model)
+    with ExitStack() as stack:
+        for tower in towers.values():
+            stack.enter_context(evaluating(tower))
         store.fill(
-            pictures,
-            lambda some: [encode_picture(base, processor, one, views_per_pass, dtype) for one in some],
+            items,
+            lambda some: [encode_picture(base, processor, one, views_per_pass, dtype, name) for one, name in some],
             shard_bytes=shard_bytes,
         )
     return store
@@ -145,9 +150,18 @@ def cache_vision_features(
 
 @torch.no_grad()
 def encode_picture(
-    base: Any, processor: Any, picture: Any, views_per_pass: int = 32, dtype: torch.dtype | None = None
+    base: Any,
+    processor: Any,
+    picture: Any,
+    views_per_pass: int = 32,
+    dtype: torch.dtype | None = None,
+    tower: str = MAIN_TOWER,
 ) -> torch.Tensor:
-    """Tower features `(V, L, C)` of all views of an image, on the CPU."""
+    """Features `(V, L, C)` that a tower gives for all its views of an image, on the CPU."""
+    if tower != MAIN_TOWER:
+        pixels = processor.image_processor(picture, views="global", return_tensors="pt")[f"pixel_values_{tower}"]
+        module = base.extra_towers[tower]
+        return run_tower(module, pixels.to(module.device), EXTRA_LAYER).features.to("cpu", dtype).contiguous()
     pixels = processor.image_processor(picture, views="all", return_tensors="pt")["pixel_values"]
     pixels = pixels.to(base.vision_tower.device)
     parts = [base.encode_pixels(part).to("cpu", dtype) for part in pixels.split(views_per_pass)]

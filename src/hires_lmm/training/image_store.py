@@ -72,14 +72,7 @@ class ImageStore:
         return key in self.shards
 
     def check(self, made_from: dict[str, Any]) -> None:
-        """Compare what decides over the tensors now with what did when they were written.
-
-        Args:
-            made_from (`dict`): All of it, or a part.
-
-        Raises:
-            ValueError: If something differs.
-        """
+        """Compare what decides over the tensors now with what did when they were written."""
         for name, now in json.loads(json.dumps(made_from)).items():
             then = self.made_from.get(name)
             if now != then:
@@ -89,15 +82,7 @@ class ImageStore:
                 )
 
     def get(self, key: str, rows: int | None = None) -> torch.Tensor:
-        """The tensor of an image.
-
-        Args:
-            key (`str`): Such as `pixel_key` gives.
-            rows (`int`, *optional*): Only the first so many are read.
-
-        Raises:
-            ValueError: If it is not there, or its file is damaged.
-        """
+        """The tensor of an image."""
         if key not in self.shards:
             raise ValueError(
                 f"The cache {str(self.folder)!r} does not hold the image {key}; run {self.written_by} over all images "
@@ -121,17 +106,7 @@ class ImageStore:
         batch_size: int = 1,
         shard_bytes: int = SHARD_BYTES,
     ) -> None:
-        """Write the tensors of items that are not there; other writers wait, and then find them.
-
-        Args:
-            items (iterable of `tuple`): Key and item; repetitions cost nothing.
-            make (`Callable`): Makes the tensors of some items.
-            batch_size (`int`): Items that it gets at once.
-            shard_bytes (`int`): A shard is written when its tensors have this size.
-
-        Raises:
-            ValueError: Whatever `items` and `make` raise; what came before is kept.
-        """
+        """Write the tensors of items that are not there; other writers wait, and then find them."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with FileLock(self.folder / LOCK):
             self._read()

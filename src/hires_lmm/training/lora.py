@@ -6,13 +6,13 @@ from typing import Any
 from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from .parameters import find_base
+from .parameters import CONNECTOR_PARTS, find_base
 
 
 _LANGUAGE = (
     r"(.*\.)?language_model\..*\.(q_proj|k_proj|v_proj|o_proj|qkv_proj|gate_proj|up_proj|down_proj|gate_up_proj)"
 )
-_VISION = r"(.*\.)?vision_tower\..*\.(q_proj|k_proj|v_proj|out_proj|fc1|fc2)"
+_VISION = r"(.*\.)?(vision_tower|extra_towers\.\w+)\..*\.(q_proj|k_proj|v_proj|out_proj|fc1|fc2|pwconv1|pwconv2)"
 _CONNECTOR = r"(.*\.)?connector\..*\.(q_proj|k_proj|v_proj|o_proj|linear|linear_1|linear_2)"
 
 LORA_TARGETS: dict[str, str] = {
@@ -21,16 +21,19 @@ LORA_TARGETS: dict[str, str] = {
     "adapters": _CONNECTOR,
 }
 """Preset -> regular expression over module names: the language model (not the tower, which `q_proj` alone would also
-hit), language model and tower, or the linear layers of the connector."""
+hit), language model and all towers, or the linear layers of the connector."""
 
 
 def connector_modules(model: nn.Module) -> list[str]:
     """Names of the parts of the connector that hold weights, such as `connector.adapter`, for `modules_to_save`."""
     connector = find_base(model).connector
-    parts = [(f"view_ops.{index}", op) for index, op in enumerate(connector.view_ops)]
-    parts += [("adapter", connector.adapter), ("layout", connector.layout)]
-    parts += [(f"token_ops.{index}", op) for index, op in enumerate(connector.token_ops)]
-    return [f"connector.{name}" for name, part in parts if next(part.parameters(), None) is not None]
+    names = []
+    for slot in CONNECTOR_PARTS:
+        part = getattr(connector, slot)
+        is_many = isinstance(part, (nn.ModuleList, nn.ModuleDict))
+        names += [f"{slot}.{name}" for name, _ in part.named_children()] if is_many else [slot] if part else []
+    held = [name for name in names if next(connector.get_submodule(name).parameters(), None) is not None]
+    return [f"connector.{name}" for name in held]
 
 
 def lora_config(

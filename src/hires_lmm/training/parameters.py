@@ -6,10 +6,26 @@ from typing import Any
 
 from torch import nn
 
+from ..modeling.compat_hires_lmm import layers_of
+from ..modeling.towers_hires_lmm import EXTRA_LAYER
+
 
 VIEWS = ("all", "global", "crops")
-PARTS = ("vision_tower", "connector.view_ops", "connector.adapter", "connector.layout", "connector.token_ops")
-LANGUAGE_PARTS = ("language_model", "lm_head")
+CONNECTOR_PARTS = (
+    *("view_ops", "adapter", "tower_adapters", "map_ops", "layout", "token_ops"),
+    *("layer_ops", "position_plan", "heads"),
+)
+PARTS = (
+    "vision_tower",
+    "extra_towers",
+    *(f"connector.{part}" for part in CONNECTOR_PARTS),
+    "language_model",
+    "lm_head",
+)
+"""Parts in the order of the data."""
+
+UNREAD = ("post_layernorm", "layernorm", "head", "pooler")
+"""What towers compute behind their layers, for a pooled output that nobody reads."""
 
 _WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.", "modules_to_save.default.")
 _PEFT_PREFIX = "base_model.model."
@@ -49,13 +65,16 @@ def learnable_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]
 
 
 def unread_parameters(base: Any) -> set[int]:
-    """`id` of what the tower computes after the layer that is read: it gets no gradients."""
-    tower, layer = base.vision_tower, base.config.vision_feature_layer
-    depth = tower.config.num_hidden_layers
-    read = layer + depth + 1 if layer < 0 else layer  # 0 are the embeddings
-    lists = [module for module in tower.modules() if isinstance(module, nn.ModuleList) and len(module) == depth]
-    norms = [module for name, module in tower.named_modules() if name.rpartition(".")[2] == "post_layernorm"]
-    return {id(parameter) for module in (*lists[0][read:], *norms) for parameter in module.parameters()}
+    """`id` of what gets no gradients: towers behind the layer that is read, and what parts call untrained."""
+    unread: list[nn.Module] = []
+    towers = [(base.vision_tower, base.config.vision_feature_layer)]
+    for tower, layer in [*towers, *((tower, EXTRA_LAYER) for tower in base.extra_towers.values())]:
+        layers = layers_of(tower)
+        unread += layers[layer + len(layers) + 1 if layer < 0 else layer :]  # 0 are the embeddings
+        unread += [module for name, module in tower.named_modules() if name.removeprefix("vision_model.") in UNREAD]
+    parts = [module for module in base.connector.modules() if hasattr(module, "untrained_parameters")]
+    untrained = [parameter for part in parts for parameter in part.untrained_parameters()]
+    return {id(parameter) for parameter in (*untrained, *(own for module in unread for own in module.parameters()))}
 
 
 def _is_peft_parameter(name: str) -> bool:
@@ -72,11 +91,10 @@ def list_parts(model: nn.Module) -> list[str]:
 def part_of(name: str) -> str:
     """The part that a parameter belongs to: the first names of what `part_name` gives."""
     part = part_name(name)
-    depth = 3 if part.startswith(("connector.", "objectives.")) else 1
+    depth = 3 if part.startswith(("connector.", "objectives.")) else 2 if part.startswith("extra_towers.") else 1
     return ".".join(part.split(".")[:depth])
 
 
 def place_of(part: str) -> int:
     """Place of a part in the order of the data."""
-    order = (*PARTS, *LANGUAGE_PARTS)
-    return next((place for place, head in enumerate(order) if part.startswith(head)), len(order))
+    return next((place for place, head in enumerate(PARTS) if part.startswith(head)), len(PARTS))

@@ -2,40 +2,27 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 from .plans_fusion import fusion, fusion_nested
-from .plans_vlsa import (
-    vlsa,
-    vlsa_baseline,
-    vlsa_cognition,
-    vlsa_low_resolution,
-    vlsa_perceiver,
-    vlsa_reconstruction,
-)
-from .stages import Stage
+from .plans_vlsa import ROWS, vlsa
+from .stages import Stage, tower_rates
 
 
 CONNECTOR = "connector"
 LANGUAGE = ("language_model", "lm_head")
-TOWER = "vision_tower"
 FORCED_EXPERT = "connector.adapter.forced_expert"
 """What the mixture uses: `"mlp"`, `"query_former"`, or None: its gate decides."""
 
 
 @dataclass(frozen=True)
 class Column:
-    """One column of SliME's Table 7: numbers of the first two stages (align) and of the third (tune).
+    """One column of SliME's Table 7: batch size, learning rate and ZeRO stage of stages I and II (align) and of stage
+    III (tune), and its LoRA preset.
 
-    All columns share AdamW, bf16, one epoch, a cosine schedule with a linear warm-up of 0.03, and no weight decay.
-
-    Args:
-        align_batch (`int`): Samples of an optimizer step in stages I and II.
-        align_rate (`float`): Learning rate of stages I and II.
-        align_zero (`int`): ZeRO stage of stages I and II.
-        tune_batch (`int`): Samples of an optimizer step in stage III.
-        tune_rate (`float`): Learning rate of stage III.
-        tune_zero (`int`): ZeRO stage of stage III (the 70B run also offloads).
-        lora (`str`, *optional*): Preset of `lora_config` for stage III.
+    All columns share AdamW, bf16, one epoch, a cosine schedule with a linear warm-up of 0.03, and no weight decay; the
+    tuning of the 70B run also offloads.
 
     Source: SliME, huggingface.co/papers/2406.08487, Table 7.
     """
@@ -58,13 +45,13 @@ COLUMNS: dict[str, Column] = {
 """Columns of Table 7. For Vicuna-13B the paper says "similar to 7B"; the same numbers are used."""
 
 
-def slime(column: str = "vicuna_7b", tower_rate: float | None = None) -> list[Stage]:
+def slime(column: str = "vicuna_7b", tower_rate: Any = None) -> list[Stage]:
     """SliME's alternating training: the global branch expert by expert, then the local branch, then all together.
 
     Args:
         column (`str`): Column of Table 7, a key of `COLUMNS`.
-        tower_rate (`float`, *optional*): Learning rate of the vision tower in stage III; None leaves it frozen, as
-            the released scripts do (the paper says "all parameters").
+        tower_rate (`float` or `dict`, *optional*): See `tower_rates`, in stage III; None as the released scripts do
+            (the paper says "all parameters").
 
     Returns:
         Four stages: I-a the perceptron and I-b the query former of the mixture, both on the global view; II the
@@ -82,15 +69,11 @@ def slime(column: str = "vicuna_7b", tower_rate: float | None = None) -> list[St
     ]
 
 
-def query_former(column: str = "vicuna_7b", tower_rate: float | None = None) -> list[Stage]:
-    """Alternating training of the adapter that is a query former alone: projection, then queries and attention.
+def query_former(column: str = "vicuna_7b", tower_rate: Any = None) -> list[Stage]:
+    """Alternating training of the adapter `query_former` alone: projection, then queries and attention, then all.
 
     Args:
-        column (`str`): Column of Table 7, a key of `COLUMNS`.
-        tower_rate (`float`, *optional*): Learning rate of the vision tower in the last stage; None leaves it frozen.
-
-    Returns:
-        Three stages for a model with the adapter `query_former`.
+        column, tower_rate: As in `slime`.
 
     Source: SliME, huggingface.co/papers/2406.08487, Fig. 1 and footnote 3.
     """
@@ -102,15 +85,11 @@ def query_former(column: str = "vicuna_7b", tower_rate: float | None = None) -> 
     ]
 
 
-def end_to_end(column: str = "vicuna_7b", tower_rate: float | None = None) -> list[Stage]:
-    """Training without alternation: the whole connector on all views, then everything.
+def end_to_end(column: str = "vicuna_7b", tower_rate: Any = None) -> list[Stage]:
+    """Training without alternation, of any model: the whole connector on all views, then everything.
 
     Args:
-        column (`str`): Column of Table 7, a key of `COLUMNS`.
-        tower_rate (`float`, *optional*): Learning rate of the vision tower in the last stage; None leaves it frozen.
-
-    Returns:
-        Two stages for any model of this package.
+        column, tower_rate: As in `slime`.
 
     Source: the "end-to-end" row of SliME's Table 4, huggingface.co/papers/2406.08487.
     """
@@ -133,12 +112,10 @@ def _align(name: str, part: str, numbers: Column, views: str = "all", settings: 
     )
 
 
-def _tune(name: str, numbers: Column, tower_rate: float | None) -> Stage:
+def _tune(name: str, numbers: Column, tower_rate: Any) -> Stage:
     """The last stage of every plan: connector and language model, and the tower where a rate is given."""
     parts = (CONNECTOR, *LANGUAGE) if numbers.lora is None else (CONNECTOR, "language_model")
-    rates = dict.fromkeys(parts, numbers.tune_rate)
-    if tower_rate is not None:
-        rates = {TOWER: tower_rate, **rates}
+    rates = {**tower_rates(tower_rate), **dict.fromkeys(parts, numbers.tune_rate)}
     return Stage(name, rates, batch_size=numbers.tune_batch, zero_stage=numbers.tune_zero, lora=numbers.lora)
 
 
@@ -148,14 +125,9 @@ PLANS: dict[str, Callable[..., list[Stage]]] = {
     "end_to_end": end_to_end,
     "fusion": fusion,
     "fusion_nested": fusion_nested,
-    "vlsa": vlsa,
-    "vlsa_baseline": vlsa_baseline,
-    "vlsa_low_resolution": vlsa_low_resolution,
-    "vlsa_perceiver": vlsa_perceiver,
-    "vlsa_reconstruction": vlsa_reconstruction,
-    "vlsa_cognition": vlsa_cognition,
+    **{row: partial(vlsa, row=row) for row in ROWS},
 }
-"""Name -> function that returns the stages, from a column of its paper's table and a rate of the vision tower."""
+"""Name -> function that returns the stages, from a column of its paper's table and the rates of towers."""
 
 
 def find_column(name: str) -> Column:
@@ -165,13 +137,13 @@ def find_column(name: str) -> Column:
     return COLUMNS[name]
 
 
-def get_plan(name: str, column: str | None = None, tower_rate: float | None = None) -> list[Stage]:
+def get_plan(name: str, column: str | None = None, tower_rate: Any = None) -> list[Stage]:
     """The stages of a plan by name.
 
     Args:
         name (`str`): A key of `PLANS`.
         column (`str`, *optional*): Column of the table that the plan follows; its first by default.
-        tower_rate (`float`, *optional*): Learning rate of the vision tower, in the last stage or in all; see the plan.
+        tower_rate (`float` or `dict`, *optional*): See `tower_rates`, in the last stage or in all; see the plan.
 
     Raises:
         ValueError: If plan or column is unknown.

@@ -1,8 +1,9 @@
 """The plan of the token-scaling paper: contrastive warm-up, generation, a short tuning for every number of tokens."""
 
 from dataclasses import replace
+from typing import Any
 
-from .stages import Stage
+from .stages import Stage, tower_rates
 
 
 RATE = 2e-5
@@ -16,15 +17,13 @@ QUESTIONS = {"with_question": True, "without_question": False}
 """Column -> whether the fusion transformer reads the question in the last stages."""
 
 
-def fusion(
-    column: str = "with_question", tower_rate: float | None = None, tokens: tuple[int, ...] = TOKENS
-) -> list[Stage]:
+def fusion(column: str = "with_question", tower_rate: Any = None, tokens: tuple[int, ...] = TOKENS) -> list[Stage]:
     """One model a number of tokens, as the paper.
 
     Args:
         column (`str`): `"with_question"`, or `"without_question"`: the last stages switch the question off, as the
             paper's second column of models was made.
-        tower_rate (`float`, *optional*): Learning rate of the vision tower; None leaves it frozen.
+        tower_rate (`float` or `dict`, *optional*): See `tower_rates`.
         tokens (`tuple[int]`): Numbers of tokens, the largest first.
 
     Returns:
@@ -47,20 +46,15 @@ def fusion(
 
 
 def fusion_nested(
-    column: str = "with_question", tower_rate: float | None = None, tokens: tuple[int, ...] = TOKENS
+    column: str = "with_question", tower_rate: Any = None, tokens: tuple[int, ...] = TOKENS
 ) -> list[Stage]:
     """One model for all numbers of tokens: the number is drawn anew for every optimizer step.
 
     Args:
-        column (`str`): `"with_question"`, or `"without_question"`: the last stage switches the question off.
-        tower_rate (`float`, *optional*): Learning rate of the vision tower; None leaves it frozen.
-        tokens (`tuple[int]`): Numbers of tokens to draw from.
+        column, tower_rate, tokens: As in `fusion`; the question is switched off in the last stage.
 
     Returns:
         `fusion_nested/contrastive` (needs the objective `contrastive`) and `fusion_nested/generation`.
-
-    Raises:
-        ValueError: If the column is unknown.
 
     Source: not of the paper. Its blocks are nested (a shorter one takes the first rows of a longer one), which makes
     this possible.
@@ -76,7 +70,7 @@ def find_question(column: str) -> bool:
     return QUESTIONS[column]
 
 
-def _warm_up(plan: str, tower_rate: float | None, tokens: int | list[int]) -> Stage:
+def _warm_up(plan: str, tower_rate: Any, tokens: int | list[int]) -> Stage:
     """The contrastive stage: the answer of the language model counts for nothing."""
     return Stage(
         f"{plan}/contrastive",
@@ -89,12 +83,12 @@ def _warm_up(plan: str, tower_rate: float | None, tokens: int | list[int]) -> St
     )
 
 
-def _generate(name: str, tower_rate: float | None, tokens: int | list[int], question: bool = True) -> Stage:
+def _generate(name: str, tower_rate: Any, tokens: int | list[int], question: bool = True) -> Stage:
     """A stage with the language loss."""
     settings = {QUESTION: question}
     return Stage(name, _rates(tower_rate), batch_size=2560, zero_stage=2, max_image_tokens=tokens, settings=settings)
 
 
-def _rates(tower_rate: float | None) -> dict[str, float]:
+def _rates(tower_rate: Any) -> dict[str, float]:
     """Rates of all stages: what lies between tower and language model."""
-    return {"connector": RATE} if tower_rate is None else {"vision_tower": tower_rate, "connector": RATE}
+    return {**tower_rates(tower_rate), "connector": RATE}

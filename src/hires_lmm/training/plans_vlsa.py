@@ -1,6 +1,8 @@
 """The plan of VLSA, and one a row of its ablation: perceiver, reconstruction and cognition without each other."""
 
-from .stages import Stage
+from typing import Any
+
+from .stages import Stage, tower_rates
 
 
 ALIGN, ADAPT, TUNE, TOWER, DENOISER = 1e-3, 1e-4, 1e-5, 2e-6, 1e-5
@@ -12,13 +14,25 @@ COGNITION = {"pixels": 0.5, "codebook": 0.5}
 
 COLUMNS = ("llama3_8b",)
 
+ROWS: dict[str, dict[str, bool]] = {
+    "vlsa_baseline": {},
+    "vlsa_low_resolution": {"low_resolution": True},
+    "vlsa_perceiver": {},
+    "vlsa_reconstruction": {"reconstruction": True},
+    "vlsa_cognition": {"cognition": True},
+    "vlsa": {"reconstruction": True, "cognition": True},
+}
+"""Rows of the ablation, in its order. For the preset `vlsa`; `vlsa_baseline` (LLaVA-NeXT under the same schedule) and
+`vlsa_cognition` for `llava_next`; `vlsa_low_resolution` for `vlsa` without view operations."""
 
-def vlsa(column: str = "llama3_8b", tower_rate: float | None = None) -> list[Stage]:
-    """All of VLSA; row 6 of its ablation. For the preset `vlsa` and the objective `reconstruction`.
+
+def vlsa(column: str = "llama3_8b", tower_rate: Any = None, row: str = "vlsa") -> list[Stage]:
+    """A row of VLSA's ablation; by default all of VLSA, its row 6, which needs the objective `reconstruction`.
 
     Args:
         column (`str`): `"llama3_8b"`, the language model of the paper.
-        tower_rate (`float`, *optional*): Learning rate of the vision tower in stages II and III; 2e-6 by default.
+        tower_rate (`float` or `dict`, *optional*): See `tower_rates`, in stages II and III; 2e-6 by default.
+        row (`str`): A key of `ROWS`.
 
     Returns:
         Three stages: I connector and Epigone; II denoiser and tower too; III everything, with cognition tasks.
@@ -31,92 +45,27 @@ def vlsa(column: str = "llama3_8b", tower_rate: float | None = None) -> list[Sta
     stage II and the denoiser. In stage I it names the perceiver alone; the projector behind it is new too and learns
     with it. The rates of the cognition tasks and their place in stage III are ours.
     """
-    return _stages("vlsa", column, tower_rate, has_reconstruction=True, has_cognition=True)
-
-
-def vlsa_baseline(column: str = "llama3_8b", tower_rate: float | None = None) -> list[Stage]:
-    """Row 1: LLaVA-NeXT under the same schedule. For the preset `llava_next`.
-
-    Args:
-        column (`str`): As in `vlsa`.
-        tower_rate (`float`, *optional*): As in `vlsa`.
-    """
-    return _stages("vlsa_baseline", column, tower_rate)
-
-
-def vlsa_low_resolution(column: str = "llama3_8b", tower_rate: float | None = None) -> list[Stage]:
-    """Row 2: the low-resolution view only. For the preset `vlsa` without view operations.
-
-    Args:
-        column (`str`): As in `vlsa`.
-        tower_rate (`float`, *optional*): As in `vlsa`.
-    """
-    return _stages("vlsa_low_resolution", column, tower_rate, views="global")
-
-
-def vlsa_perceiver(column: str = "llama3_8b", tower_rate: float | None = None) -> list[Stage]:
-    """Row 3: the perceiver alone. For the preset `vlsa`.
-
-    Args:
-        column (`str`): As in `vlsa`.
-        tower_rate (`float`, *optional*): As in `vlsa`.
-    """
-    return _stages("vlsa_perceiver", column, tower_rate)
-
-
-def vlsa_reconstruction(column: str = "llama3_8b", tower_rate: float | None = None) -> list[Stage]:
-    """Row 4: perceiver and reconstruction. For the preset `vlsa`.
-
-    Args:
-        column (`str`): As in `vlsa`.
-        tower_rate (`float`, *optional*): As in `vlsa`.
-    """
-    return _stages("vlsa_reconstruction", column, tower_rate, has_reconstruction=True)
-
-
-def vlsa_cognition(column: str = "llama3_8b", tower_rate: float | None = None) -> list[Stage]:
-    """Row 5: LLaVA-NeXT and cognition alignment alone. For the preset `llava_next`.
-
-    Args:
-        column (`str`): As in `vlsa`.
-        tower_rate (`float`, *optional*): As in `vlsa`.
-    """
-    return _stages("vlsa_cognition", column, tower_rate, has_cognition=True)
-
-
-def _stages(
-    plan: str,
-    column: str,
-    tower_rate: float | None,
-    views: str = "all",
-    has_reconstruction: bool = False,
-    has_cognition: bool = False,
-) -> list[Stage]:
-    """The three stages with what a row of the ablation has."""
     if column not in COLUMNS:
         raise ValueError(f"Unknown column {column!r} of the plan; known columns: {', '.join(COLUMNS)}.")
-    tower = {"vision_tower": TOWER if tower_rate is None else tower_rate}
-    weights = {"reconstruction": 1.0} if has_reconstruction else {}
-
-    def objective(epigone: float, denoiser: float | None) -> dict[str, float]:
-        rates = {EPIGONE_PART: epigone} if denoiser is None else {EPIGONE_PART: epigone, DENOISER_PART: denoiser}
-        return rates if has_reconstruction else {}
-
+    has = ROWS[row]
+    tower = tower_rates(TOWER if tower_rate is None else tower_rate)
     language = {"language_model": TUNE, "lm_head": TUNE}
+    objective = [{EPIGONE_PART: ALIGN}, {EPIGONE_PART: ADAPT, DENOISER_PART: DENOISER}]
+    objective = [*objective, {EPIGONE_PART: TUNE, DENOISER_PART: DENOISER}] if "reconstruction" in has else [{}] * 3
     rates = {
-        "I": {"connector": ALIGN, **objective(ALIGN, None)},
-        "II": {**tower, "connector": ADAPT, **objective(ADAPT, DENOISER)},
-        "III": {**tower, "connector": TUNE, **language, **objective(TUNE, DENOISER)},
+        "I": {"connector": ALIGN, **objective[0]},
+        "II": {**tower, "connector": ADAPT, **objective[1]},
+        "III": {**tower, "connector": TUNE, **language, **objective[2]},
     }
     return [
         Stage(
-            f"{plan}/{number}",
+            f"{row}/{number}",
             parts,
-            views=views,
-            loss_weights=dict(weights),
+            views="global" if "low_resolution" in has else "all",
+            loss_weights={"reconstruction": 1.0} if "reconstruction" in has else {},
             batch_size=128 if number == "III" else 256,
             zero_stage=3 if number == "III" else 2,
-            cognition=dict(COGNITION) if has_cognition and number == "III" else None,
+            cognition=dict(COGNITION) if "cognition" in has and number == "III" else None,
         )
         for number, parts in rates.items()
     ]

@@ -7,20 +7,20 @@ import torch
 
 HEAD = ("lm_head",)
 CONNECTOR = ("model.connector", "connector")
-TOWER = ("model.vision_tower", "vision_tower")
+TOWERS = ("model.vision_tower", "vision_tower", "model.extra_towers", "extra_towers")
 
 
 def skip_modules(quantize_tower: bool = False) -> list[str]:
     """Names for `llm_int8_skip_modules`. They replace the list of transformers, so the head must be named too; names
     are compared from their start."""
-    return [*HEAD, *CONNECTOR, *(() if quantize_tower else TOWER)]
+    return [*HEAD, *CONNECTOR, *(() if quantize_tower else TOWERS)]
 
 
 def four_bit_config(quantize_tower: bool = False, **options: Any) -> Any:
     """A `BitsAndBytesConfig` for NF4 with the right skip list.
 
     Args:
-        quantize_tower (`bool`): Quantise the vision tower as well.
+        quantize_tower (`bool`): Quantise the vision towers as well.
         options: Fields that replace the defaults: double quantisation, bfloat16 arithmetic.
 
     Returns:

@@ -88,8 +88,12 @@ def find_switches(base: Any, config: Any) -> dict[str, tuple[Any, str, dict]]:
     """The options that may change in a live model: path -> part, name of the option, entry of the part in `config`."""
     specs: dict[str, dict] = {}
     for slot in SLOTS:
-        own = getattr(config, slot)
-        specs |= {f"{slot}.{i}": spec for i, spec in enumerate(own)} if isinstance(own, list) else {slot: own}
+        own = getattr(config, slot) or {}
+        if "part" in own:
+            specs[slot] = own
+        else:
+            entries = own.items() if isinstance(own, dict) else enumerate(own)
+            specs |= {f"{slot}.{name}": spec for name, spec in entries}
     parts = {place: base.connector.get_submodule(place) for place in specs}
     return {
         f"connector.{place}.{name}": (part, name, specs[place])
@@ -99,12 +103,7 @@ def find_switches(base: Any, config: Any) -> dict[str, tuple[Any, str, dict]]:
 
 
 def set_noise(model: nn.Module, noise: bool) -> None:
-    """Switch the noise that gates and routers add while training; dropout stays as it is.
-
-    Args:
-        model (`nn.Module`): Any model; one without noise is left as it is.
-        noise (`bool`): Whether noise is added.
-    """
+    """Switch the noise that gates and routers add while training; dropout stays as it is."""
     for module in model.modules():
         if type(module).__name__ == HiResLmmNoise.__name__:  # by name: remote code brings a class of its own
             cast("HiResLmmNoise", module).p = 1.0 if noise else 0.0

@@ -102,14 +102,7 @@ class Stage:
 
     @classmethod
     def from_dict(cls, values: dict) -> "Stage":
-        """Read a stage from plain values, as recipes and checkpoints hold it.
-
-        Args:
-            values (`dict`): Fields of the class.
-
-        Raises:
-            ValueError: If a field is unknown.
-        """
+        """Read a stage from plain values, as recipes and checkpoints hold it."""
         known = [entry.name for entry in fields(cls)]
         unknown = [key for key in values if key not in known]
         if unknown:
@@ -126,17 +119,7 @@ class Stage:
         return next((pattern for pattern in self.trainable if matches(part, pattern)), None)
 
     def parameters(self, model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
-        """Parameters of each pattern.
-
-        Args:
-            model (`nn.Module`): The model, bare or wrapped.
-
-        Returns:
-            Pattern -> `(name, parameter)` pairs, in the order of the model.
-
-        Raises:
-            ValueError: If a pattern matches nothing.
-        """
+        """Parameters of each pattern."""
         found: dict[str, list] = {pattern: [] for pattern in self.trainable}
         named: set[str] = set()
         seen: set[int] = set()
@@ -196,16 +179,26 @@ class Stage:
         return lambda: lambda model: self.optimizer(model, args), {}
 
 
-@dataclass(frozen=True)
-class PartRow:
-    """One row of the table that a run opens with.
+def tower_rates(rate: float | dict[str, float] | None) -> dict[str, float]:
+    """Learning rates of towers in `Stage.trainable`.
 
     Args:
-        part (`str`): Path of the part.
-        parameters (`int`): All its parameters.
-        trainable (`int`): Those that learn.
-        learning_rates (`tuple[float, ...]`): Their rates, without repetition.
+        rate (`float` or `dict[str, float]`, *optional*): Of the main tower; or of towers by name, such as
+            `{"vision_tower": 2e-6, "extra_towers.fine": 1e-5}`. None: all are frozen.
+
+    Raises:
+        ValueError: If a name is none of a tower.
     """
+    rates = {} if rate is None else dict(rate) if isinstance(rate, dict) else {"vision_tower": rate}
+    for name in rates:
+        if name.split(".")[0] not in ("vision_tower", "extra_towers"):
+            raise ValueError(f"tower_rate names {name!r}; towers are 'vision_tower' and 'extra_towers.<name>'.")
+    return rates
+
+
+@dataclass(frozen=True)
+class PartRow:
+    """One row of the table that a run opens with."""
 
     part: str
     parameters: int

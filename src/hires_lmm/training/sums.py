@@ -6,11 +6,7 @@ import torch
 
 
 class Sums:
-    """Adds numbers up until they are taken.
-
-    Args:
-        names (`list[str]`): All names, the same in the same order on every process.
-    """
+    """Adds numbers up until they are taken."""
 
     def __init__(self, names: list[str]):
         self.names = list(names)

@@ -8,7 +8,8 @@
 It changes data only, so it needs no part of a model and goes with every preset. See docs/vlsa.md.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from hashlib import blake2b
 from os import PathLike
 from random import Random
@@ -22,10 +23,9 @@ from torch.utils.data import Dataset, IterableDataset
 from ...processing.image_input_hires_lmm import DEFAULT_PIXEL_LIMIT, open_image, to_rgb
 from ...processing.messages_hires_lmm import clean_messages
 from ..collator import find_image, read_messages
-from .cognition_cache import CachedCodes, cache_codes
-from .cognition_codes import VqQuantiser, load_quantiser
-from .cognition_places import find_places, insert_pair
+from .cognition_codes import CachedCodes, Quantiser, VqQuantiser, cache_codes, load_quantiser
 from .cognition_tasks import IMAGE_NAME, CodebookTask, CognitionQuery, PixelTask
+from .conversations import IMAGE_MARK
 
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "CognitionTransform",
     "PixelTask",
     "VqQuantiser",
+    "build_cognition",
     "cache_codes",
     "load_quantiser",
     "with_cognition",
@@ -211,3 +212,137 @@ def _image_bytes(image: Any) -> bytes:
     if isinstance(image, np.ndarray):
         return repr(image.shape).encode() + np.ascontiguousarray(image).tobytes()
     return bytes(image) if isinstance(image, bytes | bytearray | memoryview) else b""
+
+
+TASK_KEYS = {
+    "pixels": ("rate", "grid", "templates"),
+    "codebook": ("rate", "block", "templates", "model", "image_size", "subfolder", "cache"),
+}
+TRANSFORM_KEYS = ("seed", "places")
+
+
+def build_cognition(
+    settings: dict[str, Any], processor: Any = None, rates: dict[str, float] | None = None
+) -> CognitionTransform:
+    """Build a transform from the `cognition` section of a recipe.
+
+    Args:
+        settings (`dict`): `pixels`: `rate` and the options of `PixelTask`; `codebook`: `rate`, the options of
+            `CodebookTask`, and `cache`, a folder that `cache_codes` wrote, or `model` with `image_size` and
+            `subfolder`, a VQ model of diffusers; `seed` and `places` of `CognitionTransform`.
+        processor (`HiResLmmProcessor`, *optional*): Its background colour and size limit are used.
+        rates (`dict[str, float]`, *optional*): Task -> rate in place of those of the settings: `stage.cognition`.
+            Only its tasks are asked.
+
+    Returns:
+        The transform.
+
+    Raises:
+        ValueError: If a key is unknown or missing, or a value senseless.
+    """
+    _check_keys("cognition", settings, (*TASK_KEYS, *TRANSFORM_KEYS))
+    for name in TASK_KEYS:
+        _check_keys(f"cognition.{name}", settings.get(name, {}), TASK_KEYS[name])
+    if rates is None:
+        rates = {name: settings[name].get("rate") for name in TASK_KEYS if name in settings}
+    _check_keys("The rates of cognition", rates, tuple(TASK_KEYS))
+    if not rates or None in rates.values():
+        raise ValueError(f"cognition={settings!r} must name a rate for pixels or codebook, such as rate: 0.5.")
+    makers: dict[str, Callable] = {"pixels": PixelTask, "codebook": _codebook}
+    tasks = {}
+    for name, rate in rates.items():
+        values = {key: value for key, value in settings.get(name, {}).items() if key != "rate"}
+        tasks[makers[name](**values)] = rate
+    options = {key: settings[key] for key in TRANSFORM_KEYS if key in settings}
+    return CognitionTransform(tasks, processor=processor, **options)
+
+
+def _codebook(cache: str | None = None, model: str | None = None, **options: Any) -> CodebookTask:
+    """The task with its quantiser, from a cache or from a model."""
+    loading = {key: options.pop(key) for key in ("image_size", "subfolder") if key in options}
+    if (cache is None) == (model is None) or (cache is not None and loading):
+        raise ValueError(
+            f"cognition.codebook has cache={cache!r} and model={model!r}; name either cache, a folder of cache_codes, "
+            "or model, a VQ model of diffusers, with image_size and subfolder where needed."
+        )
+    quantiser: Quantiser = load_quantiser(model, **loading) if model is not None else CachedCodes(str(cache))
+    return CodebookTask(quantiser, **options)
+
+
+def _check_keys(where: str, values: Any, known: tuple[str, ...]) -> None:
+    """A mapping with no other keys."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{where}={values!r} must be a mapping with the keys {', '.join(known)}.")
+    unknown = [key for key in values if key not in known]
+    if unknown:
+        raise ValueError(f"{where} has the unknown key {unknown[0]!r}; keys are {', '.join(known)}.")
+
+
+@dataclass(frozen=True)
+class Place:
+    """The message that a pair is put before, or the end, and whether the image of that message moves to the pair."""
+
+    index: int
+    moves: bool = False
+
+
+def find_places(messages: list[dict], image: int, before: bool = True) -> list[Place]:
+    """Places, in order, for a question about an image; `before`: also the one where the image would have to move."""
+    counts = [_count_images(message["content"]) for message in messages]
+    holder = next(index for index in range(len(messages)) if sum(counts[: index + 1]) > image)
+    roles = [message["role"] for message in messages]
+    places = [Place(index) for index in range(holder + 1, len(roles) + 1) if _may_begin(roles, index)]
+    alone = counts[holder] == 1 and _split_image(messages[holder]["content"]) is not None
+    if before and alone and _may_begin(roles, holder):
+        places.insert(0, Place(holder, moves=True))
+    return places
+
+
+def insert_pair(messages: list[dict], place: Place, prompt: str, answer: str) -> list[dict]:
+    """New messages with a question and its answer, in the form of those beside it; the others are the same objects."""
+    neighbour = messages[place.index if place.moves else place.index - 1]
+    as_parts = not isinstance(neighbour["content"], str)
+    rest = list(messages[place.index :])
+    question: Any = [{"type": "text", "text": prompt}] if as_parts else prompt
+    if place.moves:
+        head, question_rest = _split_image(neighbour["content"])  # type: ignore[misc]
+        question = [head, {"type": "text", "text": f"\n{prompt}"}] if as_parts else f"{head}\n{prompt}"
+        rest[0] = {**neighbour, "content": question_rest}
+    reply: Any = [{"type": "text", "text": answer}] if as_parts else answer
+    pair = [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
+    return [*messages[: place.index], *pair, *rest]
+
+
+def _may_begin(roles: list[str], index: int) -> bool:
+    """Whether a question may stand before the message `index`: outside of pairs, after the system text."""
+    starts = index == len(roles) or roles[index] == "user"
+    return starts and (roles[index - 1] == "assistant" or all(role == "system" for role in roles[:index]))
+
+
+def _count_images(content: Any) -> int:
+    if isinstance(content, str):
+        return content.count(IMAGE_MARK)
+    return sum(part["type"] == "image" for part in content)
+
+
+def _split_image(content: Any) -> tuple[Any, Any] | None:
+    """The image that opens or ends a content, and the rest without it; None where it does neither or is all."""
+    if isinstance(content, str):
+        text = content.strip()
+        if text.startswith(IMAGE_MARK):
+            rest = text.removeprefix(IMAGE_MARK).lstrip()
+        else:
+            rest = text.removesuffix(IMAGE_MARK).rstrip() if text.endswith(IMAGE_MARK) else ""
+        return (IMAGE_MARK, rest) if rest else None
+    parts: list[dict] = list(content)
+    if parts[0]["type"] == "image":
+        image, others, side, strip = parts[0], parts[1:], 0, str.lstrip
+    elif parts[-1]["type"] == "image":
+        image, others, side, strip = parts[-1], parts[:-1], -1, str.rstrip
+    else:
+        return None
+    if not any(part["type"] == "text" and part["text"].strip() for part in others):
+        return None
+    if others[side]["type"] == "text":
+        others[side] = {**others[side], "text": strip(others[side]["text"])}
+    return image, others

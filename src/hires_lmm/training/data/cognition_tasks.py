@@ -1,5 +1,12 @@
-"""The two tasks of cognition alignment: codebook indices of cells, and colours of a quarter of the image."""
+"""The two tasks of cognition alignment, codebook indices of cells and colours of a quarter of the image: how they are
+worded, and their answers as text, written for training, read and scored for evaluation.
 
+Answers have one line for each row of a grid. Indices are separated by spaces; the three numbers of a colour by commas,
+colours by spaces. The readers accept any white space instead, and nothing else: a wrong number of values, a value out
+of range or any other character gives None, which stands for "no answer".
+"""
+
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from random import Random
@@ -7,17 +14,123 @@ from random import Random
 import numpy as np
 from PIL import Image
 
-from .cognition_answers import (
-    check_grid,
-    code_accuracy,
-    pixel_error,
-    read_codes,
-    read_pixels,
-    write_codes,
-    write_pixels,
-)
 from .cognition_codes import Quantiser, check_codes
-from .cognition_templates import CODE_FIELDS, CODE_TEMPLATES, PIXEL_FIELDS, PIXEL_TEMPLATES, check_templates
+from .conversations import IMAGE_MARK
+
+
+PIXEL_FIELDS = ("image", "left", "right", "top", "bottom", "rows", "cols")
+CODE_FIELDS = (
+    *("image", "num_codes", "last_code", "grid_rows", "grid_cols"),
+    *("first_row", "last_row", "first_col", "last_col", "rows", "cols"),
+)
+
+PIXEL_TEMPLATES = (
+    "Look at the part of {image} between {left}% and {right}% of its width and between {top}% and {bottom}% of its "
+    "height. Shrink it to {rows} rows of {cols} pixels and write their colours as red,green,blue from 0 to 255, one "
+    "row a line.",
+    "Cut a window out of {image}: columns from {left}% to {right}%, rows from {top}% to {bottom}%. Scaled down to "
+    "{rows} x {cols} pixels, which red,green,blue values (0 to 255) does it have? Give one line for each row.",
+    "Which colours remain when the window of {image} that spans {left}% to {right}% from the left and {top}% to "
+    "{bottom}% from the top is averaged to a grid of {rows} rows and {cols} columns? Answer line by line with "
+    "red,green,blue triples between 0 and 255.",
+    "The corner at {left}% of the width and {top}% of the height opens a quarter of {image}; its other corner lies at "
+    "{right}% and {bottom}%. State the mean red,green,blue of each cell when it is divided into {rows} rows and "
+    "{cols} columns, one line per row, numbers from 0 to 255.",
+    "I reduce a region of {image} to {rows} lines of {cols} pixels. The region starts {top}% down and {left}% across "
+    "and ends {bottom}% down and {right}% across. List the pixels as red,green,blue with values up to 255, a line for "
+    "each row.",
+    "Report pixel values: {image}, from {top}% to {bottom}% vertically, from {left}% to {right}% horizontally, "
+    "averaged to {rows} by {cols}. Format: red,green,blue (0-255), rows on separate lines.",
+)
+"""Wordings of questions for colours, our own; the paper prints none."""
+
+CODE_TEMPLATES = (
+    "A codebook of {num_codes} entries describes {image} as a grid of {grid_rows} rows and {grid_cols} columns. Which "
+    "entries, numbered from 0, stand in rows {first_row} to {last_row} and columns {first_col} to {last_col}? Write "
+    "one row a line.",
+    "Encode {image} as {grid_rows} x {grid_cols} codes between 0 and {last_code}. Write the codes of rows {first_row} "
+    "to {last_row}, columns {first_col} to {last_col}, one line for each row.",
+    "Divide {image} into {grid_rows} rows and {grid_cols} columns of cells. Name the codebook index (0 to "
+    "{last_code}) of each of the {rows} x {cols} cells whose first one is in row {first_row}, column {first_col}; "
+    "separate rows by line breaks.",
+    "For {image}, which of the {num_codes} code vectors comes nearest to each cell? Give the numbers, from 0, of rows "
+    "{first_row}-{last_row} and columns {first_col}-{last_col} in the {grid_rows} x {grid_cols} grid, row by row.",
+    "Read off the discrete code of {image}: grid {grid_rows} x {grid_cols}, values 0 to {last_code}. I need {rows} "
+    "rows of {cols} values, starting at row {first_row} and column {first_col}.",
+    "List codebook indices. Picture: {image}. Grid: {grid_rows} rows, {grid_cols} columns. Wanted: rows {first_row} "
+    "to {last_row}, columns {first_col} to {last_col}. Indices run from 0 to {last_code}; one line per row.",
+)
+"""Wordings of questions for codebook indices, our own; rows and columns count from 1, indices from 0."""
+
+
+def check_templates(templates: Iterable[str], fields: Sequence[str]) -> tuple[str, ...]:
+    """Wordings as a tuple; each can be filled from the fields and holds no mark of an image."""
+    if isinstance(templates, str) or not (checked := tuple(templates)):
+        raise ValueError(f"templates={templates!r} must be a list of texts; leave it out for those of the package.")
+    for template in checked:
+        if IMAGE_MARK in template:
+            raise ValueError(f"The template {template!r} holds {IMAGE_MARK}; write {{image}} there.")
+        try:
+            template.format(**dict.fromkeys(fields, 0))
+        except (KeyError, IndexError, ValueError) as error:
+            raise ValueError(
+                f"The template {template!r} cannot be filled ({error}); its fields are {', '.join(fields)}."
+            ) from error
+    return checked
+
+
+_INDEX = re.compile(r"[0-9]{1,9}")
+# a colour starts after white space, so that a long run of digits is read once, not from each digit
+_COLOUR = re.compile(r"(?<!\S)([0-9]{1,9})\s*,\s*([0-9]{1,9})\s*,\s*([0-9]{1,9})(?=\s|$)")
+
+
+def check_grid(grid: Sequence[int], name: str = "grid") -> tuple[int, int]:
+    """Rows and columns as a tuple, both whole numbers of at least 1; `name` is named in errors."""
+    values = tuple(grid) if isinstance(grid, (tuple, list)) else ()
+    if len(values) != 2 or not all(isinstance(value, int | np.integer) and value >= 1 for value in values):
+        raise ValueError(f"{name}={grid!r} must be two whole numbers of at least 1: rows, columns; such as (4, 4).")
+    return int(values[0]), int(values[1])
+
+
+def write_codes(codes: np.ndarray) -> str:
+    """Codebook indices `(rows, cols)` as text, one line a row, separated by spaces."""
+    return "\n".join(" ".join(str(code) for code in row) for row in codes.tolist())
+
+
+def read_codes(text: str, grid: tuple[int, int], num_codes: int) -> np.ndarray | None:
+    """Read what `write_codes` wrote."""
+    words = text.split()
+    if not all(_INDEX.fullmatch(word) for word in words):
+        return None
+    return _as_grid(words, num_codes, grid)
+
+
+def write_pixels(pixels: np.ndarray) -> str:
+    """Colours `(rows, cols, 3)` as text, one line a row, `red,green,blue` separated by spaces."""
+    return "\n".join(" ".join(",".join(map(str, pixel)) for pixel in row) for row in pixels.tolist())
+
+
+def read_pixels(text: str, grid: tuple[int, int]) -> np.ndarray | None:
+    """Read what `write_pixels` wrote."""
+    if _COLOUR.sub("", text).strip():
+        return None
+    return _as_grid([number for colour in _COLOUR.findall(text) for number in colour], 256, (*grid, 3))
+
+
+def _as_grid(numbers: list[str], limit: int, shape: tuple[int, ...]) -> np.ndarray | None:
+    """Numbers below the limit as an array of that shape, or None where they are none."""
+    values = np.array(numbers, dtype=np.int64)
+    return values.reshape(shape) if values.size == np.prod(shape) and values.max() < limit else None
+
+
+def code_accuracy(codes: np.ndarray | None, target: np.ndarray) -> float:
+    """Share of cells `(rows, cols)` with the right index; 0 where nothing was read."""
+    return 0.0 if codes is None else float((codes == target).mean())
+
+
+def pixel_error(pixels: np.ndarray | None, target: np.ndarray) -> float | None:
+    """Mean absolute difference of all channels of `(rows, cols, 3)`, 0 to 255; None where nothing was read."""
+    return None if pixels is None else float(np.abs(pixels.astype(np.float64) - target).mean())
 
 
 IMAGE_NAME = "the image"
@@ -27,14 +140,7 @@ HALF = 50
 
 @dataclass(frozen=True)
 class CognitionQuery:
-    """One question with its answer.
-
-    Args:
-        task (`str`): Name of the task.
-        prompt (`str`): The question.
-        answer (`str`): The right answer.
-        target (`np.ndarray`): What the answer says: indices `(rows, cols)` or colours `(rows, cols, 3)`.
-    """
+    """One question with its answer."""
 
     task: str
     prompt: str
@@ -85,12 +191,8 @@ class PixelTask:
         return read_pixels(text, self.grid)
 
     def score(self, texts: Sequence[str], queries: Sequence[CognitionQuery]) -> dict[str, float]:
-        """Score the answers of a model to queries.
-
-        Returns:
-            `parsed`, the share of answers that are so many colours, and `error`, the mean absolute difference of a
-            channel (0 to 255) over those; NaN where there is none.
-        """
+        """Of answers of a model: `parsed`, the share that are so many colours, and the mean `error` of a channel of
+        those, 0 to 255; NaN where there is none."""
         errors = [pixel_error(self.read(text), query.target) for text, query in zip(texts, queries, strict=True)]
         found = [error for error in errors if error is not None]
         return {"parsed": _mean([e is not None for e in errors]), "error": _mean(found)}
@@ -161,12 +263,7 @@ class CodebookTask:
         return read_codes(text, self.block, self.quantiser.num_codes)
 
     def score(self, texts: Sequence[str], queries: Sequence[CognitionQuery]) -> dict[str, float]:
-        """Score the answers of a model to queries.
-
-        Returns:
-            `parsed`, the share of answers that are so many indices, and `accuracy`, the share of right cells, in
-            which an answer that is none has none right.
-        """
+        """Of answers of a model: `parsed`, the share that are so many indices, and `accuracy`, that of right cells."""
         read = [self.read(text) for text in texts]
         right = [code_accuracy(codes, query.target) for codes, query in zip(read, queries, strict=True)]
         return {"parsed": _mean([codes is not None for codes in read]), "accuracy": _mean(right)}

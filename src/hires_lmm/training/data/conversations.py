@@ -15,21 +15,7 @@ LLAVA_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant":
 
 
 def attach_images(messages: list[dict], images: Any = None) -> list[dict]:
-    """Bring messages into one form: contents are lists of parts, and image parts hold their image.
-
-    Args:
-        messages (`list[dict]`): `role` and `content`; a content is a string, in which `<image>` stands for an image,
-            or a list of parts of type `text` and `image`, of which only the latter are images. What is None, as
-            columnar datasets fill in, is left out.
-        images (*optional*): The images of the conversation in reading order, one or a list; only for image parts
-            that do not hold one themselves.
-
-    Returns:
-        New messages.
-
-    Raises:
-        ValueError: If the number of images and of places for them differ.
-    """
+    """Bring messages into one form: contents are lists of parts, and image parts hold their image."""
     given = [image for image in (images if isinstance(images, (list, tuple)) else [images]) if image is not None]
     waiting = iter(given)
     result, places = [], 0
@@ -64,19 +50,7 @@ def _split_content(content: Any) -> list[dict]:
 
 
 def read_llava_record(record: dict, image_folder: str | Path | None = None, number: int | None = None) -> dict:
-    """Turn one record of a LLaVA JSON file into an example.
-
-    Args:
-        record (`dict`): `conversations` of `from` and `value`, and `image`: a path, a list of paths, or absent.
-        image_folder (`str`, *optional*): Folder that relative paths start from.
-        number (`int`, *optional*): Its number in the file, the id of records without one.
-
-    Returns:
-        `{"id", "messages"}`; image parts hold paths.
-
-    Raises:
-        ValueError: If the record is malformed; the message names its id.
-    """
+    """Turn one record of a LLaVA JSON file into an example."""
     if not isinstance(record, dict):
         where = "A record" if number is None else f"Record {number}"
         raise ValueError(f"{where} is a {type(record).__name__}, not a dict of conversations: {str(record)[:100]!r}.")
@@ -135,15 +109,7 @@ class LlavaConversations(Dataset):
 
 
 def stream_llava(file: str | Path, image_folder: str | Path | None = None) -> Iterator[dict]:
-    """Read a `.jsonl` file in the LLaVA format line by line, without holding it.
-
-    Args:
-        file (`str`): The file.
-        image_folder (`str`, *optional*): Folder of the images; by default that of the file.
-
-    Returns:
-        An iterator over examples; wrap it with `datasets.IterableDataset.from_generator` to shuffle and shard it.
-    """
+    """Read a `.jsonl` file in the LLaVA format line by line, without holding it."""
     folder = Path(image_folder) if image_folder is not None else Path(file).parent
     for number, record in enumerate(_read_lines(Path(file))):
         yield read_llava_record(record, folder, number)

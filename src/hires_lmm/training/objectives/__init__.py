@@ -1,22 +1,23 @@
 """Losses beside the language loss."""
 
-from .base import BatchColumn, Call, Objective, StepValues
+from .base import BatchColumn, Objective, StepValues
 from .contrastive import Contrastive
 from .files import load_objectives, save_objectives
 from .gate_balance import GateBalance, gate_balance
 from .reconstruction import Reconstruction
 from .registry import GENERATION, OBJECTIVES
+from .second_model import SecondModel
 
 
 __all__ = [
     "GENERATION",
     "OBJECTIVES",
     "BatchColumn",
-    "Call",
     "Contrastive",
     "GateBalance",
     "Objective",
     "Reconstruction",
+    "SecondModel",
     "StepValues",
     "gate_balance",
     "load_objectives",

@@ -1,7 +1,7 @@
 """What an objective is and what it sees of a training step."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -10,26 +10,12 @@ from ...modeling.geometry_hires_lmm import Column
 from ..columns import BatchColumn
 
 
-class Call(NamedTuple):
-    """One call of a watched module.
-
-    Args:
-        args (`tuple`): Its positional arguments.
-        kwargs (`dict`): Its keyword arguments.
-        output: What it returned; not detached.
-    """
-
-    args: tuple
-    kwargs: dict
-    output: Any
-
-
 @dataclass
 class StepValues:
     """What an objective sees of one forward pass of the model in training.
 
     Args:
-        calls (`dict[str, list[Call]]`): Calls of the modules that `Objective.watch` names, in order.
+        outputs (`HiResLmmTrainingOutput`): What the model returned; with logits and the like as `Objective.asks` says.
         columns (`dict[str, Any]`): The columns of the batch that the objectives of the run own; one is missing where
             no sample of the batch gave a value.
         inputs (`dict[str, Any]`): The other keyword arguments of the model: `input_ids`, `labels` and so on.
@@ -37,11 +23,17 @@ class StepValues:
         model (`nn.Module`): The `HiResLmmModel`.
     """
 
-    calls: dict[str, list[Call]]
+    outputs: Any
     columns: dict[str, Any]
     inputs: dict[str, Any]
     has_images: bool
     model: Any
+
+    @property
+    def aux(self) -> dict[str, Any]:
+        """What parts say for losses, with gradients: `global_tokens` `(I, L, D)`, the adapted tokens of the global
+        views, and what the parts of the model name. Without images in the batch it speaks of a blank one."""
+        return self.outputs.aux or {}
 
     def image_rows(self) -> torch.Tensor:
         """Row of the batch that holds each image `(I,)`; for the blank image of a batch without images, row 0."""
@@ -73,7 +65,14 @@ class Objective(nn.Module):
 
     `forward` runs in every training step of every process and must use the same parameters each time. Where
     `has_images` is False it works on a blank item; what it returns is then multiplied by zero, and must be finite.
+    A frozen model with a processor of its own, such as a teacher, is a `SecondModel`, held as an attribute.
     """
+
+    needs_images: ClassVar[bool] = True
+    """Whether it says nothing of batches without images."""
+
+    asks: ClassVar[dict[str, Any]] = {}
+    """Arguments of the model's `forward` that it needs in training, such as `{"return_logits": True}`."""
 
     is_automatic: ClassVar[bool] = False
     """Whether it is built without arguments as soon as a stage weighs it."""
@@ -87,14 +86,6 @@ class Objective(nn.Module):
     def columns(self) -> list[BatchColumn]:
         """Columns of the batch that it reads, for `HiResLmmCollator(..., columns=...)`."""
         return []
-
-    def watch(self, model: Any) -> dict[str, nn.Module]:
-        """Modules whose calls it reads, by names of its own.
-
-        Args:
-            model (`nn.Module`): The `HiResLmmModel`.
-        """
-        return {}
 
     def check(self, stage: Any, model: Any) -> None:
         """Refuse what cannot work.

@@ -25,13 +25,7 @@ LOGIT_SCALE = 2.6592
 
 
 class AnswerColumn(BatchColumn):
-    """The answers of every conversation with an image, one for each user turn from that of the image on.
-
-    They are ids of the text encoder.
-
-    Args:
-        tokenizer: The tokenizer of the text encoder.
-    """
+    """The answers of every conversation with an image, one for each user turn from that of the image on."""
 
     def __init__(self, tokenizer: Any):
         super().__init__("answers")
@@ -121,40 +115,20 @@ class Contrastive(Objective):
 
     @classmethod
     def from_recipe(cls, model: nn.Module, **options: Any) -> "Contrastive":
-        """Build it around the text half of a pretrained CLIP.
-
-        Args:
-            model (`nn.Module`): The model that is to be trained.
-            options: `encoder`, a folder or Hub id of a CLIP with its tokenizer, and arguments of the class.
-
-        Raises:
-            ValueError: If the model has no fusion transformer.
-        """
+        """Build it around the text half of a pretrained CLIP."""
         name = options.pop("encoder")
         encoder = transformers.CLIPTextModelWithProjection.from_pretrained(name)
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         return cls(encoder, find_fusion(model).width, tokenizer, **options)
 
     def columns(self) -> list[BatchColumn]:
-        """The answers.
-
-        Raises:
-            ValueError: If there is no tokenizer.
-        """
+        """The answers."""
         if self.tokenizer is None:
             raise ValueError("The contrastive objective has no tokenizer; set objective.tokenizer to the encoder's.")
         return [AnswerColumn(self.tokenizer)]
 
-    def watch(self, model: Any) -> dict[str, nn.Module]:
-        """The fusion transformer."""
-        return {"fusion": find_fusion(model)}
-
     def check(self, stage: Any, model: Any) -> None:
-        """Refuse models without a fusion transformer, or with one of another width.
-
-        Raises:
-            ValueError: If there is nothing to contrast.
-        """
+        """Refuse models without a fusion transformer, or with one of another width."""
         width = find_fusion(model).width
         if width != self.projection.in_features:
             raise ValueError(
@@ -164,8 +138,7 @@ class Contrastive(Objective):
 
     def forward(self, step: StepValues) -> torch.Tensor:
         """A scalar for the batch: contrastive loss of the end states and the weighted identity term."""
-        aux = step.calls["fusion"][-1].output[0].aux
-        slots, blocks = aux["fusion_slots"], aux["fusion_blocks"]
+        slots, blocks = step.aux["fusion_slots"], step.aux["fusion_blocks"]
         sizes = torch.bincount(blocks)
         ends = slots[sizes.cumsum(0) - 1]
         answers = self._answers(step, len(ends))
@@ -209,11 +182,7 @@ class Contrastive(Objective):
 
     @classmethod
     def from_settings(cls, settings: dict) -> "Contrastive":
-        """Build it with random weights and without a tokenizer.
-
-        Args:
-            settings (`dict`): From `settings`.
-        """
+        """Build it with random weights and without a tokenizer."""
         values = dict(settings)
         encoder_class = getattr(transformers, values.pop("encoder_class"))
         encoder = encoder_class(encoder_class.config_class.from_dict(values.pop("encoder")))

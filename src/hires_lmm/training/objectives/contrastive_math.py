@@ -12,15 +12,7 @@ IDENTITY_SCOPES = ("batch", "block")
 
 @torch.no_grad()
 def find_outliers(matrix: torch.Tensor, sigma: float) -> torch.Tensor:
-    """Elements further than some standard deviations from the mean of the whole matrix.
-
-    Args:
-        matrix (`torch.Tensor` of shape `(T, P)`): Any numbers.
-        sigma (`float`): Standard deviations (with Bessel's correction) on each side of the mean.
-
-    Returns:
-        `(T, P)` bool; nothing of a matrix with a single element.
-    """
+    """Elements `(T, P)` further than `sigma` standard deviations from the mean of the whole matrix."""
     if matrix.numel() < 2:
         return torch.zeros_like(matrix, dtype=torch.bool)
     deviation, mean = torch.std_mean(matrix)
@@ -28,14 +20,7 @@ def find_outliers(matrix: torch.Tensor, sigma: float) -> torch.Tensor:
 
 
 def normalise_texts(texts: torch.Tensor, outlier_sigma: float | None = 1.0) -> torch.Tensor:
-    """Unit vectors of answers, with outlying elements set to zero before the division.
-
-    Args:
-        texts (`torch.Tensor` of shape `(T, P)`): Projected states of the text encoder, one row an answer.
-        outlier_sigma (`float`, *optional*): See `find_outliers`; None keeps all elements.
-
-    Returns:
-        `(T, P)` float32 of length 1, or 0 where nothing of a row is left.
+    """Unit vectors `(T, P)` float32 of projected answers, with outlying elements set to zero before the division.
 
     Source: released code of huggingface.co/papers/2412.18387, which zeroes beyond 1; the paper does not say so. A row
     without elements gives zeros here and NaN there.
@@ -47,15 +32,7 @@ def normalise_texts(texts: torch.Tensor, outlier_sigma: float | None = 1.0) -> t
 
 
 def contrast(queries: torch.Tensor, texts: torch.Tensor, logit_scale: torch.Tensor) -> torch.Tensor:
-    """Symmetric cross entropy of every query against all answers and of every answer against all queries.
-
-    Args:
-        queries (`torch.Tensor` of shape `(T, P)`): Unit vectors; row i belongs to answer i.
-        texts (`torch.Tensor` of shape `(T, P)`): Unit vectors.
-        logit_scale (`torch.Tensor`): Scalar; its exponential multiplies the cosines.
-
-    Returns:
-        A scalar.
+    """Symmetric cross entropy of unit vectors `(T, P)`, each against all of the other side.
 
     Source: first term of eq. 19 of huggingface.co/papers/2412.18387, as released.
     """
@@ -65,15 +42,7 @@ def contrast(queries: torch.Tensor, texts: torch.Tensor, logit_scale: torch.Tens
 
 
 def identity_term(slots: torch.Tensor, blocks: torch.Tensor | None = None) -> torch.Tensor:
-    """Mean squared distance between the cosines of slots and the identity matrix: pushes slots apart.
-
-    Args:
-        slots (`torch.Tensor` of shape `(N, C)`): States of all slots, the end slots included.
-        blocks (`torch.Tensor` of shape `(N,)`, *optional*): Number of the block of each slot; with it only pairs of
-            one block count. Without it all pairs of the batch do, those of different images too.
-
-    Returns:
-        A scalar.
+    """Mean squared distance of the cosines of slots `(N, C)` from the identity: all pairs, or those of one block.
 
     Source: second term of eq. 19 of huggingface.co/papers/2412.18387. The released code takes the whole batch and
     the end slots; the paper speaks of the other slots only.
@@ -90,21 +59,7 @@ def compose_answers(
     max_length: int,
     block_tokens: list[int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the text encoder reads of every answer: its tokens, tokens for the other slots, the end token.
-
-    Args:
-        answers (`list[torch.Tensor]`): Ids of each answer without any end token; cut where it is too long.
-        num_slots (`list[int]`): Slots of the block that belongs to each answer, the end slot included.
-        end_token (`int`): Id of the end token.
-        max_length (`int`): Most tokens of a row.
-        block_tokens (`list[int]`, *optional*): Ids that stand for the slots before the end slot; a shorter block takes
-            the first of them. None leaves them out.
-
-    Returns:
-        `input_ids` and `attention_mask` `(T, S)`, padded on the right with the end token.
-
-    Raises:
-        ValueError: If the tokens for the slots leave no room, or are too few.
+    """Ids and mask `(T, S)` that the text encoder reads: the answer, `block_tokens` for other slots, the end token.
 
     Source: released code of huggingface.co/papers/2412.18387, whose answers carry the same placeholders as questions.
     """
@@ -124,34 +79,15 @@ def compose_answers(
 
 
 def encode_answers(encoder: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-    """Project the state at the last token of every answer.
-
-    Args:
-        encoder (`PreTrainedModel`): A text model with `text_projection`, such as `CLIPTextModelWithProjection`.
-        input_ids (`torch.Tensor` of shape `(T, S)`): Answers that end with the end token, padded on the right.
-        attention_mask (`torch.Tensor` of shape `(T, S)`): 1 for tokens.
-
-    Returns:
-        `(T, P)`. Unlike the encoder's own pooling this does not search for the end token, which CLIP's old
-        configurations name wrongly and which may occur twice where it also pads.
-    """
+    """Project the state at the last token of every answer: `(T, P)`. The encoder's own pooling would search for the
+    end token, which CLIP's old configurations name wrongly and which may occur twice where it also pads."""
     states = encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
     last = attention_mask.long().sum(dim=1) - 1
     return encoder.text_projection(states[torch.arange(len(states), device=states.device), last])
 
 
 def lengthen_positions(encoder: Any, length: int, seed: int = 0) -> None:
-    """Give a text encoder with learned positions more of them, in place.
-
-    Old rows stay; new ones are drawn from a normal distribution with mean and deviation of the old table.
-
-    Args:
-        encoder (`PreTrainedModel`): A text model with `position_embedding`, such as `CLIPTextModelWithProjection`.
-        length (`int`): Positions wanted; nothing happens where there are as many.
-        seed (`int`): Of the draw.
-
-    Raises:
-        ValueError: If the model has no table of positions.
+    """Give a text encoder more learned positions, in place, drawn with mean and deviation of the old ones.
 
     Source: released code of huggingface.co/papers/2412.18387 (77 to 512 for CLIP).
     """

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from ...modeling.carriers_hires_lmm import ViewFeatures
+from ...modeling.connector_hires_lmm import GLOBAL_TOKENS
 from ...modeling.geometry_hires_lmm import MAIN_TOWER
 from ...modeling.layout_hires_lmm import idle_image
 from ...modeling.sa_perceiver_hires_lmm import GLOBAL_EMBEDDING
@@ -13,13 +14,7 @@ from ...modeling.towers_hires_lmm import blank_groups
 
 
 class LowRank(nn.Module):
-    """Two linear layers with a narrow middle and SiLU between them.
-
-    Args:
-        width (`int`): Width that enters.
-        rank (`int`): Width of the middle.
-        out_width (`int`): Width that leaves.
-    """
+    """Two linear layers with a narrow middle and SiLU between them."""
 
     def __init__(self, width: int, rank: int, out_width: int):
         super().__init__()
@@ -56,15 +51,7 @@ class Epigone(nn.Module):
         self.pooled = LowRank(width if global_width is None else global_width, rank, pooled_width)
 
     def forward(self, tokens: torch.Tensor, embedding: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Make the conditions.
-
-        Args:
-            tokens (`torch.Tensor` of shape `(I, L, width)`): Image tokens.
-            embedding (`torch.Tensor` of shape `(I, global_width)`, *optional*): Global embeddings.
-
-        Returns:
-            Prompt `(I, L, prompt_width)` and pooled prompt `(I, pooled_width)`.
-        """
+        """Make the conditions."""
         pooled = tokens.mean(dim=1) if self.global_width is None else embedding
         return self.prompt(tokens), self.pooled(pooled)
 
@@ -74,12 +61,17 @@ class Epigone(nn.Module):
         return {name: getattr(self, name) for name in names}
 
 
-def read_views(views: ViewFeatures) -> tuple[torch.Tensor, torch.Tensor | None]:
+def read_aux(aux: dict) -> tuple[torch.Tensor, torch.Tensor | None]:
     """What images are painted from: tokens of global views `(I, L, D)`, and global embeddings `(I, C)` or None."""
-    glob = views.group("global")
-    if glob is None:
+    if GLOBAL_TOKENS not in aux:
         raise ValueError("There is no low-resolution view to paint from; train in a stage whose views are 'all'.")
-    return glob.features, views.aux.get(GLOBAL_EMBEDDING)
+    return aux[GLOBAL_TOKENS], aux.get(GLOBAL_EMBEDDING)
+
+
+def read_views(views: ViewFeatures) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The same of adapted views, outside of training."""
+    glob = views.group("global")
+    return read_aux(views.aux if glob is None else {**views.aux, GLOBAL_TOKENS: glob.features})
 
 
 def find_widths(model: Any) -> tuple[int, int | None]:

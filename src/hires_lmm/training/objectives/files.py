@@ -42,14 +42,7 @@ def gather(module: nn.Module) -> dict[str, torch.Tensor]:
 def save_objectives(
     folder: str | Path, objectives: dict[str, Objective], run: str = "", is_main_process: bool = True
 ) -> None:
-    """Write objectives that have weights. To be called by all processes.
-
-    Args:
-        folder (`str`): Gets one folder an objective.
-        objectives (`dict[str, Objective]`): Name -> objective.
-        run (`str`): Name of the run, kept beside the weights.
-        is_main_process (`bool`): Whether this process writes.
-    """
+    """Write objectives that have weights. To be called by all processes."""
     for name, objective in objectives.items():
         state = gather(objective)
         if not state or not is_main_process:

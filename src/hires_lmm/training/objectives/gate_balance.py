@@ -3,7 +3,6 @@
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
 
 from .base import Objective, StepValues
 
@@ -28,19 +27,10 @@ class GateBalance(Objective):
 
     is_automatic: ClassVar[bool] = True
 
-    def watch(self, model: Any) -> dict[str, nn.Module]:
-        """The gate of the model, if it has one."""
-        adapter = model.connector.adapter
-        return {"gate": adapter.gate} if hasattr(adapter, "gate") else {}
-
     def check(self, stage: Any, model: Any) -> None:
-        """Refuse models without a gate, and stages that use one expert alone.
-
-        Raises:
-            ValueError: If no gate runs.
-        """
+        """Refuse models without a gate, and stages that use one expert alone."""
         adapter = model.config.connector_config.adapter
-        if not self.watch(model) or adapter.get("forced_expert") is not None:
+        if adapter["part"] != "mixture" or adapter.get("forced_expert") is not None:
             raise ValueError(
                 f"Stage {stage.name!r} weighs 'gate_balance', but no gate runs: the adapter is {adapter!r}. Use the "
                 "adapter 'mixture' and settings={'connector.adapter.forced_expert': None}, or take the weight away."
@@ -48,5 +38,4 @@ class GateBalance(Objective):
 
     def forward(self, step: StepValues) -> torch.Tensor:
         """A scalar for the batch."""
-        gates = [call.output.flatten(0, -2) for calls in step.calls.values() for call in calls]
-        return gate_balance(torch.cat(gates))
+        return gate_balance(step.aux["gates"])

@@ -8,6 +8,8 @@ import torch
 from PIL import Image
 
 from ...modeling.carriers_hires_lmm import ViewFeatures
+from ...modeling.inputs_hires_lmm import read_images, take_images
+from ...modeling.towers_hires_lmm import run_towers
 from ..parameters import find_base
 from .epigone import read_views
 from .files import find_folder, load_objectives
@@ -50,42 +52,16 @@ def paint(
 def look(
     model: Any, processor: Any, image: Any, images_kwargs: dict | None = None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What a model makes of an image, up to where painting starts.
-
-    Args:
-        model (`nn.Module`): The model, in evaluation mode.
-        processor (`HiResLmmProcessor`): Its processor.
-        image: An image or a source, as the processor takes it.
-        images_kwargs (`dict`, *optional*): Options of the image processor, such as `max_crops`.
-
-    Returns:
-        Image tokens `(1, L, D)` and global embedding `(1, C)` or None.
-    """
+    """What a model makes of an image, up to where painting starts."""
     base = find_base(model)
-    inputs = processor.image_processor(image, return_tensors="pt", **(images_kwargs or {}))
-    seen: list[ViewFeatures] = []
-    handle = base.connector.layout.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    try:
-        names = ("pixel_values", "view_positions", "view_spans")
-        base.get_image_features(**{name: inputs[name].to(base.device) for name in names})
-    finally:
-        handle.remove()
-    return read_views(seen[0])
+    inputs = dict(processor.image_processor(image, return_tensors="pt", **(images_kwargs or {})).to(base.device))
+    images: Any = read_images(base, take_images(base.config, inputs))
+    views = base.connector.adapt(ViewFeatures(run_towers(base, images)[0], images.images))
+    return read_views(views)
 
 
 def find_reconstruction(checkpoint: str, folder: str | Path | None = None) -> Reconstruction:
-    """The objective that belongs to a checkpoint.
-
-    Args:
-        checkpoint (`str`): Folder of the checkpoint.
-        folder (`str`, *optional*): Folder of the objectives; in or beside the checkpoint by default.
-
-    Returns:
-        The objective, with its weights.
-
-    Raises:
-        ValueError: If there is none.
-    """
+    """The objective that belongs to a checkpoint."""
     place = find_folder(checkpoint) if folder is None else Path(folder)
     found = load_objectives(place).get("reconstruction") if place is not None else None
     if not isinstance(found, Reconstruction):
@@ -97,10 +73,5 @@ def find_reconstruction(checkpoint: str, folder: str | Path | None = None) -> Re
 
 
 def write_png(pixels: torch.Tensor, path: str | Path) -> None:
-    """Write an image.
-
-    Args:
-        pixels (`torch.Tensor` of shape `(3, H, W)`): uint8.
-        path (`str`): A PNG.
-    """
+    """Write an image."""
     Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy()).save(path, format="PNG")

@@ -11,7 +11,7 @@ from torch import nn
 from ...extras import import_extra
 from ..parameters import find_base
 from .base import BatchColumn, Objective, StepValues
-from .epigone import Epigone, find_widths, read_views
+from .epigone import Epigone, find_widths, read_aux
 from .source_images import SOURCE_IMAGES, SourceImages
 
 
@@ -19,24 +19,12 @@ TARGETS = ("clean", "velocity")
 
 
 def clean_from_velocity(noisy: torch.Tensor, velocity: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    """The clean latent that a predicted velocity implies: `z_t - σ v`, since `z_t = (1 - σ) z + σ ε`, `v = ε - z`.
-
-    Args:
-        noisy (`torch.Tensor` of shape `(I, ...)`): Noisy latents z_t.
-        velocity (`torch.Tensor` of shape `(I, ...)`): Velocities.
-        sigma (`torch.Tensor` of shape `(I,)`): Noise levels, 0 to 1.
-    """
+    """The clean latent that a predicted velocity implies: `z_t - σ v`, since `z_t = (1 - σ) z + σ ε`, `v = ε - z`."""
     return noisy - _like(sigma, noisy) * velocity
 
 
 def add_noise(clean: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    """The noisy latent `(1 - σ) z + σ ε` of a rectified flow.
-
-    Args:
-        clean (`torch.Tensor` of shape `(I, ...)`): Latents z.
-        noise (`torch.Tensor` of shape `(I, ...)`): Noise ε.
-        sigma (`torch.Tensor` of shape `(I,)`): Noise levels, 0 to 1.
-    """
+    """The noisy latent `(1 - σ) z + σ ε` of a rectified flow."""
     return (1.0 - _like(sigma, clean)) * clean + _like(sigma, clean) * noise
 
 
@@ -119,11 +107,8 @@ class Reconstruction(Objective):
         Args:
             model (`nn.Module`): The model that is to be trained; where its parts give a global embedding (the
                 perceiver), that makes the pooled prompt.
-            denoiser (`SD3Transformer2DModel`): The denoiser.
-            vae (`AutoencoderKL`): The autoencoder.
-            scheduler (`FlowMatchEulerDiscreteScheduler`): The scheduler.
+            denoiser, vae, scheduler, options: Arguments of the class.
             rank (`int`): Width of the middle of the Epigone.
-            options: More arguments of the class.
         """
         width, global_width = find_widths(find_base(model))
         config = denoiser.config
@@ -153,12 +138,7 @@ class Reconstruction(Objective):
 
     @classmethod
     def from_recipe(cls, model: nn.Module, **options: Any) -> "Reconstruction":
-        """Build it for a model from the plain values of a recipe.
-
-        Args:
-            model (`nn.Module`): The model that is to be trained.
-            options: Arguments of `from_stable_diffusion`; `dtype` by name, such as `"bfloat16"`.
-        """
+        """Build it for a model from the plain values of a recipe."""
         dtype = options.pop("dtype", None)
         return cls.from_stable_diffusion(model, dtype=None if dtype is None else getattr(torch, dtype), **options)
 
@@ -166,16 +146,8 @@ class Reconstruction(Objective):
         """The source images."""
         return [SourceImages(self.image_size)]
 
-    def watch(self, model: Any) -> dict[str, nn.Module]:
-        """The layout, to which view operations and adapter have led."""
-        return {"layout": model.connector.layout}
-
     def check(self, stage: Any, model: Any) -> None:
-        """Compare widths with the model and views with the stage.
-
-        Raises:
-            ValueError: If they differ.
-        """
+        """Compare widths with the model and views with the stage."""
         self.check_model(model)
         if stage.views == "crops":
             raise ValueError(
@@ -184,14 +156,7 @@ class Reconstruction(Objective):
             )
 
     def check_model(self, model: Any) -> None:
-        """Compare widths with a model.
-
-        Args:
-            model (`nn.Module`): A `HiResLmmModel`.
-
-        Raises:
-            ValueError: If they differ.
-        """
+        """Compare widths with a model."""
         found = find_widths(model)
         own = (self.epigone.width, self.epigone.global_width)
         if found[0] != own[0] or own[1] not in (None, found[1]):
@@ -202,7 +167,7 @@ class Reconstruction(Objective):
 
     def forward(self, step: StepValues) -> torch.Tensor:
         """The loss of each row `(B,)`: the mean over its images."""
-        tokens, embedding = read_views(step.calls["layout"][-1].args[0])
+        tokens, embedding = read_aux(step.aux)
         images = step.columns.get(SOURCE_IMAGES)
         if images is None and not step.has_images:
             images = tokens.new_zeros(len(tokens), 3, self.image_size, self.image_size, dtype=torch.float32)
@@ -215,16 +180,7 @@ class Reconstruction(Objective):
         return step.per_row(self.image_losses(tokens, embedding, images))
 
     def image_losses(self, tokens: torch.Tensor, embedding: torch.Tensor | None, images: torch.Tensor) -> torch.Tensor:
-        """The loss of each image at a random noise level.
-
-        Args:
-            tokens (`torch.Tensor` of shape `(I, L, width)`): Image tokens.
-            embedding (`torch.Tensor` of shape `(I, global_width)`, *optional*): Global embeddings.
-            images (`torch.Tensor` of shape `(I, 3, S, S)`): Source images, 0 to 255.
-
-        Returns:
-            `(I,)` float32.
-        """
+        """The loss of each image at a random noise level."""
         clean = self.encode_images(images)
         timesteps, sigma = self.draw_levels(len(clean), clean.device)
         noise = self.draw_noise(clean)
@@ -250,14 +206,7 @@ class Reconstruction(Objective):
 
     @torch.no_grad()
     def encode_images(self, images: torch.Tensor) -> torch.Tensor:
-        """Latents of images.
-
-        Args:
-            images (`torch.Tensor` of shape `(I, 3, S, S)`): 0 to 255.
-
-        Returns:
-            `(I, channels, s, s)` float32, shifted and scaled as the denoiser knows them.
-        """
+        """Latents of images."""
         pixels = (images.float() / 127.5 - 1.0).to(self.vae.encoder.conv_in.weight.dtype)
         latents = self.vae.encode(pixels).latent_dist.mode().float()
         return (latents - (self.vae.config.shift_factor or 0.0)) * self.vae.config.scaling_factor
@@ -270,15 +219,7 @@ class Reconstruction(Objective):
         return ((pixels + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
     def draw_levels(self, count: int, device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Random noise levels: the sigmoid of a normal number picks one of the scheduler's levels.
-
-        Args:
-            count (`int`): Images.
-            device (`torch.device`): Where the numbers are drawn.
-
-        Returns:
-            Timesteps and noise levels σ, `(count,)` each.
-        """
+        """Random noise levels: the sigmoid of a normal number picks one of the scheduler's levels."""
         from diffusers.training_utils import compute_density_for_timestep_sampling
 
         density = compute_density_for_timestep_sampling(
@@ -301,18 +242,7 @@ class Reconstruction(Objective):
         seed: int = 0,
         progress: Callable[[int, int, str], None] | None = None,
     ) -> torch.Tensor:
-        """Paint images from their tokens.
-
-        Args:
-            tokens (`torch.Tensor` of shape `(I, L, width)`): Image tokens.
-            embedding (`torch.Tensor` of shape `(I, global_width)`, *optional*): Global embeddings.
-            steps (`int`): Steps of the sampler.
-            seed (`int`): Of the noise that it starts from.
-            progress (`Callable`, *optional*): Called with `(done, total, description)`.
-
-        Returns:
-            `(I, 3, S, S)` uint8.
-        """
+        """Paint images from their tokens."""
         prompt, pooled = self.epigone(tokens, embedding)
         side = self.image_size // 2 ** (len(self.vae.config.block_out_channels) - 1)
         shape = (len(tokens), self.denoiser.config.in_channels, side, side)
@@ -335,14 +265,7 @@ class Reconstruction(Objective):
 
     @classmethod
     def from_settings(cls, settings: dict) -> "Reconstruction":
-        """Build it with random weights.
-
-        Args:
-            settings (`dict`): From `settings`.
-
-        Raises:
-            ImportError: If diffusers is not installed.
-        """
+        """Build it with random weights."""
         classes = diffusion_classes()
         parts = {name: classes[name].from_config(settings[name]) for name in classes}
         rest = {name: value for name, value in settings.items() if name not in classes and name != "epigone"}

@@ -8,7 +8,7 @@ from torch import nn
 
 from ..columns import BatchColumn
 from ..sums import Sums
-from .base import Call, Objective, StepValues
+from .base import Objective, StepValues
 from .registry import GENERATION, OBJECTIVES
 
 
@@ -16,11 +16,7 @@ ATTRIBUTE = "objectives"
 
 
 class CarriedObjectives(nn.ModuleDict):
-    """The objectives of a run, as the model holds them.
-
-    Args:
-        objectives (`dict[str, Objective]`): Name -> objective.
-    """
+    """The objectives of a run, as the model holds them."""
 
     def __init__(self, objectives: dict[str, Objective]):
         super().__init__(objectives)
@@ -28,11 +24,13 @@ class CarriedObjectives(nn.ModuleDict):
         self.blocks: set[str] = set()
         self.taken: dict[str, Any] = {}
         self._columns = frozenset(column.name for objective in objectives.values() for column in objective.columns())
+        self._asks = {name: value for each in objectives.values() for name, value in each.asks.items()}
 
     def take_columns(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        """A pre-hook of the model: keep the columns of the objectives away from it."""
+        """A pre-hook of the model: keep the columns of the objectives away from it, and pass what they ask for."""
         self.taken = {name: value for name, value in kwargs.items() if name in self._columns}
-        return args, {name: value for name, value in kwargs.items() if name not in self._columns}
+        rest = {name: value for name, value in kwargs.items() if name not in self._columns}
+        return args, {**rest, **(self._asks if module.training else {})}
 
 
 def choose_objectives(stage: Any, given: dict[str, Objective]) -> dict[str, Objective]:
@@ -123,65 +121,58 @@ def needed_columns(carried: CarriedObjectives | None) -> list[BatchColumn]:
     return [column for objective in objectives for column in objective.columns()]  # type: ignore[operator]
 
 
-class ObjectiveHooks:
-    """Feeds objectives during training, and adds what they return to the loss of the model.
+class StepHooks:
+    """Reads every training step of a model: logs, and adds what objectives return to the loss.
 
     Args:
         carried (`CarriedObjectives`): The objectives, as the model holds them.
-        weights (`dict[str, float]`): Weights of the losses; that of the language loss is 1 where it is not given.
-        sums (`Sums`): Gets the losses, for the log.
+        weights (`dict[str, float]`): Weights of the losses; that of the language loss is 1 where it is not given. With
+            none the loss is left as it is.
+        sums (`Sums`): Gets the numbers for the log: losses, and what `aux` says of gates and kept tokens.
     """
 
     def __init__(self, carried: CarriedObjectives, weights: dict[str, float], sums: Sums):
         self.carried, self.weights, self.sums = carried, weights, sums
-        self._calls: dict[str, dict[str, list[Call]]] = {}
-        self._is_open = False
         self._precision: AbstractContextManager = nullcontext()
 
     def install(self, model: nn.Module, base: nn.Module) -> list:
-        """Hook the model and the modules that the objectives watch."""
-        entry = find_entry(model)
+        """Hook the model inside, for the log, and the one that is called with a batch, where there are losses."""
+
+        def add_losses(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+            if module.training:
+                with self._precision:
+                    output.loss = self._total(base, kwargs, output)
+                self.carried.taken = {}
+            return output
+
         handles = [
-            entry.register_forward_pre_hook(self._before_model),
-            base.register_forward_pre_hook(self._before_base),
-            entry.register_forward_hook(self._after_model(base), with_kwargs=True),
+            base.register_forward_pre_hook(self._note_precision),
+            base.register_forward_hook(self._log, with_kwargs=True),
         ]
-        for name, objective in self.carried.items():
-            for key, module in objective.watch(base).items():  # type: ignore[operator]
-                handles.append(module.register_forward_hook(self._after_watched(name, key), with_kwargs=True))
+        if self.weights:
+            handles.append(find_entry(model).register_forward_hook(add_losses, with_kwargs=True))
         return handles
 
-    def _before_model(self, module: nn.Module, args: tuple) -> None:
-        self._is_open = module.training
-        self._calls = {name: {} for name in self.carried}
-
-    def _before_base(self, module: nn.Module, args: tuple) -> None:
+    def _note_precision(self, module: nn.Module, args: tuple) -> None:
         """Note the autocast of the forward pass, which has ended when the losses are computed."""
         device = next(module.parameters()).device.type
         self._precision = nullcontext()
         if torch.is_autocast_enabled(device):
             self._precision = torch.autocast(device, dtype=torch.get_autocast_dtype(device))
 
-    def _after_watched(self, name: str, key: str) -> Any:
-        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-            if self._is_open:
-                self._calls[name].setdefault(key, []).append(Call(args, kwargs, output))
+    def _log(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        """Count kept tokens and weights of gates, where there are images."""
+        aux = output.aux if module.training and holds_images(kwargs) and output.aux else {}
+        if "kept" in aux:
+            self.sums.add("tokens", aux["kept"].numel())
+            self.sums.add("kept", aux["kept"].sum())
+        if "gates" in aux:
+            self.sums.add("gate", aux["gates"][:, 0].detach().float().sum())
+            self.sums.add("gated", len(aux["gates"]))
 
-        return hook
-
-    def _after_model(self, base: nn.Module) -> Any:
-        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-            if self._is_open:
-                self._is_open = False
-                with self._precision:
-                    output.loss = self._total(base, kwargs, output.loss)
-                self._calls, self.carried.taken = {}, {}
-            return output
-
-        return hook
-
-    def _total(self, base: nn.Module, inputs: dict, loss: torch.Tensor | None) -> torch.Tensor:
+    def _total(self, base: nn.Module, inputs: dict, output: Any) -> torch.Tensor:
         """The weighted sum of all losses of a batch, each a share of the optimizer step."""
+        loss = output.loss
         if loss is None:
             raise ValueError(
                 "The stage weighs auxiliary losses, but the model returned no loss: this trainer computes its own, as "
@@ -193,9 +184,9 @@ class ObjectiveHooks:
         self.sums.add("share", shares.sum())
         self.sums.add(f"loss/{GENERATION}", loss.detach())
         for name, objective in self.carried.items():
-            step = StepValues(self._calls[name], self.carried.taken, inputs, has_images, base)
+            step = StepValues(output, self.carried.taken, inputs, has_images, base)
             values = objective(step).float()
-            part = (shares * values).sum() * (1.0 if has_images else 0.0)
+            part = (shares * values).sum() * (1.0 if has_images or not objective.needs_images else 0.0)
             self.sums.add(f"loss/{name}", part.detach())
             total = total + self.weights[name] * part
         return total

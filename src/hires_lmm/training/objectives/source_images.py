@@ -27,11 +27,7 @@ class SourceImages(BatchColumn):
         self.size = size
 
     def encode(self, messages: list[dict]) -> torch.Tensor | None:
-        """The images of a sample.
-
-        Args:
-            messages (`list[dict]`): Messages with their images.
-        """
+        """The images of a sample."""
         found = [find_image(part) for message in messages for part in message["content"]]
         images = [read_pixels(image, self.size) for image in found if image is not None]
         return torch.stack(images) if images else None

@@ -1,0 +1,83 @@
+"""Heads: what is read off the last hidden states at a token, beside the logits."""
+
+from typing import Any
+
+import torch
+
+from .logits_hires_lmm import IGNORED_LABEL
+from .question_hires_lmm import PromptText
+from .splice_hires_lmm import find_placeholders
+
+
+def take_heads(model: Any, options: dict[str, Any], cache: Any) -> dict[str, torch.Tensor] | None:
+    """Take what concerns heads out of the keyword arguments of a call: their labels by name, or None if none run."""
+    found = {name: options.pop(f"labels_{name}", None) for name in model.connector.heads}
+    labels = {name: given for name, given in found.items() if given is not None}
+    wanted = options.pop("output_heads", None)
+    if wanted is None:
+        wanted = bool(labels) or cache is None or not cache.get_seq_length()
+    return labels if found and wanted else None
+
+
+def run_heads(
+    model: Any, text: PromptText, hidden: torch.Tensor, labels: dict[str, torch.Tensor], outputs: dict[str, Any]
+) -> None:
+    """Run all heads of a model.
+
+    Args:
+        model (`HiResLmmModel`): Its connector holds the heads.
+        text (`PromptText`): The text of the call.
+        hidden (`torch.Tensor` of shape `(B, S, D)`): Last hidden states at the caller's positions.
+        labels (`dict[str, torch.Tensor]`): `(N, ...)` by the name of the head, one row an occurrence of its token.
+        outputs (`dict`): Gets `heads` and, where there are losses, `aux`.
+
+    Raises:
+        ValueError: If the rows of some labels are not as many as the occurrences of the token.
+    """
+    read, losses = {}, {}
+    for name, head in model.connector.heads.items():
+        token_id, wanted = head.options.token_id, labels.get(name)
+        found = find_placeholders(text.ids, text.embeds, token_id, model.embed_token).to(hidden.device)
+        states = hidden[found]
+        count = len(states)
+        if wanted is not None and len(wanted) != count:
+            raise ValueError(
+                f"labels_{name} has {len(wanted)} rows, but the token {token_id} occurs {count} times in the batch; "
+                "pass one row an occurrence, in reading order."
+            )
+        read[name] = head(states)
+        if model.training:  # without the token too, every parameter gets a gradient on every process
+            losses[f"loss/{name}"] = 0.0 * read[name].sum()
+        if wanted is not None and count:
+            loss = head.loss(read[name], wanted.to(hidden.device))
+            losses[f"loss/{name}"] = loss + losses.get(f"loss/{name}", 0.0)
+    outputs["heads"] = read
+    if losses:
+        outputs["aux"] = {**(outputs.get("aux") or {}), **losses}
+
+
+def add_head_losses(model: Any, loss: torch.Tensor | None, aux: dict, labels: Any, options: dict) -> Any:
+    """The language loss with the weighed losses of heads; None where the call has no labels.
+
+    Where the trainer counts the answer tokens of an optimizer step, `num_items_in_batch`, each head has the share of
+    this batch in them, as the language loss does.
+
+    Args:
+        model (`HiResLmmModel`): Its connector holds the heads.
+        loss (`torch.Tensor`, *optional*): The language loss.
+        aux (`dict[str, torch.Tensor]`): Holds the losses of heads.
+        labels (`torch.Tensor` of shape `(B, S)`, *optional*): Labels of the language loss.
+        options (`dict`): Keyword arguments of the call.
+    """
+    heads = model.connector.heads
+    if labels is None and all(options.get(f"labels_{name}") is None for name in heads):
+        return None
+    total, share = options.get("num_items_in_batch"), 1.0
+    if total is not None and labels is not None:
+        share = (labels[:, 1:] != IGNORED_LABEL).sum() / total
+    for name, head in heads.items():
+        part = aux.get(f"loss/{name}")
+        if part is not None:
+            part = head.options.weight * share * part
+            loss = part if loss is None else loss + part.to(loss)
+    return loss

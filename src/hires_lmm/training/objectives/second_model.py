@@ -1,0 +1,112 @@
+"""A second model that an objective or a policy reads, frozen and with a processor of its own."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers
+
+from ..columns import BatchColumn
+
+
+class SecondModel:
+    """A frozen model with its own processor or tokenizer: a teacher, a reference, a reward model.
+
+    It is no module, so whoever holds one neither trains nor saves it, and neither DDP nor FSDP sees it. Every process
+    holds it whole; it moves to the device of its inputs and computes in its own number format, whatever autocast says.
+
+    Args:
+        name (`str`): Folder or Hub id.
+        dtype (`str`): Number format: `"auto"` (as saved), `"float32"`, `"bfloat16"` or `"float16"`.
+        model_class (`str`): The class of transformers that loads it, such as `"AutoModelForImageTextToText"`.
+        processor_class (`str`): The same for its processor, such as `"AutoProcessor"`.
+
+    Raises:
+        ValueError: If transformers has no such class.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        dtype: str = "auto",
+        model_class: str = "AutoModelForCausalLM",
+        processor_class: str = "AutoTokenizer",
+    ):
+        for given in (model_class, processor_class):
+            if not hasattr(transformers, given):
+                raise ValueError(f"transformers has no class {given!r}; name one that loads the second model.")
+        self._settings = {
+            "name": name,
+            "dtype": dtype,
+            "model_class": model_class,
+            "processor_class": processor_class,
+        }
+        self.processor = getattr(transformers, processor_class).from_pretrained(name)
+        self.model = getattr(transformers, model_class).from_pretrained(name, dtype=dtype).eval().requires_grad_(False)
+
+    def settings(self) -> dict[str, str]:
+        """The arguments that load it anew, for `Objective.settings`."""
+        return dict(self._settings)
+
+    def column(self, name: str, select: Callable[[list[dict]], list[dict]] | None = None) -> "SecondModelColumn":
+        """The column of its inputs, for `Objective.columns`.
+
+        Args:
+            name (`str`): Name of the column.
+            select (`Callable`, *optional*): What it reads of the messages of a row; all by default.
+        """
+        return SecondModelColumn(name, self.processor, select)
+
+    @torch.no_grad()
+    def __call__(self, inputs: dict[str, Any], **options: Any) -> Any:
+        """Run it.
+
+        Args:
+            inputs (`dict`): What its column holds in `StepValues.columns`.
+            options: More arguments of its `forward`, such as `output_hidden_states=True`.
+
+        Returns:
+            What its `forward` returns; without gradients.
+        """
+        device = next(value for value in inputs.values() if isinstance(value, torch.Tensor)).device
+        if self.model.device != device:
+            self.model.to(device)
+        with torch.autocast(device.type, enabled=False):
+            return self.model(**inputs, **options)
+
+
+class SecondModelColumn(BatchColumn):
+    """What the processor of a second model makes of every row of a batch, with images or without: a dict of tensors.
+
+    Args:
+        name (`str`): Name in the batch.
+        processor: A processor or a tokenizer, which reads the text parts alone.
+        select (`Callable`, *optional*): Messages -> those that are read.
+    """
+
+    def __init__(self, name: str, processor: Any, select: Callable[[list[dict]], list[dict]] | None = None):
+        super().__init__(name)
+        self.processor, self.select = processor, select
+
+    def encode(self, messages: list[dict]) -> list[dict]:
+        """The messages that are read; the processor pads whole batches."""
+        return messages if self.select is None else self.select(messages)
+
+    def join(self, values: list[list[dict]]) -> dict[str, torch.Tensor]:
+        """The inputs of the second model, one row a sample."""
+        if hasattr(self.processor, "image_processor"):
+            batch = self.processor.apply_chat_template(
+                values, tokenize=True, return_dict=True, return_tensors="pt", processor_kwargs={"padding": True}
+            )
+            return dict(batch)
+        plain = [[{"role": message["role"], "content": _text(message)} for message in messages] for messages in values]
+        if self.processor.chat_template is None:
+            texts = ["\n".join(message["content"] for message in messages) for messages in plain]
+            return dict(self.processor(texts, padding=True, return_tensors="pt"))
+        batch = self.processor.apply_chat_template(plain, return_dict=True, return_tensors="pt", padding=True)
+        return dict(batch)
+
+
+def _text(message: dict) -> str:
+    """The text parts of a message."""
+    return "".join(part["text"] for part in message["content"] if part["type"] == "text")

@@ -1,0 +1,243 @@
+"""Heads on hidden states at a token: a decoder of numbers as OneChart has one, a class and a registry line."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub.dataclasses import strict
+from safetensors.torch import load_file
+from torch import nn
+from transformers import Trainer, TrainingArguments
+
+from builders import make_batch, random_image, tiny_config, tiny_model, tiny_processor, tiny_text_config
+from hires_lmm import HiResLmmForConditionalGeneration
+from hires_lmm.modeling.bases_hires_lmm import HiResLmmHead
+from hires_lmm.modeling.parts_hires_lmm import HEADS
+
+
+FOLDER = Path(__file__).parents[1] / "fixtures" / "onechart"
+CASES, GOLDEN = json.loads((FOLDER / "cases.json").read_text()), load_file(FOLDER / "tensors.safetensors")
+NUMBER = 7
+"""Id of the token, which the texts below hold nowhere."""
+
+
+class NumberDecoder(HiResLmmHead):
+    """The numbers of a chart, normalised by their range, from the state of one token."""
+
+    @strict
+    @dataclass
+    class Options(HiResLmmHead.Options):
+        slots: int = 256
+
+    def __init__(self, context, options):
+        super().__init__(context, options)
+        width, half = context.text_width, context.text_width // 2
+        self.num_decoder = nn.Sequential(
+            nn.Linear(width, half), nn.ReLU(), nn.Linear(half, half), nn.ReLU(), nn.Linear(half, options.slots)
+        )
+
+    def forward(self, hidden):
+        return self.num_decoder(hidden)
+
+    def loss(self, output, labels):
+        given = ~labels.isnan()
+        low = labels.masked_fill(~given, torch.inf).amin(dim=1, keepdim=True)
+        high = labels.masked_fill(~given, -torch.inf).amax(dim=1, keepdim=True)
+        targets = (labels - low) / (high - low)  # equal numbers have no range and count nothing
+        counted = ~targets.isnan()
+        return (output - targets)[counted].abs().sum() / counted.sum().clamp(min=1)
+
+
+@pytest.fixture(autouse=True)
+def registered(monkeypatch):
+    monkeypatch.setitem(HEADS, "number_decoder", NumberDecoder)
+
+
+def build(preset="llava_next", width=32, slots=6, weight=1.0, **connector):
+    heads = {"numbers": {"part": "number_decoder", "token_id": NUMBER, "slots": slots, "weight": weight}}
+    text = tiny_text_config("llama", hidden_size=width)
+    config = tiny_config(preset, text=text, connector_config={"heads": heads, **connector})
+    return tiny_model(config), tiny_processor(config)
+
+
+def ask(processor, *sizes, marks=None, text="<image>What is it?"):
+    """A batch in which the given positions from the end of each row hold the token."""
+    batch = make_batch(processor, [(text, [random_image(*size)]) for size in sizes])
+    for row, places in enumerate(marks or [(2,)] * len(sizes)):
+        for place in places:
+            batch["input_ids"][row, -place] = NUMBER
+    return batch
+
+
+def padded(numbers, slots):
+    """Numbers `(N, slots)`, NaN behind those of each row."""
+    rows = [torch.tensor([*own, *[float("nan")] * (slots - len(own))]) for own in numbers]
+    return torch.stack(rows)
+
+
+def answer_labels(batch):
+    labels = batch["input_ids"].clone()
+    labels[:, :-4] = -100
+    return labels
+
+
+def test_prediction_loss_and_gradient_are_those_of_the_released_decoder():
+    """The states of four tokens are put in place of what the language model gives there."""
+    settings, states = CASES["settings"], GOLDEN["hidden"].clone().requires_grad_()
+    model, processor = build(width=settings["width"], slots=settings["slots"], weight=2.0)
+    head = model.model.connector.heads["numbers"]
+    weights = {name.removeprefix("weight."): value for name, value in GOLDEN.items() if name.startswith("weight.")}
+    head.load_state_dict(weights)
+    batch = ask(processor, (90, 60), (40, 200), marks=[(4,), (2, 3, 1)])
+
+    def put(module, args, output):
+        here = (batch["input_ids"] == NUMBER)[..., None]
+        output.last_hidden_state = output.last_hidden_state.detach().masked_scatter(here, states)
+        return output
+
+    model.model.language_model.register_forward_hook(put)
+    numbers = padded(CASES["numbers"], settings["slots"])
+    plain = model(**batch, labels=answer_labels(batch))
+    outputs = model(**batch, labels=answer_labels(batch), labels_numbers=numbers)
+    torch.testing.assert_close(outputs.heads["numbers"], GOLDEN["prediction"], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(outputs.aux["loss/numbers"], GOLDEN["loss"], atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(outputs.loss - plain.loss, 2.0 * GOLDEN["loss"], atol=1e-5, rtol=1e-5)
+    outputs.aux["loss/numbers"].backward()
+    torch.testing.assert_close(states.grad, GOLDEN["grad.hidden"], atol=1e-6, rtol=1e-5)
+    for check, own, row in zip(CASES["self_check"], CASES["numbers"], outputs.heads["numbers"], strict=True):
+        own = torch.tensor(own)
+        wanted = ((own - own.min()) / (own.max() - own.min() + 1e-9) * 1e4).round() / 1e4
+        distance = (row[: len(own)] - wanted).abs().mean().item()
+        assert abs(distance - check["distance"]) < 1e-4
+        assert (distance < settings["released"]["threshold"]) == check["reliable"]
+
+
+@pytest.mark.parametrize("preset", ["llava_next", "slime"])
+@torch.no_grad()
+def test_a_head_reads_the_state_at_each_token_in_reading_order(preset):
+    """Also where visual tokens are dropped, and with padding in front of a row."""
+    model, processor = build(preset)
+    batch = ask(processor, (90, 60), (40, 200), marks=[(3, 1), (2,)])
+    hidden = model.model(**batch).last_hidden_state
+    wanted = torch.stack([hidden[0, -3], hidden[0, -1], hidden[1, -2]])
+    found = model(**batch).heads["numbers"]
+    torch.testing.assert_close(found, model.model.connector.heads["numbers"](wanted))
+    single = [model(**ask(processor, size, marks=[mark])).heads["numbers"] for size, mark in
+              (((90, 60), (3, 1)), ((40, 200), (2,)))]  # fmt: skip
+    torch.testing.assert_close(found, torch.cat(single), atol=1e-4, rtol=1e-4)
+    embeds = model.get_input_embeddings()(batch["input_ids"])
+    rest = {name: value for name, value in batch.items() if name != "input_ids"}
+    if preset == "llava_next":
+        torch.testing.assert_close(model(inputs_embeds=embeds, **rest).heads["numbers"], found)
+
+
+@torch.no_grad()
+def test_what_was_generated_is_read_by_a_forward_pass_on_its_ids():
+    model, processor = build()
+    batch = ask(processor, (90, 60), marks=[()])
+    plain = model.generate(**batch, max_new_tokens=5, do_sample=False)
+    length = batch["input_ids"].shape[1]
+
+    def force(ids, scores):
+        here = ids.shape[1] == length + 1
+        return scores.index_fill(1, torch.tensor([NUMBER]), 1e9) if here else scores
+
+    output = model.generate(**batch, max_new_tokens=5, do_sample=False, logits_processor=[force])
+    assert output[0, length + 1] == NUMBER and output[0, length] == plain[0, length]
+    whole = {**batch, "input_ids": output, "attention_mask": torch.ones_like(output)}
+    found = model(**whole)
+    hidden = model.model(**whole).last_hidden_state[0, length + 1]
+    torch.testing.assert_close(found.heads["numbers"][0], model.model.connector.heads["numbers"](hidden))
+
+
+@torch.no_grad()
+def test_cached_steps_run_no_heads_unless_asked():
+    model, processor = build()
+    batch = ask(processor, (90, 60), marks=[(1,)])
+    whole = model(**batch)
+    first = {**batch, "input_ids": batch["input_ids"][:, :-1], "attention_mask": batch["attention_mask"][:, :-1]}
+    start = model(**first, use_cache=True)
+    assert start.heads["numbers"].shape == (0, 6)
+    step = {"input_ids": batch["input_ids"][:, -1:], "attention_mask": batch["attention_mask"]}
+    asked = model(**step, cache=start.cache if "cache" in start else start.past_key_values, output_heads=True)
+    torch.testing.assert_close(asked.heads["numbers"], whole.heads["numbers"], atol=1e-4, rtol=1e-4)
+    again = model(**first, use_cache=True)
+    cache = again.cache if "cache" in again else again.past_key_values
+    assert model(**step, cache=cache).heads is None and model(**batch, output_heads=False).heads is None
+
+
+def test_every_batch_trains_the_head_and_constant_charts_count_nothing():
+    model, processor = build()
+    model.train()
+    head = model.model.connector.heads["numbers"]
+    for marks, numbers in (([()], None), ([(2,)], None), ([()], torch.zeros(0, 6)), ([(2,)], padded([[3.0, 3.0]], 6))):
+        model.zero_grad()
+        batch = ask(processor, (90, 60), marks=marks)
+        outputs = model(**batch, labels=answer_labels(batch), labels_numbers=numbers)
+        assert not outputs.aux["loss/numbers"].any() and torch.isfinite(outputs.loss)
+        outputs.loss.backward()
+        assert all(not parameter.grad.any() for parameter in head.parameters())
+    assert model(**batch).loss is None
+    outputs = model(**batch, labels_numbers=padded([[3.0, 5.0]], 6))
+    torch.testing.assert_close(outputs.loss, outputs.aux["loss/numbers"])
+    outputs.loss.backward()
+    assert all(parameter.grad.any() for parameter in head.parameters())
+
+
+def test_a_step_of_the_trainer_is_one_step_however_it_is_cut(tmp_path):
+    """The loss of a head has the share of its batch in the answer tokens, as the language loss has."""
+    model, processor = build(weight=0.5)
+    batches = [ask(processor, (90, 60)), ask(processor, (40, 200))]
+    numbers = [padded([[1.0, 4.0]], 6), padded([[2.0, 7.0, 3.0]], 6)]
+    inputs = [{**batch, "labels": answer_labels(batch)} for batch in batches]
+    inputs[1]["labels"][:, :-2] = -100
+    losses = []
+    for own, own_numbers in zip(inputs, numbers, strict=True):
+        outputs = model(**own, labels_numbers=own_numbers)
+        losses.append((float(outputs.loss), float(outputs.aux["loss/numbers"])))
+    counts = [int((own["labels"][:, 1:] != -100).sum()) for own in inputs]
+    wanted = sum(count * loss for count, (loss, _) in zip(counts, losses, strict=True)) / sum(counts)
+    data = [{**own, "labels_numbers": each} for own, each in zip(inputs, numbers, strict=True)]
+    args = TrainingArguments(
+        str(tmp_path), max_steps=1, per_device_train_batch_size=1, gradient_accumulation_steps=2, logging_steps=1,
+        remove_unused_columns=False, report_to=[], use_cpu=True, save_strategy="no",
+    )  # fmt: skip
+    model.train()
+    trainer = Trainer(model, args, train_dataset=data, data_collator=lambda rows: rows[0])
+    trainer.train()
+    assert abs(trainer.state.log_history[0]["loss"] - wanted) < 1e-3
+
+
+def test_a_saved_head_reads_the_same(tmp_path):
+    model, processor = build()
+    model.save_pretrained(tmp_path)
+    again = HiResLmmForConditionalGeneration.from_pretrained(tmp_path)
+    batch = ask(processor, (90, 60))
+    assert again.config.connector_config.heads == model.config.connector_config.heads
+    with torch.no_grad():
+        torch.testing.assert_close(again(**batch).heads["numbers"], model(**batch).heads["numbers"])
+
+
+@pytest.mark.parametrize(
+    "heads, message",
+    [
+        ({"numbers": {"part": "numbers"}}, "unknown part 'numbers'; known parts of this slot: number_decoder"),
+        ({"numbers": {"part": "number_decoder"}}, "token_id"),
+        ({"numbers": {"part": "number_decoder", "token_id": 10**6}}, "token_id=1000000 is no token"),
+        ({"a.b": {"part": "number_decoder", "token_id": 1}}, "heads.a.b is no name for a head"),
+        ({"keys": {"part": "number_decoder", "token_id": 1}}, "heads.keys is no name for a head"),
+        ({"n": {"part": "number_decoder", "token_id": 1, "slot": 1}}, "Unknown option 'slot'"),
+    ],
+)
+def test_wrong_heads_are_refused(heads, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_config(connector_config={"heads": heads})
+
+
+def test_labels_of_another_number_of_tokens_are_refused():
+    model, processor = build()
+    batch = ask(processor, (90, 60))
+    with pytest.raises(ValueError, match="labels_numbers has 2 rows, but the token 7 occurs 1 times"):
+        model(**batch, labels_numbers=torch.zeros(2, 6))

@@ -1,0 +1,235 @@
+"""Layer ops that come next, sketched: each is one class and one registry line."""
+
+import pytest
+import torch
+from torch import nn
+
+import reference_generation as reference
+from builders import make_batch, random_image, tiny_config, tiny_model, tiny_processor, tiny_text_config
+from hires_lmm.modeling.bases_hires_lmm import HiResLmmLayerOp
+from hires_lmm.modeling.compat_hires_lmm import layers_of
+from hires_lmm.modeling.inputs_hires_lmm import ImageInputs
+from hires_lmm.modeling.parts_hires_lmm import LAYER_OPS
+from hires_lmm.modeling.towers_hires_lmm import run_towers
+from reference_layers import keep_share, masked_model, prompts_of, select_all, spans
+
+
+DEEP = {"num_hidden_layers": 4}
+ROWS = [
+    ("USER: <image>\nHow many cats are on the table? ASSISTANT:", [random_image(100, 180, 1)]),
+    ("USER: Describe the image. ASSISTANT:", []),
+    ("<image> and <image> How many?", [random_image(120, 100, 2), random_image(57, 150, 3)]),
+]
+
+
+class Exit(HiResLmmLayerOp):
+    """All visual tokens of a row leave behind the first layer whose gate says so: DyVTE in small."""
+
+    def __init__(self, context, options):
+        super().__init__(context, options)
+        self.gates = nn.ModuleDict({str(layer): nn.Linear(2 * context.width, 2) for layer in context.layers})
+
+    def forward(self, layer, hidden, call):
+        if not call.is_prefill:
+            return hidden, None
+        behind = call.text & call.prompt & (call.visual.cumsum(1) == call.visual.sum(1, keepdim=True))
+        behind[range(len(hidden)), call.last] = False
+        mean = (hidden * behind[..., None]).sum(1) / behind.sum(1, keepdim=True).clamp(min=1)
+        logits = self.gates[str(layer)](torch.cat([mean, hidden[range(len(hidden)), call.last]], dim=-1))
+        call.aux[f"exit/{layer}"] = logits
+        return hidden, ~(call.visual & (logits[:, 1] > logits[:, 0])[:, None])
+
+
+@torch.no_grad()
+def test_an_exit_at_the_layer_that_a_gate_chooses_is_one_class_and_one_line(monkeypatch):
+    monkeypatch.setitem(LAYER_OPS, "exit", Exit)
+    text = tiny_text_config("llama", **DEEP)
+    config = tiny_config("llava_next", text=text, connector_config={"layer_ops": [{"part": "exit"}]})
+    model, processor = tiny_model(config, 1), tiny_processor(config)
+    gates = model.model.connector.layer_ops[0].gates
+
+    def leave(layer, candidates, weights, states, last):
+        mean = states[candidates[-1] + 1 : last].mean(0)
+        logits = gates[str(layer)](torch.cat([mean, states[last]]))
+        return candidates if logits[1] > logits[0] else []
+
+    batch, left_at = make_batch(processor, [ROWS[0], ROWS[2]], padding_side="left"), []
+    got = model.generate(**batch, max_new_tokens=6, do_sample=False)[:, batch["input_ids"].shape[1] :].tolist()
+    out = model(**batch, output_token_map=True)
+    assert [out.aux[f"exit/{layer}"].shape for layer in range(4)] == [(2, 2)] * 4
+    for row, (prompt, images) in enumerate([ROWS[0], ROWS[2]]):
+        lengths = [len(tokens) for tokens in reference.full_visual_tokens(model, processor, images)[0]]
+        embeds = reference.prompt_embeds(model, processor, prompt, images, select=select_all)
+        stand_in = masked_model(model, leave, prompts_of([spans(processor, prompt, lengths)]))
+        assert got[row] == reference.greedy(stand_in, embeds, 6)
+        stand_in.model.language_model(embeds)
+        layers = set(stand_in.model.language_model.left_at.values()) or {-1}
+        assert layers == set(
+            out.token_map.left_at[torch.isin(out.token_map.image, torch.tensor([[0], [1, 2]][row]))].tolist()
+        )
+        left_at += layers
+    assert len(set(left_at)) == 2, "rows leave at one layer: take another seed"
+
+
+class Soft(HiResLmmLayerOp):
+    """In training, visual tokens are weighed by a learned threshold on their attention; else it is hard."""
+
+    reads_attention = True
+
+    def __init__(self, context, options):
+        super().__init__(context, options)
+        self.threshold = nn.Parameter(torch.full((), 0.02))
+
+    def init_weights(self):
+        nn.init.constant_(self.threshold, 0.02)
+
+    def forward(self, layer, hidden, call):
+        if not call.is_prefill:
+            return hidden, None
+        margin = call.attention.weights(call.last[:, None])[:, :, 0].mean(1) - self.threshold
+        return hidden, torch.sigmoid(50 * margin) if call.training else margin > 0
+
+
+def test_a_soft_mask_weighs_keys_in_training_and_its_threshold_learns(monkeypatch):
+    monkeypatch.setitem(LAYER_OPS, "soft", Soft)
+    text = tiny_text_config("llama", **DEEP)
+    config = tiny_config("llava_next", text=text, connector_config={"layer_ops": [{"part": "soft", "layers": 0}]})
+    model, processor = tiny_model(config), tiny_processor(config)
+    op = model.model.connector.layer_ops[0]
+    nn.init.constant_(op.threshold, 0.02)
+    batch = make_batch(processor, [ROWS[0]])
+    visual = batch["input_ids"][0] == config.image_token_id
+    stand_in, embeds = (
+        masked_model(model, lambda *_: [], []),
+        reference.prompt_embeds(model, processor, *ROWS[0], select=select_all),
+    )
+    plain, found = stand_in.model.language_model, []
+
+    def leave(layer, candidates, weights, states, last):
+        if layer == 0:
+            soft = torch.where(visual, torch.sigmoid(50 * (weights[:, last].mean(0) - 0.02)), 1.0)
+            found.append(soft.log())
+        return []
+
+    def weigh(args, kwargs):
+        return args, {**kwargs, "attention_mask": kwargs["attention_mask"] + found[-1]}
+
+    plain.leave, plain.prompts = leave, prompts_of([[(True, len(visual))]])
+    for layer in plain.plain.layers[1:]:
+        layer.register_forward_pre_hook(lambda module, args, kwargs: weigh(args, kwargs), with_kwargs=True)
+    with torch.no_grad():
+        wanted = reference.run_logits(stand_in, embeds)[~visual]
+    model.train()
+    logits = model(**batch).logits[0][~visual]
+    torch.testing.assert_close(logits, wanted, atol=1e-4, rtol=0)
+    logits.square().sum().backward()
+    assert op.threshold.grad.abs() > 1e-3
+
+
+class Spread(HiResLmmLayerOp):
+    """Adds to every patch of an image the mean over all its views, from the first row of views on."""
+
+    def __init__(self, context, options):
+        super().__init__(context, options)
+        self.gate = nn.Linear(context.width, context.width)
+        self.seen = []
+
+    def forward(self, layer, hidden, call):
+        self.seen.append([len(image.views) for image in call.images])
+        patches, parts = hidden[:, call.prefix :], []
+        for image in call.images:
+            own = patches[image.first_view : image.first_view + len(image.views)]
+            parts.append(own + self.gate(own.mean(dim=(0, 1))))
+        return torch.cat([hidden[:, : call.prefix], torch.cat(parts)], dim=1), None
+
+
+@pytest.mark.parametrize("vision", ["clip", "siglip"])
+@torch.no_grad()
+def test_an_op_of_the_tower_sees_whole_images(monkeypatch, vision):
+    monkeypatch.setitem(LAYER_OPS, "spread", Spread)
+    spec = {"part": "spread", "of": "vision_tower", "layers": [0]}
+    config = tiny_config("llava_next", vision, connector_config={"layer_ops": [spec]})
+    model, processor = tiny_model(config), tiny_processor(config)
+    batch = make_batch(processor, ROWS)
+    whole = model(**batch).logits
+    op = model.model.connector.layer_ops[0]
+    counts = [len(image.views) for image in model.model.read_images(batch["view_positions"], batch["view_spans"])]
+    assert op.seen == [counts] and max(counts) > 2
+    op.seen.clear()
+    model.config.vision_chunk_size = 2
+    torch.testing.assert_close(model(**batch).logits, whole)
+    assert op.seen == [[count] for count in counts]
+
+    tower, pixels = model.model.vision_tower, batch["pixel_values"]
+    layers, start, rows = [], 0, []
+    handle = layers_of(tower)[0].register_forward_hook(lambda module, args, output: layers.append(output))
+    tower(pixels)
+    handle.remove()
+    prefix = layers[0].shape[1] - 16
+    for count in counts:
+        own = layers[0][start : start + count]
+        rows.append(torch.cat([own[:, :prefix], own[:, prefix:] + op.gate(own[:, prefix:].mean(dim=(0, 1)))], 1))
+        start += count
+    handle = layers_of(tower)[0].register_forward_hook(lambda module, args, output: torch.cat(rows))
+    wanted = tower(pixels, output_hidden_states=True).hidden_states[-2][:, prefix:]
+    handle.remove()
+    seen = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-2][:, prefix:]
+    assert (seen - wanted).abs().max() > 1e-2
+    features, _ = run_towers(
+        model.model,
+        ImageInputs(pixels, model.model.read_images(batch["view_positions"], batch["view_spans"]), {}, False, None),
+    )
+    got = torch.empty_like(wanted)
+    for group in features:
+        got[list(group.rows)] = group.features
+    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="whole images"):
+        model.model.encode_pixels(pixels)
+
+
+class Neighbours(HiResLmmLayerOp):
+    """A visual token sees the visual tokens next to it alone, later ones too: YOPO's first part in small."""
+
+    masks_attention = True
+
+    def see(self, layer, seen, call):
+        cells = torch.cat([call.tokens.view[:, None], call.tokens.cell], dim=1)[call.token]
+        gap = (cells[:, None] - cells[:, :, None]).abs()
+        near = (gap[..., 0] == 0) & (gap[..., 1:].amax(-1) <= 1)
+        pairs = call.visual[:, :, None] & call.visual[:, None]
+        return torch.where(pairs, near, seen[:, 0])[:, None]
+
+    def forward(self, layer, hidden, call):
+        return hidden, None
+
+
+@torch.no_grad()
+def test_an_op_may_say_who_sees_whom(monkeypatch):
+    """Equal to explicit masks, with and without a cache, and with tokens that leave later."""
+    monkeypatch.setitem(LAYER_OPS, "neighbours", Neighbours)
+    text = tiny_text_config("llama", **DEEP)
+    ops = [{"part": "neighbours", "layers": [1, 3]}, {"part": "keep_after", "layers": 2, "share": 0.4}]
+    config = tiny_config("llava_hd", text=text, connector_config={"layer_ops": ops})
+    model, processor = tiny_model(config), tiny_processor(config)
+    batch = make_batch(processor, ROWS, padding_side="left")
+    got = model.generate(**batch, max_new_tokens=6, do_sample=False)[:, batch["input_ids"].shape[1] :].tolist()
+    token_map = model(**batch, output_token_map=True).token_map
+    for row, (prompt, images) in enumerate(ROWS):
+        tokens = reference.full_visual_tokens(model, processor, images)[0]
+        embeds = reference.prompt_embeds(model, processor, prompt, images, select=select_all)
+        parts = prompts_of([spans(processor, prompt, [len(part) for part in tokens])])
+        stand_in = masked_model(model, keep_share([2], 0.4), parts)
+        mine = torch.isin(token_map.image, torch.tensor([[0], [], [1, 2]][row], dtype=torch.long))
+        cells = [(int(v), *c) for v, c in zip(token_map.view[mine], token_map.cell[mine].tolist(), strict=True)]
+
+        def change(layer, mask, places=parts[0][0], cells=cells, plain=stand_in.model.language_model):
+            if layer not in (1, 3):
+                return mask
+            for query, one in zip(places, cells, strict=True):
+                for key, other in zip(places, cells, strict=True):
+                    near = one[0] == other[0] and max(abs(one[1] - other[1]), abs(one[2] - other[2])) <= 1
+                    mask[query, key] = near and (not plain.gone[key] or query == key)
+            return mask
+
+        stand_in.model.language_model.change = change
+        assert got[row] == reference.greedy(stand_in, embeds, 6)

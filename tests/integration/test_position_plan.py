@@ -1,0 +1,286 @@
+"""Positions and masks that a part decides: a plan as TC-LLaVA has one, a class and a registry line."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub.dataclasses import strict
+from safetensors.torch import load_file
+from transformers import LlamaConfig
+
+from builders import make_batch, random_image, tiny_config, tiny_model, tiny_processor
+from hires_lmm import HiResLmmForConditionalGeneration
+from hires_lmm.modeling.bases_hires_lmm import HiResLmmPositionPlan
+from hires_lmm.modeling.carriers_hires_lmm import ImageGeometry, VisualTokens
+from hires_lmm.modeling.compat_hires_lmm import CACHE
+from hires_lmm.modeling.geometry_hires_lmm import Grid
+from hires_lmm.modeling.outputs_hires_lmm import HiResLmmImageFeatures
+from hires_lmm.modeling.parts_hires_lmm import POSITION_PLANS
+
+
+FOLDER = Path(__file__).parents[1] / "fixtures" / "tc_llava"
+CASES, GOLDEN = json.loads((FOLDER / "cases.json").read_text())["cases"], load_file(FOLDER / "tensors.safetensors")
+LAYOUT = {"order": ["global", "crops"], "crop_order": "views"}
+THRESHOLD = {"part": "router", "on": "crops", "score": "cosine", "keep": {"rule": "threshold", "gamma": 0.6}}
+
+
+class TemporalPlan(HiResLmmPositionPlan):
+    """Tokens of one view share a second index, and see each other; text steps by one in both."""
+
+    @strict
+    @dataclass
+    class Options:
+        gamma: float | int = 1.0
+        blocks: bool = True
+
+    def forward(self, tokens):
+        is_visual = tokens.image >= 0
+        frame = torch.where(is_visual, tokens.image * 1000 + tokens.view, -1)
+        before = torch.nn.functional.pad(frame, (1, 0), value=-1)[:, :-1]
+        steps = torch.where(is_visual, frame != before, before < 0) & tokens.real
+        temporal = (steps.long().cumsum(dim=1) - 1).clamp(min=0)
+        positions = tokens.number + self.options.gamma * temporal
+        if not (tokens.has_images and self.options.blocks):
+            return positions, None
+        places = torch.arange(frame.shape[1])
+        seen = (places[None, :] <= places[:, None]) | ((frame[:, None] == frame[:, :, None]) & is_visual[:, None])
+        return positions, seen[:, tokens.num_cached :]
+
+
+@pytest.fixture(autouse=True)
+def registered(monkeypatch):
+    monkeypatch.setitem(POSITION_PLANS, "temporal", TemporalPlan)
+
+
+def build(gamma=0.5, text="llama", plan=True, **connector):
+    connector = {"layout": LAYOUT, **connector}
+    if plan:
+        connector["position_plan"] = {"part": "temporal", "gamma": gamma}
+    changes = {"answer_prefix_ids": [5, 6]} if "token_ops" in connector else {}
+    config = tiny_config("llava_next", text=text, connector_config=connector, **changes)
+    return tiny_model(config), tiny_processor(config)
+
+
+def ask(processor, *samples):
+    """A batch of samples, each a text and the sizes of its images."""
+    drawn = [(text, [random_image(*size, number) for number, size in enumerate(sizes)]) for text, sizes in samples]
+    batch = make_batch(processor, drawn)
+    batch["prompt_mask"] = batch["attention_mask"].bool()
+    return batch
+
+
+ONE = ("<image>What is it?", [(90, 60)])
+TWO = ("See <image>and<image>now. Which?", [(40, 200), (90, 60)])
+NONE = ("No image at all, is there one?", [])
+
+
+def frames_of(batch, model, kept=None):
+    """Of each row the tokens that reach the language model: -1 for text, else a number for each view."""
+    spans = batch["view_spans"].tolist() if "view_spans" in batch else []
+    sizes = [(bottom - top) * (right - left) for top, bottom, left, right in spans]
+    views = iter([view for view, size in enumerate(sizes) for _ in range(size)])
+    rows = []
+    for row, ids in enumerate(batch["input_ids"]):
+        frames = [next(views) if token == model.config.image_token_id else -1 for token in ids.tolist()]
+        real = [
+            bool(mark) and (kept is None or bool(kept[row, i])) for i, mark in enumerate(batch["attention_mask"][row])
+        ]
+        rows.append([frame for frame, is_real in zip(frames, real, strict=True) if is_real])
+    return rows
+
+
+def reference(frames, gamma):
+    """Positions and mask of one row, token by token."""
+    positions, temporal = [], -1
+    for place, frame in enumerate(frames):
+        last = frames[place - 1] if place else None
+        if frame != last if frame >= 0 else last is None or last < 0:
+            temporal += 1
+        positions.append(place + gamma * temporal)
+    seen = [[j <= i or (a >= 0 and a == b) for j, b in enumerate(frames)] for i, a in enumerate(frames)]
+    return positions, seen
+
+
+def listen(model):
+    """What the language model gets."""
+    calls = []
+    model.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: calls.append(kwargs), with_kwargs=True
+    )
+    return calls
+
+
+def without_cache(model, batch, steps=6):
+    """Greedy tokens, each from a call on all ids before it."""
+    batch = dict(batch)
+    for _ in range(steps):
+        with torch.no_grad():
+            logits = model(**batch, use_cache=False).logits[:, -1:]
+            logits[..., model.config.image_token_id] = float("-inf")
+            token = logits.argmax(dim=-1)
+        batch["input_ids"] = torch.cat([batch["input_ids"], token], dim=1)
+        batch["attention_mask"] = torch.cat([batch["attention_mask"], torch.ones_like(token)], dim=1)
+        batch["prompt_mask"] = torch.nn.functional.pad(batch["prompt_mask"], (0, 1))
+    return batch["input_ids"][:, -steps:].tolist()
+
+
+def generated(model, batch, steps=6, **options):
+    options["suppress_tokens"] = [model.config.image_token_id]
+    output = model.generate(**batch, max_new_tokens=steps, do_sample=False, **options)
+    return output[:, -steps:].tolist()
+
+
+def golden_model(gamma, blocks):
+    text = LlamaConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=128, rms_norm_eps=1e-6,
+    )  # fmt: skip
+    plan = {"part": "temporal", "gamma": gamma, "blocks": blocks}
+    config = tiny_config(text=text, image_token_id=49, connector_config={"layout": LAYOUT, "position_plan": plan})
+    model = HiResLmmForConditionalGeneration(config).eval()
+    weights = {name.removeprefix("weight."): value for name, value in GOLDEN.items() if name.startswith("weight.")}
+    model.model.language_model.load_state_dict(
+        {name.removeprefix("model."): value for name, value in weights.items() if name.startswith("model.")}
+    )
+    model.lm_head.weight.data = weights["lm_head.weight"]
+    return model
+
+
+@pytest.mark.parametrize("name, blocks", [("logits", True), ("logits_rope_only", False), ("logits_mask_only", True)])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case["case"])
+def test_logits_are_those_of_the_equation(case, name, blocks):
+    model = golden_model(0.0 if name == "logits_mask_only" else case["gamma"], blocks)
+    rows, cols = case["grid"]
+    size, start = rows * cols, case["visual_start"]
+    count = size * case["frames"]
+    embeds = GOLDEN[f"{case['case']}.input"].clone()
+    visual = embeds[0, start : start + count].clone()
+    embeds[0, start : start + count] = model.get_input_embeddings().weight[model.config.image_token_id]
+    none, view = torch.zeros(count, 2, dtype=torch.long), torch.arange(count) // size
+    images = [ImageGeometry(0, ((0, 1, 1, 0, 0, rows, cols, 0, rows, 0, cols),) * case["frames"], count)]
+    tokens = VisualTokens(visual, [count], [count], view, none, 0 * view, {0: Grid(rows, cols)}, images)
+    features = HiResLmmImageFeatures(pooler_output=[visual], tokens=tokens)
+    calls = listen(model)
+    with torch.no_grad():
+        logits = model(inputs_embeds=embeds, mm_encoder_outputs={"image": features}).logits
+    torch.testing.assert_close(logits, GOLDEN[f"{case['case']}.{name}"], atol=1e-4, rtol=1e-4)
+    if name == "logits":
+        torch.testing.assert_close(calls[0]["position_ids"][0].float(), GOLDEN[f"{case['case']}.positions"])
+
+
+@pytest.mark.parametrize("text", ["llama", "qwen2", "gemma3_text"])
+@pytest.mark.parametrize("samples", [[ONE], [TWO], [ONE, TWO, NONE], [NONE]], ids=["one", "two", "padded", "text"])
+def test_each_token_stands_and_sees_as_a_plain_loop_says(samples, text):
+    (model, processor), plain = build(text=text), build(text=text, plan=False)[0]
+    batch = ask(processor, *samples)
+    calls, length = listen(model), batch["input_ids"].shape[1]
+    with torch.no_grad():
+        found = model(**batch).logits
+    for row, frames in enumerate(frames_of(batch, model)):
+        positions, seen = reference(frames, 0.5)
+        assert calls[0]["position_ids"][row, length - len(frames) :].tolist() == positions
+        with torch.no_grad():
+            mask = torch.where(torch.tensor(seen), 0.0, torch.finfo(torch.float32).min)[None, None]
+            masks = {"full_attention": mask, "sliding_attention": mask}
+            embeds = torch.cat([h["inputs_embeds"][row : row + 1, length - len(frames) :] for h in calls[:1]], dim=1)
+            hidden = plain.model.language_model(
+                inputs_embeds=embeds,
+                position_ids=torch.tensor([positions]),
+                attention_mask=masks if text != "llama" else mask,
+            ).last_hidden_state
+            wanted = plain.lm_head(hidden)
+        torch.testing.assert_close(found[row, length - len(frames) :], wanted[0], atol=1e-4, rtol=1e-4)
+
+
+def test_tokens_that_a_threshold_drops_are_not_counted():
+    model, processor = build(token_ops=[THRESHOLD])
+    batch = ask(processor, ONE, TWO)
+    calls = listen(model)
+    with torch.no_grad():
+        outputs = model(**batch)
+    assert not outputs.kept_mask.all()
+    for row, frames in enumerate(frames_of(batch, model, outputs.kept_mask)):
+        positions, seen = reference(frames, 0.5)
+        assert calls[0]["position_ids"][row, -len(frames) :].tolist() == positions
+        found = calls[0]["attention_mask"][row, 0, -len(frames) :, -len(frames) :]
+        assert torch.equal(found.bool(), torch.tensor(seen))
+
+
+@pytest.mark.parametrize("samples", [[ONE], [TWO], [NONE], [ONE, TWO]], ids=["one", "two", "text", "padded"])
+@pytest.mark.parametrize("drops", [False, True])
+def test_generation_on_a_cache_equals_none(samples, drops):
+    model, processor = build(**({"token_ops": [THRESHOLD]} if drops else {}))
+    batch = ask(processor, *samples)
+    wanted = without_cache(model, batch)
+    assert generated(model, batch) == wanted
+    assert wanted == [without_cache(model, ask(processor, sample))[0] for sample in samples]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"cache_implementation": "static"}, {"prompt_lookup_num_tokens": 3}, {"num_beams": 3}],
+    ids=["static", "lookup", "beams"],
+)
+def test_other_ways_to_generate_equal_none(options):
+    model, processor = build()
+    batch = ask(processor, ONE) if "prompt_lookup_num_tokens" in options else ask(processor, ONE, TWO)
+    beams = {"num_beams": 3} if "num_beams" in options else {}
+    assert generated(model, batch, **options) == generated(model, batch, use_cache=False, **beams)
+
+
+def test_a_second_turn_goes_on_where_the_first_ended():
+    model, processor = build()
+    batch = ask(processor, ONE)
+    first = model.generate(**batch, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
+    more = ask(processor, TWO)
+    ids = torch.cat([first.sequences, more["input_ids"]], dim=1)
+    whole = {name: torch.cat([batch[name], more[name]]) for name in ("pixel_values", "view_positions", "view_spans")}
+    whole |= {"input_ids": ids, "attention_mask": torch.ones_like(ids), "prompt_mask": torch.ones_like(ids)}
+    wanted = without_cache(model, whole)
+    assert generated(model, {**whole, CACHE: first[CACHE]}) == wanted
+    cache = model.generate(**batch, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)[CACHE]
+    cache.crop(-5)  # into the question
+    assert generated(model, {**whole, CACHE: cache}) == wanted
+
+
+def test_training_reads_the_plan():
+    model, processor = build()
+    model.train()
+    for sample in (ONE, NONE):
+        batch = ask(processor, sample)
+        model.zero_grad()
+        loss = model(**batch, labels=batch["input_ids"].clone()).loss
+        loss.backward()
+        with torch.no_grad():
+            model.eval()
+            logits = model(**batch).logits
+            model.train()
+        wanted = torch.nn.functional.cross_entropy(logits[0, :-1], batch["input_ids"][0, 1:])
+        torch.testing.assert_close(loss.detach(), wanted)
+
+
+def test_what_does_not_go_together_is_refused():
+    model, processor = build()
+    batch = ask(processor, ONE)
+    features = model.model.get_image_features(
+        **{name: batch[name] for name in ("pixel_values", "view_positions", "view_spans")}
+    )
+    bare = HiResLmmImageFeatures(pooler_output=features.pooler_output)
+    text = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    with pytest.raises(ValueError, match="pass what get_image_features returned"):
+        model(**text, mm_encoder_outputs={"image": bare})
+    length = batch["input_ids"].shape[1]
+    with pytest.raises(ValueError, match="needs a two-dimensional attention_mask"):
+        model(
+            **{**batch, "attention_mask": torch.zeros(1, 1, length, length)}, position_ids=torch.arange(length)[None]
+        )
+    model.model.language_model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match='load the model with attn_implementation="sdpa"'):
+        model(**batch)
+    model, processor = build(layer_ops=[{"part": "keep_after"}])
+    with pytest.raises(ValueError, match="leave one of the two out"):
+        model(**batch)
+    with pytest.raises(ValueError, match="unknown part 'spatial'; known parts of this slot: temporal"):
+        tiny_config(connector_config={"position_plan": {"part": "spatial"}})

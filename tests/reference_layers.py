@@ -1,0 +1,114 @@
+"""What layer ops must give, written without their driver: one row, no cache, no padding, one explicit mask a layer."""
+
+import math
+from types import SimpleNamespace
+
+import torch
+from transformers import AutoModel
+
+
+class MaskedLanguageModel:
+    """A language model in which visual tokens that leave behind a layer are seen by none but themselves.
+
+    Args:
+        model: A `HiResLmmForConditionalGeneration`; its language model is copied, with eager attention.
+        leave: `(layer, candidates, weights, states, last) -> positions that leave` behind that layer, for the visual
+            positions `candidates` of one prompt that are still there, the attention `(heads, n, n)` and the hidden
+            states `(n, D)` of the layer, and the last position of that prompt.
+        prompts: For each prompt of the row its visual positions and its last position.
+    """
+
+    def __init__(self, model, leave, prompts):
+        config = model.config.text_config
+        source = model.model.language_model
+        self.plain = AutoModel.from_config(config, attn_implementation="eager").to(source.dtype).eval()
+        self.plain.load_state_dict(source.state_dict())
+        self.leave, self.prompts, self.change = leave, prompts, lambda layer, seen: seen
+        kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+        window = getattr(config, "sliding_window", None)
+        self.windows = [window if kind == "sliding_attention" else None for kind in kinds]
+        for number, layer in enumerate(self.plain.layers):
+            layer.register_forward_pre_hook(
+                lambda module, args, kwargs, i=number: self.before(i, args, kwargs), with_kwargs=True
+            )
+            layer.self_attn.register_forward_hook(lambda module, args, output: setattr(self, "weights", output[1][0]))
+            layer.register_forward_hook(lambda module, args, output, i=number: self.behind(i, output))
+
+    def get_input_embeddings(self):
+        return self.plain.get_input_embeddings()
+
+    def before(self, layer, args, kwargs):
+        positions = torch.arange(len(self.gone))
+        seen = (positions[None] <= positions[:, None]) & ~self.gone[None]
+        if self.windows[layer]:
+            seen &= positions[:, None] - positions[None] < self.windows[layer]
+        seen = self.change(layer, seen | torch.eye(len(positions), dtype=torch.bool))
+        mask = torch.zeros(seen.shape, dtype=args[0].dtype).masked_fill(~seen, -math.inf)
+        return args, {**kwargs, "attention_mask": mask[None, None]}
+
+    def behind(self, layer, output):
+        for candidates, last in self.prompts:
+            there = [position for position in candidates if not self.gone[position]]
+            if there and last < len(self.gone):
+                for position in self.leave(layer, there, self.weights, output[0], last):
+                    self.gone[position] = True
+                    self.left_at[position] = layer
+
+    def __call__(self, inputs_embeds, **kwargs):
+        self.gone, self.left_at = torch.zeros(inputs_embeds.shape[1], dtype=torch.bool), {}
+        return self.plain(inputs_embeds=inputs_embeds, use_cache=False)
+
+
+def masked_model(model, leave, prompts):
+    """A stand-in for the model in `reference_generation`."""
+    language_model = MaskedLanguageModel(model, leave, prompts)
+    return SimpleNamespace(
+        model=SimpleNamespace(language_model=language_model), lm_head=model.lm_head, config=model.config
+    )
+
+
+def keep_share(layers, share=0.5, number=None):
+    """`keep_after`: of the candidates, those with the highest mean attention of the last position stay.
+
+    Outside a window the attention is zero, and the earlier of two equals stays.
+    """
+
+    def leave(layer, candidates, weights, states, last):
+        if layer not in layers:
+            return []
+        scores = weights[:, last].mean(0).tolist()
+        kept = int(share * len(candidates) + 0.5) if number is None else min(number, len(candidates))
+        ranked = sorted(candidates, key=lambda position: -scores[position])
+        if 0 < kept < len(ranked):
+            gap = scores[ranked[kept - 1]] - scores[ranked[kept]]
+            assert gap > 1e-6 or not scores[ranked[kept]], (
+                f"a gap of {gap} between kept and dropped: take another seed"
+            )
+        return ranked[kept:]
+
+    return leave
+
+
+def prompts_of(parts):
+    """Visual and last positions of prompts that follow each other, each a list of (is visual, length)."""
+    found, start = [], 0
+    for part in parts:
+        visual = []
+        for is_visual, length in part:
+            visual += list(range(start, start + length)) if is_visual else []
+            start += length
+        found.append((visual, start - 1))
+    return found
+
+
+def spans(processor, text, tokens):
+    """`(is visual, length)` of the pieces of a prompt."""
+    found = []
+    for number, piece in enumerate(text.split(processor.image_token)):
+        found += [(True, tokens[number - 1])] if number else []
+        found.append((False, len(processor.tokenizer(piece, add_special_tokens=False).input_ids)))
+    return found
+
+
+def select_all(tokens, *_):
+    return range(len(tokens))
