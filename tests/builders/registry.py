@@ -45,11 +45,28 @@ VARIANTS: dict[str, dict[str, dict]] = {
     },
     "fusion": {"blind": {"question": False}},
     "blend": {"tower": {"of": "vision_tower", "layers": 1}},
+    "mqt": {"content": {"key_mode": "content"}},
+    "globalcom2": {
+        "probabilities": {"score": "probabilities"},
+        "share": {"ratio": 0.5},
+        "release": {"compat": "release"},
+    },
+    "prompt_fuser": {"release": {"compat": "release"}},
 }
 """Further options of parts that work in several ways; every part also runs with its defaults."""
 
-READS = {"gate": ("global", "crops", "detail"), "two_perspectives": ("global", "crops", "strided")}
+READS = {
+    "gate": ("global", "crops", "detail"),
+    "conv_gate": ("global", "crops", "detail"),
+    "two_perspectives": ("global", "crops", "strided"),
+}
 """Kinds of views that a part reads, where they are not global views and crops."""
+
+BESIDE = {"prompt_fuser": {"view_ops": [{"part": "mini_compressor", "num_queries": 4, "num_heads": 2}]}}
+"""Parts without which a part cannot be."""
+
+MAKES_DETAIL = ("mini_compressor", "prompt_fuser")
+"""Parts whose tokens enter as views of the kind `detail`, without a second tower."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +106,11 @@ class Case:
         """Its class."""
         return SLOTS[self.slot][self.name] if self.name in SLOTS[self.slot] else SKETCHES[self.name][1]
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Its name and those of the parts without which it cannot be."""
+        return (self.name, *(spec["part"] for specs in BESIDE.get(self.name, {}).values() for spec in specs))
+
     def has(self, option: str) -> bool:
         """Whether the part has an option of that name."""
         return option in {field.name for field in fields(self.part.Options)}
@@ -119,14 +141,16 @@ def config_of(case: Case, kinds: tuple, layout: dict, **options):
     spec = case.spec(**options)
     several = [spec] if isinstance(empty, list) else {"mine": spec} if empty == {} else spec
     changes = {}
+    order = dict.fromkeys([*kinds, "detail"] if case.name in MAKES_DETAIL else kinds)
     if "detail" in kinds:
         changes["extra_towers"] = {"fine": tiny_vision_config("siglip", 84, hidden_size=16).to_dict()}
     return tiny_config(
         "llava_next",
         planner={"name": "every_kind", "kinds": [kind for kind in kinds if kind != "detail"]},
         connector_config={
+            **BESIDE.get(case.name, {}),
             case.slot: several,
-            "layout": {"order": list(kinds), "crop_order": "views", **layout},
+            "layout": {"order": list(order), "crop_order": "views", **layout},
         },
         **changes,
     )

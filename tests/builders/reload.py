@@ -40,6 +40,7 @@ CHANGES = {
         }
     },
     "monkey": {"connector_config": {"view_ops": [{**COMPRESS, "on": "all"}]}},
+    "mqt": {"connector_config": {"view_ops": [{"part": "mqt", "num_queries": 16, "num_heads": 2}]}},
 }
 SETTINGS = {  # of the image processor, each different from what the preset would give
     "llava_next": {"max_image_tokens": 40},
@@ -49,6 +50,9 @@ SETTINGS = {  # of the image processor, each different from what the preset woul
     "monkey": {"image_mean": [0.1, 0.2, 0.3], "max_crops": 2},
     "fusion": {"max_crops": 4, "global_view": "pad"},
     "vlsa": {"max_crops": 4, "resample": 2},
+    "mqt": {"max_image_tokens": 9, "views": "all"},
+    "llava_mini": {"max_crops": 2, "unpad": True},
+    "mg_llava": {"views": "all", "max_image_tokens": 30},
 }
 PRESETS = tuple(SETTINGS)
 DTYPES = ("float32", "bfloat16", "float16")
@@ -79,6 +83,9 @@ DIAGONAL = [  # every preset, every family and every number format at least once
     Case("monkey", "clip", "gemma2", "bfloat16", False, False),
     Case("fusion", "siglip", "gemma3_text", "bfloat16", True, True),
     Case("vlsa", "clip", "llama", "float16", True, False),
+    Case("mqt", "siglip", "llama", "float32", True, True),
+    Case("llava_mini", "clip", "qwen2", "bfloat16", False, True),
+    Case("mg_llava", "siglip", "llama", "float32", False, True),
 ]
 
 

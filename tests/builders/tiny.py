@@ -91,6 +91,12 @@ def tiny_vision_config(
     return classes[family](**{**numbers, **changes})
 
 
+def tiny_convnext(model_type: str = "convnext", image_size: int = 64) -> dict:
+    """A convolutional tower of two stages; its map has an eighth of the pixels a side."""
+    sizes = {"depths": [1, 1], "hidden_sizes": [8, 16], "image_size": image_size, "layer_scale_init_value": 0.5}
+    return {"model_type": model_type, **sizes, **({} if model_type == "dinov3_convnext" else {"num_stages": 2})}
+
+
 def scaled_pinpoints(view_size: int) -> list[list[int]]:
     """The five llava_next canvases `[height, width]` in pixels for another view size."""
     return [[rows * view_size, columns * view_size] for rows, columns in LLAVA_NEXT_PINPOINTS]
@@ -109,6 +115,8 @@ def tiny_config(
     text_config = tiny_text_config(text) if isinstance(text, str) else text
     if preset == "llava_next":
         changes.setdefault("planner", {"name": "llava_next", "pinpoints": scaled_pinpoints(vision_config.image_size)})
+    if preset == "mg_llava":
+        changes.setdefault("extra_towers", {"hires": tiny_convnext()})
     if preset == "fusion" and "token_ops" not in (changes.get("connector_config") or {}):
         fusion = {"part": "fusion", "num_queries": 12, "later_queries": 3, "num_layers": 2, "num_heads": 4}
         changes["connector_config"] = {**(changes.get("connector_config") or {}), "token_ops": [fusion]}

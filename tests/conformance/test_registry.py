@@ -242,7 +242,7 @@ def built_or_refused(words: tuple, *case, **options):
 def test_every_kind_of_view_passes_or_is_refused_by_name(case, kinds, crop_order):
     """Tokens hold the features of the place that they name, and stand in the order of the picture."""
     on = {"on": list(kinds)} if case.has("on") else {}
-    found = built_or_refused((case.name, "crop_order", *kinds), case, kinds, {"crop_order": crop_order}, **on)
+    found = built_or_refused((*case.names, "crop_order", *kinds), case, kinds, {"crop_order": crop_order}, **on)
     if found is None:
         return
     model, processor = found
@@ -388,9 +388,12 @@ def test_what_a_part_writes_into_the_question_reaches_the_language_model(case):
 def test_half_precision_stays_near_single(case, dtype):
     model, processor = built(case)
     batch = batch_of(processor, SIZES[0])
-    wanted, half = logits_of(model, batch), logits_of(copy.deepcopy(model).to(dtype), batch)
-    assert half.dtype == dtype
-    assert float((half.float() - wanted).norm() / wanted.norm()) < HALF[dtype]
+    with torch.no_grad():
+        single, half = model(**batch), copy.deepcopy(model).to(dtype)(**batch)
+    assert half.logits.dtype == dtype
+    if part_of(model, case).traits.count == "content" and not torch.equal(half.kept_mask, single.kept_mask):
+        return  # a rounded score lies on the other side of the threshold
+    assert float((half.logits.float() - single.logits).norm() / single.logits.norm()) < HALF[dtype]
 
 
 @every_part
@@ -412,7 +415,8 @@ def test_a_saved_part_is_the_same_whole_and_from_the_disk(case, tmp_path):
     model.save_pretrained(tmp_path / "saved")
     processor.save_pretrained(tmp_path / "saved")
     loaded = type(model).from_pretrained(tmp_path / "saved")
-    assert torch.equal(logits_of(loaded, batch), wanted)
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in loaded.state_dict().items())
+    torch.testing.assert_close(logits_of(loaded, batch), wanted, atol=1e-4, rtol=1e-4)  # memory is aligned otherwise
     again = batch_of(type(processor).from_pretrained(tmp_path / "saved"), *SIZES)
     assert all(torch.equal(again[name], value) for name, value in batch.items())
     places = {"model": "disk", "lm_head": "cpu"}
@@ -420,7 +424,7 @@ def test_a_saved_part_is_the_same_whole_and_from_the_disk(case, tmp_path):
         tmp_path / "saved", device_map=places, offload_folder=str(tmp_path / "offloaded")
     )
     assert next(part_of(offloaded, case).parameters(), torch.empty(0, device="meta")).device.type == "meta"
-    assert torch.equal(logits_of(offloaded, batch), wanted)
+    torch.testing.assert_close(logits_of(offloaded, batch), wanted, atol=1e-4, rtol=1e-4)
 
 
 # ---- and it would notice ------------------------------------------------------------------------------------------

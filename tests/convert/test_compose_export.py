@@ -8,6 +8,8 @@ import pytest
 import torch
 from convert_tools import GOLDEN, no_output, tensors_of, tokenizer_without_image_token
 from transformers import (
+    AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -22,6 +24,7 @@ from builders import (
     random_image,
     randomise,
     tiny_config,
+    tiny_convnext,
     tiny_model,
     tiny_processor,
     tiny_text_config,
@@ -56,12 +59,14 @@ def halves(tmp_path_factory):
 @pytest.mark.parametrize("preset", sorted(PRESETS))
 @torch.no_grad()
 def test_each_preset_is_ready_to_train(halves, tmp_path, preset):
-    if preset not in ("slime", "slime_release", "llava_next", "llava_hd", "monkey", "vlsa", "fusion"):
-        pytest.skip("a later preset")
     queries = {"part": "query_compressor", "on": "all" if preset == "monkey" else "crops", "num_queries": 4}
     changes = {"connector_config": {"view_ops": [queries]}} if preset in ("slime", "slime_release", "monkey") else {}
     if preset == "slime_release":
         changes["connector_config"]["layout"] = {"separators": {"separator": {"place": "between_views", "value": [9]}}}
+    if preset == "mg_llava":
+        tower = AutoModel.from_config(AutoConfig.for_model(**tiny_convnext()))
+        randomise(tower).save_pretrained(tmp_path / "hires")
+        changes["extra_towers"] = {"hires": tmp_path / "hires"}
     compose(*halves, preset, tmp_path / "out", chat_template="chatml", **changes)
     model, info = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info.values())

@@ -59,3 +59,20 @@ def write_set(folder: Path, cases: Any, tensors: dict[str, torch.Tensor], file: 
     """Write what `GoldenSet` reads."""
     (folder / "cases.json").write_text(json.dumps(cases))
     save_file({name: value.detach().clone().contiguous() for name, value in tensors.items()}, folder / file)
+
+
+def split_attention(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights of torch's attention, `in_proj_weight` and so on, by the names of ours."""
+    found = {f"o_proj.{kind}": tensors[f"out_proj.{kind}"] for kind in ("weight", "bias")}
+    for kind in ("weight", "bias"):
+        parts = tensors[f"in_proj_{kind}"].chunk(3)
+        found |= {f"{name}_proj.{kind}": part for name, part in zip("qkv", parts, strict=True)}
+    return found
+
+
+def fuse_attention(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The way back, for sets made anew."""
+    found = {f"out_proj.{kind}": tensors[f"o_proj.{kind}"] for kind in ("weight", "bias")}
+    return found | {
+        f"in_proj_{k}": torch.cat([tensors[f"{name}_proj.{k}"] for name in "qkv"]) for k in ("weight", "bias")
+    }

@@ -90,7 +90,7 @@ def test_unsaved_buffers_by_value(folders, preset, text, dtype):
     names = check_buffers(model, getattr(torch, dtype))
     assert any(name.startswith("model.language_model.rotary_emb") for name in names)
     assert any(name.endswith("position_ids") for name in names)
-    assert any(name.startswith("model.connector.") for name in names) == (preset == "fusion")
+    assert any(name.startswith("model.connector.") for name in names) == (preset in ("fusion", "llava_mini"))
 
 
 @pytest.mark.parametrize("device_map", [None, "cpu", {"": "cpu"}])

@@ -100,19 +100,6 @@ def test_what_is_written_into_the_question_reaches_the_language_model():
     assert not torch.allclose(wanted, logits_of(plain, batch), atol=1e-2)
 
 
-def test_a_budget_of_nested_queries_keeps_the_first_of_each_view():
-    layout = {"order": ["global", "crops"], "crop_order": "views"}
-    model, processor = parts(connector_config={"view_ops": [{"part": "first"}], "layout": layout})
-    full = processor.image_tokens(90, 60)
-    whole = model.model.get_image_features(**geometry_of(ask(processor, (90, 60)))).pooler_output[0]
-    batch = ask(processor, (90, 60), max_image_tokens=full // 2)
-    assert processor.image_tokens(90, 60, max_image_tokens=full // 2) == full // 2
-    views, half = full // 16, model.model.get_image_features(**geometry_of(batch)).pooler_output[0]
-    assert len(whole) == full and len(half) == full // 2
-    torch.testing.assert_close(half, whole.view(views, 16, -1)[:, :8].flatten(0, 1))
-    assert_batch_is_single(model, processor, (90, 60), (40, 200), max_image_tokens=40)
-
-
 def test_attention_of_the_class_token_decides():
     model, processor = parts(connector_config={"token_ops": [{"part": "by_attention"}]})
     batch = ask(processor, (90, 60), max_image_tokens=30)

@@ -129,13 +129,14 @@ def read_pair(
 def with_extra_towers(changes: dict, configs: dict[str, Any], preset: str) -> dict:
     """The changes of a preset with extra towers, whose tokens enter where nothing else is said."""
     connector = changes.get("connector_config") or {}
+    others = [name for name in configs if name not in PRESETS.get(preset, {}).get("extra_towers", {})]
     if not configs:
         return changes
-    if not {"layout", "map_ops"} & set(connector):
+    if others and not {"layout", "map_ops"} & set(connector):
         layout = PRESETS.get(preset, {}).get("connector_config", {}).get("layout", {})
         order = layout.get("order", LayoutOptions().order)
         connector = {**connector, "layout": {**layout, "order": [*order, "detail"]}}
-    adapters = {**{name: {"part": "mlp"} for name in configs}, **(connector.get("tower_adapters") or {})}
+    adapters = {**{name: {"part": "mlp"} for name in others}, **(connector.get("tower_adapters") or {})}
     towers = {name: config.to_dict() for name, config in configs.items()}
     return {**changes, "extra_towers": towers, "connector_config": {**connector, "tower_adapters": adapters}}
 

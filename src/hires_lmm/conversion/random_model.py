@@ -114,6 +114,9 @@ def _random_config(tokenizer: PreTrainedTokenizerFast, preset: str) -> HiResLmmC
     given = {name: {**each, "value": stand_in} if "value" in each else each for name, each in separators.items()}
     if separators:
         changes["connector_config"] = {"layout": {**layout, "separators": given}}
+    small = {"depths": [1, 1, 1, 1], "hidden_sizes": [8, 16, 32, 64]}  # convolutional, as all second towers of presets
+    if towers := PRESETS.get(preset, {}).get("extra_towers"):
+        changes["extra_towers"] = {name: {**tower, **small} for name, tower in towers.items()}
     return HiResLmmConfig.from_preset(preset, vision_config=vision_config, text_config=text_config, **changes)
 
 

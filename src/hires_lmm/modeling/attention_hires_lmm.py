@@ -1,6 +1,8 @@
 """Cross-attention on transformers' attention interface, and the position tables of query-based parts."""
 
 import math
+from collections.abc import Callable
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -33,6 +35,42 @@ def eager_attention_forward(
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
 
+def attend_by_count(
+    module: Any,
+    attend: Callable,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    counts: list[int],
+    mean: bool = False,
+) -> torch.Tensor:
+    """`(I, Q, H, E)` queries read their `counts` of the `(T, H, E)` keys, one call for each number: `(I, Q, C)`.
+
+    Keys behind the last image belong to nobody. With `mean` the sum over the keys is divided by their number.
+    """
+    starts, order, outputs = list(accumulate(counts, initial=0)), [], []
+    for count in sorted(set(counts)):
+        rows = [row for row, own in enumerate(counts) if own == count]
+        order += rows
+        queries = torch.stack([query[row] for row in rows])
+        if not count:
+            outputs.append(0.0 * queries)
+            continue
+        keys = torch.stack([key[starts[row] : starts[row] + count] for row in rows]).transpose(1, 2)
+        values = keys
+        if value is not key:
+            values = torch.stack([value[starts[row] : starts[row] + count] for row in rows]).transpose(1, 2)
+        output, _ = attend(
+            module, queries.transpose(1, 2), keys, values, None, dropout=0.0, scaling=module.scaling, is_causal=False
+        )
+        outputs.append(output / count if mean else output)
+    unused = (0.0 * key[starts[-1] :]).sum() + (0.0 * value[starts[-1] :]).sum()  # keeps projections in the graph
+    if not outputs:
+        return (query + unused).flatten(2)
+    places = sorted(range(len(order)), key=order.__getitem__)
+    return (torch.cat(outputs)[torch.tensor(places, device=query.device)] + unused).flatten(2)
+
+
 class HiResLmmCrossAttention(nn.Module):
     """Multi-head cross-attention with biases from plain linear layers.
 
@@ -62,12 +100,25 @@ class HiResLmmCrossAttention(nn.Module):
         return states.unflatten(-1, (self.num_heads, self.head_width)).transpose(1, 2)
 
     def forward(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """Attend from queries `(B or 1, Q, D)` to keys and values `(B, K, D)`: `(B, Q, D)`."""
-        query = self._heads(self.q_proj(queries)).expand(keys.shape[0], -1, -1, -1)
-        key, value = self._heads(self.k_proj(keys)), self._heads(self.v_proj(values))
+        """Attend from queries and keys `(B or 1, Q or K, D)` to values `(B, K, D)`: `(B, Q, D)`."""
+        value = self._heads(self.v_proj(values))
+        query, key = self._heads(self.q_proj(queries)), self._heads(self.k_proj(keys))
+        query, key = (each.expand(len(value), -1, -1, -1) for each in (query, key))
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         output, _ = attend(self, query, key, value, None, dropout=0.0, scaling=self.scaling, is_causal=False)
         return self.o_proj(output.flatten(2))
+
+    def read_ragged(
+        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, counts: list[int]
+    ) -> torch.Tensor:
+        """Attend from queries `(I, Q, D)` to keys and values `(T, D)`, of which each row owns the next `counts`.
+
+        The layers run once however many rows there are, as processes that share weights need it.
+        """
+        states = (self.q_proj(queries), self.k_proj(keys), self.v_proj(values))
+        query, key, value = (each.unflatten(-1, (self.num_heads, self.head_width)) for each in states)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        return self.o_proj(attend_by_count(self, attend, query, key, value, counts))
 
 
 def default_num_heads(width: int) -> int:
@@ -83,8 +134,8 @@ def square_side(count: int, name: str) -> int:
     return side
 
 
-def sincos_positions(width: int, side: int) -> torch.Tensor:
-    """Sine-cosine table of a square grid, `(side * side, width)` float32, rounded to float16 as the released ones are.
+def sincos_positions(width: int, side: int, rounded: bool = True) -> torch.Tensor:
+    """Sine-cosine table of a square grid, `(side * side, width)` float32, rounded to float16 as most released.
 
     The first half of the channels encodes the column, the second half the row; within a half, sines come before
     cosines of frequencies 10000^(-k / (width / 4)).
@@ -96,7 +147,8 @@ def sincos_positions(width: int, side: int) -> torch.Tensor:
     line = torch.cat([angles.sin(), angles.cos()], dim=1)
     columns = line[None, :, :].expand(side, side, -1)
     rows = line[:, None, :].expand(side, side, -1)
-    return torch.cat([columns, rows], dim=-1).flatten(0, 1).half().float()
+    table = torch.cat([columns, rows], dim=-1).flatten(0, 1)
+    return table.half().float() if rounded else table
 
 
 def resize_positions(table: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:

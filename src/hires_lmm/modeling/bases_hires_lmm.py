@@ -111,6 +111,16 @@ class Traits:
     untrained: tuple[str, ...] = ()
 
 
+def follow_grid(group: ViewGroup, grid: Grid) -> dict[str, torch.Tensor]:
+    """The scores of a group on another grid: means over the patches under each token; none where it has no place."""
+    if grid.size == group.grid:
+        return group.scores
+    if grid.whole:
+        return {}
+    maps = {name: score.unflatten(1, group.grid)[:, None] for name, score in group.scores.items()}
+    return {name: nn.functional.adaptive_avg_pool2d(own, grid.size).flatten(1) for name, own in maps.items()}
+
+
 class HiResLmmPart(nn.Module):
     """Base of all parts. A subclass has strict `Options`, and overrides `describe` where it changes anything.
 
@@ -179,8 +189,9 @@ class HiResLmmViewOp(HiResLmmPart):
 
     def forward_views(self, group: ViewGroup) -> ViewGroup:
         """Apply the operation to one group."""
-        grid = self.output_grid(self.options, Grid(*group.grid)).size
-        return replace(group, features=self.forward_group(group.features, group.grid), grid=grid)
+        grid = self.output_grid(self.options, Grid(*group.grid))
+        features, scores = self.forward_group(group.features, group.grid), follow_grid(group, grid)
+        return replace(group, features=features, grid=grid.size, scores=scores)
 
 
 class HiResLmmAdapter(HiResLmmPart):
@@ -204,8 +215,9 @@ class HiResLmmAdapter(HiResLmmPart):
 
     def adapt(self, group: ViewGroup) -> ViewGroup:
         """Adapt one group."""
-        grid = self.output_grid(self.options, Grid(*group.grid)).size
-        return replace(group, features=self(group.features, group.kind), grid=grid)
+        grid = self.output_grid(self.options, Grid(*group.grid))
+        features, scores = self(group.features, group.kind), follow_grid(group, grid)
+        return replace(group, features=features, grid=grid.size, scores=scores)
 
 
 class HiResLmmTokenOp(HiResLmmPart):

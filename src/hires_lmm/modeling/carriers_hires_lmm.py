@@ -3,13 +3,14 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import torch
 
 from .conversation_hires_lmm import Conversation
-from .geometry_hires_lmm import MAIN_TOWER, Column, Kind, ViewShape, kinds_on
+from .geometry_hires_lmm import MAIN_TOWER, Column, Grid, Kind, ViewShape, kinds_on
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,29 @@ class ImageGeometry:
     def grid(self, kind: int) -> tuple[int, int]:
         """Rows and columns of the grid of a kind's views; `(0, 0)` without any."""
         return next(((view[1], view[2]) for view in self.views if view[0] == kind), (0, 0))
+
+
+def map_edges(
+    geometry: ImageGeometry, grid: Grid, kind: int
+) -> tuple[dict[int, tuple[ViewShape, tuple[int, int, int, int]]], list[int], list[int]]:
+    """Where the views of a kind lie on the map that they make side by side, in tokens, without their padding.
+
+    Args:
+        geometry (`ImageGeometry`): An image with such views.
+        grid (`Grid`): Their token grid.
+        kind (`int`): See `Kind`.
+
+    Returns:
+        By number of the view its shape and its cells that enter; upper and left edges of the rows and columns of
+        views on the map, one more than there are.
+    """
+    views = {number: ViewShape(*view) for number, view in enumerate(geometry.views) if view[0] == kind}
+    cells = {number: (view, grid.cells(view)) for number, view in views.items()}
+    rows, cols = geometry.grid(kind)
+    heights, widths = [0] * rows, [0] * cols
+    for view, (top, bottom, left, right) in cells.values():
+        heights[view.row], widths[view.col] = max(heights[view.row], bottom - top), max(widths[view.col], right - left)
+    return cells, list(accumulate(heights, initial=0)), list(accumulate(widths, initial=0))
 
 
 def read_geometry(positions: list[list[int]], spans: list[list[int]]) -> list[ImageGeometry]:

@@ -21,7 +21,7 @@ from .own_parts_hires_lmm import (
     map_planner,
     part_loader,
 )
-from .tower_table_hires_lmm import patch_side, tower_grid, tower_width, view_side
+from .tower_table_hires_lmm import patch_side, tower_family, tower_grid, tower_width, view_side
 
 
 AUTO_MAP = {
@@ -44,6 +44,12 @@ LLAVA_NEXT_GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
 _MLP = {"part": "mlp"}
 _COMPRESS_144 = {"part": "query_compressor", "on": "crops", "num_queries": 144}
 _NEWLINE = {"place": "token_row_end", "on": "crops"}
+_CONVNEXT_LARGE = {
+    "model_type": "convnext",
+    "depths": [3, 3, 27, 3],
+    "hidden_sizes": [192, 384, 768, 1536],
+    "image_size": 768,
+}
 _COSINE = {"part": "router", "on": "crops", "score": "cosine"}
 
 PRESETS: dict[str, dict] = {
@@ -94,6 +100,28 @@ PRESETS: dict[str, dict] = {
     "vlsa": {
         "planner": {"name": "multiple"},
         "connector_config": {"view_ops": [{"part": "sa_perceiver"}], "adapter": _MLP},
+    },
+    "mqt": {
+        "planner": {"name": "slime", "max_crops": 4, "views": "global"},
+        "connector_config": {
+            "view_ops": [{"part": "mqt"}],
+            "adapter": {"part": "linear", "bias": False},
+            "layout": {"crop_order": "views"},
+        },
+    },
+    "llava_mini": {
+        "planner": {"name": "slime", "max_crops": 4},
+        "connector_config": {
+            "view_ops": [{"part": "mini_compressor"}],
+            "adapter": _MLP,
+            "layout": {"order": ["crops", "global", "detail"]},
+            "token_ops": [{"part": "prompt_fuser"}],
+        },
+    },
+    "mg_llava": {
+        "planner": {"name": "multiple", "views": "global"},
+        "extra_towers": {"hires": _CONVNEXT_LARGE},
+        "connector_config": {"view_ops": [{"part": "conv_gate"}], "adapter": _MLP},
     },
 }
 
@@ -285,7 +313,12 @@ class HiResLmmConfig(HiResLmmOwnPartsMixin, PreTrainedConfig):
             "vision_config": (self.vision_config, ("image_size", "patch_size", "hidden_size", "num_hidden_layers")),
             "text_config": (self.text_config, ("vocab_size", "hidden_size", "num_hidden_layers")),
             **{
-                f"extra_towers.{name}": (tower, ("image_size", "patch_size", "num_hidden_layers"))
+                f"extra_towers.{name}": (
+                    tower,
+                    ("image_size", "hidden_sizes", "depths")
+                    if tower_family(tower).is_map
+                    else ("image_size", "patch_size", "num_hidden_layers"),
+                )
                 for name, tower in self.extra_tower_configs().items()
             },
         }
@@ -300,8 +333,9 @@ class HiResLmmConfig(HiResLmmOwnPartsMixin, PreTrainedConfig):
                 first = value[0] if isinstance(value, (list, tuple)) and value else value
                 if isinstance(first, bool) or not isinstance(first, int) or first < 1:
                     raise ValueError(f"{where}.{name}={value!r} of a {half.model_type!r} must be an integer above 0.")
-            if half.num_hidden_layers > LAYERS_LIMIT:
-                raise ValueError(f"{where}.num_hidden_layers={half.num_hidden_layers} is more than {LAYERS_LIMIT}.")
+            layers = sum(half.depths) if tower_family(half).is_map else half.num_hidden_layers
+            if layers > LAYERS_LIMIT:
+                raise ValueError(f"{where}.num_hidden_layers={layers} is more than {LAYERS_LIMIT}.")
         if not 1 <= self.patch_grid[0] <= GRID_LIMIT:
             raise ValueError(
                 f"vision_config has image_size={self.vision_config.image_size} and "

@@ -15,8 +15,12 @@ from .adapters_hires_lmm import (
 from .bases_hires_lmm import PartContext, Traits, entering, layers_behind
 from .compressors_hires_lmm import HiResLmmConvMerge, HiResLmmQueryCompressor
 from .fusion_hires_lmm import HiResLmmFusion
+from .gate_hires_lmm import HiResLmmConvGate
 from .geometry_hires_lmm import KINDS, MAIN_TOWER, Grid, check_stride, kinds_on
+from .globalcom2_hires_lmm import HiResLmmGlobalCom2
 from .keep_after_hires_lmm import HiResLmmKeepAfter
+from .mini_hires_lmm import HiResLmmMiniCompressor, HiResLmmPromptFuser
+from .mqt_hires_lmm import HiResLmmMqt
 from .own_parts_hires_lmm import is_own, own_class, refusal
 from .routers_hires_lmm import HiResLmmRouter
 from .sa_perceiver_hires_lmm import HiResLmmSaPerceiver
@@ -27,6 +31,9 @@ VIEW_OPS = {
     "query_compressor": HiResLmmQueryCompressor,
     "conv_merge": HiResLmmConvMerge,
     "sa_perceiver": HiResLmmSaPerceiver,
+    "mqt": HiResLmmMqt,
+    "mini_compressor": HiResLmmMiniCompressor,
+    "conv_gate": HiResLmmConvGate,
 }
 ADAPTERS = {
     "identity": HiResLmmIdentityAdapter,
@@ -36,7 +43,12 @@ ADAPTERS = {
     "mixture": HiResLmmMixtureAdapter,
 }
 MAP_OPS: dict[str, Any] = {}
-TOKEN_OPS = {"router": HiResLmmRouter, "fusion": HiResLmmFusion}
+TOKEN_OPS = {
+    "router": HiResLmmRouter,
+    "fusion": HiResLmmFusion,
+    "globalcom2": HiResLmmGlobalCom2,
+    "prompt_fuser": HiResLmmPromptFuser,
+}
 LAYER_OPS = {"keep_after": HiResLmmKeepAfter}
 POSITION_PLANS: dict[str, Any] = {}
 HEADS: dict[str, Any] = {}
@@ -198,12 +210,33 @@ class FittedChain:
         if len(consumers) > 1:
             names = ", ".join(step.part.__name__ for step in consumers)
             raise ValueError(f"Two parts would consume max_image_tokens: {names}; keep one of them.")
+        makers = [step for step in self.steps if step.traits.count == OWN and step.traits.budget_on is None]
+        if consumers and makers:
+            raise ValueError(
+                f"{consumers[0].part.__name__} would consume max_image_tokens, but {makers[0].part.__name__} makes a "
+                "number of tokens of its own; keep one of them."
+            )
+        later = self.adapted.grids
+        changed = [key for key, grid in (consumers[0].traits.grids.items() if self.elastic else ()) if key in later]
+        changed = [key for key in changed if key[0] in self.elastic and later[key] != consumers[0].traits.grids[key]]
+        if changed:
+            raise ValueError(
+                f"{consumers[0].part.__name__} makes fewer tokens of a view under a budget, but a part behind it "
+                "makes others of them; put that part before it, or leave it out."
+            )
         entering(self.adapted.grids)  # refuses two towers for one kind
-        for kind, tower in self.adapted.grids:
-            if tower != MAIN_TOWER and kind not in kinds_on(self.layout.order):
+        kind_names = {int(kind): name for name, kind in KINDS.items()}
+        for (kind, tower), grid in self.adapted.grids.items():
+            is_read = kind in kinds_on(self.layout.order)
+            if tower != MAIN_TOWER and not is_read:
                 raise ValueError(
                     f"Nothing reads the extra tower {tower!r}: add 'detail' to layout.order={self.layout.order!r}, so "
-                    "that its tokens enter the sequence, or a map op that reads it."
+                    "that its tokens enter the sequence, or a part that reads it."
+                )
+            if grid.source is not None and not is_read:
+                raise ValueError(
+                    f"Nothing reads the views {kind_names[kind]!r} that an operation makes: add them to "
+                    f"layout.order={self.layout.order!r}."
                 )
         if (
             self.elastic

@@ -1,8 +1,6 @@
 """The spatially aware perceiver: the low-resolution view reads all crops and alone reaches the language model."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from typing import Any, Literal
 
 import torch
@@ -11,7 +9,7 @@ from torch import nn
 from transformers import initialization as init
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .attention_hires_lmm import eager_attention_forward
+from .attention_hires_lmm import attend_by_count, eager_attention_forward
 from .bases_hires_lmm import HiResLmmPart, PartContext, Traits
 from .carriers_hires_lmm import ViewFeatures
 from .geometry_hires_lmm import MAIN_TOWER, Kind
@@ -172,10 +170,10 @@ class HiResLmmSaPerceiver(HiResLmmPart):
             self._check_backend()
             name = self.config._attn_implementation
             attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
-            return _attend_by_count(self, attend, *states, counts)
+            return attend_by_count(self, attend, *states, counts)
         attend = ALL_ATTENTION_FUNCTIONS.get(SILU_KERNEL, silu_attention)
         mean = self.options.score_scale == "1/num_keys" or self.options.norm != "none"
-        output = _attend_by_count(self, attend, *states, counts, mean)
+        output = attend_by_count(self, attend, *states, counts, mean)
         return output if self.options.norm != "none" else output.to(query.dtype)  # the norm takes any size
 
     def cross_step(self, tokens: torch.Tensor, crops: torch.Tensor, counts: list[int]) -> torch.Tensor:
@@ -246,39 +244,3 @@ def _make_norm(name: str, width: int) -> nn.Module:
     if name == "rms":
         return HiResLmmWideRMSNorm(width, eps=NORM_FLOOR)
     return HiResLmmWideLayerNorm(width, eps=NORM_FLOOR, bias=False)
-
-
-def _attend_by_count(
-    module: HiResLmmSaPerceiver,
-    attend: Callable,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    counts: list[int],
-    mean: bool = False,
-) -> torch.Tensor:
-    """`(I, Q, H, E)` queries read their `counts` of the `(T, H, E)` keys, one call for each number: `(I, Q, C)`.
-
-    Keys behind the last image belong to nobody. With `mean` the sum over the keys is divided by their number.
-    """
-    starts, order, outputs = list(accumulate(counts, initial=0)), [], []
-    for count in sorted(set(counts)):
-        rows = [row for row, own in enumerate(counts) if own == count]
-        order += rows
-        queries = torch.stack([query[row] for row in rows])
-        if not count:
-            outputs.append(0.0 * queries)
-            continue
-        keys = torch.stack([key[starts[row] : starts[row] + count] for row in rows]).transpose(1, 2)
-        values = keys
-        if value is not key:
-            values = torch.stack([value[starts[row] : starts[row] + count] for row in rows]).transpose(1, 2)
-        output, _ = attend(
-            module, queries.transpose(1, 2), keys, values, None, dropout=0.0, scaling=module.scaling, is_causal=False
-        )
-        outputs.append(output / count if mean else output)
-    unused = (0.0 * key[starts[-1] :]).sum() + (0.0 * value[starts[-1] :]).sum()  # keeps projections in the graph
-    if not outputs:
-        return (query + unused).flatten(2)
-    places = sorted(range(len(order)), key=order.__getitem__)
-    return (torch.cat(outputs)[torch.tensor(places, device=query.device)] + unused).flatten(2)

@@ -199,27 +199,40 @@ def _patches(states: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
     return states[:, states.shape[1] - grid[0] * grid[1] :]
 
 
+def class_products(tower: PreTrainedModel, states: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """Scaled products of the class token's query with all keys of the last layer: `(V, heads, prefix + L)` float32.
+
+    Computed from that layer's projections, in any attention backend.
+    """
+    norm, query, key = (
+        layers_of(tower)[-1].get_submodule(path) for path in tower_family(tower.config).attention or ()
+    )
+    normed = norm(states[len(layers_of(tower)) - 1])
+    heads = tower.config.num_attention_heads
+    queries = query(normed[:, :1]).unflatten(-1, (heads, -1)).float()
+    keys = key(normed).unflatten(-1, (heads, -1)).float()
+    return torch.einsum("vqhc,vlhc->vhl", queries, keys) * queries.shape[-1] ** -0.5
+
+
 def cls_logits(tower: PreTrainedModel, states: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """How much the class token attends to each patch in the last layer: scaled products before the softmax.
+    """How much the class token attends to each patch in the last layer, before the softmax.
 
     Args:
         tower (`PreTrainedModel`): A tower with a class token.
         states (`tuple[torch.Tensor]`): All hidden states `(V, 1 + L, C)`.
 
     Returns:
-        `(V, L)` float32, the mean over the heads; computed from one layer's projections, in any attention backend.
+        `(V, L)` float32, the mean over the heads.
     """
-    family = tower_family(tower.config)
-    layer = layers_of(tower)[-1]
-    norm, query, key = (layer.get_submodule(path) for path in family.attention or ())
-    normed = norm(states[len(layers_of(tower)) - 1])
-    heads = tower.config.num_attention_heads
-    queries = query(normed[:, :1]).unflatten(-1, (heads, -1)).float()
-    keys = key(normed[:, family.prefix :]).unflatten(-1, (heads, -1)).float()
-    return torch.einsum("vqhc,vlhc->vl", queries, keys) * queries.shape[-1] ** -0.5 / heads
+    return class_products(tower, states).mean(dim=1)[:, tower_family(tower.config).prefix :]
 
 
-SCORES = {"cls_logits": cls_logits}
+def cls_probabilities(tower: PreTrainedModel, states: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """The same behind the softmax; what it gives to tokens before the patches is left out."""
+    return class_products(tower, states).softmax(dim=-1).mean(dim=1)[:, tower_family(tower.config).prefix :]
+
+
+SCORES = {"cls_logits": cls_logits, "cls_probabilities": cls_probabilities}
 """Scores of patches that a part may need, by name."""
 
 

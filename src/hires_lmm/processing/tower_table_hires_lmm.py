@@ -42,6 +42,7 @@ TOWERS = {
     "siglip_vision_model": TowerFamily((IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD)),
     "convnext": TowerFamily((IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD), is_map=True),
     "convnextv2": TowerFamily((IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD), is_map=True),
+    "dinov3_convnext": TowerFamily((IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD), is_map=True),
 }
 """Families by `model_type`; others work where they give patches behind a prefix and name their `patch_size`."""
 
@@ -67,10 +68,9 @@ def view_side(config: Any) -> int:
 
 def patch_side(config: Any) -> int:
     """Side of a patch in pixels; of a convolutional tower, of the stride of its last map."""
-    if tower_family(config).is_map:
-        return config.patch_size * 2 ** (len(config.depths) - 1)
-    size = config.patch_size
-    return size[0] if isinstance(size, (list, tuple)) else size
+    size = config.patch_size if hasattr(config, "patch_size") else 4  # DINOv3's ConvNeXt does not name its own
+    size = size[0] if isinstance(size, (list, tuple)) else size
+    return size * 2 ** (len(config.depths) - 1) if tower_family(config).is_map else size
 
 
 def tower_width(config: Any) -> int:

@@ -1,0 +1,290 @@
+"""One token an image: a compressor of the whole picture, and layers that let the prompt read the rest (LLaVA-Mini)."""
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import nn
+from transformers import LlamaConfig, LlamaModel
+from transformers import initialization as init
+
+from .attention_hires_lmm import (
+    HiResLmmCrossAttention,
+    default_num_heads,
+    resize_positions,
+    sincos_positions,
+    square_side,
+)
+from .bases_hires_lmm import HiResLmmTokenOp, HiResLmmViewOp, PartContext, Traits
+from .carriers_hires_lmm import ImageGeometry, Question, ViewFeatures, ViewGroup, VisualTokens, map_edges
+from .geometry_hires_lmm import KINDS, MAIN_TOWER, Grid, Kind
+from .inputs_hires_lmm import copy_to_host
+
+
+DETAIL = (KINDS["detail"], MAIN_TOWER)
+
+
+class HiResLmmMiniCompressor(HiResLmmViewOp):
+    """Learned queries read the map of all crops of an image, or its global view where it has none; what they give
+    joins the other views as one of the kind `detail`.
+
+    Args:
+        context (`PartContext`): Widths and grids around the part.
+        options (`Options`): How many queries, heads.
+
+    Source: LLaVA-Mini, huggingface.co/papers/2501.03895, and its released code (ictnlp/LLaVA-Mini). Ours: crops in
+    any grid, without their padding where the planner leaves it out.
+    """
+
+    positions: torch.Tensor
+
+    @strict
+    @dataclass
+    class Options:
+        """Options of `mini_compressor`.
+
+        Args:
+            num_queries (`int`): Tokens of an image, a square number; the paper's is 1, whose keys have no positions.
+            num_heads (`int`): Heads of the attention.
+        """
+
+        num_queries: int = 1
+        num_heads: int = 8
+
+        def __post_init__(self) -> None:
+            square_side(self.num_queries, "num_queries")
+            if self.num_heads < 1:
+                raise ValueError(f"num_heads={self.num_heads} must be at least 1.")
+
+    def __init__(self, context: PartContext, options: Options):
+        super().__init__(context, options)
+        width = context.width
+        self.side, self.crop_grid = square_side(options.num_queries, "num_queries"), _grid(context, Kind.CROP)
+        self.queries = nn.Parameter(torch.empty(options.num_queries, width))
+        self.register_buffer("positions", sincos_positions(width, self.side, rounded=False).to(self.queries.dtype))
+        self.query_norm, self.key_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attention = HiResLmmCrossAttention(context.config, width, options.num_heads)
+
+    @classmethod
+    def describe(cls, options: Any, context: PartContext) -> Traits:
+        """One more view an image, of the kind `detail`.
+
+        Raises:
+            ValueError: If no global view is there.
+        """
+        if _grid(context, Kind.GLOBAL) is None:
+            raise ValueError("mini_compressor needs a global view of every image, but none reaches it.")
+        side = square_side(options.num_queries, "num_queries")
+        grid = Grid(side, side, stride=None, whole=True, source=int(Kind.GLOBAL))
+        return Traits({**context.grids, DETAIL: grid}, context.width)
+
+    def init_weights(self) -> None:
+        """Initialise queries and fill the position table."""
+        init.trunc_normal_(self.queries, std=0.02)
+        init.copy_(self.positions, sincos_positions(self.queries.shape[1], self.side, rounded=False))
+
+    def forward(self, views: ViewFeatures) -> ViewFeatures:
+        """Add a group of compressed tokens `(I, num_queries, C)`.
+
+        Args:
+            views (`ViewFeatures`): Global views, and maybe crops.
+
+        Raises:
+            ValueError: If an image has no global view.
+        """
+        main, crops = views.group("global"), views.group("crops")
+        rows = tuple(row for image in views.images for row in image.rows(Kind.GLOBAL))
+        if main is None or len(rows) != len(views.images) or any(row not in main.rows for row in rows):
+            raise ValueError("mini_compressor needs the global view of every image; make the batch with views='all'.")
+        read = [self._read(image, main, crops) for image in views.images]
+        values = self.key_norm(torch.cat([tokens for tokens, _ in read]))
+        keys = values + torch.cat([positions for _, positions in read])
+        queries = (self.query_norm(self.queries) + self.positions.to(values.dtype)).expand(len(read), -1, -1)
+        features = self.attention.read_ragged(queries, keys, values, [len(tokens) for tokens, _ in read])
+        made = ViewGroup(int(Kind.DETAIL), features, (self.side, self.side), rows)
+        return replace(views, groups=[*views.groups, made])
+
+    def _read(
+        self, image: ImageGeometry, main: ViewGroup, crops: ViewGroup | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What an image's queries read, and its positions on the map of all crops: `(n, C)` each."""
+        table = self.positions.to(main.features.dtype)
+        if crops is None or self.crop_grid is None or not image.rows(Kind.CROP):
+            place = main.rows.index(image.rows(Kind.GLOBAL)[0])
+            return main.features[place], resize_positions(table, main.grid)
+        views, tops, lefts = map_edges(image, self.crop_grid, Kind.CROP)
+        table = resize_positions(table, (tops[-1], lefts[-1])).unflatten(0, (tops[-1], lefts[-1]))
+        tokens, positions = [], []
+        for number, (view, (top, bottom, left, right)) in views.items():
+            plane = crops.features[crops.rows.index(image.first_view + number)].unflatten(0, crops.grid)
+            tokens.append(plane[top:bottom, left:right].flatten(0, 1))
+            row, col = tops[view.row], lefts[view.col]
+            positions.append(table[row : row + bottom - top, col : col + right - left].flatten(0, 1))
+        return torch.cat(tokens), torch.cat(positions)
+
+
+class HiResLmmPromptFuser(HiResLmmTokenOp):
+    """Decoder layers read all visual tokens, the compressed ones and the prompt, in that order; what they make of the
+    compressed tokens and of the prompt goes on to the language model, the other visual tokens do not.
+
+    The prompt is the readable text of an image: that of its turn, or all of it with `question_scope="prompt"`. It is
+    read once; answers and later turns keep their embeddings. Text about several images becomes the mean over them.
+
+    Args:
+        context (`PartContext`): Widths and grids around the part.
+        options (`Options`): Size of the layers.
+
+    Source: LLaVA-Mini, huggingface.co/papers/2501.03895, and its released code (ictnlp/LLaVA-Mini), which reads the
+    whole prompt. Ours: gradients into the word embeddings, several images, their own turns.
+    """
+
+    @strict
+    @dataclass
+    class Options:
+        """Options of `prompt_fuser`.
+
+        Args:
+            num_layers (`int`): Decoder layers.
+            num_heads, num_key_value_heads (`int`, *optional*): Heads, one per 128 channels by default.
+            intermediate_size (`int`, *optional*): Width of the perceptrons; four times the width by default.
+            rms_norm_eps, rope_theta (`float`): As in Llama.
+            compat (`str`, *optional*): `"release"`: the token id 0 is not read, and no gradient reaches the word
+                embeddings through the layers.
+        """
+
+        num_layers: int = 4
+        num_heads: int | None = None
+        num_key_value_heads: int | None = None
+        intermediate_size: int | None = None
+        rms_norm_eps: float = 1e-5
+        rope_theta: float | int = 500000.0
+        compat: Literal["release"] | None = None
+
+        def __post_init__(self) -> None:
+            for name in ("num_layers", "num_heads", "num_key_value_heads", "intermediate_size"):
+                value = getattr(self, name)
+                if value is not None and value < 1:
+                    raise ValueError(f"{name}={value} must be at least 1.")
+
+    def __init__(self, context: PartContext, options: Options):
+        super().__init__(context, options)
+        heads = options.num_heads or default_num_heads(context.width)
+        if context.width % heads or context.width // heads % 2 or heads % (options.num_key_value_heads or heads):
+            raise ValueError(
+                f"num_heads={heads} must cut the width {context.width} into heads of even size, and "
+                f"num_key_value_heads={options.num_key_value_heads} must divide it; use others."
+            )
+        config = LlamaConfig(
+            vocab_size=1,
+            hidden_size=context.width,
+            intermediate_size=options.intermediate_size or 4 * context.width,
+            num_hidden_layers=options.num_layers,
+            num_attention_heads=heads,
+            num_key_value_heads=options.num_key_value_heads or heads,
+            rms_norm_eps=options.rms_norm_eps,
+            rope_parameters={"rope_type": "default", "rope_theta": float(options.rope_theta)},
+            bos_token_id=None,
+            eos_token_id=None,
+            pad_token_id=None,
+        )
+        config._attn_implementation = context.config._attn_implementation
+        self.num_tokens = context.grids[DETAIL].rows * context.grids[DETAIL].cols
+        self.model = LlamaModel(config)
+        self.model.embed_tokens, self.model.norm = None, nn.Identity()  # it gets embeddings; no norm behind it
+
+    @classmethod
+    def describe(cls, options: Any, context: PartContext) -> Traits:
+        """It leaves the compressed tokens alone and rewrites the prompt.
+
+        Raises:
+            ValueError: If there are no compressed tokens.
+        """
+        order = [] if context.config is None else (context.config.layout or {}).get("order", [])
+        if DETAIL not in context.grids or "detail" not in order:
+            raise ValueError(
+                "prompt_fuser leaves the tokens of the view op mini_compressor, but there are none; put that into "
+                'view_ops, and "detail" last into layout.order.'
+            )
+        if context.width != context.text_width:
+            raise ValueError(
+                f"prompt_fuser reads word embeddings of width {context.text_width} beside visual tokens of width "
+                f"{context.width}; use an adapter that projects, such as mlp."
+            )
+        grid = context.grids[DETAIL]
+        return Traits(
+            context.grids,
+            context.width,
+            reads_question=True,
+            writes_question=True,
+            count="own",
+            own_tokens=grid.rows * grid.cols,
+        )
+
+    def forward(self, tokens: VisualTokens, question: Question | None) -> tuple[VisualTokens, Question | None]:
+        """Read visual tokens and prompts.
+
+        Args:
+            tokens (`VisualTokens`): Tokens of the batch.
+            question (`Question`, *optional*): The readable text; without it the visual tokens are read alone.
+
+        Returns:
+            The compressed tokens, and the question with other embeddings where it was read.
+        """
+        found = int((tokens.kind == Kind.DETAIL).sum())
+        if found != self.num_tokens * len(tokens.lengths):
+            raise ValueError(
+                f"prompt_fuser leaves {self.num_tokens} compressed tokens of each of {len(tokens.lengths)} images, "
+                f"but {found} are there; make the batch with views='all' or 'global'."
+            )
+        image = torch.arange(len(tokens.lengths)).repeat_interleave(torch.tensor(tokens.lengths))
+        order = (2 * image + (tokens.kind == Kind.DETAIL)).argsort(stable=True)  # compressed tokens behind the others
+        parts = tokens.features[order.to(tokens.features.device)].split(tokens.lengths)
+        places = [] if question is None else self._places(question)
+        if question is not None:
+            embeds = question.embeds.detach() if self.options.compat == "release" else question.embeds
+            texts = [embeds[row, columns].to(parts[0].dtype) for row, columns in places]
+            parts = tuple(torch.cat(pair) for pair in zip(parts, texts, strict=True))
+        batch = nn.utils.rnn.pad_sequence(list(parts), batch_first=True)  # padding stands behind, where no one looks
+        hidden = self.model(inputs_embeds=batch, use_cache=False).last_hidden_state
+        ends, number = torch.tensor(tokens.lengths).cumsum(0).tolist(), self.num_tokens
+        at = torch.cat([order[end - number : end] for end in ends])
+        result = replace(
+            tokens,
+            features=torch.cat([own[size - number : size] for own, size in zip(hidden, tokens.lengths, strict=True)]),
+            lengths=[number] * len(ends),
+            num_tokens=[number] * len(ends),
+            view=tokens.view[at],
+            cell=tokens.cell[at],
+            kind=tokens.kind[at],
+            scores={},
+            plan=None,
+        )
+        if question is None:
+            return result, None
+        read = [own[size:][: len(place[1])] for own, size, place in zip(hidden, tokens.lengths, places, strict=True)]
+        return result, _write(question, places, torch.cat(read))
+
+    def _places(self, question: Question) -> list[tuple[int, torch.Tensor]]:
+        """Row and columns of the text that each image is read with."""
+        mask = question.image_mask()
+        if self.options.compat == "release" and question.ids is not None:
+            mask = mask & (question.ids[question.image_row] != 0)
+        rows, mask = copy_to_host(question.image_row, mask)
+        device = question.embeds.device
+        return [(row, own.nonzero()[:, 0].to(device)) for row, own in zip(rows.tolist(), mask, strict=True)]
+
+
+def _write(question: Question, places: list[tuple[int, torch.Tensor]], read: torch.Tensor) -> Question:
+    """Put what was read of the text in the place of its embeddings; the mean where several images share it."""
+    embeds = question.embeds
+    rows = torch.cat([torch.full_like(columns, row) for row, columns in places])
+    at = (rows, torch.cat([columns for _, columns in places]))
+    total = torch.zeros_like(embeds).index_put(at, read.to(embeds), accumulate=True)
+    count = embeds.new_zeros(embeds.shape[:2]).index_put(at, embeds.new_ones(len(rows)), accumulate=True)[..., None]
+    return replace(question, embeds=torch.where(count > 0, total / count.clamp(min=1), embeds))
+
+
+def _grid(context: PartContext, kind: Kind) -> Grid | None:
+    """Token grid of the main tower's views of a kind, if there are any."""
+    return context.grids.get((int(kind), MAIN_TOWER))
