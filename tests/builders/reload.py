@@ -53,6 +53,7 @@ SETTINGS = {  # of the image processor, each different from what the preset woul
     "mqt": {"max_image_tokens": 9, "views": "all"},
     "llava_mini": {"max_crops": 2, "unpad": True},
     "mg_llava": {"views": "all", "max_image_tokens": 30},
+    "inf_llava": {"max_crops": 4, "max_image_tokens": 9},
 }
 PRESETS = tuple(SETTINGS)
 DTYPES = ("float32", "bfloat16", "float16")
@@ -86,6 +87,7 @@ DIAGONAL = [  # every preset, every family and every number format at least once
     Case("mqt", "siglip", "llama", "float32", True, True),
     Case("llava_mini", "clip", "qwen2", "bfloat16", False, True),
     Case("mg_llava", "siglip", "llama", "float32", False, True),
+    Case("inf_llava", "clip", "qwen3", "bfloat16", True, False),
 ]
 
 

@@ -123,6 +123,14 @@ PRESETS: dict[str, dict] = {
         "extra_towers": {"hires": _CONVNEXT_LARGE},
         "connector_config": {"view_ops": [{"part": "conv_gate"}], "adapter": _MLP},
     },
+    "inf_llava": {
+        "planner": {"name": "dual"},
+        "connector_config": {
+            "view_ops": [{"part": "dual_enhancement"}],
+            "adapter": _MLP,
+            "layout": {"order": ["global", "crops", "strided"]},
+        },
+    },
 }
 
 

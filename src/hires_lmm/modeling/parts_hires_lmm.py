@@ -14,6 +14,7 @@ from .adapters_hires_lmm import (
 )
 from .bases_hires_lmm import PartContext, Traits, entering, layers_behind
 from .compressors_hires_lmm import HiResLmmConvMerge, HiResLmmQueryCompressor
+from .dual_hires_lmm import HiResLmmDualEnhancement
 from .fusion_hires_lmm import HiResLmmFusion
 from .gate_hires_lmm import HiResLmmConvGate
 from .geometry_hires_lmm import KINDS, MAIN_TOWER, Grid, check_stride, kinds_on
@@ -34,6 +35,7 @@ VIEW_OPS = {
     "mqt": HiResLmmMqt,
     "mini_compressor": HiResLmmMiniCompressor,
     "conv_gate": HiResLmmConvGate,
+    "dual_enhancement": HiResLmmDualEnhancement,
 }
 ADAPTERS = {
     "identity": HiResLmmIdentityAdapter,
