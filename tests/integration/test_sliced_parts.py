@@ -1,11 +1,16 @@
 """Views that are no plain crops in whole models: two perspectives, slices of unequal size, layers across crops."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from builders import geometry_of, make_batch, random_image, tiny_config, tiny_model, tiny_processor
+from hires_lmm.modeling.bases_hires_lmm import PartContext
+from hires_lmm.modeling.carriers_hires_lmm import ViewGroup
+from hires_lmm.modeling.uhd_hires_lmm import HiResLmmUhdResampler
 
 
 TEXT = "<image>What is it?"
@@ -159,3 +164,136 @@ def test_a_padded_picture_is_padded_in_all_its_views(size):
     wanted = [128 * side + sign * half for sign in (-1, 1) for side in size]
     assert len({view.box for view in plan.views[5:]}) == 1
     assert list(plan.views[5].box) == pytest.approx(wanted, abs=2 * pixel)  # sizes are rounded up
+
+
+# ---- views of unequal size ----------------------------------------------------------------------------------------
+UHD_LAYOUT = {
+    "order": ["crops", "global"],
+    "crop_order": "views",
+    "separators": {
+        "comma": {"place": "crop_column", "value": [11], "on": "crops"},
+        "newline": {"place": "crop_row_end", "value": [13], "on": "crops"},
+    },
+}
+UHD_SIZES = ((112, 168), (90, 60), (40, 200), (50, 50))
+
+
+RESAMPLER = {"part": "uhd_resampler", "num_queries": 9, "num_heads": 2}
+
+
+def unequal(**connector):
+    """Slices with their separators; all patches are tokens, where nothing else is said."""
+    plain = {"view_ops": [], "adapter": {"part": "mlp"}, "layout": UHD_LAYOUT}
+    return parts("llava_uhd", connector_config={**plain, **connector})
+
+
+def alone(tower, pixels, view):
+    """Patches of a view without its padding, with positions resized for it alone: `(1, L, C)`."""
+    own = pixels[None, :, : 14 * view.patches[0], : 14 * view.patches[1]]
+    return tower(own, output_hidden_states=True, interpolate_pos_encoding=True).hidden_states[-2][:, 1:]
+
+
+@torch.no_grad()
+def test_unequal_views_are_padded_and_arranged_with_their_separators():
+    model, processor = unequal()
+    batch = ask(processor, *UHD_SIZES)
+    features = model.model.get_image_features(**geometry_of(batch)).pooler_output
+    table, tower, row = model.get_input_embeddings().weight, model.model.vision_tower, 0
+    assert len({tuple(plan.tolist()) for plan in batch["view_positions"][:, 6:8]}) == 4
+    for size, found in zip(UHD_SIZES, features, strict=True):
+        plan, wanted = processor.image_processor.plan(*size), []
+        picture = random_image(*size)
+        for view in plan.views:
+            high, wide = plan.view_pixels(view)
+            pixels = batch["pixel_values"][row]
+            assert not pixels[:, high:].any() and not pixels[:, :, wide:].any()
+            drawn = picture.resize(plan.canvas[::-1] if view.kind else (wide, high), Image.Resampling.BICUBIC)
+            drawn = np.asarray(drawn, dtype=np.float32) / 255
+            top, left = (view.row * high, view.col * wide) if view.kind else (0, 0)
+            settings = processor.image_processor
+            normal = (drawn[top : top + high, left : left + wide] - settings.image_mean) / settings.image_std
+            own = pixels[:, :high, :wide].double()
+            torch.testing.assert_close(own, torch.tensor(normal).permute(2, 0, 1), atol=1e-5, rtol=1e-4)
+            hidden = alone(tower, pixels, view)
+            assert hidden.shape[1] == high * wide // 14**2
+            tokens = model.model.connector.adapter(hidden, view.kind)[0]
+            marks = [11] * (view.col > 0), [13] * (view.col == view.grid_cols - 1)
+            wanted.append(tokens if not view.kind else torch.cat([table[marks[0]], tokens, table[marks[1]]]))
+            row += 1
+        torch.testing.assert_close(found, torch.cat([*wanted[1:], wanted[0]]), atol=1e-4, rtol=1e-4)
+        assert processor.image_tokens(*size) == len(found)
+    assert_batch_is_single(model, processor, *UHD_SIZES)
+    assert_batch_is_single(model, processor, *UHD_SIZES[:3], max_image_tokens=20)
+
+
+@torch.no_grad()
+def test_the_resampler_gives_as_many_tokens_of_every_view():
+    """Each as if it were alone, at its own size; commas, newlines, the whole picture last."""
+    model, processor = unequal(view_ops=[RESAMPLER], adapter={"part": "identity"})
+    batch = ask(processor, *UHD_SIZES)
+    features = model.model.get_image_features(**geometry_of(batch)).pooler_output
+    op, table, row = model.model.connector.view_ops[0], model.get_input_embeddings().weight, 0
+    for size, found in zip(UHD_SIZES, features, strict=True):
+        wanted = []
+        for view in processor.image_processor.plan(*size).views:
+            hidden = alone(model.model.vision_tower, batch["pixel_values"][row], view)
+            group = ViewGroup(int(view.kind), hidden, view.patches, (0,))
+            tokens, row = op.compress(group, [view.patches]).features[0], row + 1
+            marks = [11] * (view.col > 0), [13] * (view.col == view.grid_cols - 1)
+            wanted.append(tokens if not view.kind else torch.cat([table[marks[0]], tokens, table[marks[1]]]))
+        torch.testing.assert_close(found, torch.cat([*wanted[1:], wanted[0]]), atol=1e-4, rtol=1e-4)
+        assert processor.image_tokens(*size) == 10 * (len(wanted) - 1) + 9
+    assert_batch_is_single(model, processor, *UHD_SIZES)
+    assert_batch_is_single(model, processor, *UHD_SIZES, max_image_tokens=9)
+
+
+def test_scores_of_unequal_views_follow_the_grid_of_the_resampler():
+    """What pads a view counts nowhere, whatever stands there."""
+    op = unequal(view_ops=[RESAMPLER], adapter={"part": "identity"})[0].model.connector.view_ops[0]
+    scores = torch.rand(2, 7 * 6)
+    group = ViewGroup(1, torch.randn(2, 42, 32), (7, 6), (0, 1), scores={"cls_logits": scores})
+    found = op.compress(group, [(6, 3), (7, 6)]).scores["cls_logits"]
+    plane = scores[0].view(7, 6)[:6, :3].view(3, 2, 3, 1).mean(dim=(1, 3)).flatten()
+    torch.testing.assert_close(found[0], plane)
+    other = op.compress(replace(group, grid=(6, 7)), [(3, 3), (6, 7)]).scores["cls_logits"]
+    torch.testing.assert_close(other[0], scores[0].view(6, 7)[:3, :3].flatten())
+
+
+def test_the_budget_of_a_resampler_is_shared_by_saliency():
+    model, processor = unequal(view_ops=[RESAMPLER], adapter={"part": "identity"})
+    least, full = processor.image_processor.min_image_tokens(112, 168), processor.image_tokens(112, 168)
+    assert (least, full) == (7, 69)
+    for budget in (least, 30, full):
+        batch = ask(processor, (112, 168), max_image_tokens=budget)
+        with torch.no_grad():
+            kept = model(**batch, output_token_map=True).token_map.kept
+        assert int((batch["input_ids"] == model.config.image_token_id).sum()) == int(kept.sum()) == budget
+
+
+def test_what_slices_cannot_join_is_refused_by_name():
+    model, processor = parts("llava_uhd", unequal_views=False, connector_config={"layout": UHD_LAYOUT})
+    batch = ask(processor, (40, 200))
+    with pytest.raises(
+        ValueError, match=r"pixel_values has the shape .* this model reads views of shape \(views, 3, 56"
+    ):
+        model(**batch)
+    perceiver = [{"part": "sa_perceiver"}, RESAMPLER]
+    with pytest.raises(ValueError, match="uhd_resampler reads the views of the main tower, but none reach it"):
+        HiResLmmUhdResampler.describe(HiResLmmUhdResampler.Options(), PartContext(None, 8, 8, {}, (4, 4)))
+    layout = {"separators": {}, "order": ["global", "crops"]}
+    config = tiny_config("llava_uhd", connector_config={"view_ops": perceiver, "layout": layout})
+    assert set(config.fitted_chain().grids) == {0}
+
+
+@pytest.mark.parametrize("ops", [[], [RESAMPLER]], ids=["patches", "resampler"])
+def test_a_prefill_with_unequal_views_compiles_whole(ops):
+    model, processor = unequal(view_ops=ops)
+    batch = ask(processor, UHD_SIZES[0])
+    inputs = {name: batch[name] for name in ("input_ids", "pixel_values")}
+    inputs["image_geometry"] = model.model.read_images(batch["view_positions"], batch["view_spans"])
+    compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="eager")
+    with torch.no_grad():
+        wanted = model(**batch, logits_to_keep=1).logits  # the first call installs hooks, which no compiler follows
+        found = compiled(**inputs, logits_to_keep=1, use_cache=False).logits
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+    torch._dynamo.reset()

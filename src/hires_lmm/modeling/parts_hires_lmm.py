@@ -26,6 +26,7 @@ from .own_parts_hires_lmm import is_own, own_class, refusal
 from .routers_hires_lmm import HiResLmmRouter
 from .sa_perceiver_hires_lmm import HiResLmmSaPerceiver
 from .sequence_hires_lmm import LayoutOptions
+from .uhd_hires_lmm import HiResLmmUhdResampler
 
 
 VIEW_OPS = {
@@ -36,6 +37,7 @@ VIEW_OPS = {
     "mini_compressor": HiResLmmMiniCompressor,
     "conv_gate": HiResLmmConvGate,
     "dual_enhancement": HiResLmmDualEnhancement,
+    "uhd_resampler": HiResLmmUhdResampler,
 }
 ADAPTERS = {
     "identity": HiResLmmIdentityAdapter,
