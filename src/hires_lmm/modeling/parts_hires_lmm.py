@@ -19,6 +19,7 @@ from .fusion_hires_lmm import HiResLmmFusion
 from .gate_hires_lmm import HiResLmmConvGate
 from .geometry_hires_lmm import KINDS, MAIN_TOWER, Grid, check_stride, kinds_on
 from .globalcom2_hires_lmm import HiResLmmGlobalCom2
+from .hires_llava_hires_lmm import HiResLmmSelfMiningSampler, HiResLmmSliceRestore
 from .keep_after_hires_lmm import HiResLmmKeepAfter
 from .mini_hires_lmm import HiResLmmMiniCompressor, HiResLmmPromptFuser
 from .mqt_hires_lmm import HiResLmmMqt
@@ -38,6 +39,7 @@ VIEW_OPS = {
     "conv_gate": HiResLmmConvGate,
     "dual_enhancement": HiResLmmDualEnhancement,
     "uhd_resampler": HiResLmmUhdResampler,
+    "self_mining_sampler": HiResLmmSelfMiningSampler,
 }
 ADAPTERS = {
     "identity": HiResLmmIdentityAdapter,
@@ -53,7 +55,7 @@ TOKEN_OPS = {
     "globalcom2": HiResLmmGlobalCom2,
     "prompt_fuser": HiResLmmPromptFuser,
 }
-LAYER_OPS = {"keep_after": HiResLmmKeepAfter}
+LAYER_OPS = {"keep_after": HiResLmmKeepAfter, "slice_restore": HiResLmmSliceRestore}
 POSITION_PLANS: dict[str, Any] = {}
 HEADS: dict[str, Any] = {}
 SLOTS: dict[str, dict[str, Any]] = {
