@@ -110,7 +110,7 @@ class HiResLmmSliceRestore(HiResLmmLayerOp):
             num_heads (`int`): Heads of the attention among those.
         """
 
-        of: Literal["vision_tower"] = "vision_tower"  # type: ignore[assignment]
+        of: Literal["vision_tower"] = "vision_tower"
         down_sampling: int = 2
         num_heads: int = 8
 
