@@ -28,10 +28,6 @@ class HiResLmmConvGate(HiResLmmViewOp):
     """Adds to each token of the global view its neighbourhood, and, times one number an image, the token of a second
     tower at its place. Both sums start at zero, so a new part changes nothing.
 
-    Args:
-        context (`PartContext`): Widths and grids around the part.
-        options (`Options`): Which tower, width of the gate.
-
     Source: MG-LLaVA, huggingface.co/papers/2406.17770, and its released code (PhoenixZ810/MG-LLaVA). Ours: towers of
     any kind and grid, whose map is interpolated. Its tokens of detected objects are left out.
     """
@@ -66,11 +62,7 @@ class HiResLmmConvGate(HiResLmmViewOp):
 
     @classmethod
     def describe(cls, options: Any, context: PartContext) -> Traits:
-        """The views of the second tower leave.
-
-        Raises:
-            ValueError: If there is no such tower, or no global view.
-        """
+        """The views of the second tower leave."""
         tower = _find_tower(options, context)
         if GLOBAL not in context.grids:
             raise ValueError("conv_gate writes into the global view, but none reaches it.")
@@ -78,14 +70,7 @@ class HiResLmmConvGate(HiResLmmViewOp):
         return Traits(grids, context.width)
 
     def forward(self, views: ViewFeatures) -> ViewFeatures:
-        """Mix the second tower into the global views, whose shape stays.
-
-        Args:
-            views (`ViewFeatures`): Global views, and the second tower's views of the same images.
-
-        Raises:
-            ValueError: If an image lacks its global view.
-        """
+        """Mix the second tower into the global views, whose shape stays."""
         main, other = views.group("global"), views.group("detail", self.tower)
         if main is None or other is None or main.rows != other.rows:
             raise ValueError(

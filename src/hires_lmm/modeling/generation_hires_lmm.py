@@ -27,19 +27,7 @@ from .outputs_hires_lmm import GeneratePrompt, HiResLmmImageFeatures
 
 
 def images_after(placeholder: torch.Tensor, lengths: list[int], position: int) -> list[int]:
-    """Images whose placeholders come at or after a position of their row.
-
-    Args:
-        placeholder (`torch.Tensor` of shape `(B, S)`): True at placeholders.
-        lengths (`list[int]`): Placeholders of each image, in reading order.
-        position (`int`): First position that counts.
-
-    Returns:
-        Their indices.
-
-    Raises:
-        ValueError: If an image lies on both sides.
-    """
+    """Indices of images whose placeholders come at or after a position; none may lie on both sides."""
     columns, chosen, start = placeholder.nonzero()[:, 1].tolist(), [], 0
     for index, length in enumerate(lengths):
         is_after = {column >= position for column in columns[start : start + length]}
@@ -90,9 +78,6 @@ class HiResLmmGenerationMixin(GenerationMixin):
             args, kwargs: As in transformers.
             output_token_map (`bool`): Add `token_map`, a `TokenMap` of the images as passed, to the dict that
                 `return_dict_in_generate=True` returns; None without images. Needs `view_boxes`.
-
-        Returns:
-            As in transformers.
 
         Raises:
             ValueError: If a token map is asked for and no dict is returned that could hold it.

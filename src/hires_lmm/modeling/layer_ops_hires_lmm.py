@@ -415,13 +415,7 @@ def ops_of(model: Any, where: str) -> list:
 
 
 def open_tower(model: Any, images: list[ImageGeometry], used: tuple[int, ...]) -> TowerPass | None:
-    """The call of the vision tower for its layer ops; None where it has none.
-
-    Args:
-        model (`HiResLmmModel`): The model.
-        images (`list[ImageGeometry]`): The images of the batch.
-        used (`tuple[int, ...]`): Rows of the views that pass the tower.
-    """
+    """The call of the vision tower for its layer ops; None where it has none."""
     ops = ops_of(model, "vision_tower")
     if not ops:
         return None
@@ -465,14 +459,7 @@ def leave_layer(layer: int, module: nn.Module, args: tuple, kwargs: dict, output
 
 
 def install_layer_ops(model: Any) -> None:
-    """Hang hooks on the layers that ops run behind, and on those where tokens may be missing then.
-
-    Args:
-        model (`HiResLmmModel`): Its connector holds the ops.
-
-    Raises:
-        ValueError: If the language model has layers whose attention is not known.
-    """
+    """Hang hooks on the layers that ops run behind, and on those where tokens may be missing then."""
     inside = ops_of(model, "vision_tower")
     for number, layer in enumerate(layers_of(model.vision_tower) if inside else ()):
         if any(number in op.layers for op in inside):
@@ -498,12 +485,6 @@ def place(text: PromptText, placeholder: torch.Tensor, tokens: VisualTokens | No
 
     It ends before the first answer behind the first image of a row: labels say where that is, else the prompt mask;
     in `generate`, before what was drafted.
-
-    Args:
-        text (`PromptText`): The text of the call.
-        placeholder (`torch.Tensor` of shape `(B, S)`): True at placeholders.
-        tokens (`VisualTokens`, *optional*): The tokens.
-        num_drafted (`int`, *optional*): Positions beyond the prompt, set in `generate`.
     """
     length = placeholder.shape[1]
     positions = torch.arange(length, device=placeholder.device)
@@ -527,14 +508,7 @@ def place(text: PromptText, placeholder: torch.Tensor, tokens: VisualTokens | No
 
 
 def open_layers(model: Any, prompt: Any, cache: Any, options: dict) -> LanguageCall | None:
-    """The call of the language model for its layer ops; None where the model has none.
-
-    Args:
-        model (`HiResLmmModel`): The model.
-        prompt (`Prompt`): What enters the language model.
-        cache (`Cache`, *optional*): Earlier positions.
-        options (`dict`): What else the language model gets; the call is written into it.
-    """
+    """The call of the language model for its layer ops, written into `options`; None where the model has none."""
     ops = ops_of(model, "language_model")
     if not ops:
         return None

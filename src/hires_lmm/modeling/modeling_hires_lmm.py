@@ -47,11 +47,7 @@ TOWER_OUTPUTS = ("output_hidden_states", "output_attentions")
 
 
 class HiResLmmModel(HiResLmmPreTrainedModel):
-    """Vision tower, connector and language model without the head.
-
-    Args:
-        config (`HiResLmmConfig`): The configuration.
-    """
+    """Vision tower, connector and language model without the head."""
 
     def __init__(self, config: HiResLmmConfig):
         super().__init__(config)
@@ -264,15 +260,7 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
         return self.encode_images(images, **wanted)
 
     def read_images(self, view_positions: torch.Tensor, view_spans: torch.Tensor) -> list[ImageGeometry]:
-        """Read the geometry of a batch, as `image_geometry` of `forward` wants it.
-
-        Args:
-            view_positions (`torch.Tensor` of shape `(V, 9)`): As the processor gives it.
-            view_spans (`torch.Tensor` of shape `(V, 4)`): As the processor gives it.
-
-        Returns:
-            One record an image.
-        """
+        """The geometry of a batch, one record an image, as `image_geometry` of `forward` wants it."""
         return read_geometry(*(part.tolist() for part in copy_to_host(view_positions, view_spans)))
 
     def _idle(self, embeds: torch.Tensor, use_tower: bool) -> tuple[torch.Tensor, dict]:
@@ -283,11 +271,7 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
 
 
 class HiResLmmForConditionalGeneration(HiResLmmPreTrainedModel, HiResLmmGenerationMixin):
-    """The model with its language-modelling head.
-
-    Args:
-        config (`HiResLmmConfig`): The configuration.
-    """
+    """The model with its language-modelling head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}

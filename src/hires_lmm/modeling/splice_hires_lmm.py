@@ -108,15 +108,7 @@ class Splice:
 def find_placeholders(
     ids: torch.Tensor | None, embeds: torch.Tensor, token_id: int, embed: Any, prompt_length: int | None = None
 ) -> torch.Tensor:
-    """Where the image placeholders are, `(B, S)` bool.
-
-    Args:
-        ids (`torch.Tensor` of shape `(B, S)`, *optional*): Token ids; without them embeddings are compared.
-        embeds (`torch.Tensor` of shape `(B, S, D)`): Token embeddings.
-        token_id (`int`): The placeholder.
-        embed (`Callable`): Looks up token embeddings.
-        prompt_length (`int`, *optional*): Positions beyond it are generated and hold no placeholders.
-    """
+    """Where the image placeholders are, `(B, S)` bool, in the prompt; without ids embeddings are compared."""
     if ids is None:
         token = torch.full((), token_id, dtype=torch.long, device=embeds.device)
         mask = (embeds == embed(token)).all(dim=-1)
@@ -133,14 +125,7 @@ def splice(
     tokens: VisualTokens | list[torch.Tensor],
     question: Question | None = None,
 ) -> Splice:
-    """Write visual tokens over placeholders, and what operations wrote into the question over its text.
-
-    Args:
-        embeds (`torch.Tensor` of shape `(B, S, D)`): Token embeddings.
-        placeholder (`torch.Tensor` of shape `(B, S)`): True at placeholders.
-        tokens (`VisualTokens` or `list[torch.Tensor]`): Tokens of all images, or the finished `(n_i, D)` of each.
-        question (`Question`, *optional*): As the operations left it.
-    """
+    """Write visual tokens over placeholders, and what operations wrote into the question over its text."""
     if isinstance(tokens, VisualTokens):
         placed, kept = drop(tokens)
     else:
@@ -164,20 +149,7 @@ def splice_images(
     conversation: Conversation | None = None,
     output_token_map: bool = False,
 ) -> Prompt:
-    """Run what needs the question, write visual tokens over placeholders, and take those that are dropped out.
-
-    Args:
-        model (`HiResLmmModel`): Holds the connector.
-        text (`PromptText`): The text of the call.
-        features (`HiResLmmImageFeatures`): Its images.
-        cache (`Cache`, *optional*): Earlier positions.
-        position_ids (`torch.Tensor` of shape `(B, S)`, *optional*): The caller's; made anew where tokens are dropped.
-        conversation (`Conversation`, *optional*): What is remembered with the cache.
-        output_token_map (`bool`): Make the record of every visual token.
-
-    Raises:
-        ValueError: If the prompt is longer than the language model reads, or features lack what is asked for.
-    """
+    """Run what needs the question, write visual tokens over placeholders, and take those that are dropped out."""
     past = cache.get_seq_length() if cache is not None else 0
     known = features.prompt
     prompt_length = None if known is None else known.length

@@ -263,9 +263,6 @@ class HiResLmmImageProcessor(HiResLmmOwnPartsMixin, PilBackend):
             height, width (`int`): The upright image (after EXIF orientation), pixels.
             kwargs: Options as in a call.
 
-        Returns:
-            The plan.
-
         Raises:
             ValueError: If a size or option is wrong.
         """

@@ -45,9 +45,6 @@ class PlannerLimits:
         unpad (`bool`, *optional*): Whether only patches that show the image enter the sequence.
         global_view (`str`, *optional*): `"squeeze"` distorts the image to the square, `"pad"` keeps its aspect.
         views (`str`): `"all"`, `"global"` (no crops are made) or `"crops"` (the global view adds no tokens).
-
-    Raises:
-        ValueError: If a value has the wrong type or lies outside its range.
     """
 
     view_size: int = 336

@@ -142,9 +142,6 @@ class HiResLmmProcessor(HiResLmmOwnPartsMixin, ProcessorMixin):
                 if it reads images, else the one its special tokens belong to, else `"plain"`.
             changes: Options of `HiResLmmImageProcessor` that replace those of the config (`max_crops=6`).
 
-        Returns:
-            The processor.
-
         Raises:
             ValueError: If the tokenizer's image token is not `config.image_token_id`, an option is unknown, or the
                 tower's numbers are not known.

@@ -141,7 +141,6 @@ def get_plan(name: str, column: str | None = None, tower_rate: Any = None) -> li
     """The stages of a plan by name.
 
     Args:
-        name (`str`): A key of `PLANS`.
         column (`str`, *optional*): Column of the table that the plan follows; its first by default.
         tower_rate (`float` or `dict`, *optional*): See `tower_rates`, in the last stage or in all; see the plan.
 

@@ -158,9 +158,6 @@ class PixelTask:
         grid (`tuple[int, int]`): Rows and columns of colours.
         templates (iterable of `str`, *optional*): Wordings with the fields of `PIXEL_FIELDS`.
 
-    Raises:
-        ValueError: If grid or templates are senseless.
-
     Source: VLSA, OpenReview RLhEGWt94S, section on cognition alignment. The paper gives neither the grid nor the
     wording; the grid and per cent are ours.
     """
@@ -206,9 +203,6 @@ class CodebookTask:
         block (`tuple[int, int]`, *optional*): Rows and columns of the block, anywhere in the grid; None asks for the
             whole grid.
         templates (iterable of `str`, *optional*): Wordings with the fields of `CODE_FIELDS`.
-
-    Raises:
-        ValueError: If the block does not fit into the grid, or a value is senseless.
 
     Source: VLSA, OpenReview RLhEGWt94S, section on cognition alignment. The paper does not say how many indices it
     asks for; the block is ours.

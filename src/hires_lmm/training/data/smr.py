@@ -320,9 +320,6 @@ def build_smr(
         skip_broken (`bool`): Leave out missing sources and malformed records, with a warning that names them.
         seed (`int`): Seed of the samples and of the prompts for descriptions.
 
-    Returns:
-        Records written, by source.
-
     Raises:
         ValueError: If a source is unknown, missing or malformed; the message names the file.
 

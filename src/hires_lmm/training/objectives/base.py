@@ -46,14 +46,7 @@ class StepValues:
         return rows[lengths.cumsum(0) - lengths]
 
     def per_row(self, values: torch.Tensor) -> torch.Tensor:
-        """Means over the images of each row of the batch.
-
-        Args:
-            values (`torch.Tensor` of shape `(I,)`): One number an image.
-
-        Returns:
-            `(B,)`; 0 for rows without images.
-        """
+        """Means of `(I,)` numbers, one an image, over the images of each row: `(B,)`, 0 for rows without images."""
         rows = self.image_rows().to(values.device)
         zeros = values.new_zeros(self.inputs["input_ids"].shape[0])
         counts = zeros.index_add(0, rows, torch.ones_like(values))
@@ -88,21 +81,10 @@ class Objective(nn.Module):
         return []
 
     def check(self, stage: Any, model: Any) -> None:
-        """Refuse what cannot work.
-
-        Args:
-            stage (`Stage`): The stage, already applied.
-            model (`nn.Module`): The `HiResLmmModel`.
-
-        Raises:
-            ValueError: If model or stage do not give what the objective needs.
-        """
+        """Refuse what cannot work."""
 
     def forward(self, step: StepValues) -> torch.Tensor:
         """The loss.
-
-        Args:
-            step (`StepValues`): What the model did.
 
         Returns:
             `(B,)`, one loss a row of the batch, or a scalar for the whole batch. Either is weighed by answer tokens
@@ -116,19 +98,10 @@ class Objective(nn.Module):
 
     @classmethod
     def from_settings(cls, settings: dict) -> "Objective":
-        """Build it with random weights.
-
-        Args:
-            settings (`dict`): From `settings`.
-        """
+        """Build it with random weights."""
         return cls(**settings)
 
     @classmethod
     def from_recipe(cls, model: nn.Module, **options: Any) -> "Objective":
-        """Build it for a model from the plain values of a recipe.
-
-        Args:
-            model (`nn.Module`): The model that is to be trained.
-            options: Its section of `objectives` in the recipe.
-        """
+        """Build it for a model from the plain values of a recipe."""
         return cls(**options)

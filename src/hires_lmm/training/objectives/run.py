@@ -125,7 +125,6 @@ class StepHooks:
     """Reads every training step of a model: logs, and adds what objectives return to the loss.
 
     Args:
-        carried (`CarriedObjectives`): The objectives, as the model holds them.
         weights (`dict[str, float]`): Weights of the losses; that of the language loss is 1 where it is not given. With
             none the loss is left as it is.
         sums (`Sums`): Gets the numbers for the log: losses, and what `aux` says of gates and kept tokens.
