@@ -31,7 +31,7 @@ from transformers.utils import logging as library_logging
 
 from hires_lmm import PRESETS
 from hires_lmm.evaluation import SweepSetting
-from hires_lmm.evaluation.command import run_sweep
+from hires_lmm.evaluation.command import SweepRun, run_sweep
 from hires_lmm.files import replacing, write_text
 from hires_lmm.training import get_plan
 from needle.from_halves import CAPTION_NEAR, MIX
@@ -231,7 +231,8 @@ def sweep(options: argparse.Namespace) -> None:
                 f"python benchmarks/needle_evidence.py sweep --split {split} --score-scenes {options.score_scenes}"
             )
             checkpoint = str(options.checkpoint)
-            _, record, _ = run_sweep(checkpoint, f"needle:{split}", work, settings, data, command=command, plot=False)
+            run = SweepRun(checkpoint, f"needle:{split}", work, settings, data, command=command, plot=False)
+            record = run_sweep(run)[1]
             target.parent.mkdir(parents=True, exist_ok=True)
             record = {**record, "checkpoint_name": options.checkpoint.name, "record": surroundings()}
             write_text(target, json.dumps(record, indent=1) + "\n")

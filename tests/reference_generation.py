@@ -9,33 +9,14 @@ import itertools
 from collections.abc import Callable
 
 import torch
-from transformers.image_processing_utils import select_best_resolution
 
 
 MIN_SCORE_GAP = 1e-5
 
 
 # --- kinds of visual tokens ----------------------------------------------------------------------------------------
-def llava_next_kinds(height: int, width: int, view_size: int, grid: int, pinpoints: list) -> list[str]:
-    """`"global"`, `"crop"` or `"mark"` for every visual token of an image, by the counting rule of LLaVA-NeXT.
-
-    Args:
-        height (`int`), width (`int`): Size of the source image in pixels.
-        view_size (`int`): Side of a view in pixels.
-        grid (`int`): Side of a view in patches.
-        pinpoints (`list`): Canvases `[height, width]` in pixels.
-    """
-    canvas_height, canvas_width = select_best_resolution((height, width), pinpoints)
-    rows, columns = grid * (canvas_height // view_size), grid * (canvas_width // view_size)
-    if width / height > columns / rows:
-        rows -= 2 * ((rows - int(round(height * (columns / width), 7))) // 2)
-    else:
-        columns -= 2 * ((columns - int(round(width * (rows / height), 7))) // 2)
-    return ["global"] * grid**2 + (["crop"] * columns + ["mark"]) * rows
-
-
 def layout_kinds(positions: list[list[int]], spans: list[list[int]], layout: dict) -> list[str]:
-    """The same list from one image's `view_positions`, `view_spans` and a token layout dict, by the layout rules.
+    """`"global"`, `"crop"` or `"mark"` for every visual token, from the views of one image and a token layout dict.
 
     Args:
         positions (`list`): Rows of `view_positions` of one image; the first is its global view.

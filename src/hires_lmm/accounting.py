@@ -5,7 +5,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .processing.geometry_hires_lmm import Grid
 from .processing.planners_hires_lmm import find_planner
 from .processing.token_layout_hires_lmm import TokenLayout, apply_budget, count_tokens
 
@@ -20,14 +19,9 @@ PRESET_SETTINGS: dict[str, dict[str, Any]] = json.loads(
 class ImageAccount:
     """What one image costs.
 
-    Args:
-        height, width (`int`): The image, pixels.
-        views (`int`): Squares that the vision tower sees.
-        crop_rows, crop_cols (`int`): Their grid without the global view.
-        patches (`int`): Patches of all views that enter the sequence, before any compression and without marks.
-        visual_tokens (`int`): What the parts make of them, marks included, before any is dropped.
-        kept_tokens (`int`, *optional*): Those that reach the language model under the budget.
-        llava_next (`int`): Visual tokens of the same image in LLaVA-NeXT with its released settings.
+    `patches` are those of all views that enter the sequence, before any compression and without separators;
+    `visual_tokens` what the parts make of them before any is dropped; `kept_tokens` those under the budget;
+    `llava_next` the tokens of the same image in LLaVA-NeXT with its released settings.
     """
 
     height: int
@@ -72,7 +66,7 @@ def account_image(
         views=len(plan.views),
         crop_rows=plan.grid[0],
         crop_cols=plan.grid[1],
-        patches=count_tokens(plan, _plain_layout(plan.patch_grid)).total,
+        patches=count_tokens(plan, TokenLayout.plain(plan.patch_grid)).total,
         visual_tokens=count.total,
         kept_tokens=None if budget is None else apply_budget(count, layout, budget, 0),
         llava_next=count_tokens(next_plan, next_layout).total,
@@ -88,11 +82,5 @@ def _plan(settings: dict[str, Any], height: int, width: int, changes: dict[str, 
     layout = settings.get("token_layout")
     return (
         planner(height, width, limits),
-        _plain_layout(limits.patch_grid) if layout is None else TokenLayout.from_dict(layout),
+        TokenLayout.plain(limits.patch_grid) if layout is None else TokenLayout.from_dict(layout),
     )
-
-
-def _plain_layout(patch_grid: int) -> TokenLayout:
-    """Every patch of every view is a token."""
-    grid = Grid(patch_grid, patch_grid)
-    return TokenLayout(grid.size, {"global": grid, "crops": grid}, budget={"on": "all"})

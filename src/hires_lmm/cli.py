@@ -73,7 +73,7 @@ MaxCrops = Annotated[
 ]
 DtypeOption = Annotated[Dtype, typer.Option(help="Number format of the weights; auto = as saved.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... [default: CUDA where there is one]")]
-Trust = Annotated[bool, typer.Option(help="Run code that comes with the checkpoint; not needed for hires_lmm's own.")]
+Trust = Annotated[bool, typer.Option(help="Run code of the checkpoint that hires_lmm does not have.")]
 Json = Annotated[bool, typer.Option("--json", help="Write JSON to standard output.")]
 Question = Annotated[
     str, typer.Option("--question", "-q", help="The question.", show_default=False, callback=_checked_question)
@@ -112,15 +112,18 @@ def _escape(text: str) -> str:
     return text.replace("[", r"\[")
 
 
-def _quiet() -> None:
-    """Keep the library's own bars and notes off the terminal."""
-    from huggingface_hub.utils import logging as hub_logging
-    from transformers.utils import logging
+@contextmanager
+def _quiet_work() -> Iterator[None]:
+    """`one_line_errors`, with the library's own bars and notes kept off the terminal."""
+    with one_line_errors():
+        from huggingface_hub.utils import logging as hub_logging
+        from transformers.utils import logging
 
-    hub_logging.set_verbosity_error()
-    logging.set_verbosity_error()
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
+        hub_logging.set_verbosity_error()
+        logging.set_verbosity_error()
+        if not sys.stderr.isatty():
+            logging.disable_progress_bar()
+        yield
 
 
 def _existing(checkpoint: str, presets: Iterable[str] = ()) -> str:
@@ -180,8 +183,7 @@ def _ask(
 
     The answer streams to standard output; what was kept goes to standard error.
     """
-    with one_line_errors():
-        _quiet()
+    with _quiet_work():
         from hires_lmm.inference import AnswerStream, load_model, load_processor, prepare
         from hires_lmm.visualize import count_kept
 
@@ -295,10 +297,9 @@ def _show(
     """
     if out.suffix.lower() != ".png":
         raise typer.BadParameter(f"{out} must end in .png.", param_hint="--out")
-    with one_line_errors():
+    with _quiet_work():
         if not out.absolute().parent.is_dir():
             raise ValueError(f"There is no folder {out.parent}; create it first.")
-        _quiet()
         from hires_lmm.inference import load_model, load_processor, map_tokens, prepare
         from hires_lmm.visualize import count_kept, draw_token_map
 
@@ -317,17 +318,16 @@ def _show(
 
 
 @app.command("export")
-def _export(checkpoint: Checkpoint, destination: Destination) -> None:
+def _export(checkpoint: Checkpoint, destination: Destination, trust_remote_code: Trust = False) -> None:
     """Write a self-contained folder.
 
     It holds weights, code, processor and model card, and loads where this package is not installed.
     """
-    with one_line_errors():
-        _quiet()
+    with _quiet_work():
         from hires_lmm.conversion import export
 
         with _progress() as progress:
-            export(_existing(checkpoint), destination, progress=progress)
+            export(_existing(checkpoint), destination, progress=progress, trust_remote_code=trust_remote_code)
         output.print(f"wrote {_escape(str(destination))}")
 
 
@@ -358,8 +358,7 @@ def _compose(
     towers = dict(each.partition("=")[::2] for each in extra_tower or [])
     if not all(towers.values()) or (random and towers):
         raise typer.BadParameter("write NAME=SOURCE, and no --random.", param_hint="--extra-tower")
-    with one_line_errors():
-        _quiet()
+    with _quiet_work():
         from hires_lmm import PRESETS
         from hires_lmm.conversion import compose, compose_random
 
@@ -389,6 +388,18 @@ def _show_choices(folder: Path) -> None:
         notes.print(f"[bold yellow]warning:[/] {_escape(str(error))}")
 
 
+def _convert(function: str, source: str, destination: Path, **options: str | None) -> None:
+    """Call a function of `hires_lmm.conversion`."""
+    with _quiet_work():
+        import hires_lmm.conversion
+
+        with _progress() as progress:
+            getattr(hires_lmm.conversion, function)(source, destination, **options, progress=progress)
+        output.print(f"wrote {_escape(str(destination))}")
+        if function != "convert_to_slime":
+            _show_choices(destination)
+
+
 @convert_app.command("slime")
 def _convert_slime(
     source: Source,
@@ -398,52 +409,25 @@ def _convert_slime(
     dtype: SaveDtype = None,
 ) -> None:
     """Convert a released SliME checkpoint."""
-    with one_line_errors():
-        _quiet()
-        from hires_lmm.conversion import convert_slime
-
-        with _progress() as progress:
-            convert_slime(source, destination, vision_config=vision_config, base=base, dtype=dtype, progress=progress)
-        output.print(f"wrote {_escape(str(destination))}")
-        _show_choices(destination)
+    _convert("convert_slime", source, destination, vision_config=vision_config, base=base, dtype=dtype)
 
 
 @convert_app.command("llava-next")
 def _convert_llava_next(source: Source, destination: Destination, dtype: SaveDtype = None) -> None:
     """Convert a LLaVA-NeXT checkpoint in transformers' format."""
-    with one_line_errors():
-        _quiet()
-        from hires_lmm.conversion import convert_llava_next
-
-        with _progress() as progress:
-            convert_llava_next(source, destination, dtype=dtype, progress=progress)
-        output.print(f"wrote {_escape(str(destination))}")
-        _show_choices(destination)
+    _convert("convert_llava_next", source, destination, dtype=dtype)
 
 
 @convert_app.command("fusion")
 def _convert_fusion(source: Source, destination: Destination, dtype: SaveDtype = None) -> None:
     """Convert a released checkpoint of the token-scaling paper."""
-    with one_line_errors():
-        _quiet()
-        from hires_lmm.conversion import convert_fusion
-
-        with _progress() as progress:
-            convert_fusion(source, destination, dtype=dtype, progress=progress)
-        output.print(f"wrote {_escape(str(destination))}")
-        _show_choices(destination)
+    _convert("convert_fusion", source, destination, dtype=dtype)
 
 
 @convert_app.command("to-slime")
 def _convert_to_slime(source: Source, destination: Destination) -> None:
     """Convert a checkpoint back to SliME's released format."""
-    with one_line_errors():
-        _quiet()
-        from hires_lmm.conversion import convert_to_slime
-
-        with _progress() as progress:
-            convert_to_slime(source, destination, progress=progress)
-        output.print(f"wrote {_escape(str(destination))}")
+    _convert("convert_to_slime", source, destination)
 
 
 def _parse_list(text: str | None, kind: Callable[[str], Any], name: str) -> list[Any]:
@@ -513,19 +497,28 @@ def _sweep(
         "views": _parse_names(views),
         "format": _parse_names(response_format),
     }
-    with one_line_errors():
-        _quiet()
+    with _quiet_work():
         from hires_lmm.evaluation import build_tables, expand_grid
-        from hires_lmm.evaluation.command import run_sweep
+        from hires_lmm.evaluation.command import SweepRun, run_sweep
         from hires_lmm.evaluation.laws import build_law_table, fit_budgets
 
-        settings = expand_grid(**grid)
-        command = shlex.join(["hires-lmm", *sys.argv[1:]])
-        options = (batch_size, seed, dtype.value, device, trust_remote_code, command, plot)
+        run = SweepRun(
+            checkpoint=_existing(checkpoint),
+            dataset=dataset,
+            folder=out,
+            settings=expand_grid(**grid),
+            data_options=data_options,
+            limit=limit,
+            batch_size=batch_size,
+            seed=seed,
+            dtype=dtype.value,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            command=shlex.join(["hires-lmm", *sys.argv[1:]]),
+            plot=plot,
+        )
         with _progress() as progress:
-            result, record, files = run_sweep(
-                _existing(checkpoint), dataset, out, settings, data_options, limit, *options, progress=progress
-            )
+            result, record, files = run_sweep(run, progress)
         if as_json:
             _write_json(record)
         else:
@@ -556,8 +549,7 @@ def _reconstruct(
 
     For checkpoints of training with the objective 'reconstruction'; needs the extra 'reconstruction'.
     """
-    with one_line_errors():
-        _quiet()
+    with _quiet_work():
         from hires_lmm.inference import load_model, load_processor
         from hires_lmm.training.objectives.painting import find_reconstruction, paint, write_png
 
@@ -584,8 +576,7 @@ def _demo(
 
     Image, question and budget go in; answer and picture of the kept tokens come out. Needs the extra `demo`.
     """
-    with one_line_errors():
-        _quiet()
+    with _quiet_work():
         from hires_lmm.inference import load_model, load_processor
         from hires_lmm.page import build_page
 

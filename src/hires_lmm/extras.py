@@ -5,15 +5,7 @@ from typing import Any
 
 
 def import_extra(name: str, extra: str) -> Any:
-    """Import a module of an optional package.
-
-    Args:
-        name (`str`): The module.
-        extra (`str`): The extra of this package that installs it.
-
-    Raises:
-        ImportError: If it is not installed.
-    """
+    """Import a module of an optional package; the error without it names the extra of this package to install."""
     try:
         return import_module(name)
     except ImportError as error:
@@ -22,10 +14,6 @@ def import_extra(name: str, extra: str) -> Any:
 
 
 def import_pyplot() -> Any:
-    """`matplotlib.pyplot`, drawing to files only.
-
-    Raises:
-        ImportError: If matplotlib is not installed.
-    """
+    """`matplotlib.pyplot`, drawing to files only."""
     import_extra("matplotlib", "evaluation").use("Agg")
     return import_module("matplotlib.pyplot")

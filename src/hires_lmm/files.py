@@ -11,14 +11,9 @@ PARTIAL = ".partial"
 
 @contextmanager
 def replacing(file: str | Path) -> Iterator[Path]:
-    """Write a file anew, so that whoever reads it finds the old content or the new one, never a piece.
+    """A path beside a file to write to, moved to its place at the end and removed if something is raised.
 
-    Args:
-        file (`str` or `Path`): Its place. The folder exists, and one process writes at a time.
-
-    Returns:
-        A context with the path to write to, in the same folder. It is moved to its place at the end, and removed if
-        something is raised. A killed process leaves it there; the next writer takes it over.
+    Whoever reads the file finds the old content or the new one, never a piece. One process writes at a time.
     """
     file = Path(file)
     partial = file.with_name(file.name + PARTIAL)
@@ -31,11 +26,6 @@ def replacing(file: str | Path) -> Iterator[Path]:
 
 
 def write_text(file: str | Path, text: str) -> None:
-    """Write a text in UTF-8, whole or not at all.
-
-    Args:
-        file (`str` or `Path`): Its place.
-        text (`str`): The content.
-    """
+    """Write a text in UTF-8, whole or not at all."""
     with replacing(file) as partial:
         partial.write_text(text, encoding="utf-8")

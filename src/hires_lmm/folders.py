@@ -17,32 +17,14 @@ PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 
 
 def check_tokenizer(checkpoint: str) -> None:
-    """Refuse a folder without a tokenizer.
-
-    Args:
-        checkpoint (`str`): A folder; anything else passes.
-
-    Raises:
-        ValueError: If it has none.
-    """
+    """Refuse a folder without a tokenizer; anything but a folder passes."""
     folder = Path(checkpoint)
     if folder.is_dir() and not any(folder.glob("tokenizer*")):
         raise ValueError(f"{checkpoint} has no tokenizer, so it cannot be asked. {TOKENIZER_REMEDY}")
 
 
 def read_image_settings(checkpoint: str) -> dict[str, Any]:
-    """The saved settings of the image processor of a hires_lmm checkpoint.
-
-    Args:
-        checkpoint (`str`): Folder or Hub id.
-
-    Returns:
-        What `HiResLmmImageProcessor.to_dict` gave when it was saved.
-
-    Raises:
-        ValueError: If the checkpoint is of another kind of model, or has no such file.
-        OSError: If the Hub cannot be reached.
-    """
+    """The settings of the image processor in a hires_lmm checkpoint (folder or Hub id), as it saved them."""
     kind = (_read_json(checkpoint, "config.json") or {}).get("model_type")
     if kind != "hires_lmm":
         raise ValueError(f"{checkpoint} holds a {kind!r} model; this command needs a 'hires_lmm' checkpoint.")

@@ -21,13 +21,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 @dataclass
 class Prepared:
-    """A question about images, ready for the model.
-
-    Args:
-        inputs (`BatchFeature`): Tensors of one row.
-        images (`list[PIL.Image.Image]`): The images, upright, RGB.
-        unknown_words (`list[str]`): See `find_unknown_words`.
-    """
+    """A question about images, ready for the model, with the upright RGB images; see `find_unknown_words`."""
 
     inputs: BatchFeature
     images: list[Image.Image]
@@ -108,17 +102,7 @@ def load_model(
 
 
 def open_images(sources: list[Any]) -> list[Image.Image]:
-    """Open images the way the processor does.
-
-    Args:
-        sources (`list`): Paths, URLs, PIL images, arrays, ...
-
-    Returns:
-        Upright RGB images.
-
-    Raises:
-        ValueError: If one cannot be read; the message names its index.
-    """
+    """Open images the way the processor does."""
     return [to_rgb(open_image(source, index), index) for index, source in enumerate(sources)]
 
 
@@ -152,15 +136,7 @@ def prepare(processor: Any, sources: list[Any], question: str, **images_kwargs: 
 
 
 def find_unknown_words(tokenizer: Any, text: str) -> list[str]:
-    """The words of a text for which a word-level tokenizer has no id but that of an unknown word.
-
-    Args:
-        tokenizer: Of the checkpoint.
-        text (`str`): What is asked.
-
-    Returns:
-        Each word once, as the tokenizer splits and spells it; none for tokenizers of pieces or bytes.
-    """
+    """The words of a text for which a word-level tokenizer has no id but that of an unknown word."""
     backend = tokenizer.backend_tokenizer if tokenizer.is_fast else None
     if backend is None or not isinstance(backend.model, WordLevel):
         return []
@@ -173,11 +149,7 @@ def find_unknown_words(tokenizer: Any, text: str) -> list[str]:
 
 
 def describe_unknown(words: list[str]) -> str:
-    """What the tokenizer does not know, as a sentence; empty if it knows all.
-
-    Args:
-        words (`list[str]`): From `find_unknown_words`.
-    """
+    """What the tokenizer does not know, as a sentence; empty if it knows all."""
     if not words:
         return ""
     return f"The tokenizer does not know {', '.join(map(repr, words))}: the model is asked without these words."

@@ -5,6 +5,7 @@ from typing import Any
 
 from PIL import Image
 
+from .extras import import_extra
 from .inference import AnswerStream, describe_unknown, prepare
 from .visualize import count_kept, draw_token_map
 
@@ -20,23 +21,8 @@ Shown = tuple[str, Image.Image | None, str]
 def answer_question(
     model: Any, processor: Any, image: Image.Image | None, question: str, budget: int, max_crops: int, length: int
 ) -> Iterator[Shown]:
-    """Answer a question about an image, then draw what was kept.
-
-    Args:
-        model (`HiResLmmForConditionalGeneration`): The model.
-        processor (`HiResLmmProcessor`): Of the checkpoint.
-        image (`PIL.Image.Image`, *optional*): What the visitor gave.
-        question (`str`): The visitor's text.
-        budget (`int`): Visual tokens that are kept, at most; 0 = no budget.
-        max_crops (`int`): Most crops; 0 = as the checkpoint has it.
-        length (`int`): Most tokens of the answer.
-
-    Returns:
-        An iterator over (answer so far, picture, account of tokens); the last one has picture and account.
-
-    Raises:
-        ValueError: If something is missing or the budget too small.
-    """
+    """Answer a question, then draw what was kept: (answer so far, picture, account of tokens), the last with all
+    three. A budget or `max_crops` of 0 means none."""
     if image is None:
         raise ValueError("There is no image yet; drop one into the field on the left.")
     if not question.strip():
@@ -57,24 +43,8 @@ def answer_question(
 
 
 def build_page(model: Any, processor: Any, name: str, note: str | None = None) -> Any:
-    """Build the page.
-
-    Args:
-        model (`HiResLmmForConditionalGeneration`): The model.
-        processor (`HiResLmmProcessor`): Of the checkpoint.
-        name (`str`): Shown as the title.
-        note (`str`, *optional*): A line below the title.
-
-    Returns:
-        `gradio.Blocks`, to be launched.
-
-    Raises:
-        ImportError: If gradio is not installed.
-    """
-    try:
-        import gradio
-    except ImportError as error:
-        raise ImportError("The page needs gradio; install it with: pip install -e '.[demo]' (in a clone)") from error
+    """Build the page, `gradio.Blocks`, to be launched; `note` is a line below the title."""
+    gradio = import_extra("gradio", "demo")
 
     def answer(image: Image.Image | None, question: str, budget: int, max_crops: int, length: int) -> Iterator[Shown]:
         try:

@@ -130,14 +130,7 @@ def draw_token_map(
 
 
 def heat_colors(values: np.ndarray) -> np.ndarray:
-    """Map numbers to colours from dark violet (0) to light yellow (1).
-
-    Args:
-        values (`np.ndarray`): Any shape, in [0, 1].
-
-    Returns:
-        The shape of `values` with a last axis of RGB, float64 in [0, 255].
-    """
+    """Numbers in [0, 1] as RGB from dark violet to light yellow, float64 in [0, 255] on a last axis."""
     stops = np.linspace(0, 1, len(HEAT_STOPS))
     return np.stack([np.interp(values, stops, [stop[channel] for stop in HEAT_STOPS]) for channel in range(3)], -1)
 

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 ROOT = Path(__file__).parents[2]
 FENCE = re.compile(r"^(?P<indent> *)```(?P<info>[^\n`]*)\n(?P<body>.*?)^(?P=indent)```$", re.MULTILINE | re.DOTALL)
+TITLE = re.compile(r'python title="([\w.]+)"')
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 
@@ -34,12 +35,15 @@ def read_blocks(text: str) -> list[Block]:
 
 
 def run_page(text: str, name: str) -> dict:
-    """Run the `python` and `console` blocks of a page in order, in one namespace; other blocks are left alone."""
+    """Run the `python` and `console` blocks of a page in order, in one namespace; a `python title="x.py"` becomes the
+    file x.py; other blocks are left alone."""
     namespace: dict = {"__name__": "__page__"}
     for block in read_blocks(text):
         if block.info == "python":
             code = compile("\n" * (block.line - 1) + block.text, name, "exec")
             exec(code, namespace)
+        elif title := TITLE.fullmatch(block.info):
+            Path(title[1]).write_text(block.text, encoding="utf-8")
         elif block.info == "console":
             for command, expected in read_session(block.text):
                 check_command(command, expected, f"{name}:{block.line}")

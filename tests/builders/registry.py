@@ -8,14 +8,31 @@ import torch
 from torch import nn
 
 from builders.sketches import SKETCHED_PLANNERS, SKETCHES
-from builders.tiny import make_batch, random_image, tiny_config, tiny_model, tiny_processor, tiny_vision_config
+from builders.tiny import (
+    make_batch,
+    plain_tokenizer,
+    random_image,
+    tiny_config,
+    tiny_model,
+    tiny_processor,
+    tiny_vision_config,
+)
 from hires_lmm import HiResLmmConnectorConfig
 from hires_lmm.modeling.geometry_hires_lmm import Kind
 from hires_lmm.modeling.parts_hires_lmm import SLOTS
 from hires_lmm.processing.planners_hires_lmm import PLANNERS, Planner, PlannerLimits
 
 
-SMALL = {"num_queries": 4, "later_queries": 2, "num_layers": 1, "num_heads": 2}
+QUESTION = "What is it?"
+TEXT = f"<image>{QUESTION}"
+SIZES = ((90, 60), (40, 200), (60, 50))
+SMALL = {
+    "num_queries": 4,
+    "later_queries": 2,
+    "num_layers": 1,
+    "num_heads": 2,
+    "token_id": plain_tokenizer()(QUESTION).input_ids[1],
+}
 """Given to every part that has an option of that name."""
 
 VARIANTS: dict[str, dict[str, dict]] = {
@@ -27,6 +44,7 @@ VARIANTS: dict[str, dict[str, dict]] = {
         "threshold": {"keep": {"rule": "threshold", "gamma": 0.5}},
     },
     "fusion": {"blind": {"question": False}},
+    "blend": {"tower": {"of": "vision_tower", "layers": 1}},
     "mqt": {"content": {"key_mode": "content"}},
     "globalcom2": {
         "probabilities": {"score": "probabilities"},
@@ -49,9 +67,6 @@ BESIDE = {"prompt_fuser": {"view_ops": [{"part": "mini_compressor", "num_queries
 
 MAKES_DETAIL = ("mini_compressor", "prompt_fuser")
 """Parts whose tokens enter as views of the kind `detail`, without a second tower."""
-
-TEXT = "<image>What is it?"
-SIZES = ((90, 60), (40, 200), (60, 50))
 
 
 @dataclass(frozen=True)
@@ -109,7 +124,7 @@ class Case:
 CASES = [
     Case(slot, name, way) for slot, parts in SLOTS.items() for name in parts for way in ("", *VARIANTS.get(name, {}))
 ]
-SKETCH_CASES = [Case(slot, name) for name, (slot, _) in SKETCHES.items()]
+SKETCH_CASES = [Case(slot, name, way) for name, (slot, _) in SKETCHES.items() for way in ("", *VARIANTS.get(name, {}))]
 
 
 def register(monkeypatch) -> None:
@@ -122,8 +137,9 @@ def register(monkeypatch) -> None:
 
 def config_of(case: Case, kinds: tuple, layout: dict, **options):
     """The configuration of a tiny model with one part, whose images have views of the given kinds."""
-    is_list = isinstance(getattr(HiResLmmConnectorConfig(), case.slot), list)
+    empty = getattr(HiResLmmConnectorConfig(), case.slot)
     spec = case.spec(**options)
+    several = [spec] if isinstance(empty, list) else {"mine": spec} if empty == {} else spec
     changes = {}
     order = dict.fromkeys([*kinds, "detail"] if case.name in MAKES_DETAIL else kinds)
     if "detail" in kinds:
@@ -133,7 +149,7 @@ def config_of(case: Case, kinds: tuple, layout: dict, **options):
         planner={"name": "every_kind", "kinds": [kind for kind in kinds if kind != "detail"]},
         connector_config={
             **BESIDE.get(case.name, {}),
-            case.slot: [spec] if is_list else spec,
+            case.slot: several,
             "layout": {"order": list(order), "crop_order": "views", **layout},
         },
         **changes,
@@ -160,4 +176,4 @@ def batch_of(processor, *sizes, text: str = TEXT, **options) -> dict[str, torch.
 def part_of(model, case: Case) -> nn.Module:
     """The part in a model."""
     found = getattr(model.model.connector, case.slot)
-    return found[0] if isinstance(found, nn.ModuleList) else found
+    return next(iter(found.children())) if isinstance(found, (nn.ModuleList, nn.ModuleDict)) else found

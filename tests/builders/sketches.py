@@ -9,9 +9,17 @@ import torch
 from torch import nn
 from torch.nn.functional import adaptive_avg_pool2d, interpolate, normalize, scaled_dot_product_attention
 
-from hires_lmm.modeling.bases_hires_lmm import HiResLmmTokenOp, HiResLmmViewOp, Needs, Traits
+from hires_lmm.modeling.bases_hires_lmm import (
+    HiResLmmHead,
+    HiResLmmLayerOp,
+    HiResLmmPositionPlan,
+    HiResLmmTokenOp,
+    HiResLmmViewOp,
+    Needs,
+    Traits,
+)
 from hires_lmm.modeling.geometry_hires_lmm import KINDS, MAIN_TOWER, Grid, Kind
-from hires_lmm.processing.planners_hires_lmm import BLACK, Planner, PlannerLimits, View, ViewPlan, _assemble, _Canvas
+from hires_lmm.processing.planners_hires_lmm import BLACK, Canvas, Planner, PlannerLimits, View, ViewPlan, assemble
 
 
 FINE = (int(Kind.DETAIL), "fine")
@@ -231,7 +239,7 @@ class Commander(HiResLmmTokenOp):
         wide = interpolate(thumbnail, (rows * size[0], cols * size[1]), mode="bilinear")[0, 0]
         own = [crops[tokens.view[crops] == row] for row in image.rows(Kind.CROP)]
         wanted = (sums / self.temperature).softmax(dim=0) + 1 - 1 / len(own)
-        quotas = share(total - surplus - len(stay[0]), [float(w) for w in wanted], [len(index) for index in own])
+        quotas = share(total - surplus - len(stay[0]), wanted.detach().tolist(), [len(index) for index in own])
         for place, (index, quota) in enumerate(zip(own, quotas, strict=True)):
             cell = tokens.cell[index] + torch.tensor([place // cols * size[0], place % cols * size[1]])
             both = normalize(scores[index], dim=0) + normalize(wide[cell[:, 0], cell[:, 1]], dim=0)
@@ -248,6 +256,39 @@ def share(total: int, weights: list[float], sizes: list[int]) -> list[int]:
     return given
 
 
+class Blend(HiResLmmLayerOp):
+    """Adds to the hidden states behind a layer what a linear map makes of them."""
+
+    def __init__(self, context, options):
+        super().__init__(context, options)
+        self.linear = nn.Linear(context.width, context.width)
+
+    def forward(self, layer, hidden, call):
+        return hidden + 0.1 * self.linear(hidden), None
+
+
+class HalfSteps(HiResLmmPositionPlan):
+    """Visual tokens stand half as far apart as text."""
+
+    def forward(self, tokens):
+        steps = tokens.real * torch.where(tokens.image >= 0, 0.5, 1.0)
+        return steps.cumsum(dim=1) - steps, None
+
+
+class Score(HiResLmmHead):
+    """One number at a token."""
+
+    def __init__(self, context, options):
+        super().__init__(context, options)
+        self.linear = nn.Linear(context.width, 1)
+
+    def forward(self, hidden):
+        return self.linear(hidden)[:, 0]
+
+    def loss(self, output, labels):
+        return (output - labels).pow(2).mean()
+
+
 @dataclass(frozen=True)
 class DualLimits(PlannerLimits):
     """Options of `dual`: rows and columns of the views of each perspective."""
@@ -258,7 +299,7 @@ class DualLimits(PlannerLimits):
 def plan_dual(height: int, width: int, limits: DualLimits) -> ViewPlan:
     """The picture squeezed to n x n views, cut into tiles and into every n-th pixel, and whole (INF-LLaVA)."""
     side = limits.n * limits.view_size
-    plan = _assemble((height, width), limits, _Canvas((limits.n, limits.n), (side, side), (0, 0)), "squeeze")
+    plan = assemble((height, width), limits, Canvas((limits.n, limits.n), (side, side), (0, 0)), "squeeze")
     strided = [replace(view, kind=int(Kind.STRIDED), box=plan.views[0].box) for view in plan.views[1:]]
     return replace(plan, views=(*plan.views, *strided))
 
@@ -297,6 +338,9 @@ SKETCHES = {
     "two_perspectives": ("view_ops", TwoPerspectives),
     "cells": ("view_ops", Cells),
     "commander": ("token_ops", Commander),
+    "blend": ("layer_ops", Blend),
+    "half_steps": ("position_plan", HalfSteps),
+    "score": ("heads", Score),
     "gate": ("map_ops", Gate),
     "rewrite": ("token_ops", Rewrite),
     "first": ("view_ops", FirstTokens),

@@ -10,7 +10,15 @@ from torch import nn
 
 from builders.registry import CASES, READS, SIZES, SKETCH_CASES, Case, batch_of, built, part_of, register
 from builders.tiny import geometry_of, make_batch, random_image
-from hires_lmm.modeling.bases_hires_lmm import HiResLmmTokenOp, HiResLmmViewOp, Traits
+from hires_lmm.modeling.bases_hires_lmm import (
+    HiResLmmAdapter,
+    HiResLmmHead,
+    HiResLmmLayerOp,
+    HiResLmmPositionPlan,
+    HiResLmmTokenOp,
+    HiResLmmViewOp,
+    Traits,
+)
 from hires_lmm.modeling.carriers_hires_lmm import ViewFeatures, ViewGroup, VisualTokens
 from hires_lmm.modeling.compat_hires_lmm import CACHE
 from hires_lmm.modeling.geometry_hires_lmm import Grid, Kind, kinds_on
@@ -68,16 +76,24 @@ def test_what_leaves_is_as_described(case):
     connector, batch = model.model.connector, batch_of(processor, *SIZES)
     seen = {name: watched(module) for name, module in connector.named_modules() if hasattr(module, "traits")}
     logits_of(model, batch)
-    traits = part_of(model, case).traits
+    part = part_of(model, case)
+    traits = part.traits
     _, output = next(records[0] for name, records in seen.items() if name.startswith(case.slot))
     if isinstance(output, ViewFeatures):
         assert {group.key for group in output.groups} == set(traits.grids)
         for group in output.groups:
             assert tuple(group.grid) == traits.grids[group.key].size
             assert group.features.shape[1:] == (group.grid[0] * group.grid[1], traits.width)
-    elif isinstance(output, torch.Tensor):
+    elif isinstance(part, HiResLmmAdapter):
         sizes = {grid.rows * grid.cols for grid in traits.grids.values()}
         assert output.shape[-1] == traits.width and output.shape[1] in sizes
+    elif isinstance(part, HiResLmmLayerOp):
+        hidden, keep = output
+        assert hidden.shape[-1] == traits.width and (keep is None or keep.shape == hidden.shape[:2])
+    elif isinstance(part, HiResLmmPositionPlan):
+        assert output[0].shape == batch["input_ids"].shape
+    elif isinstance(part, HiResLmmHead):
+        assert len(output) == int((batch["input_ids"] == part.options.token_id).sum())
     else:
         tokens = output[0]
         assert tokens.features.shape == (sum(tokens.lengths), traits.width)
@@ -138,7 +154,8 @@ def test_without_noise_training_sees_what_evaluation_sees(case):
     batch["prompt_mask"] = batch["input_ids"] != model.config.image_token_id
     trained = train_mode(copy.deepcopy(model), noise=False)
     with torch.no_grad():
-        found = trained(**batch, labels=batch["input_ids"], return_logits=True).logits
+        labels = torch.full_like(batch["input_ids"], -100)  # all of it is the prompt
+        found = trained(**batch, labels=labels, return_logits=True).logits
     torch.testing.assert_close(found, logits_of(model, batch), atol=1e-4, rtol=1e-4)
 
 

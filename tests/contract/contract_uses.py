@@ -178,8 +178,6 @@ USES = [
         "self, key_states, value_states, layer_idx, *args, **kwargs",
         "as above",
     ),
-    Use("transformers.cache_utils:StaticLayer.is_compileable", None, "static layers with a window are masked"),
-    Use("transformers.cache_utils:StaticSlidingWindowLayer.is_sliding", None, "as above"),
     # the configuration
     Use(f"{CONFIG}.__post_init__", "self, **kwargs", "checks after the parts are configurations"),
     Use(f"{CONFIG}.sub_configs_defaults", None, "tower, language model and connector as parts"),
@@ -241,11 +239,31 @@ USES = [
     ),
     Use(f"{IMAGES}.from_dict", "image_processor_dict, **kwargs", "a `size` beside a saved file"),
     Use(f"{IMAGES}.valid_kwargs", None, "our options"),
+    Use(
+        f"{IMAGES}.get_image_processor_dict",
+        "pretrained_model_name_or_path, **kwargs",
+        "the class of a user's own planner, before the options are checked",
+    ),
+    Use(f"{IMAGES}.to_json_file", "self, json_file_path", "the files of a user's own planner lie beside it"),
+    Use(f"{CONFIG}.to_json_file", "self, json_file_path, use_diff", "and those of the user's own parts"),
+    Use(f"{PROCESSOR}.to_json_file", "self, json_file_path", "and those where a processor is saved alone"),
     # checkpoints and training
     Use(
         "transformers.dynamic_module_utils:custom_object_save",
         "obj, folder, config",
         "conversion writes our code into folders without a model",
+    ),
+    Use(
+        "transformers.dynamic_module_utils:get_class_from_dynamic_module",
+        "class_reference, pretrained_model_name_or_path, cache_dir, force_download, proxies, token, revision, "
+        "local_files_only, repo_type, code_revision, **kwargs",
+        "a user's own part is a file of the checkpoint",
+    ),
+    Use(
+        "transformers.dynamic_module_utils:get_cached_module_file",
+        "pretrained_model_name_or_path, module_file, cache_dir, force_download, proxies, token, revision, "
+        "local_files_only, repo_type, **deprecated_kwargs",
+        "whether the code that runs is that of a checkpoint, which the user has trusted then",
     ),
     Use("transformers.trainer:TRAINER_STATE_NAME", None, "the file that is written last tells a whole checkpoint"),
     Use("transformers.trainer_utils:PREFIX_CHECKPOINT_DIR", None, "the folders of checkpoints"),
@@ -294,5 +312,10 @@ MENTIONS = [
         "saved folders carry their code",
     ),
     Mention("transformers.dynamic_module_utils:custom_object_save", "auto_map", "and name its classes"),
+    Mention(
+        "transformers.models.auto.auto_factory:_BaseAutoModelClass.from_pretrained",
+        'kwargs["trust_remote_code"] = trust_remote_code',
+        "our `from_pretrained` hears whether a user's own parts may be read",
+    ),
     Mention("accelerate.hooks:add_hook_to_module", "_hf_hook", "weights that an offload hook holds are no fault"),
 ]

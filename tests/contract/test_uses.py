@@ -69,24 +69,6 @@ def test_the_name_is_there_with_its_signature(use: Use | Mention):
     assert fault_of(use) is None, fault_of(use)
 
 
-BAD = {
-    "transformers.cache_utils:Cache.get_sequence is gone": Use(
-        "transformers.cache_utils:Cache.get_sequence", "self", "x"
-    ),
-    "transformers.caches:Cache is gone": Use("transformers.caches:Cache", None, "x"),
-    "get_seq_length takes (self, layer_idx), expected (self)": Use(
-        "transformers.cache_utils:Cache.get_seq_length", "self", "x"
-    ),
-    "no longer speaks of _no_such_text": Mention("transformers.cache_utils:Cache", "_no_such_text", "x"),
-}
-
-
-@pytest.mark.parametrize("message", BAD)
-def test_a_fault_names_the_place_and_what_rests_on_it(message: str):
-    fault = fault_of(BAD[message])
-    assert fault is not None and message in fault and fault.endswith("for: x")
-
-
 # ---- the table is complete
 
 

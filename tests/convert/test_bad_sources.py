@@ -3,20 +3,15 @@
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from convert_tools import (
     GOLDEN,
-    TOWER,
     golden_config,
     language_part,
     no_output,
-    save_bin_shards,
     tensors_of,
     tokenizer_without_image_token,
     write_json,
@@ -28,11 +23,8 @@ from safetensors.torch import load_file, save_file
 from test_llava_next import save_source, their_model
 
 from builders.tiny import tiny_config, tiny_model, tiny_processor
-from golden.fusion import released_config
-from golden.fusion import write_released as write_released_fusion
 from hires_lmm.conversion import (
     ConversionError,
-    convert_fusion,
     convert_llava_next,
     convert_slime,
     convert_to_slime,
@@ -161,13 +153,6 @@ def test_an_index_that_disagrees_with_the_files_is_one_table(source):
     }
 
 
-def test_an_index_of_pickles_is_checked_too(tmp_path):
-    source = bare_source(tmp_path / "source")
-    save_bin_shards(source, tensors_of(GOLDEN))
-    edit_index(source / "pytorch_model.bin.index.json", lambda table: table.pop("lm_head.weight"))
-    assert "not listed" in refused(source, "disagree")
-
-
 def test_a_shard_that_was_not_downloaded_is_named(source):
     (source / SHARDS[1]).unlink()
     refused(source, f"no such file as '{SHARDS[1]}'; download it again")
@@ -199,11 +184,6 @@ def test_missing_unexpected_and_misshaped_tensors_share_one_table(tmp_path):
         ("unfit", "model.mm_projector.attn.attn.in_proj_weight"),
     }
     assert "3 x 5" in text and "128 x 64" in text
-
-
-def test_a_missing_tower_that_nobody_has(tmp_path):
-    tensors = {key: value for key, value in tensors_of(GOLDEN).items() if not key.startswith(TOWER)}
-    refused(write_released(tmp_path / "source", tensors, mm_vision_tower="no such"), "vision tower 'no such'")
 
 
 def test_a_projector_file_that_holds_the_sampler(tmp_path):
@@ -256,40 +236,6 @@ def test_an_adapter_for_another_base_is_one_table(tmp_path):
 # ---- options and templates
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"mm_projector_type": ["linear"]},
-        {"mm_resampler_topp": "0.9"},
-        {"seperator": True},
-        {"use_mm_proj": "yes"},
-        {"vocab_size": "64"},
-    ],
-    ids=lambda changes: next(iter(changes)),
-)
-def test_a_released_option_of_another_type_is_named(source, changes):
-    write_json(source / "config.json", golden_config(**changes))
-    refused(source, next(iter(changes)))
-
-
-@pytest.mark.parametrize(
-    "changes, text",
-    [
-        ({"length_que_end": None}, "no length_que_end"),
-        ({"llm_config": {"model_type": "no such"}}, "no such"),
-        ({"imgque_config": {**released_config()["imgque_config"], "vision_config": None}}, "no vision_config"),
-        ({"imgque_config": ["x"]}, "The source cannot be used .AttributeError"),
-    ],
-)
-def test_a_fusion_option_that_is_none_is_named(tmp_path, changes, text):
-    refused(write_released_fusion(tmp_path / "source", **changes), text, convert_fusion)
-
-
-def test_a_generation_setting_that_the_library_refuses_is_named(source):
-    write_json(source / "generation_config.json", {"max_length": [1], "max_new_tokens": [1], "num_beams": [2]})
-    refused(source, "The generation configuration cannot be used")
-
-
 @pytest.mark.parametrize("template", ["{{ ''.__class__.__mro__ }}", "{{ raise_exception('no') }}", "{% for %}"])
 def test_a_template_that_cannot_be_rendered_leaves_the_openings_unknown(tmp_path, template):
     save_source(tmp_path / "source", their_model("llama"))
@@ -324,40 +270,6 @@ def test_an_interrupted_conversion_leaves_nothing(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         convert_slime(GOLDEN, tmp_path / "out", progress=interrupt)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_killed_conversion_leaves_a_folder_that_says_so(tmp_path):
-    script = (
-        "import sys, time; from hires_lmm.conversion import convert_slime\n"
-        "def wait(done, total, text):\n"
-        "    if done == 60: print('here', flush=True); time.sleep(60)\n"
-        "convert_slime(sys.argv[1], sys.argv[2], progress=wait)"
-    )
-    root = str(Path(__file__).parents[2] / "src")
-    process = subprocess.Popen(
-        [sys.executable, "-c", script, str(GOLDEN), str(tmp_path / "out")],
-        stdout=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": root},
-    )
-    assert process.stdout.readline() == b"here\n"
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    (left,) = tmp_path.iterdir()
-    assert left.name.startswith("out.incomplete-")
-    assert not (left / "config.json").exists()
-
-
-def test_progress_counts_every_tensor(tmp_path):
-    seen = []
-    convert_slime(GOLDEN, tmp_path / "out", progress=lambda *step: seen.append(step))
-    assert [step[0] for step in seen] == list(range(1, len(seen) + 1))
-    assert {step[1] for step in seen} == {len(seen)} == {len(tensors_of(tmp_path / "out"))}
-
-
-def test_no_file_names_this_machine(tmp_path):
-    convert_slime(GOLDEN, tmp_path / "out")
-    named = [p.name for p in (tmp_path / "out").glob("*.json") if str(tmp_path) in p.read_text()]
-    assert named == []
 
 
 # ---- the way back, and export

@@ -94,14 +94,6 @@ def test_composing_twice_gives_the_same_model(halves, tmp_path):
     assert 0.01 < weight.std() < 0.03
 
 
-def test_all_weights_get_the_language_models_dtype(halves, tmp_path):
-    text = AutoModelForCausalLM.from_pretrained(halves[1]).to(torch.bfloat16)
-    text.save_pretrained(tmp_path / "text")
-    tokenizer_without_image_token().save_pretrained(tmp_path / "text")
-    compose(halves[0], tmp_path / "text", "llava_next", tmp_path / "out")
-    assert {value.dtype for value in tensors_of(tmp_path / "out").values()} == {torch.bfloat16}
-
-
 @pytest.mark.parametrize("has_head", [True, False])
 def test_a_siglip_tower_alone(halves, tmp_path, has_head):
     vision = SiglipVisionModel(tiny_vision_config("siglip", vision_use_head=has_head))

@@ -9,6 +9,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationC
 
 from builders.tiny import random_image
 from hires_lmm.conversion import ConversionError, convert_slime, convert_to_slime
+from hires_lmm.modeling.bases_hires_lmm import HiResLmmHead, HiResLmmPositionPlan
+from hires_lmm.modeling.parts_hires_lmm import HEADS, POSITION_PLANS
 
 
 def equal(ours: dict, wanted: dict) -> bool:
@@ -68,15 +70,21 @@ def test_a_trained_checkpoint_without_the_report_goes_back(there_and_back, tmp_p
     assert {key: value.shape for key, value in back.items()} == {key: value.shape for key, value in golden.items()}
 
 
-@pytest.mark.parametrize("slot", ["token_ops", "layer_ops"])
-def test_a_model_the_released_code_cannot_run_does_not_go_back(there_and_back, tmp_path, slot):
+@pytest.mark.parametrize("slot", ["token_ops", "layer_ops", "position_plan", "heads"])
+def test_a_model_the_released_code_cannot_run_does_not_go_back(there_and_back, tmp_path, slot, monkeypatch):
+    monkeypatch.setitem(POSITION_PLANS, "plan", HiResLmmPositionPlan)
+    monkeypatch.setitem(HEADS, "head", HiResLmmHead)
     root, _ = there_and_back
     model = AutoModelForImageTextToText.from_pretrained(root / "out")
     connector = model.config.connector_config
     if slot == "token_ops":
         connector.token_ops[0]["keep"] = {"rule": "budget"}
-    else:
+    elif slot == "layer_ops":
         connector.layer_ops = [{"part": "keep_after"}]
+    elif slot == "position_plan":
+        connector.position_plan = {"part": "plan"}
+    else:
+        connector.heads = {"score": {"part": "head", "token_id": 5}}
     model.save_pretrained(tmp_path / "other")
     with pytest.raises(ConversionError, match=slot):
         convert_to_slime(tmp_path / "other", tmp_path / "back")

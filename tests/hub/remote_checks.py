@@ -1,8 +1,7 @@
 """Runs in a process that cannot import the package: `python -I remote_checks.py FOLDER EXPECTED OUT CHECK...`.
 
-FOLDER holds a checkpoint, EXPECTED images, tensors and texts that the package gave, OUT is written. A check may
-carry an option (`device_map=disk`) and prints one line `name: {json}`; an exception is part of the JSON and ends the
-check only.
+FOLDER holds a checkpoint, EXPECTED images, tensors and texts that the package gave, OUT is written. A check prints one
+line `name: {json}`; an exception is part of the JSON and ends the check only.
 """
 
 import contextlib
@@ -162,56 +161,6 @@ def check_pipeline(folder, expected, out):
     return {"module": module_of(pipe.model), "single": single, "batched": batched, "plain": plain}
 
 
-def check_device_map(folder, expected, out, name):
-    tensors = saved(expected)
-    device_map = {
-        "cpu": "cpu",
-        "parts": {
-            "model.vision_tower": "cpu",
-            "model.connector": "cpu",
-            "model.language_model": "cpu",
-            "lm_head": "cpu",
-        },
-        "text_on_disk": {
-            "model.vision_tower": "cpu",
-            "model.connector": "cpu",
-            "model.language_model": "disk",
-            "lm_head": "cpu",
-        },
-        "disk": {
-            "model.vision_tower": "disk",
-            "model.connector": "disk",
-            "model.language_model": "disk",
-            "lm_head": "cpu",
-        },
-    }[name]
-    model = AutoModelForImageTextToText.from_pretrained(
-        folder, **TRUST, device_map=device_map, offload_folder=str(out / "offload")
-    )
-    got = outputs(model, tensors["batch"])
-    return {"same": [torch.equal(got[key], tensors[key]) for key in ("logits", "sequences")]}
-
-
-def check_dtype(folder, expected, out):
-    tensors = saved(expected)
-    result = {}
-    mask = tensors["batch"]["attention_mask"].bool()
-    for dtype in (torch.bfloat16, torch.float16):
-        model = AutoModelForImageTextToText.from_pretrained(folder, **TRUST, dtype=dtype)
-        got = outputs(model, tensors["batch"])
-        difference = (got["logits"].float() - tensors["logits"])[mask].abs()
-        result[str(dtype)] = {
-            "parameters": sorted({str(parameter.dtype) for parameter in model.parameters()}),
-            "logits": str(got["logits"].dtype),
-            "mean_difference": float(difference.mean()),
-            "finite": bool(got["logits"].isfinite().all()),
-        }
-        model.save_pretrained(out / "half")
-        again = AutoModelForImageTextToText.from_pretrained(out / "half", **TRUST)
-        result[str(dtype)]["reloaded"] = torch.equal(outputs(again, tensors["batch"])["logits"], got["logits"])
-    return result
-
-
 def check_unimported(folder, expected, out):
     """Last: after all loads, nothing of the package and no optional dependency was imported by the shipped code."""
     blocked = False
@@ -232,8 +181,7 @@ def main() -> None:
     for name in sys.argv[4:]:
         try:
             with contextlib.redirect_stdout(sys.stderr):
-                check, *options = name.split("=")
-                result = globals()[f"check_{check}"](folder, expected, out, *options)
+                result = globals()[f"check_{name}"](folder, expected, out)
         except Exception:
             result = {"exception": traceback.format_exc()}
         sys.stdout.write(f"{name}: {json.dumps(result)}\n")

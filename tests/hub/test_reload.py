@@ -8,7 +8,7 @@ import importlib.util
 import pytest
 import torch
 
-from builders.reload import DIAGONAL, DTYPES, PRESETS, Case, build, run_worker, unlike, write_case, write_reference
+from builders.reload import DIAGONAL, Case, build, run_worker, unlike, write_case, write_reference
 from builders.training import conversations, make_trainer, slime_parts
 from hires_lmm.training import Stage
 from hires_lmm.training.plans import FORCED_EXPERT
@@ -150,11 +150,3 @@ def test_adapters(found, name):
 def test_a_checkpoint_of_the_trainer(found):
     check_same(found("trainer")["model"], found.prefix)
     assert found("trainer")["processor"]["different"] == []
-
-
-def test_the_cases_cover_everything_once():
-    assert {case.preset for case in DIAGONAL} == set(PRESETS)
-    assert {case.dtype for case in DIAGONAL} == set(DTYPES)
-    assert {case.text for case in DIAGONAL} == {"llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text"}
-    assert {(case.tied, case.sharded) for case in DIAGONAL} == {(a, b) for a in (True, False) for b in (True, False)}
-    assert {case.vision for case in DIAGONAL} == {"clip", "siglip"}

@@ -172,19 +172,6 @@ def test_right_padding_holds_in_other_modes(case, options):
     assert got == expected
 
 
-@pytest.mark.parametrize("budget", BUDGETS, ids=["full", "budget"])
-@pytest.mark.parametrize("case", [CASES[0], CASES[3], CASES[4]], ids=lambda case: "-".join(map(str, case)))
-@torch.no_grad()
-def test_the_order_of_the_rows_does_not_matter(case, budget):
-    model, processor = build(case)
-    order = [3, 5, 1, 0, 4, 2]
-    batch = batch_of(processor, order, budget, padding_side="left")
-    logits = model(**batch).logits
-    for place, row in enumerate(order):
-        mask = batch["attention_mask"][place].bool()
-        torch.testing.assert_close(logits[place][mask], alone(case, row, budget)[1], atol=TOLERANCE, rtol=0)
-
-
 @torch.no_grad()
 def test_a_batch_of_text_alone_needs_no_image():
     model, processor = build(CASES[0])

@@ -101,19 +101,6 @@ def test_predicted_counts_equal_features(preset, with_budget):
         assert left == promised if promised < count else left <= count  # a budget goes before the threshold
 
 
-@all_presets
-def test_the_layout_rules_give_the_same_counts(preset):
-    """The count from plan and layout, written again in the tests, and its kinds: marks where the layout has them."""
-    model, processor = build(preset)
-    layout = model.config.token_layout()
-    for size in random_sizes(60, seed=3, largest=500):
-        batch = make_batch(processor, [(TEXT, [flat_image(*size)])])
-        kinds = reference.layout_kinds(batch["view_positions"].tolist(), batch["view_spans"].tolist(), layout)
-        assert len(kinds) == processor.image_tokens(*size), size
-        if preset == "llava_next":
-            assert kinds == reference.llava_next_kinds(*size, 56, 4, scaled_pinpoints(56)), size
-
-
 @pytest.mark.parametrize("view_size", [56, 336])
 def test_llava_next_counts_are_those_of_transformers(view_size):
     """Also at the released view size of 336 pixels, where rounding differs from the tiny one."""
@@ -166,24 +153,3 @@ def test_a_wrong_number_of_placeholders_names_both_numbers(preset):
     ids = torch.cat([batch["input_ids"][:, :place], batch["input_ids"][:, place + 1 :]], 1)
     with pytest.raises(ValueError, match=rf"{count - 1}\D.*{count}|{count}\D.*{count - 1}"):
         model(input_ids=ids, **geometry_of(batch))
-
-
-@all_presets
-def test_a_budget_below_the_protected_tokens_names_the_smallest(preset):
-    processor, layout = build(preset)[1], build(preset)[0].config.token_layout()
-    images = [random_image(60, 50), random_image(300, 90)]
-    full = make_batch(processor, [(TEXT, images[1:])])
-    kinds = reference.layout_kinds(full["view_positions"].tolist(), full["view_spans"].tolist(), layout)
-    protected = {"all": ("mark",), "crops": ("mark", "global")}[layout["budget"]["on"]]
-    smallest = sum(kind in protected for kind in kinds) + 1
-    assert processor.image_tokens(300, 90, max_image_tokens=smallest) == smallest
-    if smallest == 1:  # zero is refused before any image is looked at
-        return
-    with pytest.raises(ValueError, match=rf"(?s)(?=.*\b{smallest}\b)(?=.*\b{smallest - 1}\b)"):
-        processor.image_tokens(300, 90, max_image_tokens=smallest - 1)
-    if "crops" in layout["budget"]["on"]:  # the global view is protected: the first image has too many tokens, too
-        with pytest.raises(ValueError, match=rf"Image 0: max_image_tokens={smallest - 1} is too small"):
-            processor(text=TEXT + TEXT, images=images, max_image_tokens=smallest - 1)
-        return
-    with pytest.raises(ValueError, match=rf"(?is)(?=.*image 1\b)(?=.*\b{smallest}\b)"):
-        make_batch(processor, [(TEXT, images[:1]), (TEXT, images[1:])], max_image_tokens=smallest - 1)

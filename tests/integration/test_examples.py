@@ -102,17 +102,6 @@ def test_vlsa_cognition_asks_trains_and_scores(monkeypatch, capsys):
     assert float(re.search(r"grey answers score \{'parsed': 1.0, 'error': ([\d.]+)", text)[1]) > 10
 
 
-def test_bilinear_runs_follow_the_closed_forms_and_end_in_the_optimum(tmp_path, monkeypatch, capsys):
-    options = ("--out", str(tmp_path / "plot.png"), "--starts", "20", "--steps", "800")
-    text = run("bilinear_alternation", *options, monkeypatch=monkeypatch, capsys=capsys)
-    gaps = re.findall(r"differ by at most (\S+)\n", text)
-    assert len(gaps) == 3 and max(map(float, gaps)) < 1e-12
-    for overlap in ("+0.5", "-0.5"):
-        ends = text.partition(f"a'b = {overlap}")[2].splitlines()[2:5]
-        assert all(line.endswith("optimum 20/20") for line in ends), ends
-    assert (tmp_path / "plot.png").stat().st_size > 5000
-
-
 def test_the_image_is_what_its_script_draws():
     spec = importlib.util.spec_from_file_location("make_images", EXAMPLES / "make_images.py")
     module = importlib.util.module_from_spec(spec)

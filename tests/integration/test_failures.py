@@ -290,12 +290,6 @@ def test_a_broken_sample_is_named(processor, broken, changes, text):
     assert len(str(caught.value)) < 1500
 
 
-@pytest.mark.parametrize("sample", [None, "text", {}, {"messages": [1]}])
-def test_a_sample_of_another_type_is_named_by_its_place(processor, sample):
-    with pytest.raises(ValueError, match=r"^Sample 1 of its batch"):
-        HiResLmmCollator(processor)([conversation(0), sample])
-
-
 def test_broken_samples_may_be_left_out_and_are_counted(tmp_path, processor, broken, caplog):
     stage = Stage("mine", TRAINABLE)
     collator = HiResLmmCollator(processor, views=stage.views, broken="drop")

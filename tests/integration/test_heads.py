@@ -12,9 +12,13 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from builders import make_batch, random_image, tiny_config, tiny_model, tiny_processor, tiny_text_config
+from builders.training import conversation
 from hires_lmm import HiResLmmForConditionalGeneration
+from hires_lmm.conversion.cards import write_card
 from hires_lmm.modeling.bases_hires_lmm import HiResLmmHead
 from hires_lmm.modeling.parts_hires_lmm import HEADS
+from hires_lmm.training import HiResLmmCollator
+from hires_lmm.training.columns import BatchColumn
 
 
 FOLDER = Path(__file__).parents[1] / "fixtures" / "onechart"
@@ -196,9 +200,9 @@ def test_a_step_of_the_trainer_is_one_step_however_it_is_cut(tmp_path):
     losses = []
     for own, own_numbers in zip(inputs, numbers, strict=True):
         outputs = model(**own, labels_numbers=own_numbers)
-        losses.append((float(outputs.loss), float(outputs.aux["loss/numbers"])))
+        losses.append(outputs.loss.item())
     counts = [int((own["labels"][:, 1:] != -100).sum()) for own in inputs]
-    wanted = sum(count * loss for count, (loss, _) in zip(counts, losses, strict=True)) / sum(counts)
+    wanted = sum(count * loss for count, loss in zip(counts, losses, strict=True)) / sum(counts)
     data = [{**own, "labels_numbers": each} for own, each in zip(inputs, numbers, strict=True)]
     args = TrainingArguments(
         str(tmp_path), max_steps=1, per_device_train_batch_size=1, gradient_accumulation_steps=2, logging_steps=1,
@@ -241,3 +245,36 @@ def test_labels_of_another_number_of_tokens_are_refused():
     batch = ask(processor, (90, 60))
     with pytest.raises(ValueError, match="labels_numbers has 2 rows, but the token 7 occurs 1 times"):
         model(**batch, labels_numbers=torch.zeros(2, 6))
+
+
+class Numbers(BatchColumn):
+    """The numbers of a conversation, one row each."""
+
+    def encode(self, messages):
+        text = messages[-1]["content"][0]["text"]
+        return padded([[float(word) for word in text.split() if word.isdigit()]], 6) if text else None
+
+
+def test_the_collator_brings_the_numbers_of_each_conversation():
+    mark = tiny_processor(tiny_config(), "chatml").tokenizer("boat", add_special_tokens=False)["input_ids"]
+    heads = {"numbers": {"part": "number_decoder", "token_id": mark[-1], "slots": 6}}
+    config = tiny_config(connector_config={"heads": heads})
+    model, processor = tiny_model(config).train(), tiny_processor(config, "chatml")
+    data = [conversation(number) for number in (2, 5)]
+    for sample, answer in zip(data, ("boat 3 9", "boat 4 7 5"), strict=True):
+        sample["messages"][1]["content"] = answer
+    batch = HiResLmmCollator(processor, columns=[Numbers("labels_numbers")])(data)
+    assert (batch["input_ids"] == mark[-1]).sum(dim=1).tolist() == [1, 1]
+    torch.testing.assert_close(batch["labels_numbers"], padded([[3.0, 9.0], [4.0, 7.0, 5.0]], 6), equal_nan=True)
+    outputs = model(**batch)
+    targets, read = torch.tensor([0.0, 1.0, 0.0, 1.0, 1 / 3]), outputs.heads["numbers"]
+    wanted = (torch.cat([read[0, :2], read[1, :3]]) - targets).abs().mean()
+    torch.testing.assert_close(outputs.aux["loss/numbers"], wanted)
+
+
+def test_the_card_names_the_heads(tmp_path):
+    model, processor = build()
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    write_card(tmp_path, model.config, processor.image_processor, {"versions": {}})
+    assert f"* heads: `{model.config.connector_config.heads}`\n" in (tmp_path / "README.md").read_text()

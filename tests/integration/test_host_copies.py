@@ -120,14 +120,21 @@ def test_given_geometry_nothing_is_copied(name):
         assert model(**inputs, image_geometry=images).logits.device.type == "meta"
 
 
-def test_geometry_on_the_device_or_on_the_host_gives_the_same(monkeypatch):
+def test_generate_takes_every_form_of_the_images():
     config, processor = build("slime")
     model, batch = tiny_model(config), encode(processor, images=2)
+    options = {"max_new_tokens": 4, "do_sample": False}
+    wanted = model.generate(**batch, **options)
+    text = {name: batch[name] for name in ("input_ids", "attention_mask")}
     images = model.model.read_images(batch["view_positions"], batch["view_spans"])
+    found = model.generate(**text, pixel_values=batch["pixel_values"], image_geometry=images, **options)
+    assert torch.equal(found, wanted)
     with torch.no_grad():
-        expected = model(**batch).logits
-        found = model(input_ids=batch["input_ids"], pixel_values=batch["pixel_values"], image_geometry=images).logits
-    torch.testing.assert_close(found, expected)
+        features = model.model.encode_pixels(batch["pixel_values"])
+    rest = {name: batch[name] for name in ("view_positions", "view_spans")}
+    assert torch.equal(model.generate(**text, **rest, vision_features=features, **options), wanted)
+    with pytest.raises(ValueError, match="image_geometry came without pixel_values"):
+        model(**text, image_geometry=images)
 
 
 @pytest.mark.parametrize("padding", ["none", "left", "right"])

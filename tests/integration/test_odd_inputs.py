@@ -72,18 +72,6 @@ def test_rows_of_an_image_alone_and_of_nothing_after_it(name, side):
         assert texts[row] == model.generate(**single, **OPTIONS)[0, single["input_ids"].shape[1] :].tolist()
 
 
-@pytest.mark.parametrize("name", READING)
-@torch.no_grad()
-def test_an_empty_question_keeps_the_first_tokens(name):
-    """Without a word to compare with all scores are equal."""
-    model, processor = build(name)
-    batch = make_batch(processor, [("<image>", [random_image(100, 180)])])
-    found = model(**batch, output_token_map=True).token_map
-    assert (found.score[found.kind == 1] == 0).all()
-    kept = found.kept[found.kind == 1]
-    assert kept[: int(kept.sum())].all()
-
-
 @all_rules
 @torch.no_grad()
 def test_ten_images_in_a_row(name):
@@ -148,22 +136,6 @@ def test_masks_of_any_type_and_none(name):
 
 @all_rules
 @torch.no_grad()
-def test_prepared_masks(name):
-    """A budget takes any mask; the threshold, which drops positions, says that it needs two dimensions."""
-    model, batch = build(name)[0], one(name)[0]
-    length = batch["input_ids"].shape[1]
-    causal = torch.full((length, length), torch.finfo(torch.float32).min).triu(1)[None, None]
-    for mask in (causal, {"full_attention": causal}):
-        inputs = {**batch, "attention_mask": mask}
-        if RULES[name].keep == "threshold":
-            with pytest.raises(ValueError, match="two-dimensional attention_mask"):
-                model(**inputs)
-        elif isinstance(mask, torch.Tensor):
-            torch.testing.assert_close(model(**inputs).logits, model(**batch).logits, atol=1e-4, rtol=0)
-
-
-@all_rules
-@torch.no_grad()
 def test_logits_to_keep_and_given_positions(name):
     model, (batch, expected) = build(name)[0], one(name)
     logits = model(**batch).logits
@@ -207,27 +179,6 @@ def test_generate_in_training_mode(name, training_mode):
     training_mode(model)
     sequences = model.generate(**batch, **OPTIONS)
     assert sequences.shape[1] == batch["input_ids"].shape[1] + 5
-
-
-@all_rules
-def test_gradient_checkpointing(name, training_mode):
-    model, batch = copy.deepcopy(build(name)[0]), one(name)[0]
-    inputs = {**batch, "labels": batch["input_ids"], "prompt_mask": batch["attention_mask"]}
-    training_mode(model)
-    results = []
-    for checkpointing in (False, True):
-        if checkpointing:
-            if hasattr(model, "activation_checkpointing_enable"):  # the name from transformers 5.23 on
-                model.activation_checkpointing_enable()
-            else:
-                model.gradient_checkpointing_enable()
-        torch.manual_seed(0)
-        loss = model(**inputs).loss
-        loss.backward()
-        results.append([loss.detach(), *(w.grad for w in model.parameters() if w.grad is not None)])
-        model.zero_grad()
-    assert len(results[0]) == len(results[1]) > 20
-    torch.testing.assert_close(results[0], results[1], atol=1e-5, rtol=1e-4)
 
 
 def test_compiled_decoding_with_a_static_cache():

@@ -77,7 +77,7 @@ def test_without_gradio_the_remedy_is_named(loaded, monkeypatch):
     from hires_lmm.page import build_page
 
     monkeypatch.setitem(sys.modules, "gradio", None)
-    with pytest.raises(ImportError, match=r"pip install -e"):
+    with pytest.raises(ImportError, match=r"pip install .hires-lmm\[demo\]"):
         build_page(*loaded, "x")
 
 

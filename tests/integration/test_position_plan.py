@@ -261,6 +261,14 @@ def test_training_reads_the_plan():
         torch.testing.assert_close(loss.detach(), wanted)
 
 
+@torch.no_grad()
+def test_gaps_between_positions_are_no_packed_texts():
+    model, processor = build()
+    batch = ask(processor, NONE)
+    wanted = model(**batch).logits
+    torch.testing.assert_close(model(input_ids=batch["input_ids"], use_cache=False).logits, wanted)
+
+
 def test_what_does_not_go_together_is_refused():
     model, processor = build()
     batch = ask(processor, ONE)
@@ -284,3 +292,55 @@ def test_what_does_not_go_together_is_refused():
         model(**batch)
     with pytest.raises(ValueError, match="unknown part 'spatial'; known parts of this slot: temporal"):
         tiny_config(connector_config={"position_plan": {"part": "spatial"}})
+
+
+class NotingPlan(HiResLmmPositionPlan):
+    """One position after the other; notes what it is told."""
+
+    def __init__(self, context, options):
+        super().__init__(context, options)
+        self.told = []
+
+    def forward(self, tokens):
+        self.told.append(tokens)
+        return tokens.number, None
+
+
+@torch.no_grad()
+def test_a_plan_is_told_of_all_tokens_of_a_row(monkeypatch):
+    """Those of earlier calls too, after rows were repeated and the cache was cropped."""
+    monkeypatch.setitem(POSITION_PLANS, "noting", NotingPlan)
+    config = tiny_config("llava_next", connector_config={"position_plan": {"part": "noting"}})
+    model, processor = tiny_model(config), tiny_processor(config)
+    plan, batch, more = model.model.connector.position_plan, ask(processor, ONE, TWO), ask(processor, TWO)
+    cache = model(**batch, use_cache=True)[CACHE]
+    length = batch["input_ids"].shape[1]
+    told = plan.told[-1]
+    assert torch.equal(told.real, batch["attention_mask"].bool()) and told.num_cached == 0 and told.has_images
+    is_image = batch["input_ids"] == config.image_token_id
+    assert torch.equal(told.image >= 0, is_image) and told.image.amax(dim=1).tolist() == [0, 1]
+    kinds = batch["view_positions"][:, 0].tolist()
+    starts = batch["view_positions"][:, 8].bool().nonzero()[:, 0].tolist()
+    for row, number, image in ((0, 0, 0), (1, 0, 1), (1, 1, 2)):
+        mine, first = told.image[row] == number, starts[image]
+        last = (*starts, len(kinds))[image + 1]
+        views = told.view[row][mine]
+        assert views[views >= 0].unique().tolist() == list(range(last - first))
+        assert told.kind[row][mine][views >= 0].tolist() == [
+            kinds[first + view] for view in views[views >= 0].tolist()
+        ]
+        assert (told.kind[row][mine][views < 0] == -1).all()
+    cache.batch_repeat_interleave(2)
+    cache.crop(-3)
+    ids = more["input_ids"].expand(4, -1)
+    geometry = {name: torch.cat([more[name]] * 4) for name in ("pixel_values", "view_positions", "view_spans")}
+    mask = torch.cat([batch["attention_mask"].repeat_interleave(2, dim=0)[:, :-3], torch.ones_like(ids)], dim=1)
+    model(input_ids=ids, attention_mask=mask, **{CACHE: cache}, **geometry)
+    again = plan.told[-1]
+    assert again.num_cached == length - 3 and again.real.shape == mask.shape and torch.equal(again.real, mask.bool())
+    for name in ("image", "view", "kind"):
+        old = getattr(told, name)[:, :-3].repeat_interleave(2, dim=0)
+        assert torch.equal(getattr(again, name)[:, : length - 3], old)
+    assert again.image.amax(dim=1).tolist() == [2, 2, 3, 3]
+    new = again.image[:, length - 3 :]
+    assert [sorted(set(row.tolist())) for row in new] == [[-1, 1, 2], [-1, 1, 2], [-1, 2, 3], [-1, 2, 3]]

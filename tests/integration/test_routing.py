@@ -142,32 +142,6 @@ def test_the_prompt_scope_reads_the_whole_prompt_but_not_the_last_answer(templat
     assert all(kept == sets[0] for kept in sets)
 
 
-@pytest.mark.parametrize("template", MARKED)
-def test_the_prompt_scope_reads_no_answer_that_is_learned(template):
-    """With labels, earlier answers are targets: the set may not depend on them."""
-    model, processor = build(template, scope="prompt")
-    sets = []
-    for answer in ("Two.", "Seven.", "A boat."):
-        batch = encode(processor, [chat((QUESTION, answer), (OTHER_QUESTION, answer))])
-        sets.append(kept_of(model, batch, labels=batch["input_ids"])[0])
-    assert sets[0] == sets[1] == sets[2]
-
-
-def test_the_plain_template_needs_a_mask():
-    """Its answers open with nothing: only labels or a prompt mask tell them from questions."""
-    model, processor = build("plain")
-    assert model.config.answer_prefix_ids == []
-    alone = encode(processor, [chat((QUESTION, None))])
-    expected, length = kept_of(model, alone)[0], alone["input_ids"].shape[1]
-    for answer in ANSWERS:
-        batch = encode(processor, [chat((QUESTION, answer))])
-        assert kept_of(model, batch)[0] != expected
-        prompt = torch.arange(batch["input_ids"].shape[1])[None] < length
-        labels = batch["input_ids"].masked_fill(prompt, -100)
-        assert kept_of(model, batch, prompt_mask=prompt)[0] == expected
-        assert kept_of(model, batch, labels=labels)[0] == expected
-
-
 # --- masks and labels ----------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("template", MARKED)
 def test_a_prompt_mask_goes_before_ids_and_labels(template):
@@ -188,21 +162,6 @@ def test_a_prompt_mask_goes_before_ids_and_labels(template):
     assert kept_of(unknown, batch, prompt_mask=mask)[0] == narrow
     answer = torch.where(mask.bool(), -100, ids)  # everything but the masked words is learned
     assert kept_of(unknown, batch, labels=answer)[0] == narrow
-
-
-def test_training_without_any_source_is_an_error():
-    model, processor = build("chatml", has_prefixes=False)
-    batch = encode(processor, [chat((QUESTION, "Two."))])
-    try:
-        model.train()
-        with pytest.raises(ValueError, match=r"prompt_mask.*labels.*answer_prefix_ids"):
-            model(**batch)
-        with pytest.raises(ValueError, match="answer_prefix_ids"):  # as TRL calls the base model
-            model.model(**batch)
-        for source in ("labels", "prompt_mask"):
-            assert torch.isfinite(model(**batch, **{source: batch["attention_mask"]}, return_logits=True).logits).all()
-    finally:
-        model.eval()
 
 
 @pytest.mark.parametrize("rule", ["cosine", "attention"])
@@ -297,20 +256,6 @@ def test_under_the_collator_of_trl(template, scope, assistant_only):
     assert wanted[0] != wanted[2]
     assert kept_of(model.model, batch) == wanted
     assert kept_of(model, batch, labels=labels) == wanted
-
-
-@pytest.mark.parametrize("template", TEMPLATES)
-def test_under_the_collator_of_trl_with_completions(template):
-    model, processor = build(template)
-    collate = collator_of(processor, completion_only_loss=True)
-    questions = (QUESTION, QUESTION, OTHER_QUESTION)
-    examples = []
-    for question, answer in zip(questions, ANSWERS, strict=True):
-        messages = plain_chat(question, answer)
-        examples.append({"images": [IMAGES[0]], "prompt": messages[:1], "completion": messages[1:]})
-    batch = dict(collate(examples))
-    wanted = [kept_in(template, chat((question, None))) for question in questions]
-    assert kept_of(model, batch) == wanted
 
 
 def test_plain_text_under_the_collator_of_trl_must_tell_answers_from_questions():

@@ -1,20 +1,17 @@
 """The evaluator against one question at a time through processor and `generate`; resuming; the command."""
 
 import json
-import re
 from contextlib import nullcontext
-from pathlib import Path
 
 import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
-from typer.main import get_command
 from typer.testing import CliRunner
 
 from builders.tiny import random_image, tiny_config, tiny_model, tiny_processor
 from builders.training import COMPRESS
 from hires_lmm.cli import app
-from hires_lmm.evaluation import AnswerStore, SweepSetting, evaluate, expand_grid
+from hires_lmm.evaluation import AnswerStore, SweepSetting, evaluate
 from hires_lmm.processing.chat_templates_hires_lmm import answer_prefix_ids, question_prefix_ids
 
 
@@ -367,16 +364,6 @@ def test_budgets_that_are_too_small_are_all_named_before_the_first_answer(parts,
     evaluate(model, processor, rows(), [SweepSetting(tokens=17)])
 
 
-def test_the_budgets_of_the_help_work_with_the_shipped_checkpoint():
-    option = next(each for each in get_command(app).commands["sweep"].params if each.name == "tokens")
-    budgets = re.findall(r"\d+", option.help)
-    assert len(budgets) == 2
-    folder = Path(__file__).parents[2] / "checkpoints" / "needle-slime"
-    for budget in budgets:
-        result = CliRunner().invoke(app, ["tokens", str(folder), "384x384", "--max-image-tokens", budget, "--json"])
-        assert json.loads(result.stdout)[0]["kept_tokens"] == int(budget)
-
-
 @pytest.mark.parametrize(
     "options, status, words",
     [
@@ -392,15 +379,3 @@ def test_wrong_commands(checkpoint, tmp_path, options, status, words):
     result = run(checkpoint, checkpoint.parent / "rows.jsonl", "--out", tmp_path, *options)
     assert result.exit_code == status
     assert words in " ".join(result.stderr.replace("│", " ").split())
-
-
-def test_another_checkpoint_in_the_same_folder_is_refused(checkpoint, tmp_path):
-    data = checkpoint.parent / "rows.jsonl"
-    assert run(checkpoint, data, "--out", tmp_path, "--no-plot").exit_code == 0
-    result = run(checkpoint, data, "--out", tmp_path, "--no-plot", "--dtype", "bfloat16")
-    assert result.exit_code == 1
-    assert "made with dtype='float32', but now dtype is 'bfloat16'" in result.stderr
-
-
-def test_grid_helper_and_default_setting_agree():
-    assert expand_grid() == [SweepSetting()]

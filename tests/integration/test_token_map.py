@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import LlamaForCausalLM
 
 import reference_generation as reference
 import reference_routing as routing
@@ -100,57 +99,6 @@ def test_scores_and_kept_are_those_of_the_router(rule):
         assert records["score"][records["kept"] & scored].min() > records["score"][~records["kept"]].max()
 
 
-@pytest.mark.parametrize(
-    "preset, rule, budget",
-    [
-        ("slime", None, None),
-        ("slime_release", None, None),
-        ("slime", None, 30),
-        ("monkey", routing.Rule("cosine", "budget", on="all"), 20),
-        ("monkey", None, 20),
-        ("llava_next", None, 30),
-        ("llava_next", routing.Rule("attention", on="crops"), None),
-        ("llava_hd", None, None),
-    ],
-    ids=str,
-)
-def test_as_many_are_kept_as_enter_the_language_model(preset, rule, budget):
-    model, processor = build(preset, rule)
-    extra = {} if budget is None else {"max_image_tokens": budget}
-    images = [random_image(*size, seed=i) for i, size in enumerate(SIZES)]
-    batch = make_batch(processor, [(TEXT, [image]) for image in images], padding_side="left", **extra)
-    seen = []
-
-    def look(module, args, kwargs):
-        mask, embeds = kwargs["attention_mask"], kwargs["inputs_embeds"]
-        mask = torch.ones(embeds.shape[:2], dtype=torch.long) if mask is None else mask  # a batch without padding
-        seen.append((mask[:, -embeds.shape[1] :].sum(1), embeds))
-
-    handle = model.model.language_model.register_forward_pre_hook(look, with_kwargs=True)
-    try:
-        with torch.no_grad():
-            output = model(**batch, output_token_map=True)
-    finally:
-        handle.remove()
-    text = (batch["attention_mask"].bool() & (batch["input_ids"] != model.config.image_token_id)).sum(1)
-    kept = torch.tensor([int(of_image(output.token_map, image)["kept"].sum()) for image in range(len(SIZES))])
-    (lengths, embeds), table = seen[0], model.get_input_embeddings().weight
-    assert kept.tolist() == (lengths - text).tolist()
-    if budget is not None:
-        full = [processor.image_tokens(*size) for size in SIZES]
-        assert all(k == budget for k, count in zip(kept.tolist(), full, strict=True) if count > budget)
-    # and they are those tokens, in their order
-    for image in range(len(SIZES)):
-        everything, _ = reference.full_visual_tokens(model, processor, [images[image]])
-        wanted = everything[0][of_image(output.token_map, image)["kept"]]
-        row = embeds[image, -int(lengths[image]) :]
-        first = int((batch["input_ids"][image] == model.config.image_token_id).nonzero()[0])
-        first -= int((batch["attention_mask"][image] == 0).sum())
-        torch.testing.assert_close(row[first : first + len(wanted)], wanted, atol=1e-4, rtol=0)
-        if first:
-            torch.testing.assert_close(row[0], table[batch["input_ids"][image][batch["attention_mask"][image] > 0][0]])
-
-
 def test_the_map_needs_boxes_and_is_absent_unless_asked_for():
     model, batch, output = run("slime", [random_image(60, 60)])
     assert output.token_map is not None
@@ -168,50 +116,7 @@ def test_the_map_needs_boxes_and_is_absent_unless_asked_for():
     assert model(input_ids=ids, output_token_map=True).token_map is None
 
 
-def test_the_map_of_reordered_features_has_their_boxes():
-    images = [random_image(*size, seed=i) for i, size in enumerate(SIZES[:2])]
-    model, batch, output = run("slime", images)
-    features = model.get_image_features(**geometry_of(batch), return_dict=True).select_images([1, 0])
-    text = {name: batch[name].flip(0) for name in ("input_ids", "attention_mask")}
-    found = model(**text, mm_encoder_outputs={"image": features}, output_token_map=True).token_map
-    for image in range(2):
-        mine, theirs = of_image(found, image), of_image(output.token_map, 1 - image)
-        for name in mine:
-            torch.testing.assert_close(mine[name], theirs[name], equal_nan=True, atol=1e-4, rtol=0)
-
-
 # --- boxes ---------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("size", [*SIZES, (333, 250)])
-@pytest.mark.parametrize("preset", PRESETS)
-def test_boxes_of_crop_tokens_tile_the_image(preset, size):
-    """Every source pixel lies in exactly one crop token (where unpadding cut border patches: in at most one)."""
-    _, _, output = run(preset, [random_image(*size)])
-    records = of_image(output.token_map, 0)
-    height, width = size
-    rows, columns = (np.arange(side) + 0.5 for side in size)
-    hits = np.zeros(size, dtype=int)
-    for top, left, bottom, right in records["box"][records["kind"] == 1].tolist():
-        inside = ((rows >= top) & (rows < bottom))[:, None] & ((columns >= left) & (columns < right))[None]
-        hits += inside
-    rounding = 0.02 * height * width  # boxes are rounded to 1/256 pixel: a centre may fall between two of them
-    assert (hits > 1).sum() <= rounding
-    if preset == "llava_next":  # its own rule cuts up to half a patch of the image
-        assert (hits == 1).mean() > 0.6
-    else:
-        assert (hits == 0).sum() <= rounding
-    boxes = records["box"][records["kind"] >= 0]
-    assert torch.isfinite(boxes).all() and (boxes[:, 2:] > boxes[:, :2]).all()
-    assert records["box"][records["kind"] == -1].isnan().all()
-
-
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("preset", PRESETS)
-def test_boxes_of_global_tokens_cover_the_image(preset, size):
-    _, _, output = run(preset, [random_image(*size)])
-    records = of_image(output.token_map, 0)
-    boxes = records["box"][records["kind"] == 0]
-    assert (boxes[:, :2].min(0).values <= 0.01).all()
-    assert (boxes[:, 2:].max(0).values >= torch.tensor(size) - 0.01).all()
 
 
 def patch_means(batch, view: int, cell: torch.Tensor, grid: list[int]) -> float:
@@ -305,24 +210,3 @@ def test_generate_returns_the_map_of_the_images_as_passed(preset, rule, mode):
     assert output["token_map"] is output.token_map
     if mode != "sampled":
         assert torch.equal(output.sequences, model.generate(**batch, **options).sequences)
-
-
-@torch.no_grad()
-def test_an_assistant_of_text_alone_is_not_asked_for_a_map(deprecations):
-    model, processor = build("slime")
-    batch = make_batch(processor, [(TEXT, [random_image(100, 90)])])
-    helper = LlamaForCausalLM(model.config.text_config).eval()
-    options = {"max_new_tokens": 3, "return_dict_in_generate": True, "output_token_map": True}
-    output = model.generate(**batch, **options, assistant_model=helper)
-    same_map(output.token_map, model(**batch, output_token_map=True).token_map)
-    deprecations.clear()  # the library's own loop calls its assistant in a way that it calls deprecated
-
-
-def test_generate_has_no_place_for_a_map_in_a_tensor():
-    model, processor = build("slime")
-    batch = make_batch(processor, [(TEXT, [random_image(100, 90)])])
-    with pytest.raises(ValueError, match="return_dict_in_generate=True"):
-        model.generate(**batch, max_new_tokens=1, output_token_map=True)
-    text = processor(text="A boat?", return_tensors="pt")
-    options = {"max_new_tokens": 1, "return_dict_in_generate": True}
-    assert model.generate(**text, **options, output_token_map=True).token_map is None

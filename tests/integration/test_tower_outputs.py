@@ -38,13 +38,6 @@ def test_the_states_are_those_of_the_tower(parts, tower, chunk):
 
 
 @torch.no_grad()
-def test_nothing_is_kept_unasked(parts):
-    model, batch = parts
-    found = model.get_image_features(**batch)
-    assert found.hidden_states is None and found.attentions is None
-
-
-@torch.no_grad()
 def test_the_configuration_of_the_tower_decides(parts, tower):
     model, batch = parts
     config = model.model.vision_tower.config
@@ -158,10 +151,3 @@ def test_wrong_arguments_of_a_call_are_named(parts, name):
         batch = {"input_ids": batch["input_ids"]}
     with pytest.raises(ValueError, match=message):
         model(**{**batch, **changes})
-
-
-@pytest.mark.parametrize("chunk", ["a", 1.5, True])
-def test_a_number_of_views_at_once_that_is_none_is_named(parts, chunk):
-    model, batch = parts
-    with pytest.raises(ValueError, match=f"vision_chunk_size={chunk!r} must be an integer"):
-        model.get_image_features(**batch, vision_chunk_size=chunk)

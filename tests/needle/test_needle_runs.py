@@ -4,21 +4,16 @@ import pytest
 import torch
 
 from builders.needle import halves, joined, scene_set
-from hires_lmm.training import HiResLmmCollator, get_plan
+from hires_lmm.training import HiResLmmCollator
 from needle import needle_row
-from needle.from_halves import main, read_visits
 from needle.questions import FINE_KINDS, SCENE_KINDS
 from needle.runs import (
-    Rates,
     SceneSet,
     cache_scenes,
     evaluate_packed,
-    join_halves,
-    small_rates,
     with_token_ops,
 )
 from needle.runs.collator import KINDS_BY_VIEWS, SceneCollator, packed_mask
-from needle.runs.join import scaled_queries
 from needle.runs.run import Visits
 
 
@@ -38,17 +33,6 @@ def test_a_joined_model_holds_both_halves_and_a_connector_of_its_seed():
     first, again, other = (joined(seed=seed)[0].model.connector.adapter.mlp.linear_1.weight for seed in (1, 1, 2))
     assert torch.equal(first, again) and not torch.equal(first, other)
     assert 0.018 < first.std() < 0.022
-
-
-def test_query_counts_keep_their_share():
-    assert [scaled_queries(count, 64) for count in (64, 144, 196, 256, 576)] == [9, 16, 25, 25, 64]
-    model, _ = join_halves(halves(), "monkey")
-    assert model.config.connector_config.view_ops[0]["num_queries"] == 25
-
-
-def test_unknown_presets_are_named():
-    with pytest.raises(ValueError, match=r"known presets: .*slime"):
-        join_halves(halves(), "slim")
 
 
 def test_token_operations_without_weights_are_added_and_others_refused():
@@ -189,31 +173,3 @@ def test_scores_equal_greedy_answers(tmp_path):
     )
     assert scores["all"]["questions"] == total and scores["all"]["right"] == right
     assert scores["scene"] == scores["all"] and "fine" not in scores
-
-
-# ---- plans
-
-
-def test_small_rates_keep_the_parts_of_a_plan():
-    stages = get_plan("slime", tower_rate=1e-9)
-    small = small_rates(stages, Rates(align=1.0, connector=2.0, language=3.0, tower=4.0))
-    assert [list(stage.trainable) for stage in small] == [list(stage.trainable) for stage in stages]
-    assert [stage.views for stage in small] == ["global", "global", "crops", "all"]
-    assert small[0].trainable == {"connector.adapter.mlp": 1.0}
-    assert small[3].trainable == {"vision_tower": 4.0, "connector": 2.0, "language_model": 3.0, "lm_head": 3.0}
-
-
-def test_visits_of_stages_that_the_views_leave_idle_are_zero():
-    stages = get_plan("slime")
-    assert [bool(count) for count in read_visits(None, stages, "global")] == [True, True, False, True]
-    assert [bool(count) for count in read_visits(None, stages, "crops")] == [True, False, True, True]
-    assert read_visits("1,2,3,4", stages, None) == (1, 2, 3, 4)
-    with pytest.raises(ValueError, match="slime/I-a, slime/I-b"):
-        read_visits("1,2", stages, None)
-
-
-def test_a_wrong_command_says_what_is_wrong(tmp_path, capsys):
-    assert main(["--out", str(tmp_path), "--halves", str(tmp_path / "none")]) == 1
-    assert "pretrain_halves" in capsys.readouterr().err
-    assert main(["--out", str(tmp_path), "--visits", "1,x"]) == 1
-    assert "--visits=1,x" in capsys.readouterr().err

@@ -9,21 +9,15 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 from hires_lmm.processing.chat_templates_hires_lmm import answer_prefix_ids, question_prefix_ids
-from needle.halves.files import load_halves
-from needle.halves.loop import LoopOptions, learning_rate, run_loop
+from needle.halves.loop import LoopOptions, run_loop
 from needle.halves.text import (
-    FOCUS_KINDS,
-    NO_WORD,
-    TextPlan,
     answer_logits,
     build_batch,
     sample_row,
     text_config,
-    training_rows,
 )
 from needle.halves.tokenizer import build_tokenizer
-from needle.halves.vision import HEADS, VisionHalf, VisionPlan, normalise, placement_at, vision_config
-from needle.questions import FINE_KINDS
+from needle.halves.vision import HEADS, VisionHalf, normalise, vision_config
 from needle.scenes import NeedleOptions
 
 
@@ -60,15 +54,6 @@ def test_an_interrupted_run_ends_where_the_uninterrupted_one_does(tmp_path: Path
     assert len(lines) == 3
 
 
-def test_the_rate_rises_stays_and_falls():
-    options = LoopOptions(steps=1000, peak_rate=1.0, warmup=100, decay_share=0.2)
-    rates = [learning_rate(step, options) for step in range(1000)]
-    assert rates[0] == pytest.approx(0.01) and rates[99] == rates[799] == 1.0
-    assert rates[900] == pytest.approx(0.5) and rates[-1] == pytest.approx(0.01, abs=0.005)
-    longer = LoopOptions(steps=2000, peak_rate=1.0, warmup=100, decay_share=0.2)
-    assert all(learning_rate(step, longer) == rates[step] for step in range(800))
-
-
 # ---- the tokenizer
 
 
@@ -81,14 +66,6 @@ def test_every_question_and_answer_is_made_of_known_words():
             assert tokenizer.unk_token_id not in ids
             assert len(ids) == len(f"{question.text} {question.answer}".split())
             assert tokenizer.decode(tokenizer(question.answer)["input_ids"]) == question.answer
-
-
-def test_unknown_words_do_not_crash():
-    tokenizer = build_tokenizer()
-    ids = tokenizer("Which ZEBRA is the red one, émigré 7?")["input_ids"]
-    assert ids.count(tokenizer.unk_token_id) == 3
-    assert tokenizer.convert_tokens_to_ids("<image>") == 4
-    assert tokenizer("<image><image>")["input_ids"] == [4, 4]
 
 
 def test_the_chat_template_opens_answers_with_known_ids():
@@ -129,40 +106,7 @@ def test_packed_questions_do_not_see_each_other():
     assert torch.allclose(together, apart, atol=1e-4)
 
 
-def test_rows_depend_on_seed_and_step_alone():
-    plan = TextPlan(scenes=3)
-    assert training_rows(0, 7, plan) == training_rows(0, 7, plan)
-    assert training_rows(0, 7, plan) != training_rows(1, 7, plan)
-    assert all(len(set(row.slots)) >= 2 for row in training_rows(0, 7, plan))
-
-
-def test_the_focus_asks_for_values_and_their_colours_only():
-    rows = training_rows(0, 1700, TextPlan(focus=(1700, 1701)))
-    assert {question.kind for row in rows for question in row.questions} <= set(FOCUS_KINDS)
-    after = training_rows(0, 1701, TextPlan(focus=(1700, 1701)))
-    assert {question.kind for row in after for question in row.questions} - set(FOCUS_KINDS)
-
-
-def test_global_only_texts_are_not_asked_about_detail():
-    tokenizer = build_tokenizer()
-    rows = [sample_row(str(index), "train", NeedleOptions(), 16) for index in range(40)]
-    batch = build_batch(rows, tokenizer)
-    assert batch.words.max() < len(tokenizer) and batch.words.min() == NO_WORD
-    digits = set("0123456789")
-    for row in rows:
-        if not any(set(slot) & digits for slot in row.slots):  # no value in the text
-            assert not any(question.kind == "read_digit" for question in row.questions)
-    assert any(question.kind in FINE_KINDS for row in rows for question in row.questions)
-
-
 # ---- views
-
-
-def test_the_curriculum_goes_from_the_lattice_to_anywhere():
-    plan = VisionPlan(steps=100, aligned=10, jittered=14)
-    assert placement_at(9, plan) == ("aligned", 0)
-    assert [placement_at(step, plan)[1] for step in (10, 16, 23)] == [1, 4, 7]
-    assert placement_at(24, plan) == ("free", 0)
 
 
 def test_the_tower_reads_views_patch_by_patch():
@@ -172,8 +116,3 @@ def test_the_tower_reads_views_patch_by_patch():
     assert {name: tuple(values.shape) for name, values in logits.items()} == {
         name: (2, size) if name == "count" else (2, 64, size) for name, size in HEADS.items()
     }
-
-
-def test_a_folder_without_halves_is_named(tmp_path: Path):
-    with pytest.raises(ValueError, match="pretrain_halves --out"):
-        load_halves(tmp_path)

@@ -58,47 +58,6 @@ def test_every_attention_is_fused(kernels, built, name, batch):
     assert records["connector"].silu == ({"silu": 1 + sizes} if name == "vlsa" else {})
 
 
-def test_batches_of_unequal_rows_are_padded(kernels, built):
-    masks = [taken(kernels, built[name], "padded batch").inputs["attention_mask"] for name in ("llava_next", "monkey")]
-    assert all((mask == 0).any() for mask in masks)
-
-
-@pytest.mark.parametrize("part", ["tower", "connector", "language_model"])
-def test_an_eager_part_is_named(kernels, part):
-    case = taken(
-        kernels, kernels.build_models(["monkey"], "cpu", kernels.SHAPES["tiny"], "sdpa")["monkey"], "one image"
-    )
-    kernels.set_attention(
-        {"tower": case.tower, "connector": case.model.model.connector, "language_model": case.language_model}[part],
-        "eager",
-    )
-    faults = kernels.find_faults(kernels.examine(case)[0], "sdpa", None)
-    assert f"{part}: 2 x _softmax" in faults and all(fault.startswith(part) for fault in faults)
-
-
-def test_the_math_path_is_named(kernels, built):
-    case = taken(kernels, built["monkey"], "one image")
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        faults = kernels.find_faults(kernels.examine(case)[0], "sdpa", None)
-    for part in kernels.PARTS:
-        assert f"{part}: 2 x _scaled_dot_product_attention_math" in faults
-
-
-def test_other_faults_are_named(kernels):
-    """What flash attention or a kernel would be on CUDA, made up."""
-    records = {name: kernels.PartRecord() for name in (*kernels.PARTS, "between")}
-    for part in ("tower", "language_model"):
-        records[part].fused["_flash_attn_forward"] = 2
-    assert kernels.find_faults(records, "flash_attention_2", None) == []
-    records["tower"].asked, records["connector"].silu["silu"] = 2, 1
-    assert kernels.find_faults(records, "flash_attention_2", "KernelSiluAttention") == [
-        "tower: 2 x scaled_dot_product_attention in place of flash attention",
-        "connector: 1 x silu",
-    ]
-    records["language_model"].fused.clear()
-    assert "language_model: no attention was seen" in kernels.find_faults(records, "sdpa", None)
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("name", MODELS)

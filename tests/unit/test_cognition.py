@@ -8,7 +8,6 @@ from random import Random
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -21,7 +20,6 @@ from hires_lmm.training.data.cognition import (
     PixelTask,
     Place,
     find_places,
-    insert_pair,
     with_cognition,
 )
 from hires_lmm.training.data.cognition_tasks import (
@@ -124,23 +122,6 @@ def test_what_is_not_exactly_so_many_codes_is_no_answer(text):
     assert read_codes(text, (2, 2), 10) is None
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "1,2,3",
-        "1,2,3 4,5",
-        "1,2,3 4,5,6 7,8,9",
-        "1,2,3 4,5,256",
-        "1,2,3 4,5,-6",
-        "1 2 3 4 5 6",
-        "RGB: 1,2,3 4,5,6",
-    ],
-)
-def test_what_is_not_exactly_so_many_colours_is_no_answer(text):
-    assert read_pixels(text, (1, 2)) is None
-
-
 # ---- tasks
 
 
@@ -167,15 +148,6 @@ def test_cells_are_means_of_the_pixels_under_them():
     cells = region.reshape(4, 25, 5, 10, 3).mean((1, 3))
     assert np.abs(found - cells).max() <= 1.01  # Pillow rounds after the rows and after the columns
     assert np.abs(found - pixels[20:120, 21:71].reshape(4, 25, 5, 10, 3).mean((1, 3))).max() > 2
-
-
-def test_corners_reach_everywhere_and_the_region_is_a_quarter():
-    task, seen = PixelTask((1, 1), ["{left} {right} {top} {bottom}"]), set()
-    for seed in range(1500):
-        left, right, top, bottom = map(int, task.ask(Image.new("RGB", (4, 4)), Random(seed)).prompt.split())
-        assert right - left == bottom - top == 50 and 0 <= left <= 50 and 0 <= top <= 50
-        seen.add(("left", left)), seen.add(("top", top))
-    assert len(seen) == 102
 
 
 def test_a_labelled_codebook_gives_the_known_indices():
@@ -210,28 +182,6 @@ def test_tasks_score_answers():
     }
     nothing = pixels.score(["?"], [query])
     assert nothing["parsed"] == 0 and math.isnan(nothing["error"])
-
-
-class Lying(Palette):
-    def __init__(self, codes):
-        self.codes = codes
-
-    def __call__(self, images):
-        return self.codes
-
-
-@pytest.mark.parametrize(
-    "codes, message",
-    [
-        (np.full((1, 2, 3), 5), "from 5 to 5, but num_codes is 5"),
-        (np.full((1, 2, 3), -1), "from -1"),
-        (np.zeros((1, 3, 2), int), r"shape \(1, 3, 2\)"),
-        (np.zeros((1, 2, 3)), "float64"),
-    ],
-)
-def test_a_quantiser_that_lies_is_found(codes, message):
-    with pytest.raises(ValueError, match=message):
-        CodebookTask(Lying(codes), None).ask(random_image(9, 9), Random(0))
 
 
 @pytest.mark.parametrize(
@@ -308,22 +258,6 @@ def test_where_a_question_may_stand():
     assert find_places(separate, 1) == [Place(2, moves=True), Place(4)]
 
 
-def test_an_image_part_moves_with_its_image():
-    image = random_image(5, 6)
-    for content in (
-        [{"type": "image", "image": image}, {"type": "text", "text": "\nq"}],
-        [{"type": "text", "text": "q\n"}, {"type": "image", "image": image}],
-    ):
-        messages = [
-            {"role": "user", "content": content},
-            {"role": "assistant", "content": [{"type": "text", "text": "a"}]},
-        ]
-        new = insert_pair(messages, Place(0, moves=True), "P", "A")
-        assert new[0]["content"][0]["image"] is image and new[0]["content"][1]["text"] == "\nP"
-        assert new[2]["content"] == [{"type": "text", "text": "q"}] and len(new) == 4
-        assert len(content) == 2
-
-
 def test_images_are_named_and_asked_about_evenly_where_there_are_several():
     transform, counts = CognitionTransform({PixelTask((1, 1)): 1.0}, seed=4), Counter()
     colours = [(255, 0, 0), (0, 0, 255)]
@@ -370,53 +304,6 @@ def test_the_same_row_gets_the_same_questions_and_another_seed_or_epoch_others()
     assert run() != run(seed=1) and run() != run(epoch=1)
 
 
-def test_file_names_count_and_folders_do_not(tmp_path):
-    transform, found = CognitionTransform({PixelTask(): 1.0}), []
-    for place in ("a/one.png", "b/one.png", "b/two.png"):
-        (tmp_path / place).parent.mkdir(exist_ok=True)
-        random_image(20, 20).save(tmp_path / place)
-        found.append(texts(transform({"messages": row()["messages"], "images": [str(tmp_path / place)]})))
-    assert found[0] == found[1] != found[2]
-
-
-# ---- images of all kinds
-
-
-def test_images_are_read_as_the_processor_reads_them(tmp_path):
-    processor = tiny_processor(slime_config(), "chatml")
-    processor.image_processor.background = (0, 200, 0)
-    turned, exif = Image.new("RGB", (40, 20), (255, 0, 0)), Image.Exif()
-    turned.paste((0, 0, 255), (0, 0, 20, 20))  # blue left, red right
-    exif[0x0112] = 6  # turned by a quarter: blue above, red below
-    turned.save(tmp_path / "turned.png", exif=exif)
-    cases = [
-        (Image.new("L", (30, 30), 77), (77, 77, 77)),
-        (Image.new("RGBA", (30, 30), (9, 9, 9, 0)), (0, 200, 0)),
-        (Image.fromarray(np.full((40, 40), 40000, dtype=np.uint16)), (156, 156, 156)),
-        (torch.full((3, 30, 30), 0.2), (51, 51, 51)),
-    ]
-    transform = CognitionTransform({PixelTask((2, 2)): 1.0}, places="after", processor=processor)
-    for image, colour in cases:
-        new = transform({"messages": row(turns=1)["messages"], "images": [image]})["messages"]
-        assert (read_pixels(new[-1]["content"], (2, 2)) == colour).all(), image
-    transform = CognitionTransform({PixelTask((2, 1), ["{top}"]): 1.0}, places="after")
-    for transform.seed in range(30):
-        new = transform({"messages": row(turns=1)["messages"], "images": [str(tmp_path / "turned.png")]})["messages"]
-        top, upper = int(new[-2]["content"]), read_pixels(new[-1]["content"], (2, 1))[0, 0].tolist()
-        if abs(top - 25) > 2:  # a pixel belongs to the cell that its centre is in
-            assert (upper == [0, 0, 255]) == (top < 25)
-
-
-def test_bad_rows_are_named(tmp_path):
-    transform = CognitionTransform({PixelTask(): 1.0})
-    with pytest.raises(ValueError, match="no messages"):
-        transform({"text": "x"})
-    with pytest.raises(ValueError, match=r"1 places .* 0 images"):
-        transform({"messages": row()["messages"]})
-    with pytest.raises(ValueError, match=r"Sample '7': .*no existing file"):
-        transform({"id": "7", "messages": row()["messages"], "images": [str(tmp_path / "none.png")]})
-
-
 # ---- datasets
 
 
@@ -443,17 +330,6 @@ def test_datasets_of_both_styles_give_the_same_rows_and_other_ones_in_the_next_e
     assert [texts(one) for one in streamed] != expected
     loader = DataLoader(pickle.loads(pickle.dumps(mapped)), batch_size=None, num_workers=2)
     assert [texts(one) for one in loader] == [texts(mapped[number]) for number in range(6)]
-
-
-def test_map_of_datasets_gives_the_same_rows():
-    datasets = pytest.importorskip("datasets")
-    transform = CognitionTransform({PixelTask((2, 2)): 0.6})
-    rows = [row(number, parts=True) for number in range(5)]
-    whole = datasets.Dataset.from_list(rows).cast_column("images", datasets.List(datasets.Image()))
-    expected = [texts(transform(one)) for one in whole]
-    for mapped in (whole.map(transform), whole.to_iterable_dataset().map(transform), with_cognition(whole, transform)):
-        assert [texts(one) for one in mapped] == expected
-    assert sum(len(one) > 6 for one in expected) in (2, 3, 4)
 
 
 def test_the_collator_learns_the_inserted_answers():

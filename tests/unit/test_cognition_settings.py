@@ -1,11 +1,8 @@
 """Cognition alignment from the plain values of a recipe."""
 
-from random import Random
-
 import numpy as np
 import pytest
 
-from builders.tiny import random_image
 from builders.training import conversation
 from hires_lmm.training import get_plan
 from hires_lmm.training.data.cognition import (
@@ -57,37 +54,3 @@ def test_the_rates_of_a_stage_go_before_those_of_the_settings(tmp_path):
         build_cognition({}, rates={"codebook": 0.5})
     with pytest.raises(ValueError, match="unknown key 'colour'; keys are pixels, codebook"):
         build_cognition({}, rates={"colour": 0.5})
-
-
-def test_a_model_is_loaded_by_name(monkeypatch):
-    asked = {}
-
-    def load(name, **kwargs):
-        asked.update(kwargs, name=name)
-        return Levels()
-
-    monkeypatch.setattr("hires_lmm.training.data.cognition.load_quantiser", load)
-    values = {"rate": 1, "model": "vq", "image_size": 64, "subfolder": "vqvae", "block": None}
-    transform = build_cognition({"codebook": values})
-    assert asked == {"name": "vq", "image_size": 64, "subfolder": "vqvae"}
-    (task,) = transform.rates
-    assert task.block == (2, 2) and task.ask(random_image(9, 9), Random(0)).target.shape == (2, 2)
-
-
-@pytest.mark.parametrize(
-    "settings, message",
-    [
-        ({}, "must name a rate for pixels or codebook"),
-        ({"pixel": {"rate": 1}}, "unknown key 'pixel'; keys are pixels, codebook, seed, places"),
-        ({"pixels": {"rate": 1, "size": 3}}, "cognition.pixels has the unknown key 'size'; keys are rate, grid"),
-        ({"pixels": {"grid": [2, 2]}}, "must name a rate"),
-        ({"pixels": {"rate": 2}}, "The rate 2 of the task 'pixels'"),
-        ({"codebook": {"rate": 1}}, "either cache"),
-        ({"codebook": {"rate": 1, "cache": "a", "model": "b"}}, "either cache"),
-        ({"codebook": {"rate": 1, "cache": "a", "image_size": 8}}, "either cache"),
-        ("pixels", "must be a mapping"),
-    ],
-)
-def test_senseless_settings_are_refused(settings, message):
-    with pytest.raises(ValueError, match=message):
-        build_cognition(settings)

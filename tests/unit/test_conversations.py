@@ -9,7 +9,6 @@ from builders.training import slime_config
 from hires_lmm.training import HiResLmmCollator
 from hires_lmm.training.data.conversations import (
     LlavaConversations,
-    attach_images,
     load_conversations,
     read_llava_record,
 )
@@ -59,11 +58,6 @@ def test_a_record_becomes_messages(tmp_path):
 def test_malformed_records_are_named(changes, message):
     with pytest.raises(ValueError, match=message):
         read_llava_record({**RECORD, **changes})
-
-
-def test_marks_may_stand_anywhere():
-    messages = attach_images([{"role": "user", "content": "left <image> right <image>"}], ["a", "b"])
-    assert [part.get("text", part.get("image")) for part in messages[0]["content"]] == ["left ", "a", " right ", "b"]
 
 
 def test_files_in_the_llava_format_are_read_and_streamed(folder):

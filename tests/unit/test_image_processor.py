@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
-from builders.images import picture, random_sizes
+from builders.images import picture
 from hires_lmm.processing.image_processing_hires_lmm import HiResLmmImageProcessor
 from hires_lmm.processing.planners_hires_lmm import PLANNERS
 
@@ -124,14 +123,6 @@ def test_geometry_tensors_equal_the_plan(planner):
     assert [processor.num_views(image.height, image.width) for image in images] == [len(plan.views) for plan in plans]
 
 
-def test_batch_equals_single_images():
-    processor, images = small(), [picture(*size) for size in SIZES]
-    batch = processor([[images[0]], [], images[1:]])
-    singles = [processor(image) for image in images]
-    for name in processor.model_input_names:
-        assert np.array_equal(batch[name], np.concatenate([single[name] for single in singles]))
-
-
 def test_padding_colour_and_place():
     """White source: crops are white on the image and black (hd: white) elsewhere; a padded global view is black."""
     white = Image.new("RGB", (100, 40), (255, 255, 255))
@@ -178,15 +169,6 @@ def expected_grey(values=GREY) -> np.ndarray:
 def test_opaque_modes(mode):
     image = Image.fromarray(RGB).convert(mode)
     assert np.array_equal(one_view(image), np.asarray(image.convert("RGB")).astype(int))
-
-
-def test_lab_mode():
-    from PIL import ImageCms
-
-    profiles = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
-    lab = ImageCms.applyTransform(Image.fromarray(RGB), ImageCms.buildTransform(*profiles, "RGB", "LAB"))
-    assert lab.mode == "LAB"
-    assert np.abs(one_view(lab) - RGB).mean() < 6
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "RGBa", "La"])
@@ -248,27 +230,6 @@ def test_float_images(scale):
     assert np.array_equal(one_view(values), expected_grey())
 
 
-ARRAYS = {
-    "uint8": RGB,
-    "int64": RGB.astype(np.int64),
-    "int16": RGB.astype(np.int16),
-    "float32 unit": RGB.astype(np.float32) / 255,
-    "float64": RGB.astype(np.float64),
-    "uint16": RGB.astype(np.uint16) * 257,
-    "read only": np.broadcast_to(RGB, RGB.shape),
-    "reversed": np.ascontiguousarray(RGB[::-1])[::-1],
-}
-
-
-@pytest.mark.parametrize("name", ARRAYS)
-@pytest.mark.parametrize("channels_first", [False, True])
-@pytest.mark.parametrize("library", ["numpy", "torch"])
-def test_arrays(name, channels_first, library):
-    array = ARRAYS[name].transpose(2, 0, 1) if channels_first else ARRAYS[name]
-    image = torch.from_numpy(np.array(array)) if library == "torch" else array
-    assert np.array_equal(one_view(image), RGB)
-
-
 def test_tensors_with_gradient_half_precision_and_batches():
     tensor = (torch.from_numpy(RGB.copy()).float() / 255).requires_grad_()
     assert np.array_equal(one_view(tensor), RGB)
@@ -301,29 +262,6 @@ def test_ambiguous_channel_order_is_settled_by_the_caller(shape):
     first = small()(array, input_data_format="channels_first")
     assert last["view_boxes"][0].tolist() == list(small().plan(shape[0], shape[1]).views[0].box)
     assert first["view_boxes"][0].tolist() == list(small().plan(shape[1], shape[2]).views[0].box)
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation(orientation, tmp_path):
-    image = picture(20, 30)
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    image.save(tmp_path / "turned.png", exif=exif)
-    turns = [
-        lambda a: a,
-        lambda a: a[:, ::-1],
-        lambda a: a[::-1, ::-1],
-        lambda a: a[::-1],
-        lambda a: a.transpose(1, 0, 2),
-        lambda a: np.rot90(a, -1),
-        lambda a: a[::-1, ::-1].transpose(1, 0, 2),
-        lambda a: np.rot90(a),
-    ]
-    upright = Image.fromarray(np.ascontiguousarray(turns[orientation - 1](np.asarray(image))))
-    expected = small()(upright)
-    for source in (Image.open(tmp_path / "turned.png"), str(tmp_path / "turned.png")):
-        found = small()(source)
-        assert all(np.array_equal(found[name], expected[name]) for name in expected)
 
 
 def test_first_frame_of_an_animation(tmp_path):
@@ -375,18 +313,6 @@ def test_user_images_are_left_alone():
     assert image.tobytes() == before[0] and array.tobytes() == before[1] and torch.equal(tensor, before[2])
 
 
-def test_predicted_tokens_equal_emitted():
-    separators = {"newline": {"place": "token_row_end", "on": "crops"}, "end": {"place": "view_end"}}
-    layout = {"patch_grid": [2, 2], "grids": GRIDS, "layout": {"separators": separators}}
-    for planner in PLANNERS:
-        processor = small(planner=planner, token_layout={**layout, "budget": {"on": "all"}})
-        for height, width in [size for size in random_sizes(20, seed=6) if size[0] * size[1] < 3e5]:
-            emitted = processor(picture(height, width))["view_positions"]
-            assert set(emitted[:, 5].tolist()) == {processor.image_tokens(height, width)}
-            full = processor.image_tokens(height, width)
-            assert processor.image_tokens(height, width, max_image_tokens=full - 1) == full - 1
-
-
 def test_call_options_go_before_the_processors_own():
     processor = small(planner="slime", max_crops=6)
     image = picture(200, 200)
@@ -398,11 +324,6 @@ def test_call_options_go_before_the_processors_own():
     assert processor(image, size={"height": 14, "width": 14})["pixel_values"].shape[-1] == 14
     assert processor.image_tokens(200, 200, max_image_tokens=7) == 7
     assert len(processor(image)["pixel_values"]) == 5
-
-
-def test_device_option():
-    batch = small()(picture(5, 5), return_tensors="pt", device="cpu")
-    assert batch["pixel_values"].device.type == "cpu"
 
 
 def test_save_and_reload(tmp_path):
@@ -423,19 +344,3 @@ def test_save_and_reload(tmp_path):
     assert changed.image_tokens(60, 40) == 5
     larger = {"size": 56, "token_layout": {**layout, "patch_grid": [4, 4]}, "pinpoints": [[56, 56]]}
     assert HiResLmmImageProcessor.from_pretrained(tmp_path, **larger).view_size == 56
-
-
-def test_auto_class_reload(tmp_path):
-    pytest.importorskip("hires_lmm.processing.processing_hires_lmm")
-    HiResLmmImageProcessor.register_for_auto_class()
-    small(max_crops=3).save_pretrained(tmp_path)
-    reloaded = AutoImageProcessor.from_pretrained(tmp_path, trust_remote_code=True)
-    assert type(reloaded).__name__ == "HiResLmmImageProcessor" and reloaded.max_crops == 3
-    assert np.array_equal(
-        reloaded(picture(50, 70))["pixel_values"], small(max_crops=3)(picture(50, 70))["pixel_values"]
-    )
-
-
-def test_size_is_another_name_of_view_size():
-    assert HiResLmmImageProcessor(size={"height": 56, "width": 56}).view_size == 56
-    assert HiResLmmImageProcessor(view_size=56).size == {"height": 56, "width": 56}

@@ -1,14 +1,8 @@
-"""Key tables: pairs of names written out by hand, each rule in both directions, and what is reported of misfits."""
-
-from types import SimpleNamespace
+"""Rules of key tables in both directions, and what is reported; whole tables are in `convert/` and `golden/`."""
 
 import pytest
 import torch
 
-from hires_lmm.conversion.compose import RULES as COMPOSE
-from hires_lmm.conversion.compose import VISION
-from hires_lmm.conversion.errors import ConversionError
-from hires_lmm.conversion.fusion import key_table as fusion_table
 from hires_lmm.conversion.keys import (
     Constant,
     Rename,
@@ -19,10 +13,8 @@ from hires_lmm.conversion.keys import (
     match_sources,
     match_targets,
 )
-from hires_lmm.conversion.llava_next import RULES as LLAVA_NEXT
-from hires_lmm.conversion.llava_next import tie_rules
-from hires_lmm.conversion.mapping import cast, check_complete, cut_rows, grow_rows, map_backward, map_forward
-from hires_lmm.conversion.slime import ADAPTERS, key_table
+from hires_lmm.conversion.mapping import cast, grow_rows, map_backward, map_forward
+from hires_lmm.conversion.slime import key_table
 from hires_lmm.conversion.tensors import Entry, entry_of
 
 
@@ -32,111 +24,7 @@ def forward(rules, keys) -> dict[str, tuple]:
     return {match.source: match.targets for match in matches}
 
 
-def assert_pairs(rules, pairs: dict[str, tuple], one_way: tuple = ()) -> None:
-    """Every key becomes its targets, and all targets together lead back to the same keys."""
-    assert forward(rules, pairs) == pairs
-    keys = [target for source, targets in pairs.items() for target in targets if source not in one_way]
-    matches, unknown = match_targets(rules, keys)
-    assert unknown == []
-    assert {match.source: match.targets for match in matches} == {
-        source: targets for source, targets in pairs.items() if targets and source not in one_way
-    }
-
-
 # ---- SliME
-
-TOWER = "model.vision_tower.vision_tower.vision_model."
-HALVES = {
-    "model.layers.11.self_attn.rotary_emb.inv_freq": (),
-    f"{TOWER}embeddings.position_ids": (),
-    "model.embed_tokens.weight": ("model.language_model.embed_tokens.weight",),
-    "model.layers.11.mlp.up_proj.weight": ("model.language_model.layers.11.mlp.up_proj.weight",),
-    "model.layers.0.input_layernorm.weight": ("model.language_model.layers.0.input_layernorm.weight",),
-    "model.norm.weight": ("model.language_model.norm.weight",),
-    "lm_head.weight": ("lm_head.weight",),
-    f"{TOWER}encoder.layers.3.mlp.fc1.bias": ("model.vision_tower.encoder.layers.3.mlp.fc1.bias",),
-}
-
-
-def attention_pairs(source: str, target: str) -> dict:
-    projections = [f"{target}.q_proj", f"{target}.k_proj", f"{target}.v_proj"]
-    return {
-        f"{source}.in_proj_weight": tuple(f"{name}.weight" for name in projections),
-        f"{source}.in_proj_bias": tuple(f"{name}.bias" for name in projections),
-        f"{source}.out_proj.weight": (f"{target}.o_proj.weight",),
-        f"{source}.out_proj.bias": (f"{target}.o_proj.bias",),
-    }
-
-
-def resampler_pairs(source: str, target: str) -> dict:
-    return {
-        f"{source}.query": (f"{target}.queries",),
-        f"{source}.pos_embed": (f"{target}.positions",),
-        f"{source}.ln_q.weight": (f"{target}.query_norm.weight",),
-        f"{source}.ln_kv.bias": (f"{target}.key_norm.bias",),
-        f"{source}.ln_post.weight": (f"{target}.output_norm.weight",),
-        **attention_pairs(f"{source}.attn", f"{target}.attention"),
-    }
-
-
-GATED = {
-    **resampler_pairs("model.mm_projector.attn", "model.connector.adapter.query_former"),
-    "model.mm_projector.projection.0.weight": ("model.connector.adapter.mlp.linear_1.weight",),
-    "model.mm_projector.projection.2.bias": ("model.connector.adapter.mlp.linear_2.bias",),
-    "model.mm_projector.w_gate": ("model.connector.adapter.gate.gate_weight",),
-    "model.mm_projector.w_noise": ("model.connector.adapter.gate.noise_weight",),
-    "model.mm_projector.mean": (),
-    "model.mm_projector.std": (),
-}
-COMPRESSOR = resampler_pairs("model.sampler.post_qformer", "model.connector.view_ops.0.query_former")
-ROUTER = "model.connector.token_ops.0.attention_score"
-SELECTOR = {
-    "model.sampler.selector.query": (),
-    "model.sampler.selector.self_attn.in_proj_weight": (),
-    "model.sampler.selector.self_attn.out_proj.bias": (),
-    **attention_pairs("model.sampler.selector.cross_attn", f"{ROUTER}.attention"),
-    "model.sampler.selector.ln_q.weight": (f"{ROUTER}.image_norm.weight",),
-    "model.sampler.selector.ln_kv.bias": (f"{ROUTER}.text_norm.bias",),
-    "model.sampler.selector.ln_post.weight": (f"{ROUTER}.output_norm.weight",),
-    "model.sampler.selector.prob_proj.0.weight": (f"{ROUTER}.linear_1.weight",),
-    "model.sampler.selector.prob_proj.2.bias": (f"{ROUTER}.linear_2.bias",),
-}
-
-
-def test_the_table_of_slime():
-    assert_pairs(key_table("gated"), {**HALVES, **GATED, **COMPRESSOR})
-    assert_pairs(key_table("gated", "qformer"), {**HALVES, **GATED, **COMPRESSOR, **SELECTOR})
-    for resampler in (None, "identity"):
-        assert_pairs(key_table("gated", resampler), {**HALVES, **GATED})
-        assert match_sources(key_table("gated", resampler), COMPRESSOR)[1] == list(COMPRESSOR)
-    assert match_sources(key_table("gated"), SELECTOR)[1] == list(SELECTOR)
-
-
-@pytest.mark.parametrize(
-    "adapter, pairs",
-    [
-        ("identity", {}),
-        ("linear", {"model.mm_projector.bias": ("model.connector.adapter.linear.bias",)}),
-        ("mlp1x_gelu", {"model.mm_projector.0.weight": ("model.connector.adapter.linear.weight",)}),
-        (
-            "mlp2x_gelu",
-            {
-                "model.mm_projector.0.weight": ("model.connector.adapter.mlp.linear_1.weight",),
-                "model.mm_projector.2.bias": ("model.connector.adapter.mlp.linear_2.bias",),
-            },
-        ),
-    ],
-)
-def test_the_other_adapters_of_slime(adapter, pairs):
-    assert_pairs(key_table(adapter), {**HALVES, **COMPRESSOR, **pairs})
-    foreign = [key for key in GATED if adapter != "linear" or key.count(".") > 2]
-    assert match_sources(key_table(adapter), foreign)[1] == foreign
-
-
-def test_an_unknown_adapter_of_slime():
-    with pytest.raises(ValueError, match="'mlp3x' is not known; known types: gated, identity, linear, mlp1x_gelu"):
-        key_table("mlp3x")
-    assert set(ADAPTERS) == {"gated", "identity", "linear", "mlp1x_gelu", "mlp2x_gelu"}
 
 
 def test_constants_of_the_gated_adapter():
@@ -147,97 +35,6 @@ def test_constants_of_the_gated_adapter():
         "model.mm_projector.std": [1.0],
     }
     assert {value.dtype for value in constants.values()} == {torch.bfloat16}
-
-
-# ---- the other tables
-
-CONNECTOR = "model.connector"
-LLAVA_NEW = {
-    "model.vision_tower.vision_model.embeddings.position_ids": (),
-    "model.language_model.layers.0.self_attn.rotary_emb.inv_freq": (),
-    "model.image_newline": (f"{CONNECTOR}.layout.separators.newline",),
-    "model.vision_tower.encoder.layers.0.mlp.fc1.bias": ("model.vision_tower.encoder.layers.0.mlp.fc1.bias",),
-    "model.multi_modal_projector.linear_1.weight": (f"{CONNECTOR}.adapter.mlp.linear_1.weight",),
-    "model.multi_modal_projector.linear_2.bias": (f"{CONNECTOR}.adapter.mlp.linear_2.bias",),
-    "model.language_model.layers.0.mlp.up_proj.weight": ("model.language_model.layers.0.mlp.up_proj.weight",),
-    "lm_head.weight": ("lm_head.weight",),
-}
-LLAVA_OLD = {
-    "vision_tower.vision_model.embeddings.position_ids": (),
-    "language_model.model.layers.0.self_attn.rotary_emb.inv_freq": (),
-    "image_newline": (f"{CONNECTOR}.layout.separators.newline",),
-    "vision_tower.vision_model.post_layernorm.bias": ("model.vision_tower.post_layernorm.bias",),
-    "multi_modal_projector.linear_1.bias": (f"{CONNECTOR}.adapter.mlp.linear_1.bias",),
-    "multi_modal_projector.linear_2.weight": (f"{CONNECTOR}.adapter.mlp.linear_2.weight",),
-    "language_model.model.norm.weight": ("model.language_model.norm.weight",),
-    "language_model.lm_head.weight": ("lm_head.weight",),
-}
-
-
-def test_both_layouts_of_llava_next():
-    doubled = {"model.vision_tower.vision_model.post_layernorm.bias": ("model.vision_tower.post_layernorm.bias",)}
-    plain = {"vision_tower.encoder.layers.0.mlp.fc1.bias": ("model.vision_tower.encoder.layers.0.mlp.fc1.bias",)}
-    pairs = {**LLAVA_NEW, **LLAVA_OLD, **doubled, **plain}
-    assert forward(LLAVA_NEXT, pairs) == pairs
-    assert match_sources(LLAVA_NEXT, ["projector.weight", "xlm_head.weight"])[1] == [
-        "projector.weight",
-        "xlm_head.weight",
-    ]
-
-
-@pytest.mark.parametrize("head", [None, "lm_head.weight", "language_model.lm_head.weight"])
-@pytest.mark.parametrize("model_tied", [False, True])
-@pytest.mark.parametrize("text_tied", [False, True])
-def test_a_head_that_is_the_table_of_embeddings(model_tied, text_tied, head):
-    theirs = SimpleNamespace(
-        tie_word_embeddings=model_tied, text_config=SimpleNamespace(tie_word_embeddings=text_tied)
-    )
-    entries = {head: None} if head else {}
-    rules = tie_rules(theirs, entries)
-    tied = model_tied or (text_tied and head is None)
-    assert theirs.text_config.tie_word_embeddings is tied
-    for name in ("lm_head.weight", "language_model.lm_head.weight"):
-        assert forward(rules, [name]) == {name: () if tied else ("lm_head.weight",)}
-    body = {name: targets for name, targets in LLAVA_OLD.items() if "lm_head" not in name}
-    assert forward(rules, body) == body
-
-
-def test_the_table_of_fusion():
-    vision, fusion = "imgque_backbone.clip_model.vision_model", "imgque_backbone.imgque_model"
-    part = f"{CONNECTOR}.token_ops.0"
-    pairs = {
-        f"{vision}.embeddings.position_ids": (),
-        "llm_backbone.model.layers.1.self_attn.rotary_emb.inv_freq": (),
-        f"{fusion}.layers.1.self_attn.rotary_emb.inv_freq": (),
-        f"{vision}.token_LF": (f"{CONNECTOR}.layout.separators.view_end",),
-        f"{vision}.pos_layrnorm.weight": (f"{CONNECTOR}.view_ops.0.norm.weight",),
-        f"{vision}.vision_embed_merge.weight": (f"{CONNECTOR}.view_ops.0.conv.weight",),
-        f"{vision}.encoder.layers.0.mlp.fc1.bias": ("model.vision_tower.encoder.layers.0.mlp.fc1.bias",),
-        f"{fusion}.embed_tokens.weight": (f"{part}.model.embed_tokens.weight", f"{part}.queries"),
-        f"{fusion}.layers.1.mlp.up_proj.weight": (f"{part}.model.layers.1.mlp.up_proj.weight",),
-        f"{fusion}.norm.weight": (f"{part}.model.norm.weight",),
-        "fusion_backbone.imgque_proj.weight": (f"{part}.output.weight",),
-        "llm_backbone.model.embed_tokens.weight": ("model.language_model.embed_tokens.weight",),
-        "llm_backbone.lm_head.weight": ("lm_head.weight",),
-    }
-    rules = fusion_table([5, 2])
-    assert_pairs(rules, pairs)
-    words = torch.arange(12.0).reshape(6, 2)
-    mapped = map_forward(rules, {key: entry_of(words, "") for key in (f"{fusion}.embed_tokens.weight",)})
-    assert mapped.entries[f"{part}.queries"].read().tolist() == [[10, 11], [4, 5]]
-    line = map_forward(rules, {f"{vision}.token_LF": entry_of(torch.ones(1, 1, 3), "")})
-    assert line.entries[f"{CONNECTOR}.layout.separators.view_end"].shape == (3,)
-
-
-def test_the_table_of_compose():
-    pairs = {
-        "model.layers.1.self_attn.rotary_emb.inv_freq": (),
-        "model.layers.1.mlp.up_proj.weight": ("model.language_model.layers.1.mlp.up_proj.weight",),
-        "lm_head.weight": ("lm_head.weight",),
-        "vision.encoder.layers.0.mlp.fc1.bias": ("model.vision_tower.encoder.layers.0.mlp.fc1.bias",),
-    }
-    assert_pairs(COMPOSE, pairs)
-    assert VISION == "vision."
 
 
 # ---- matching
@@ -277,13 +74,6 @@ def test_parts_of_one_tensor_lead_back_to_it_once():
 # ---- rules
 
 
-def test_rename():
-    tensor = torch.randn(2, 3)
-    rule = Rename("a", "b")
-    assert rule.targets == ("b",)
-    assert rule.forward(tensor)[0] is tensor and rule.backward([tensor]) is tensor
-
-
 def test_split_rows():
     tensor, rule = torch.arange(12.0).reshape(6, 2), SplitRows("a", ("q", "k", "v"))
     parts = rule.forward(tensor)
@@ -315,23 +105,6 @@ def test_take_rows():
     for wrong, count in ((tensor[:3], 3), (torch.tensor(1.0), 0)):
         with pytest.raises(ValueError, match=f"a has {count} rows, so no row 3"):
             rule.forward(wrong)
-
-
-def test_constant():
-    rule = Constant("a", (0.0, 1.5), torch.float16)
-    assert rule.targets == () and rule.forward(torch.tensor([[0.0], [1.5]], dtype=torch.float64)) == []
-    assert rule.forward(torch.empty(7, device="meta")) == []
-    found = rule.backward([])
-    assert found.tolist() == [0, 1.5] and found.dtype == torch.float16
-    with pytest.raises(ValueError, match=r"a holds \[0.0, 2.0\], expected \[0.0, 1.5\]"):
-        rule.forward(torch.tensor([0.0, 2.0]))
-
-
-def test_unused():
-    rule = Unused("a")
-    assert rule.targets == () and rule.forward(torch.ones(2)) == []
-    with pytest.raises(ValueError, match="a can only come from the side file"):
-        rule.backward([])
 
 
 # ---- tables applied to entries
@@ -388,14 +161,6 @@ def test_entries_are_mapped_without_being_read():
     ]
 
 
-def test_each_part_reads_its_own_rows():
-    tensor = torch.arange(12.0).reshape(6, 2)
-    mapped = map_forward(RULES, {"qkv": entry_of(tensor, "")})
-    assert [mapped.entries[name].read().tolist() for name in "qkv"] == [
-        *([[0, 1], [2, 3]], [[4, 5], [6, 7]], [[8, 9], [10, 11]]),
-    ]
-
-
 def test_what_does_not_fit_becomes_a_problem_each():
     source = {
         "extra": Entry((), torch.float16, lambda: None, "a.bin"),
@@ -413,14 +178,6 @@ def test_what_does_not_fit_becomes_a_problem_each():
     rules = [Rename("a", "x"), Rename("b", "x")]
     twice = map_forward(rules, {"a": entry_of(torch.ones(1), ""), "b": entry_of(torch.zeros(1), "")})
     assert twice.problems == [("twice", "b", "x has a source already")]
-
-
-def test_an_error_of_reading_is_no_misfit():
-    def damaged():
-        raise ConversionError("cut off")
-
-    with pytest.raises(ConversionError, match="cut off"):
-        map_forward(RULES, {"std": Entry((1,), torch.float32, damaged, "")})
 
 
 def test_the_way_back():
@@ -449,33 +206,6 @@ def test_the_way_back_names_absent_parts():
     assert list(mapped.entries) == ["norm"]
 
 
-def rows_of(error) -> list[list[str]]:
-    return [line.split(None, 2) for line in str(error.value).splitlines()]
-
-
-def test_a_complete_checkpoint():
-    mapped = map_forward(RULES, {"qkv": unread((6, 2)), "norm": unread((2,))})
-    check_complete(mapped, {"q": (2, 2), "k": (2, 2), "v": (2, 2), "our_norm": (2,)}, RULES)
-
-
-def test_an_incomplete_checkpoint_is_one_table():
-    mapped = map_forward(RULES, {"norm": unread((2,)), "line": unread((1, 2)), "odd": unread((1,))})
-    expected = dict.fromkeys("qkv", (2, 2)) | {"mark": (3, 4), "stranger": (1,)}
-    with pytest.raises(ConversionError) as error:
-        check_complete(mapped, expected, RULES, "the source x")
-    rows = rows_of(error)
-    assert str(error.value).startswith("The tensors of the source x do not fit its configuration:\n")
-    assert rows[1:] == [
-        ["unexpected", "odd", "1 float32 in file.bin"],
-        ["missing", "qkv", "for q + for k + for v"],
-        ["missing", "stranger"],
-        ["unexpected", "our_norm", "2 float32 in file.bin"],
-        ["mis-shaped", "mark", "2 float32 in file.bin; the configuration asks for 3 x 4"],
-    ]
-    with pytest.raises(ConversionError, match="The tensors of the checkpoint do not fit"):
-        check_complete(mapped, {}, RULES)
-
-
 # ---- changes of entries
 
 
@@ -502,8 +232,3 @@ def test_new_rows_are_the_mean(rows):
 def test_no_new_rows():
     entry, scalar = entry_of(torch.ones(3, 2), ""), entry_of(torch.tensor(1.0), "")
     assert grow_rows(entry, 3) is entry and grow_rows(entry, 2) is entry and grow_rows(scalar, 5) is scalar
-
-
-def test_cut_rows():
-    cut = cut_rows(entry_of(torch.arange(6.0).reshape(3, 2), "f"), 2)
-    assert (cut.shape, cut.read().tolist(), cut.origin) == ((2, 2), [[0, 1], [2, 3]], "f")

@@ -11,7 +11,7 @@ from builders.training import slime_config
 from hires_lmm.conversion.fusion_template import LLAMA2_VISION
 from hires_lmm.processing.chat_templates_hires_lmm import CHAT_TEMPLATES
 from hires_lmm.processing.image_processing_hires_lmm import HiResLmmImageProcessor
-from hires_lmm.processing.messages_hires_lmm import MARK, QUERY_TOKEN, clean_messages
+from hires_lmm.processing.messages_hires_lmm import MARK, QUERY_TOKEN
 from hires_lmm.processing.processing_hires_lmm import HiResLmmProcessor
 from hires_lmm.training import HiResLmmCollator
 from hires_lmm.training.data.conversations import attach_images
@@ -73,19 +73,6 @@ def test_none_means_absent_under_every_template(name):
     assert batch == [processor.apply_chat_template(CHAT, tokenize=False)] * 2
 
 
-@pytest.mark.parametrize("name", [name for name in TEMPLATES if name != "foreign"])
-def test_our_templates_read_none_themselves(name):
-    """As they do in programs that render with the tokenizer alone."""
-    tokenizer = tiny_tokenizer(TEMPLATES[name])
-    rows = with_nones(CHAT)
-    rows[1]["content"] += [None, {"type": "text", "text": None}]
-    assert tokenizer.apply_chat_template(rows, tokenize=False) == tokenizer.apply_chat_template(CHAT, tokenize=False)
-    for content in (None, []):
-        empty = tokenizer.apply_chat_template([*CHAT[:3], {"role": "user", "content": content}], tokenize=False)
-        blank = tokenizer.apply_chat_template([*CHAT[:3], {"role": "user", "content": ""}], tokenize=False)
-        assert empty == blank
-
-
 def test_rows_of_a_dataset_give_the_prompt_of_the_messages(tmp_path):
     """Through Arrow a picture becomes a dict of bytes and path."""
     datasets = pytest.importorskip("datasets")
@@ -108,12 +95,6 @@ def test_the_collator_reads_rows_with_nones():
     found = HiResLmmCollator(processor)([given])
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
     assert attach_images(with_nones([user(text("Hi"))]), [None]) == [user(text("Hi"))]
-
-
-def test_messages_without_none_are_equal_and_not_changed():
-    rows = with_nones(CHAT)
-    assert clean_messages(rows) == clean_messages(CHAT) == CHAT
-    assert rows[0]["tool_calls"] is None and rows[1]["content"][0]["text"] is None
 
 
 # ---- text stays text
@@ -170,15 +151,6 @@ def test_padded_rows_keep_their_length(kind, options, side):
         assert all(number == 2 for number, seen in zip(ids, mask, strict=True) if not seen)
 
 
-def test_lengths_and_overflowing_rows_follow():
-    processor = small()
-    rendered = processor.apply_chat_template([user(text("a <image> tag"))])
-    whole = processor(text=rendered, return_length=True)
-    assert whole["length"] == [len(whole["input_ids"][0])]
-    rows = processor(text=rendered, return_overflowing_tokens=True, truncation=True, max_length=12, stride=0)
-    assert "".join(processor.tokenizer.decode(ids) for ids in rows["input_ids"]) == rendered.replace(MARK, "")
-
-
 @pytest.mark.parametrize("template", ["chatml", "vicuna", "llama3", "plain"])
 def test_answers_that_quote_are_learned_whole(template):
     processor = tiny_processor(slime_config(), template)
@@ -188,15 +160,6 @@ def test_answers_that_quote_are_learned_whole(template):
     learned = batch["labels"][0][batch["labels"][0] != -100]
     assert processor.tokenizer.decode(learned).strip(" </s>|imend_o").startswith("Yes, <image> and <query> are.")
     assert (batch["input_ids"] == 3).sum() == batch["view_positions"][0, 5]
-
-
-def test_trl_renders_and_calls_the_processor():
-    vision = pytest.importorskip("trl.trainer.sft_trainer").DataCollatorForVisionLanguageModeling
-    processor = tiny_processor(slime_config(), "chatml")
-    messages = [{"role": "user", "content": "Is <image> a tag?"}, {"role": "assistant", "content": "<image> is."}]
-    batch = vision(processor)([{"messages": messages, "images": [random_image(60, 80)]}])
-    assert (batch["input_ids"] == 3).sum() == batch["view_positions"][0, 5]
-    assert "Is <image> a tag?" in spoken(processor, batch["input_ids"][0])
 
 
 def test_tools_and_documents_stay_text():

@@ -132,11 +132,3 @@ def test_damaged_pixels_are_an_error_whatever_stands_behind_them(damage):
     for tail in (b"", CHUNKS["a large text"] + PNG[END:]):
         with pytest.raises(ValueError, match="truncated or damaged"):
             read(pixels + tail)
-
-
-def test_tags_that_cannot_be_written_again_leave_the_orientation():
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    opened = Image.open(io.BytesIO(saved("PNG", exif=exif)))
-    opened.getexif()[0x8298] = object()  # no type that EXIF can hold
-    assert (read(opened) == np.rot90(np.asarray(PIXELS), -1)).all()

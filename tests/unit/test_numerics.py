@@ -13,10 +13,8 @@ import torch
 import reference_routing as routing
 from builders.tiny import make_batch, random_image, tiny_config, tiny_model, tiny_processor
 from hires_lmm.modeling.routers_hires_lmm import (
-    cosine_scores,
     keep_budget,
     keep_threshold,
-    saliency_scores,
 )
 
 
@@ -55,56 +53,6 @@ def difference(half: torch.Tensor, single: torch.Tensor) -> float:
 @functools.cache
 def batch_of(name: str):
     return make_batch(build(name)[1], [(TEXT, [random_image(100, 180)])])
-
-
-@torch.no_grad()
-def connector_parts(model) -> dict[str, torch.nn.Module]:
-    """The parts of a connector that compute, by name."""
-    connector = model.model.connector
-    parts = {f"view_op_{i}": op.query_former for i, op in enumerate(connector.view_ops)}
-    if hasattr(connector.adapter, "query_former"):
-        parts["query_former"] = connector.adapter.query_former
-        parts["gate"] = connector.adapter.gate
-    return {**parts, "mlp": getattr(connector.adapter, "mlp", None) or connector.adapter}
-
-
-@halves
-@pytest.mark.parametrize("name", CASES)
-@torch.no_grad()
-def test_parts(name, dtype):
-    """Each part alone, on the same input, rounded to its own precision."""
-    single, half = connector_parts(build(name)[0]), connector_parts(build(name, dtype)[0])
-    features = torch.randn(3, 16, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
-    for part in single:
-        call = (features, 1) if part == "mlp" and name == "monkey" else (features,)
-        wide = (features.float(), *call[1:])
-        got = half[part](*call)
-        assert got.dtype == dtype, part
-        assert difference(got, single[part](*wide)) < PART[dtype], part
-
-
-@halves
-@torch.no_grad()
-def test_the_attention_score(dtype):
-    single = build("attention")[0].model.connector.token_ops[0].attention_score
-    half = build("attention", dtype)[0].model.connector.token_ops[0].attention_score
-    generator = torch.Generator().manual_seed(0)
-    features, text = (torch.randn(n, 32, generator=generator).to(dtype) for n in (40, 11))
-    assert difference(half(features, text), single(features.float(), text.float())) < PART[dtype]
-
-
-@halves
-def test_scores_without_parameters_are_computed_in_single_precision(dtype):
-    """Half-precision features are read exactly: no error beyond that of float32."""
-    generator = torch.Generator().manual_seed(0)
-    features, text = (torch.randn(n, 32, generator=generator).to(dtype) for n in (40, 11))
-    weights = torch.ones(11)
-    for half, single in [
-        (saliency_scores(features), saliency_scores(features.float())),
-        (cosine_scores(features, text, weights), cosine_scores(features.float(), text.float(), weights)),
-    ]:
-        assert half.dtype == torch.float32
-        torch.testing.assert_close(half, single, atol=1e-6, rtol=0)
 
 
 @halves
@@ -150,14 +98,6 @@ def test_the_earlier_of_equal_scores_wins(count, dtype):
     assert kept[:number].all() and number == count // 2 + 1
 
 
-def test_ties_at_the_border_keep_the_earlier_token():
-    scores = torch.tensor([0.0, 2.0, 1.0, 1.0, 3.0, 1.0])
-    assert keep_budget(scores, 3).tolist() == [False, True, True, False, True, False]
-    assert keep_budget(scores, 4).tolist() == [False, True, True, True, True, False]
-    mass = scores.softmax(0)
-    assert keep_threshold(scores, float(mass[4] + mass[1]) + 1e-3, 1.0).tolist() == keep_budget(scores, 3).tolist()
-
-
 @torch.no_grad()
 def all_scores_equal(name: str, rule: routing.Rule):
     """A model whose features are all the same vector: every score is equal."""
@@ -197,16 +137,3 @@ def test_equal_images_keep_the_same_set_and_runs_repeat(name):
         found = model(**make_batch(processor, [(TEXT, [image])] * 3, **extra), output_token_map=True).token_map
         for number in range(3):
             assert torch.equal(found.kept[found.image == number], alone)
-
-
-@pytest.mark.parametrize("name", ["cosine", "attention", "saliency"])
-@torch.no_grad()
-def test_a_blank_image_keeps_the_same_set_alone_and_in_a_batch(name):
-    """Its crops are equal, so cells tie across crops as far as arithmetic allows."""
-    model, processor = build(name)
-    blank = random_image(1, 1).resize((224, 168))
-    extra = {"max_image_tokens": 40} if name == "saliency" else {}
-    alone = model(**make_batch(processor, [(TEXT, [blank])], **extra), output_token_map=True).token_map
-    samples = [(TEXT, [random_image(70, 200, seed=5)]), (TEXT, [blank])]
-    found = model(**make_batch(processor, samples, **extra), output_token_map=True).token_map
-    assert torch.equal(found.kept[found.image == 1], alone.kept)

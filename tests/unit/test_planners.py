@@ -69,11 +69,6 @@ def test_llava_next_without_unpadding_enters_whole():
     assert all(view.span == (0, 24, 0, 24) for view in plan.views)
 
 
-def test_multiple_pads_without_scaling():
-    plan = PLANNERS["multiple"](700, 336, PinpointLimits())
-    assert (plan.resized, plan.canvas, plan.paste, plan.grid) == ((700, 336), (1008, 336), (0, 0), (3, 1))
-
-
 def test_multiple_shrinks_least_beyond_the_limit():
     """Compared with a search over all scales in steps of 1/20000."""
     for height, width, most in [(5000, 4000, 9), (10000, 300, 6), (900, 1100, 4), (3000, 3000, 1), (1, 5000, 3)]:
@@ -92,10 +87,6 @@ def test_max_crops_is_respected():
             assert 1 <= plan.grid[0] * plan.grid[1] <= limit
     grids = {PLANNERS["slime_release"](*size, PinpointLimits(max_crops=6)).grid for size in random_sizes(500)}
     assert max(rows * cols for rows, cols in grids) == 7
-
-
-def box_source(box) -> list[float]:
-    return [edge / BOX_UNIT for edge in box]
 
 
 @pytest.mark.parametrize("planner", PLANNERS)
@@ -187,35 +178,6 @@ def test_view_size_with_a_remainder():
     assert plan.patch_grid == 27 and plan.canvas == (768, 768)
     unpadded = PLANNERS["slime"](700, 500, PinpointLimits(view_size=384, patch_size=14, unpad=True))
     assert all(end <= 27 for view in unpadded.views for end in view.span)
-
-
-def test_own_pinpoints():
-    limits = PinpointLimits(pinpoints=[[336, 336], [336, 1344]])
-    for planner in ("llava_next", "slime"):
-        assert PLANNERS[planner](100, 400, limits).grid == (1, 4)
-
-
-@pytest.mark.parametrize(
-    "arguments, text",
-    [
-        ({"view_size": 0}, "view_size=0"),
-        ({"view_size": 336.0}, "view_size=336.0"),
-        ({"patch_size": 400}, "patch_size=400"),
-        ({"max_crops": 0}, "views='global'"),
-        ({"max_crops": True}, "max_crops=True"),
-        ({"max_crops": "6"}, "max_crops='6'"),
-        ({"unpad": 1}, "unpad=1"),
-        ({"global_view": "stretch"}, "'squeeze', 'pad'"),
-        ({"views": None}, "views=None"),
-        ({"views": "none"}, "'all', 'global', 'crops'"),
-        ({"pinpoints": []}, "pinpoints=\\[\\]"),
-        ({"pinpoints": [[336]]}, "\\[336\\]"),
-        ({"pinpoints": [[336, 500]]}, "multiples of view_size=336"),
-    ],
-)
-def test_wrong_limits(arguments, text):
-    with pytest.raises(ValueError, match=text):
-        PinpointLimits(**arguments)
 
 
 @pytest.mark.parametrize(

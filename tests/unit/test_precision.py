@@ -13,11 +13,8 @@ import torch
 from PIL import Image
 
 from builders.parts import (
-    SLOTS_OF,
     build_part,
     make_inputs,
-    make_question,
-    make_tokens,
     part_cases,
     run_part,
     with_outliers,
@@ -112,35 +109,6 @@ def test_equal_tokens_give_equal_finite_results(name, way, dtype):
     first, second = (run_part(name, part, rounded(inputs, dtype)) for _ in range(2))
     for one, two in zip(first, second, strict=True):
         assert torch.equal(one.nan_to_num(), two.nan_to_num()) and not torch.isinf(one).any()
-
-
-@pytest.mark.parametrize(("name", "way"), part_cases("token_ops"), ids=lambda value: value or "default")
-@halves
-@torch.no_grad()
-def test_empty_questions_in_half_precision(name, way, dtype):
-    """One image without a readable word beside one with words: each as if it were alone."""
-    part = build_part(name, way, dtype)
-    inputs = rounded(make_inputs(name, [2, 3]), dtype)
-    slots = SLOTS_OF.get(name, 5)
-    question = make_question(2, slots, inputs["embeds"].shape[1] - slots, inputs["embeds"])
-    question.turn = question.turn.clone()
-    question.turn[0] = 0
-    slots_each = part.traits.own_tokens
-    both = make_tokens([2, 3], inputs["features"], slots_each and [slots_each] * 2)
-    together, _ = part(both, question)
-    parts = [together.per_image(tensor) for tensor in (together.features, *together.scores.values())]
-    for image, crops in enumerate([2, 3]):
-        own = both.per_image(inputs["features"])[image]
-        alone = make_tokens([crops], own, slots_each and [slots_each])
-        single = make_question(1, slots, question.turn.shape[1] - slots, inputs["embeds"][image : image + 1])
-        single.ids, single.turn = question.ids[image : image + 1], question.turn[image : image + 1]
-        found, _ = part(alone, single)
-        for tensors, tensor in zip(parts, (found.features, *found.scores.values()), strict=True):
-            mean, _ = errors(tensors[image], tensor)
-            assert mean <= 2 * UNIT[dtype]
-    if "router" in together.scores and part.traits.reads_question:
-        scores = together.per_image(together.scores["router"])
-        assert (scores[0].nan_to_num() == 0).all() and scores[1].nan_to_num().any()
 
 
 # --- zeros that must stay zero -------------------------------------------------------------------------------------

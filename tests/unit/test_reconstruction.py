@@ -7,11 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
-from builders.objectives import diffusion_parts, reconstruction, vlsa_parts
+from builders.objectives import reconstruction, vlsa_parts
 from builders.tiny import random_image, tiny_config, tiny_model
 from hires_lmm.training.objectives import load_objectives, save_objectives
 from hires_lmm.training.objectives.epigone import Epigone, find_widths
-from hires_lmm.training.objectives.reconstruction import Reconstruction, add_noise, clean_from_velocity
+from hires_lmm.training.objectives.reconstruction import add_noise, clean_from_velocity
 from hires_lmm.training.objectives.source_images import SourceImages
 
 
@@ -137,22 +137,3 @@ def test_a_saved_objective_comes_back(tmp_path):
     assert not any(parameter.requires_grad for parameter in again.vae.parameters())
     with pytest.raises(ValueError, match="holds no objectives"):
         load_objectives(tmp_path / "reconstruction")
-
-
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        ({"image_size": 18}, "multiple of 4"),
-        ({"image_size": 64}, "at most 32"),
-        ({"target": "noise"}, "target='noise'"),
-    ],
-)
-def test_parts_that_do_not_fit_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        reconstruction(vlsa_parts()[0], **options)
-
-
-def test_a_denoiser_of_another_width_is_refused():
-    denoiser, vae, scheduler = diffusion_parts()
-    with pytest.raises(ValueError, match="joint_attention_dim=24, but prompt_width=25"):
-        Reconstruction(Epigone(32, 25, 20), denoiser, vae, scheduler, image_size=16)

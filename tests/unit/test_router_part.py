@@ -9,7 +9,7 @@ from torch import nn
 from hires_lmm.modeling.bases_hires_lmm import PartContext
 from hires_lmm.modeling.carriers_hires_lmm import Question, VisualTokens
 from hires_lmm.modeling.geometry_hires_lmm import Grid
-from hires_lmm.modeling.routers_hires_lmm import HiResLmmRouter, KeepOptions, saliency_scores
+from hires_lmm.modeling.routers_hires_lmm import HiResLmmRouter, saliency_scores
 
 
 WIDTH = 8
@@ -217,79 +217,8 @@ def test_an_empty_question_scores_every_token_alike(options):
     assert found.scores["router"][7:11].abs().min() > 0
 
 
-def test_the_mean_over_one_word_is_its_cosine():
-    given, asked = tokens(), question()
-    asked.turn[1] = torch.tensor([0, 0, 0, 0, 1, 0])
-    found, _ = router(reduce="mean")(given, asked)
-    wanted = torch.cosine_similarity(given.features[[3, 4, 5]], asked.embeds[1, 4], dim=-1)
-    torch.testing.assert_close(found.scores["router"][[3, 4, 5]], wanted, atol=1e-5, rtol=0)
-
-
-def test_an_image_without_such_views_needs_no_question():
-    found, _ = router()(tokens().select_images([2]), None)
-    assert found.kept.tolist() == [True, True] and found.scores["router"].isnan().all()
-
-
 def test_an_image_before_all_turns_reads_nothing():
     given, asked = tokens(), question()
     asked.image_turn[0] = 0
     found, _ = router()(given, asked)
     assert found.scores["router"][[3, 4, 5]].tolist() == [0, 0, 0]
-
-
-def test_noise_while_training():
-    given, asked = tokens(), question()
-    calm = router()(given, asked)[0].scores["router"][SCORED["crops"][1]]
-    for noise, low, high in ((0.1, 0.09, 0.11), (2, 1.8, 2.2)):
-        part = router(noise=noise).train()
-        drawn = torch.stack([part(given, asked)[0].scores["router"][SCORED["crops"][1]] for _ in range(300)]) - calm
-        assert low < float(drawn.std()) < high and abs(float(drawn.mean())) < 0.2 * noise
-    silent = router(noise=0).train()(given, asked)[0].scores["router"][SCORED["crops"][1]]
-    assert torch.equal(silent, calm)
-
-
-def test_default_noise_is_that_of_the_paper():
-    given, asked = tokens(), question()
-    calm = router()(given, asked)[0].scores["router"][SCORED["crops"][1]]
-    part = router().train()
-    drawn = torch.stack([part(given, asked)[0].scores["router"][SCORED["crops"][1]] for _ in range(300)]) - calm
-    assert 0.09 < float(drawn.std()) < 0.11
-
-
-def test_scores_carry_no_gradient():
-    given, asked = tokens(), question()
-    given.features.requires_grad_()
-    found, _ = router(score="attention")(given, asked)
-    assert not found.scores["router"].requires_grad and found.features is given.features
-
-
-# ---- what the part says of itself
-
-
-def test_options_and_their_defaults():
-    options, keep = HiResLmmRouter.Options(), KeepOptions()
-    assert (options.on, options.score, options.reduce, options.keep) == ("crops", "cosine", "sum", {})
-    assert (options.double_softmax, options.noise, options.num_heads) == (False, 0.1, None)
-    assert (keep.rule, keep.gamma, keep.temperature) == ("budget", 0.75, 1.0)
-    assert not hasattr(router(), "attention_score")
-    for right in ({"gamma": 1}, {"gamma": 0.001}, {"temperature": 0.001}):
-        KeepOptions(**right)
-    for wrong in ({"gamma": 0}, {"gamma": 1.001}, {"gamma": -1}, {"temperature": 0}, {"temperature": -1}):
-        with pytest.raises(ValueError, match=f"keep.{next(iter(wrong))} is {next(iter(wrong.values()))}"):
-            KeepOptions(**wrong)
-        with pytest.raises(ValueError, match="keep"):
-            HiResLmmRouter.Options(keep=wrong)
-
-
-@pytest.mark.parametrize("score, reads", [("cosine", True), ("attention", True), ("saliency", False)])
-@pytest.mark.parametrize("rule, static", [("budget", True), ("threshold", False)])
-def test_what_the_pipeline_asks_of_the_part(score, reads, rule, static):
-    options = HiResLmmRouter.Options(on="all", score=score, keep={"rule": rule})
-    traits = HiResLmmRouter.describe(options, router().context)
-    assert (traits.reads_question, traits.count == "static") == (reads, static)
-    assert (traits.budget_on, traits.own_tokens, traits.width, traits.grids) == (
-        "all",
-        None,
-        WIDTH,
-        router().context.grids,
-    )

@@ -1,9 +1,7 @@
 """The scaling law on the paper's own tables, and branch divergence on processes whose curve is known."""
 
-import importlib
 import json
 import math
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -46,11 +44,6 @@ def reference_line(tokens, scores) -> tuple[float, float]:
     matrix = np.stack([np.log(tokens), np.ones(len(tokens))], axis=1)
     slope, intercept = np.linalg.solve(matrix.T @ matrix, matrix.T @ np.log(scores))
     return -slope, -intercept / slope
-
-
-def test_the_fixture_holds_all_pairs():
-    assert len(PRINTED) == 35
-    assert TABLES["table1_c_alpha"]["Overall@RealWorldQA"]["question"] is None
 
 
 @pytest.mark.parametrize("name, column, pair", PRINTED, ids=lambda value: str(value)[:24])
@@ -113,14 +106,6 @@ def test_the_interval_of_a_slope_is_as_wide_as_the_tables_of_student_say(degrees
     assert fit.slope_interval == pytest.approx((fit.slope - student * error, fit.slope + student * error), rel=1e-6)
 
 
-def test_where_scipy_is_missing_its_extra_is_named(monkeypatch):
-    for name in ("scipy", "scipy.stats", "hires_lmm.scaling.lines"):
-        monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.delitem(sys.modules, "hires_lmm.scaling.lines")
-    with pytest.raises(ImportError, match=r"needs scipy .*pip install 'hires-lmm\[evaluation\]'"):
-        importlib.import_module("hires_lmm.scaling.lines")
-
-
 def test_intervals_hold_the_truth_as_often_as_they_say():
     rng = np.random.default_rng(0)
     x, log_c, hits = np.log(TOKENS), 2.0, np.zeros(2)
@@ -130,16 +115,6 @@ def test_intervals_hold_the_truth_as_often_as_they_say():
         pairs = ((fit.alpha_interval, -0.5), (fit.c_interval, np.exp(log_c)))
         hits += [low <= truth <= high for (low, high), truth in pairs]
     assert (np.abs(hits / 400 - 0.95) < 0.035).all()  # three standard deviations
-
-
-def test_the_interval_of_alpha_by_hand():
-    tokens, scores = [1, math.e, math.e**2], [1.0, math.exp(0.5), math.exp(1.3)]
-    fit = fit_scaling_law(tokens, scores)  # x = 0, 1, 2; y = 0, 0.5, 1.3: slope 0.65, residuals 0.05, -0.1, 0.05
-    assert fit.alpha == pytest.approx(-0.65)
-    assert fit.residual_std == pytest.approx(math.sqrt(0.015))
-    assert fit.r_squared == pytest.approx(1 - 0.015 / 0.86)
-    half = 12.7062047 * math.sqrt(0.015 / 2)
-    assert fit.alpha_interval == pytest.approx((-0.65 - half, -0.65 + half))
 
 
 def test_c_is_unbounded_where_alpha_may_be_zero():
@@ -245,21 +220,6 @@ def test_an_autoregressive_process_has_its_known_dependency():
     assert (curve.distance <= curve.bound + 1e-9).all()
 
 
-def test_shared_and_independent_parts_balance_where_they_should():
-    """Cosine 0.04 between all deltas: independent part over shared part is 1 / (0.04 (n - 1))."""
-    rng = np.random.default_rng(0)
-    common = unit(rng.normal(size=(500, 1, 32)))
-    noise = rng.normal(size=(500, 300, 32))
-    noise = unit(noise - (noise * common).sum(axis=-1, keepdims=True) * common)
-    curve = divergence_of_deltas((0.2 * common + math.sqrt(0.96) * noise).astype(np.float32))
-    assert curve.dependency[50:] == pytest.approx(np.full(250, 0.04), rel=0.06)
-    assert curve.linear_from(0.5) == pytest.approx(1 + 1 / (0.5 * 0.04), abs=4)
-    assert curve.linear_from(0.05) is None
-    early = np.log(curve.distance[7] / curve.distance[1]) / np.log(8 / 2)
-    late = np.log(curve.distance[299] / curve.distance[149]) / np.log(2)
-    assert 0.5 < early < 0.62 < 0.9 < late < 1
-
-
 def test_curves_can_be_read_and_drawn(tmp_path):
     pytest.importorskip("matplotlib")
     curve = divergence_of_deltas(np.random.default_rng(0).normal(size=(4, 9, 3)))
@@ -273,12 +233,6 @@ def test_curves_can_be_read_and_drawn(tmp_path):
     assert plot_divergence(curve, tmp_path / "curve.svg").stat().st_size > 5000
     fit = fit_scaling_law(TOKENS, [n**0.2 for n in TOKENS])
     assert "alpha = -0.200" in plot_laws({"right answers": fit}, tmp_path / "law.svg").read_text()
-
-
-def test_equal_branches_do_not_diverge():
-    curve = divergence_of_deltas(np.zeros((2, 5, 3)))
-    assert curve.distance.tolist() == [0] * 5 and curve.eta == 0
-    assert curve.dependency[1:].tolist() == [0] * 4
 
 
 # --- branch divergence of models

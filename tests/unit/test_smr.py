@@ -140,13 +140,6 @@ def test_malformed_records_are_named_and_skipped_only_on_request(root, caplog):
         build_smr(root, root / "smr.jsonl", sources=["dvqa"])
 
 
-def test_missing_images_are_named(root):
-    (root / "ai2d/images/0.png").unlink()
-    with pytest.raises(ValueError, match=r"ai2d lacks 1 images, such as .*images/0\.png"):
-        build_smr(root, root / "smr.jsonl", sources=["ai2d"])
-    assert build_smr(root, root / "smr.jsonl", sources=["ai2d"], skip_broken=True) == {"ai2d": 0}
-
-
 def test_pickles_that_would_run_code_are_refused(root):
     class Evil:
         def __reduce__(self):
@@ -172,12 +165,6 @@ def build_and_read(root, seed):
 @pytest.mark.parametrize("answer, letter", [(1, "B"), ("b", "B"), ("dog", "B"), ("(A)", "A"), ("B. dog", "B")])
 def test_answers_become_letters(answer, letter):
     assert letter_of(answer, ["cat", "dog"]) == letter
-
-
-@pytest.mark.parametrize("answer", [2, -1, "bird", "", "Anna"])
-def test_answers_that_are_no_option_are_refused(answer):
-    with pytest.raises(ValueError, match="none of the options"):
-        letter_of(answer, ["cat", "dog"])
 
 
 def test_letters_that_options_carry_are_kept():

@@ -4,13 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
 from builders.tiny import make_batch, random_image, tiny_config, tiny_model, tiny_processor, tiny_vision_config
 from builders.training import query_former_config, slime_config, slime_parts, training_arguments
 from hires_lmm.training import Alternation, Stage, alternating_scheduler, get_plan, set_options, summarise
-from hires_lmm.training.callbacks import check_optimizer
-from hires_lmm.training.objectives import gate_balance
 from hires_lmm.training.optimization import parameter_groups
 from hires_lmm.training.parameters import list_parts, part_name
 from hires_lmm.training.plans import COLUMNS, FORCED_EXPERT
@@ -67,16 +64,6 @@ def test_what_no_gradient_reaches_is_not_trained(tower, layer):
     stage.apply(model)
     assert {name for name, parameter in named.items() if parameter.requires_grad} == reached
     assert 0 < len(reached) < len(named)
-
-
-def test_table_7_is_written_as_printed():
-    rows = {
-        name: (c.align_batch, c.tune_batch, c.align_rate, c.tune_rate, c.align_zero, c.tune_zero)
-        for name, c in COLUMNS.items()
-    }
-    assert rows["vicuna_7b"] == rows["vicuna_13b"] == (256, 128, 1e-3, 2e-5, 2, 3)
-    assert rows["llama3_8b"] == (256, 128, 1e-3, 1e-5, 2, 3)
-    assert rows["llama3_70b_lora"] == (256, 128, 1e-3, 1e-4, 3, 3)
 
 
 def test_wrappers_do_not_change_the_name_of_a_part():
@@ -192,23 +179,6 @@ def test_the_stage_is_saved_with_the_model(tmp_path):
     assert config.connector_config.adapter["forced_expert"] == "mlp"
 
 
-def test_optimizers_of_another_kind_are_refused(tmp_path):
-    model, args = tiny_model(slime_config()), training_arguments(tmp_path, learning_rate=1e-3)
-    stage = Stage("x", {"connector": 1e-3, "lm_head": 1e-4})
-    stage.apply(model)
-    check_optimizer(stage.optimizer(model, args), model, stage)
-    one_rate = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-    with pytest.raises(ValueError, match=r"group None with learning rate 0\.001"):
-        check_optimizer(one_rate, model, stage)
-    single = Stage("y", {"connector": 1e-3})
-    with pytest.raises(ValueError, match=r"also holds lm_head\.weight"):
-        check_optimizer(one_rate, model, single)
-    with pytest.raises(ValueError, match=r"lacks connector\."):
-        check_optimizer(torch.optim.AdamW([model.lm_head.weight], lr=1e-3), model, single)
-    single.apply(model)
-    check_optimizer(torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3), model, single)
-
-
 def test_alternation_switches_groups_and_survives_a_resume(tmp_path):
     model = tiny_model(slime_config())
     stage = Stage(
@@ -242,8 +212,3 @@ def test_alternation_switches_groups_and_survives_a_resume(tmp_path):
     assert first + run(optimizer, scheduler, 5) == whole
     with pytest.raises(ValueError, match="has no alternation"):
         alternating_scheduler(get_plan("slime")[0], optimizer, 8)
-
-
-def test_gate_balance_is_zero_for_even_experts():
-    assert gate_balance(torch.full((5, 2), 0.5)) == 0
-    assert gate_balance(torch.tensor([[1.0, 0.0]] * 4)) == 1

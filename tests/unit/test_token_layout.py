@@ -61,13 +61,6 @@ def test_counts_of_their_own():
         apply_budget(count_tokens(plan, rigid), rigid, 9, 0)
 
 
-def test_one_token_that_may_be_dropped_is_kept():
-    layout = layout_with("global")
-    assert apply_budget(TokenCount(5, 1), layout, 5, 0) == 5 and apply_budget(TokenCount(5, 2), layout, 4, 0) == 4
-    with pytest.raises(ValueError, match="smallest value for this image is 5, its full count is 5"):
-        apply_budget(TokenCount(5, 1), layout, 4, 0)
-
-
 def test_too_small_a_budget_says_why():
     with pytest.raises(ValueError, match=r"is too small \(separators and protected views stay\)"):
         apply_budget(count("crops"), layout_with("crops"), 3, 0)
@@ -109,16 +102,3 @@ def test_wrong_layouts_are_refused_by_name(changes, text):
     grids = {"global": {"rows": 4, "cols": 4}, "crops": {"rows": 4, "cols": 4}}
     with pytest.raises(ValueError, match=f"token_layout.*{re.escape(text)}"):
         TokenLayout.from_dict({"patch_grid": [4, 4], "grids": grids, **changes})
-
-
-def test_missing_keys_and_other_types():
-    with pytest.raises(ValueError, match="has no grids"):
-        TokenLayout.from_dict({"patch_grid": [4, 4]})
-    with pytest.raises(ValueError, match="must be a dict"):
-        TokenLayout.from_dict([4, 4])
-
-
-def test_plan_and_layout_must_agree():
-    plan = PLANNERS["slime"](10, 10, PinpointLimits())
-    with pytest.raises(ValueError, match="24x24 patches, token_layout has 4x4"):
-        count_tokens(plan, layout_with("all"))

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from hires_lmm.modeling.outputs_hires_lmm import TokenMap
-from hires_lmm.visualize import _Frame, count_kept, draw_token_map, heat_colors
+from hires_lmm.visualize import count_kept, draw_token_map
 
 
 ORANGE, BLUE = (230, 140, 40), (40, 120, 230)
@@ -74,15 +74,6 @@ def test_cells_lie_over_the_part_of_the_image_they_stand_for():
     assert pixels_near(picture, BLUE) < 0.02 * pixels_near(bright, BLUE)
 
 
-def test_frame_places_the_corners_of_the_source_exactly():
-    frame = _Frame((0.0, -50.0, 200.0, 350.0), 2.0)
-    assert frame.size == (800, 400)
-    assert frame.place(np.array([[0, 0, 200, 300], [-10, -90, 999, 999]])).tolist() == [
-        [0, 100, 400, 700],
-        [0, 0, 400, 800],
-    ]
-
-
 def test_padding_is_drawn_around_the_image_and_named_in_the_legend():
     without, padded = (draw_token_map(plain(), make_map(padding=padding), width=1000) for padding in (0, 60))
     grey = (207, 207, 203)
@@ -123,16 +114,6 @@ def test_the_legend_shows_the_colours_of_the_picture_and_no_others(kept):
     assert pixels_near(legend, BLUE) == 0
 
 
-def test_the_scale_of_scores_is_in_the_legend_where_tokens_were_scored():
-    scored, plain_map = (
-        legend_of(draw_token_map(plain(), make_map(scored=flag), width=1400)) for flag in (True, False)
-    )
-    assert (
-        pixels_near(scored, heat_colors(np.array(0.5)), 4) > 22
-        and pixels_near(plain_map, heat_colors(np.array(0.5)), 4) == 0
-    )
-
-
 def test_kept_tokens_are_counted_with_marks_and_by_image():
     def left_half(rows):
         return torch.tensor([kind == -1 or box[3] <= 151 for _, _, kind, box, _ in rows])
@@ -150,33 +131,11 @@ def test_kept_tokens_are_counted_with_marks_and_by_image():
         count_kept(both, 2)
 
 
-def test_panels_follow_what_there_is():
-    full = draw_token_map(plain(), make_map(), width=1000)
-    unscored = draw_token_map(plain(), make_map(scored=False), width=1000)
-    assert pixels_near(unscored, ORANGE) > pixels_near(full, ORANGE)
-    only_global = draw_token_map(plain(), make_map(grid=(0, 1)), width=1000)
-    assert pixels_near(only_global, ORANGE) > 0
-
-
 @pytest.mark.parametrize("size", [(1, 1), (30, 3000), (3000, 30), (700, 500)])
 def test_any_shape_gives_a_picture_of_reasonable_size(size):
     picture = draw_token_map(plain(size), make_map(size=size), title="A question " * 60, width=900)
     assert 890 <= picture.width <= 1400
     assert picture.height < 4000
-
-
-def test_a_long_word_as_title_does_not_hang():
-    assert draw_token_map(plain(), make_map(), title="x" * 1000, width=600).height < 2000
-
-
-def test_the_second_image_of_a_batch():
-    one, two = make_map(), make_map(kept=lambda rows: torch.zeros(len(rows), dtype=torch.bool))
-    fields = {name: torch.cat([getattr(one, name), getattr(two, name)]) for name in vars(one)}
-    fields["image"] = torch.cat([one.image, two.image + 1])
-    batch = TokenMap(**fields)
-    assert pixels_near(draw_token_map(plain(), batch), ORANGE) > pixels_near(draw_token_map(plain(), batch, 1), ORANGE)
-    with pytest.raises(ValueError, match="holds 2 images"):
-        draw_token_map(plain(), batch, 2)
 
 
 def test_the_source_may_be_a_path_with_orientation(tmp_path):
@@ -191,9 +150,3 @@ def test_the_source_may_be_a_path_with_orientation(tmp_path):
 def test_a_bad_width_is_named(width):
     with pytest.raises(ValueError, match="width="):
         draw_token_map(plain(), make_map(), width=width)
-
-
-def test_heat_runs_from_dark_to_light():
-    brightness = heat_colors(np.linspace(0, 1, 20)).sum(axis=-1)
-    assert (np.diff(brightness) > 0).all()
-    assert heat_colors(np.zeros((2, 3))).shape == (2, 3, 3)

@@ -24,44 +24,17 @@ LINK = re.compile(r"!?\[([^\]]*)\]\(([^)\s]+)\)")
 
 
 def token_table(image_processor: Any) -> list[dict[str, int]]:
-    """Tokens of images of several sizes.
-
-    Args:
-        image_processor (`HiResLmmImageProcessor`): The processor of the checkpoint.
-
-    Returns:
-        Height, width, views, tokens and the smallest budget of each size.
-    """
+    """Views, tokens and the smallest budget of images of several sizes."""
     rows = []
     for height, width in CARD_SIZES:
         (tokens,), (views,) = image_processor.count_images([(height, width)])
-        smallest = _smallest_budget(image_processor, height, width, tokens)
+        smallest = image_processor.min_image_tokens(height, width)
         rows.append({"height": height, "width": width, "views": views, "tokens": tokens, "smallest": smallest})
     return rows
 
 
-def _smallest_budget(image_processor: Any, height: int, width: int, tokens: int) -> int:
-    """The smallest accepted `max_image_tokens`, by bisection: what is accepted is an interval up to the full count."""
-    low, high = 1, tokens
-    while low < high:
-        middle = (low + high) // 2
-        try:
-            image_processor.image_tokens(height, width, max_image_tokens=middle)
-            high = middle
-        except ValueError:
-            low = middle + 1
-    return low
-
-
 def unsupported(config: Any) -> list[str]:
-    """What a model of this configuration cannot do.
-
-    Args:
-        config (`HiResLmmConfig`): The configuration.
-
-    Returns:
-        Sentences.
-    """
+    """What a model of this configuration cannot do, in sentences."""
     lines = []
     if any(step.traits.reads_question for step in config.fitted_chain().steps):
         lines.append("Selection by the question in servers that never show the question to the image branch.")
@@ -71,11 +44,7 @@ def unsupported(config: Any) -> list[str]:
 
 
 def code_hash(folder: Path) -> str:
-    """SHA-256 over the Python files of a checkpoint, by name.
-
-    Args:
-        folder (`Path`): The checkpoint.
-    """
+    """SHA-256 over the Python files of a checkpoint, by name."""
     digest = hashlib.sha256()
     for path in sorted(folder.glob("*.py")):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
@@ -83,14 +52,7 @@ def code_hash(folder: Path) -> str:
 
 
 def describe_choices(folder: Path) -> dict[str, str]:
-    """What was chosen for a checkpoint where its sources leave a choice, for the card and for whoever made it.
-
-    Args:
-        folder (`Path`): The checkpoint, with configuration and processor.
-
-    Returns:
-        Chat template, layer of the vision tower, and numbers of the pixels, each in words.
-    """
+    """Chat template, layer of the tower and numbers of the pixels that were chosen for a checkpoint, each in words."""
     path = folder / "chat_template.jinja"
     text = path.read_text(encoding="utf-8") if path.is_file() else None
     known = {text: name for name, plain in CHAT_TEMPLATES.items() for text in (plain, add_queries(plain))}
@@ -107,17 +69,7 @@ def describe_choices(folder: Path) -> dict[str, str]:
 
 
 def carry_card(card: str, fresh: str, folder: Path) -> str:
-    """A card that somebody wrote, with what is true of a new folder: its code, its versions, no links out of it.
-
-    Args:
-        card (`str`): The card.
-        fresh (`str`): The template filled for the new folder.
-        folder (`Path`): The new folder.
-
-    Returns:
-        The card with the code of its section *Use* and its section *Versions* as in `fresh`; links that lead to no
-        file of the folder are plain text.
-    """
+    """A card that somebody wrote, with code and versions of a fresh one; links to absent files become text."""
     new = {section.partition("\n")[0]: section for section in _sections(fresh)}
     code = CODE.search(new["## Use"])
     sections = _sections(card)
@@ -143,17 +95,8 @@ def _sections(card: str) -> list[str]:
 def write_card(
     folder: Path, config: Any, image_processor: Any, facts: dict[str, Any], earlier: Path | None = None
 ) -> None:
-    """Write `README.md`.
-
-    Args:
-        folder (`Path`): The checkpoint, with configuration, processor and code.
-        config (`HiResLmmConfig`): Its configuration.
-        image_processor (`HiResLmmImageProcessor`): Its image processor.
-        facts (`dict`): `title`, `summary`, `bases` (part, name, optionally licence), `training`, `chat`, `versions`,
-            `repository`; absent ones are left out of the card.
-        earlier (`Path`, *optional*): A card to carry over, see `carry_card`. The text of the `widget` in its front
-            matter is the question of the example.
-    """
+    """Write `README.md`. `facts`: `title`, `summary`, `bases` (part, name, licence), `training`, `chat`, `versions`,
+    `repository`, as far as known; an earlier card is carried over, and its `widget` is the question of the example."""
     connector = config.connector_config
     card = earlier.read_text(encoding="utf-8") if earlier is not None else None
     asked = WIDGET.search(card or "")
@@ -178,6 +121,8 @@ def write_card(
         "adapter": f"`{connector.adapter}`",
         "token_ops": listed(connector.token_ops),
         "layer_ops": listed(connector.layer_ops),
+        "position_plan": connector.position_plan,
+        "heads": connector.heads,
         "choices": describe_choices(folder),
         "unsupported": unsupported(config),
         "code_hash": code_hash(folder),

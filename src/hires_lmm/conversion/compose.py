@@ -9,13 +9,14 @@ from transformers import AutoConfig
 
 from ..modeling.configuration_hires_lmm import PRESETS
 from ..modeling.connector_hires_lmm import HiResLmmConnector
+from ..processing.processing_hires_lmm import choose_template
 from ..processing.sequence_hires_lmm import LayoutOptions
 from .configs import common_dtype
 from .errors import ConversionError, readable
 from .hub import is_repository, resolve_folder
 from .keys import Rename, Rule, Unused
 from .pipeline import Source, convert
-from .prompts import choose_template, image_stats_of, load_tokenizer
+from .prompts import image_stats_of, load_tokenizer
 from .tensors import Entries, entry_of, folder_entries, read_json
 from .towers import tower_config, tower_entries
 from .writing import MAX_SHARD_BYTES, Progress
@@ -55,12 +56,9 @@ def compose(
         vision (`str` or `Path`): Folder or Hub repository of a CLIP or SigLIP model, or of its tower alone.
         text (`str` or `Path`): Folder or Hub repository of a causal language model.
         preset (`str`): A name in `hires_lmm.PRESETS`.
-        destination (`str` or `Path`): The folder to make; it appears only when it is whole.
-        dtype (`str` or `torch.dtype`, *optional*): Dtype of all weights; by default the language model's.
+        destination, dtype, progress, max_shard_bytes: As in `convert`; the dtype is by default the language model's.
         chat_template (`str`, *optional*): A name in `CHAT_TEMPLATES` or a Jinja text; by default the tokenizer's own
             if it reads images, else the one its special tokens belong to.
-        progress (`Callable`, *optional*): Called with tensors done, tensors in all and a description.
-        max_shard_bytes (`int`): Most bytes of tensors in one file.
         extra_towers (`dict[str, str]`, *optional*): Name -> folder or Hub repository of further towers (CLIP, SigLIP,
             ConvNeXt). The tokens of one enter the sequence behind the others, unless `changes` has a `layout` or
             `map_ops` in `connector_config`.

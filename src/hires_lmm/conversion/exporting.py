@@ -25,6 +25,7 @@ def export(
     destination: str | Path,
     progress: Progress | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    trust_remote_code: bool = False,
 ) -> Path:
     """Write a folder that loads with `trust_remote_code=True` where this package is not installed.
 
@@ -33,20 +34,22 @@ def export(
         destination (`str` or `Path`): The folder to make; it appears only when it is whole.
         progress (`Callable`, *optional*): Called with tensors done, tensors in all and a description.
         max_shard_bytes (`int`): Most bytes of tensors in one file.
+        trust_remote_code (`bool`): Whether the files of a user's own parts may run; they are written as well.
 
     Returns:
         The folder.
 
     Raises:
         ConversionError: If the checkpoint is not one of ours, or not whole.
+        ValueError: If it has parts of its author's own that are neither trusted nor imported.
     """
     with new_folder(destination) as work:
-        folder = resolve_folder(checkpoint, "The checkpoint")
-        config = _read_config(folder)
+        folder = resolve_folder(checkpoint, "The checkpoint", with_code=trust_remote_code)
+        config = _read_config(folder, trust_remote_code)
         entries = folder_entries(folder)
         check_complete(Mapped(entries), model_shapes(config), [], f"the checkpoint {folder.name}")
         write_tensors(work, entries, max_shard_bytes, progress)
-        image_processor = _copy_processor(folder, work, config)
+        image_processor = _copy_processor(folder, work, config, trust_remote_code)
         if (folder / "generation_config.json").is_file():
             with readable("The generation configuration"):
                 GenerationConfig.from_pretrained(folder).save_pretrained(work)
@@ -61,7 +64,7 @@ def export(
     return Path(destination)
 
 
-def _read_config(folder: Path) -> Any:
+def _read_config(folder: Path, trust_remote_code: bool) -> Any:
     if (folder / "adapter_config.json").is_file():
         raise ConversionError(
             f"{folder.name} holds a LoRA adapter; merge it first (merge_and_unload) and export that."
@@ -70,16 +73,17 @@ def _read_config(folder: Path) -> Any:
         raise ConversionError(f"{folder.name} is no hires_lmm checkpoint; convert it first.")
     with readable("The configuration"):
         config = HiResLmmConfig.from_pretrained(folder)
+    config.load_parts(trust_remote_code, folder)
     config.auto_map = dict(AUTO_MAP)  # a foreign entry would name code of somebody else
     return config
 
 
-def _copy_processor(folder: Path, work: Path, config: Any) -> Any:
+def _copy_processor(folder: Path, work: Path, config: Any, trust_remote_code: bool) -> Any:
     """Save the checkpoint's own processor; where it has none, the one its configuration describes."""
     if not (folder / "processor_config.json").is_file():
         return save_assets(work, config, PromptAssets(load_tokenizer(folder), image_stats_of(folder)))
     with readable("The processor"):
-        processor = HiResLmmProcessor.from_pretrained(folder, trust_remote_code=False)
+        processor = HiResLmmProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
     _check_layout(processor.image_processor.token_layout or {}, config, folder.name)
     processor.tokenizer.init_kwargs.pop("auto_map", None)
     processor.save_pretrained(work)

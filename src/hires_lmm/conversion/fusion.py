@@ -17,7 +17,6 @@ from .keys import Rename, Rule, Squeeze, TakeRows, Unused
 from .pipeline import Source, convert
 from .prompts import image_stats_of, load_tokenizer
 from .tensors import Entries, entry_of, folder_entries, read_json
-from .writing import MAX_SHARD_BYTES, Progress
 
 
 _VISION = "imgque_backbone.clip_model.vision_model."
@@ -49,29 +48,18 @@ def key_table(slots: list[int]) -> list[Rule]:
     ]
 
 
-def convert_fusion(
-    source: str | Path,
-    destination: str | Path,
-    dtype: str | torch.dtype | None = None,
-    progress: Progress | None = None,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-) -> dict:
+def convert_fusion(source: str | Path, destination: str | Path, **options: Any) -> dict:
     """Convert a released checkpoint of the token-scaling paper.
 
     Args:
         source (`str` or `Path`): A folder, with the tokenizer of questions in its folder `clip`.
         destination (`str` or `Path`): The folder to make; it appears only when it is whole.
-        dtype (`str` or `torch.dtype`, *optional*): Dtype of all weights; by default every tensor keeps its own.
-        progress (`Callable`, *optional*): Called with tensors done, tensors in all and a description.
-        max_shard_bytes (`int`): Most bytes of tensors in one file.
-
-    Returns:
-        The report, which is also saved as `conversion_report.json`.
+        options: `dtype`, `progress` and `max_shard_bytes`, as in `convert`, which also says what comes back.
 
     Raises:
         ConversionError: If the checkpoint uses an option without a counterpart here, or is damaged.
     """
-    return convert(partial(read_fusion, source), destination, dtype, progress, max_shard_bytes)
+    return convert(partial(read_fusion, source), destination, **options)
 
 
 def read_fusion(source: str | Path) -> Source:

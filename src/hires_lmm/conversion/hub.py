@@ -17,16 +17,17 @@ def is_repository(name: str | Path | None) -> bool:
     return isinstance(name, str) and REPOSITORY.fullmatch(name) is not None and not Path(name).is_dir()
 
 
-def resolve_folder(name: str | Path, what: str) -> Path:
+def resolve_folder(name: str | Path, what: str, with_code: bool = False) -> Path:
     """The folder of a checkpoint, downloaded if it is a repository; pickles only where there is nothing else."""
+    wanted = [*SMALL_FILES, *(["*.py"] if with_code else [])]
     if Path(name).expanduser().is_dir():
         return Path(name).expanduser()
     if not is_repository(name):
         raise ConversionError(f"{what} {str(name)!r} is neither a folder nor a Hub repository (owner/name).")
     try:
-        folder = Path(snapshot_download(str(name), allow_patterns=[*SMALL_FILES, "*.safetensors"]))
+        folder = Path(snapshot_download(str(name), allow_patterns=[*wanted, "*.safetensors"]))
         if not any(folder.glob("*.safetensors")):
-            folder = Path(snapshot_download(str(name), allow_patterns=[*SMALL_FILES, "*.bin"]))
+            folder = Path(snapshot_download(str(name), allow_patterns=[*wanted, "*.bin"]))
     except (OSError, ValueError, RuntimeError) as error:
         text = str(error).strip().partition("\n")[0]
         raise ConversionError(

@@ -22,15 +22,12 @@ class Rename:
 
     @property
     def targets(self) -> tuple[str, ...]:
-        """Names in ours."""
         return (self.target,)
 
     def forward(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """Foreign tensor -> our tensors."""
         return [tensor]
 
     def backward(self, tensors: list[torch.Tensor]) -> torch.Tensor:
-        """Our tensors -> foreign tensor."""
         return tensors[0]
 
 
@@ -44,14 +41,12 @@ class SplitRows:
     kind = "split rows"
 
     def forward(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """Foreign tensor -> our tensors."""
         rows = tensor.shape[0] if tensor.ndim else 0
         if not rows or rows % len(self.targets):
             raise ValueError(f"{self.source} has {rows} rows, which {len(self.targets)} does not divide.")
         return list(tensor.chunk(len(self.targets)))
 
     def backward(self, tensors: list[torch.Tensor]) -> torch.Tensor:
-        """Our tensors -> foreign tensor."""
         return torch.cat(tensors)
 
 
@@ -67,17 +62,14 @@ class Squeeze:
 
     @property
     def targets(self) -> tuple[str, ...]:
-        """Names in ours."""
         return (self.target,)
 
     def forward(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """Foreign tensor -> our tensors."""
         if tensor.ndim < self.axes or any(size != 1 for size in tensor.shape[: self.axes]):
             raise ValueError(f"{self.source} has the shape {tuple(tensor.shape)}; its first {self.axes} must be 1.")
         return [tensor.reshape(tensor.shape[self.axes :])]
 
     def backward(self, tensors: list[torch.Tensor]) -> torch.Tensor:
-        """Our tensors -> foreign tensor."""
         return tensors[0][(None,) * self.axes]
 
 
@@ -92,14 +84,12 @@ class TakeRows:
     kind = "table and chosen rows"
 
     def forward(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """Foreign tensor -> our tensors."""
         rows = tensor.shape[0] if tensor.ndim else 0
         if max(self.rows) >= rows:
             raise ValueError(f"{self.source} has {rows} rows, so no row {max(self.rows)}.")
         return [tensor, tensor[list(self.rows)]]
 
     def backward(self, tensors: list[torch.Tensor]) -> torch.Tensor:
-        """Our tensors -> foreign tensor."""
         table = tensors[0].clone()
         table[list(self.rows)] = tensors[1]
         return table
@@ -117,13 +107,11 @@ class Constant:
     targets = ()
 
     def forward(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """Foreign tensor -> our tensors."""
         if not tensor.is_meta and tensor.float().flatten().tolist() != list(self.value):
             raise ValueError(f"{self.source} holds {tensor.tolist()}, expected {list(self.value)}.")
         return []
 
     def backward(self, tensors: list[torch.Tensor]) -> torch.Tensor:
-        """Our tensors -> foreign tensor."""
         return torch.tensor(self.value, dtype=self.dtype)
 
 
@@ -137,16 +125,15 @@ class Unused:
     targets = ()
 
     def forward(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """Foreign tensor -> our tensors."""
         return []
 
     def backward(self, tensors: list[torch.Tensor]) -> torch.Tensor:
-        """Our tensors -> foreign tensor."""
         raise ValueError(f"{self.source} can only come from the side file of a conversion.")
 
 
 Rule = Rename | SplitRows | Squeeze | TakeRows | Constant | Unused
-"""`forward` raises a ValueError where shape or value do not fit; both ways run on meta tensors too."""
+"""`targets` are names in ours; `forward` makes our tensors of a foreign one, or raises a ValueError where they do
+not fit, `backward` the foreign one of ours; both run on meta tensors too."""
 
 
 @dataclass(frozen=True)

@@ -8,22 +8,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import AutoConfig
 
 from ..modeling.logits_hires_lmm import DIVIDERS, MULTIPLIERS
+from ..processing.processing_hires_lmm import choose_template
+from ..processing.tower_table_hires_lmm import TOWERS
 from .errors import ConversionError, readable
 from .hub import is_repository, resolve_folder
 from .keys import Rename, Rule, Unused
 from .pipeline import Source, convert
-from .prompts import choose_template, image_stats_of, load_tokenizer, source_template
+from .prompts import image_stats_of, load_tokenizer, source_template
 from .tensors import Entries, folder_entries, read_if_present, read_json
-from .writing import MAX_SHARD_BYTES, Progress
 
 
-PREFIX_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0}
-"""Tokens before the patches in the features of a tower."""
-
+TOWERS_READ = ("clip_vision_model", "siglip_vision_model")
 _PROJECTOR = "multi_modal_projector.linear_{}.{}"
 _OURS = "model.connector.adapter.mlp.linear_{}.{}"
 RULES: list[Rule] = [
@@ -51,29 +49,18 @@ RULES: list[Rule] = [
 HEADS = ("lm_head.weight", "language_model.lm_head.weight")
 
 
-def convert_llava_next(
-    source: str | Path,
-    destination: str | Path,
-    dtype: str | torch.dtype | None = None,
-    progress: Progress | None = None,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-) -> dict:
+def convert_llava_next(source: str | Path, destination: str | Path, **options: Any) -> dict:
     """Convert a LLaVA-NeXT checkpoint in Hugging Face format.
 
     Args:
         source (`str` or `Path`): A folder or a Hub repository.
         destination (`str` or `Path`): The folder to make; it appears only when it is whole.
-        dtype (`str` or `torch.dtype`, *optional*): Dtype of all weights; by default every tensor keeps its own.
-        progress (`Callable`, *optional*): Called with tensors done, tensors in all and a description.
-        max_shard_bytes (`int`): Most bytes of tensors in one file.
-
-    Returns:
-        The report, which is also saved as `conversion_report.json`.
+        options: `dtype`, `progress` and `max_shard_bytes`, as in `convert`, which also says what comes back.
 
     Raises:
         ConversionError: If the checkpoint uses an option without a counterpart here, or is damaged.
     """
-    return convert(partial(read_llava_next, source), destination, dtype, progress, max_shard_bytes)
+    return convert(partial(read_llava_next, source), destination, **options)
 
 
 def read_llava_next(source: str | Path) -> Source:
@@ -124,10 +111,10 @@ def plain_head(text_config: Any) -> None:
 def settings_of(theirs: Any, folder: Path) -> dict:
     """The multimodal options as fields of `HiResLmmConfig`; the image processor in the folder must agree with them."""
     tower = theirs.vision_config.model_type
-    if tower not in PREFIX_TOKENS:
-        raise ConversionError(f"The tower {tower!r} is not supported; known are {', '.join(PREFIX_TOKENS)}.")
+    if tower not in TOWERS_READ:
+        raise ConversionError(f"The tower {tower!r} is not supported; known are {', '.join(TOWERS_READ)}.")
     strategy, layer = theirs.vision_feature_select_strategy, theirs.vision_feature_layer
-    fitting = "default" if PREFIX_TOKENS[tower] else "full"
+    fitting = "default" if TOWERS[tower].prefix else "full"
     if strategy != fitting:
         raise ConversionError(
             f"vision_feature_select_strategy={strategy!r} with a {tower} tower gives features that are no grid of "

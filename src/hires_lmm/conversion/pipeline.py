@@ -10,13 +10,14 @@ from typing import Any
 import torch
 
 from ..modeling.configuration_hires_lmm import HiResLmmConfig
+from ..processing.processing_hires_lmm import place_image_token
 from .cards import write_card
 from .checkpoint import REPORT_NAME, UNUSED_STEM, finish_report, save_assets, save_code, versions
 from .configs import common_dtype, model_shapes, parse_dtype, with_dtype
 from .errors import ConversionError, readable
 from .keys import Rule
 from .mapping import Mapped, cast, check_complete, grow_rows, map_forward, record
-from .prompts import PromptAssets, generation_defaults, place_image_token, prompt_settings
+from .prompts import PromptAssets, generation_defaults, prompt_settings
 from .tensors import Entries
 from .writing import MAX_SHARD_BYTES, Progress, new_folder, write_tensors
 
@@ -143,7 +144,7 @@ def add_tensors(mapped: Mapped, entries: Entries) -> None:
 def _place_image_token(source: Source) -> int:
     """Settle the id of the image token: a spare row of the embeddings, else a new one. Returns the rows to add."""
     rows, named = source.text_config.vocab_size, source.image_token_id
-    number = place_image_token(source.tokenizer) if source.tokenizer is not None else named
+    number = place_image_token(source.tokenizer)[1] if source.tokenizer is not None else named
     if number is not None and named not in (None, number):
         raise ConversionError(
             f"The tokenizer has the image token as id {number}, but image_token_index={named}; one of the two belongs "

@@ -10,7 +10,6 @@ from typing import Any
 from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedConfig
 
 from ..processing.chat_templates_hires_lmm import CHAT_TEMPLATES, answer_prefix_ids, question_prefix_ids
-from ..processing.processing_hires_lmm import TEMPLATE_BY_TOKEN
 from .errors import readable
 from .tensors import read_if_present, read_json, read_text
 
@@ -56,26 +55,9 @@ def load_tokenizer(folder: Path) -> Any | None:
     return tokenizer
 
 
-def place_image_token(tokenizer: Any) -> int:
-    """The id of the image token, which is added to the tokenizer where it is missing."""
-    token = tokenizer.image_token if hasattr(tokenizer, "image_token") else IMAGE_TOKEN
-    if token not in tokenizer.get_vocab():
-        tokenizer.add_special_tokens({"extra_special_tokens": [token]}, replace_extra_special_tokens=False)
-    return tokenizer.convert_tokens_to_ids(token)
-
-
 def released_template(tokenizer: Any) -> str:
     """Name of the template a released SliME model was trained with: Llama-3 has header tokens, Vicuna has not."""
     return "llama3" if LLAMA3_HEADER in tokenizer.get_vocab() else "vicuna"
-
-
-def choose_template(tokenizer: Any) -> str:
-    """The template for a text model: its own if that reads images, else the one its special tokens belong to."""
-    own = tokenizer.chat_template
-    if isinstance(own, str) and "'image'" in own.replace('"', "'"):
-        return own
-    vocabulary = tokenizer.get_vocab()
-    return next((name for token, name in TEMPLATE_BY_TOKEN.items() if token in vocabulary), "plain")
 
 
 def source_template(folder: Path) -> str | None:

@@ -61,27 +61,13 @@ def compose_random(destination: str | Path, preset: str = "slime", seed: int = 0
 
 
 def preset_processor(preset: str = "slime") -> HiResLmmProcessor:
-    """The processor of a preset over a tower with the geometry of CLIP ViT-L/14 at 336 pixels, for counting tokens.
-
-    Args:
-        preset (`str`): A name in `hires_lmm.PRESETS`.
-
-    Returns:
-        The processor; its tokenizer is `build_byte_tokenizer`.
-
-    Raises:
-        ValueError: If the preset is unknown.
-    """
+    """The processor of a preset over a tower of 24 x 24 patches of 14 pixels, for counting tokens without weights."""
     tokenizer = build_byte_tokenizer()
     return HiResLmmProcessor.from_config(_random_config(tokenizer, preset), tokenizer)
 
 
 def build_byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Build a tokenizer of single bytes: no training, no files, any text survives.
-
-    Returns:
-        A tokenizer of 262 tokens with ChatML marks and the chat template that uses them; `<image>` is one token.
-    """
+    """A tokenizer of single bytes with ChatML marks and `<image>`: no training, no files, any text survives."""
     pieces = [*SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     tokenizer = Tokenizer(models.BPE(vocab={piece: index for index, piece in enumerate(pieces)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

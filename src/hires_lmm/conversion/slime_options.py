@@ -238,7 +238,11 @@ def _plain(connector: Any) -> dict[str, Any]:
     return {
         "view_ops": [options(op) for op in chain.view_ops],
         "adapter": options(chain.adapter),
+        "tower_adapters": {name: options(op) for name, op in chain.tower_adapters.items()},
+        "map_ops": [options(op) for op in chain.map_ops],
         "token_ops": [options(op) for op in chain.token_ops],
         "layer_ops": [options(op) for op in chain.layer_ops],
+        "position_plan": chain.position_plan and options(chain.position_plan),
+        "heads": {name: options(op) for name, op in chain.heads.items()},
         "layout": vars(chain.layout),
     }

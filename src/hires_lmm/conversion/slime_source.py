@@ -19,7 +19,6 @@ from .slime import key_table
 from .slime_options import connector_settings, option_notes
 from .tensors import Entries, entry_of, file_entries, folder_entries, read_json, weight_files
 from .towers import find_tower, tower_entries
-from .writing import MAX_SHARD_BYTES, Progress
 
 
 RELEASED_TYPES = ("llava_llama", "llava")
@@ -42,9 +41,7 @@ def convert_slime(
     destination: str | Path,
     vision_config: str | Path | None = None,
     base: str | Path | None = None,
-    dtype: str | torch.dtype | None = None,
-    progress: Progress | None = None,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
+    **options: Any,
 ) -> dict:
     """Convert a released SliME checkpoint.
 
@@ -54,18 +51,12 @@ def convert_slime(
         vision_config (`str` or `Path`, *optional*): The vision tower: a `config.json`, a folder or a repository; the
             latter two also give the weights where the checkpoint has none. By default the tower it names.
         base (`str` or `Path`, *optional*): The language model under a LoRA or stage files; by default the one named.
-        dtype (`str` or `torch.dtype`, *optional*): Dtype of all weights; by default every tensor keeps its own.
-        progress (`Callable`, *optional*): Called with tensors done, tensors in all and a description.
-        max_shard_bytes (`int`): Most bytes of tensors in one file.
-
-    Returns:
-        The report, which is also saved as `conversion_report.json`.
+        options: `dtype`, `progress` and `max_shard_bytes`, as in `convert`, which also says what comes back.
 
     Raises:
         ConversionError: If anything is unknown, absent or does not fit; the destination is not made then.
     """
-    read = partial(read_slime, source, vision_config, base)
-    return convert(read, destination, dtype, progress, max_shard_bytes)
+    return convert(partial(read_slime, source, vision_config, base), destination, **options)
 
 
 def read_slime(source: str | Path, vision_config: str | Path | None, base: str | Path | None) -> Source:

@@ -18,13 +18,7 @@ VIEWS_PER_PASS = 64
 
 @dataclass(frozen=True)
 class EncodedImages:
-    """Some images under one setting.
-
-    Args:
-        features (`HiResLmmImageFeatures`): Their features before anything reads a question.
-        order (`dict[str, int]`): `source_key` -> number of the image.
-        placeholders (`list[str]`): The text that stands for each image.
-    """
+    """Features of some images under one setting, numbers by `source_key`, and the texts that stand for them."""
 
     features: HiResLmmImageFeatures
     order: dict
@@ -32,13 +26,7 @@ class EncodedImages:
 
 
 class ImageEncoder:
-    """Encodes the images of a few questions; what the tower gave is shared by all settings that see the same views.
-
-    Args:
-        base (`HiResLmmModel`): The model without its head.
-        processor (`HiResLmmProcessor`): Its processor.
-        sources (`list`): Images or sources, each once.
-    """
+    """Encodes the images of a few questions; what the tower gave is shared by all settings that see the same views."""
 
     def __init__(self, base: Any, processor: Any, sources: list):
         self.base, self.processor, self.sources = base, processor, sources
@@ -46,14 +34,7 @@ class ImageEncoder:
         self._seen: dict[tuple, torch.Tensor] = {}
 
     def check_budgets(self, settings: Sequence[SweepSetting]) -> None:
-        """Refuse budgets that are too small for one of the images.
-
-        Args:
-            settings (sequence of `SweepSetting`): How they will be asked about.
-
-        Raises:
-            ValueError: If there are any; the message names them all, and the smallest budget that is large enough.
-        """
+        """Refuse budgets too small for one of the images, all by name, with the smallest that is large enough."""
         refused = {}
         for setting in settings:
             if setting.tokens is None or setting.views == "none":
@@ -69,17 +50,7 @@ class ImageEncoder:
 
     @torch.inference_mode()
     def encode(self, setting: SweepSetting) -> EncodedImages:
-        """Encode all images.
-
-        Args:
-            setting (`SweepSetting`): Views, budget, crops and size.
-
-        Returns:
-            Their features and placeholders.
-
-        Raises:
-            ValueError: If an image cannot be read, or a budget is too small for one.
-        """
+        """Encode all images with the views, budget, crops and size of a setting."""
         options = {"views": setting.views, "max_image_tokens": setting.tokens, "max_crops": setting.max_crops}
         pictures = self._resized(setting.image_size)
         inputs = self.processor.image_processor(pictures, return_tensors="pt", **options)

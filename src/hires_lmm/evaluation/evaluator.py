@@ -37,8 +37,7 @@ class SweepResult:
     seed: int = 0
 
     def scores(self, setting: SweepSetting) -> dict[str, Score]:
-        """Scores of one setting: `all`, the groups `fine`, `scene`, `fine_whole`, `fine_cut` where rows know them,
-        and each kind."""
+        """Scores of one setting, by the names of `group_answers`."""
         answers = [answer for answer in self.answers if answer.setting == setting]
         return {name: self._score(chosen) for name, chosen in group_answers(answers).items()}
 
@@ -73,15 +72,7 @@ class SweepResult:
 
 
 def group_answers(answers: Sequence[Answer]) -> dict[str, list[Answer]]:
-    """Sort answers into the groups that are reported.
-
-    Args:
-        answers (sequence of `Answer`): Answers of one setting.
-
-    Returns:
-        Group -> answers; empty groups are left out. First `all`, then `fine`, `scene`, `fine_whole` and `fine_cut` of
-        the answers that say what they are, then each kind in alphabetical order.
-    """
+    """Answers of one setting: `all`, `fine`, `scene`, `fine_whole`, `fine_cut` where they say so, then each kind."""
     groups = {
         "all": list(answers),
         "fine": [answer for answer in answers if answer.fine is True],

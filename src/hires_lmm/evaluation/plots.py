@@ -21,18 +21,10 @@ GROUPS = ("fine", "fine_whole", "fine_cut", "scene")
 
 
 def plot_sweep(result: SweepResult, file: str | Path) -> Path:
-    """Draw a sweep.
+    """Draw a sweep to a PNG, SVG or PDF.
 
-    Args:
-        result (`SweepResult`): What came out.
-        file (`str` or `Path`): PNG, SVG or PDF to write.
-
-    Returns:
-        The file. One panel for each combination of the axes that are not drawn along x, one line a group of questions
-        (the kinds, where questions belong to no group); dotted lines show answers without the image.
-
-    Raises:
-        ImportError: If matplotlib is missing.
+    One panel for each combination of the axes that are not drawn along x, one line a group of questions (the kinds,
+    where questions belong to no group); dotted lines show answers without the image.
     """
     pyplot = import_pyplot()
     axis = _main_axis(result)

@@ -15,13 +15,7 @@ NUM_OPTIONS = 4
 
 @dataclass(frozen=True)
 class AskedQuestion:
-    """What is put behind the user's text, and the answer that is then right.
-
-    Args:
-        suffix (`str`): Text after the question; may be empty.
-        answer (`str`): The right answer.
-        num_options (`int`, *optional*): Options to choose from; None for free answers.
-    """
+    """What is put behind the user's text, the answer that is then right, and the options to choose from, if any."""
 
     suffix: str
     answer: str
@@ -36,8 +30,7 @@ def normalise_answer(text: str) -> str:
 def draw_options(
     answer: str, kind: str | None, answers: Sequence[str], key: str, num_options: int = NUM_OPTIONS
 ) -> list[str]:
-    """The right answer and up to three wrong ones from the right answers to others; the same key gives the same
-    options."""
+    """The right answer and up to three of others, which are wrong; the same key gives the same options."""
     others = sorted({normalise_answer(other): other for other in answers}.items())
     wrong = [other for name, other in others if name != normalise_answer(answer)]
     if not wrong:

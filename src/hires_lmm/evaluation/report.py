@@ -33,15 +33,7 @@ def versions() -> dict[str, str]:
 
 
 def build_record(result: SweepResult, **facts: Any) -> dict[str, Any]:
-    """Everything about a sweep as JSON values.
-
-    Args:
-        result (`SweepResult`): What came out.
-        facts: Where it comes from: `checkpoint`, `dataset`, `command`, `device`, ...
-
-    Returns:
-        The facts, date, versions, seed, and under `settings` what `SweepResult.summary` gives.
-    """
+    """The facts given, date, versions, seed and the summary of a sweep, as JSON values."""
     return {
         **facts,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -52,20 +44,7 @@ def build_record(result: SweepResult, **facts: Any) -> dict[str, Any]:
 
 
 def write_report(folder: str | Path, result: SweepResult, record: dict[str, Any], plot: bool = True) -> list[Path]:
-    """Write `sweep.json` and `sweep.png`.
-
-    Args:
-        folder (`str` or `Path`): Where to; made if missing.
-        result (`SweepResult`): What came out.
-        record (`dict`): From `build_record`, or anything else to write.
-        plot (`bool`): Whether to draw the picture.
-
-    Returns:
-        The files.
-
-    Raises:
-        ImportError: If matplotlib is missing and a picture is wanted.
-    """
+    """Write `sweep.json`, and `sweep.png` where a plot is wanted, into a folder that is made if missing; the files."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / RESULT_FILE]
@@ -78,14 +57,7 @@ def write_report(folder: str | Path, result: SweepResult, record: dict[str, Any]
 
 
 def build_tables(result: SweepResult) -> Iterator[Table]:
-    """The scores of all settings, a few settings a table.
-
-    Args:
-        result (`SweepResult`): What came out.
-
-    Returns:
-        An iterator over tables: one row a group or kind, one column a setting, with 95 % intervals.
-    """
+    """Tables of a few settings each: one row a group or kind, one column a setting, with 95 % intervals."""
     for start in range(0, len(result.settings), SETTINGS_A_TABLE):
         yield _table(result, result.settings[start : start + SETTINGS_A_TABLE])
 

@@ -21,19 +21,10 @@ GROUP = "hires_lmm.rows"
 
 @dataclass(frozen=True)
 class SweepRow:
-    """One question in the form that the evaluator works with.
+    """One question: its turns up to the last user turn, and its images in reading order.
 
-    Args:
-        index (`int`): Number of the row.
-        messages (`list[dict]`): Turns up to the last user turn; image parts hold no image.
-        images (`list`): Images, sources, or functions that draw an image when it is needed, in reading order.
-        answer (`str`): The right answer.
-        kind (`str`, *optional*): Kind of the question.
-        group (`str`): Questions of one group share a scene.
-        fine (`bool`, *optional*): Whether it is about fine detail.
-        cut (`bool`, *optional*): Whether something it is about is cut by a crop border.
-        chance (`float`, *optional*): What guessing gets.
-        constant (`float`, *optional*): What the best constant answer to questions of the kind gets.
+    `group` names the scene that questions share; `cut`: a crop border cuts what it is about; `chance` is what guessing
+    gets, `constant` what the best constant answer to questions of the kind gets.
     """
 
     index: int
@@ -82,16 +73,12 @@ def load_rows(dataset: str, options: dict[str, Any] | None = None) -> list[dict[
 
 
 def read_rows(file: str | Path, image_folder: str | Path | None = None) -> list[dict[str, Any]]:
-    """Read questions from a JSON file.
+    """Read questions from a `.json` file with a list of records, or a `.jsonl` with one a line.
 
     Args:
-        file (`str` or `Path`): `.json` with a list of records or `.jsonl` with one a line, in the form that the
-            collator takes (`messages`, `images` or `image`) or in the LLaVA format (`conversations`); further keys
-            `answer`, `kind`, `fine`, `cut`, `scene`.
+        file (`str` or `Path`): Records in the form that the collator takes (`messages`, `images` or `image`) or in the
+            LLaVA format (`conversations`); further keys `answer`, `kind`, `fine`, `cut`, `scene`.
         image_folder (`str` or `Path`, *optional*): Folder that relative paths start from; that of the file by default.
-
-    Returns:
-        The rows.
 
     Raises:
         ValueError: If the file is missing or holds no records.
@@ -130,18 +117,7 @@ def _resolved(parts: list[dict], folder: Path) -> list[dict]:
 
 
 def prepare_rows(rows: Iterable[dict[str, Any]]) -> list[SweepRow]:
-    """Check rows and bring them into one form.
-
-    Args:
-        rows (iterable of `dict`): In the form that the collator takes; the answer is `answer`, or else the text of the
-            last turn.
-
-    Returns:
-        The questions.
-
-    Raises:
-        ValueError: If there are none, or one has no answer; the message names its number.
-    """
+    """Bring rows as the collator takes them into one form; the answer is `answer`, else the text of the last turn."""
     numbers: dict[str, int] = {}
     prepared = [_prepare(index, row, numbers) for index, row in enumerate(rows)]
     if not prepared:
@@ -204,8 +180,7 @@ def _group(index: int, row: dict[str, Any], sources: list, numbers: dict[str, in
 
 
 def digest_rows(rows: Sequence[SweepRow]) -> str:
-    """A short name of the questions: a hash of texts, answers, kinds, groups and names of images, not of their
-    pixels."""
+    """A hash of texts, answers, kinds, groups and names of images, not of their pixels."""
     digest = blake2b(digest_size=16)
     for row in rows:
         named = [str(source) if isinstance(source, (str, Path)) else "" for source in row.images]

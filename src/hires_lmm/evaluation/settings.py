@@ -100,14 +100,7 @@ def expand_grid(**axes: Sequence[Any]) -> list[SweepSetting]:
 
 
 def swept_axes(settings: Sequence[SweepSetting]) -> list[str]:
-    """The axes along which settings differ.
-
-    Args:
-        settings (sequence of `SweepSetting`): The settings of a sweep.
-
-    Returns:
-        Names in the order of `AXES`; those of settings without an image count only where they are the same as others'.
-    """
+    """The axes along which settings differ, in the order of `AXES`; those without an image count for `views` alone."""
     shown = [each for each in settings if each.views != "none"]
     varied = {name for name in AXES if len({getattr(each, name) for each in shown}) > 1}
     varied |= {"views"} if len({each.views for each in settings}) > 1 else set()

@@ -16,16 +16,10 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True)
 class Score:
-    """How many of some questions were answered right.
+    """How many of some questions were answered right, with 95 % intervals.
 
-    Args:
-        questions, right (`int`): Counts.
-        accuracy (`float`): Their quotient.
-        wilson (`tuple[float, float]`): 95 % interval if questions were independent.
-        bootstrap (`tuple[float, float]`, *optional*): 95 % interval over resampled scenes; None where no two questions
-            share one.
-        chance (`float`, *optional*): What guessing gets, where it is known for all questions.
-        constant (`float`, *optional*): What the best constant answer to each kind gets.
+    `wilson` holds if questions were independent, `bootstrap` resamples scenes (None where no two questions share one);
+    `chance` is what guessing gets, `constant` what the best constant answer to each kind gets.
     """
 
     questions: int
@@ -73,8 +67,7 @@ def score(
     constants: Sequence[float | None] = (),
     seed: int = 0,
 ) -> Score:
-    """Counts, accuracy and intervals of answers; `groups` are their scenes, `chances` and `constants` what guessing
-    gets."""
+    """Counts, accuracy and intervals; `groups` are scenes, `chances` and `constants` what guessing gets."""
     total, count = sum(right), len(right)
     return Score(
         questions=count,

@@ -14,21 +14,7 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Answer:
-    """One question under one setting.
-
-    Args:
-        setting (`SweepSetting`): How it was asked.
-        row (`int`): Number of the question.
-        kind (`str`, *optional*): Kind of the question.
-        group (`str`): Its scene.
-        fine, cut (`bool`, *optional*): See `SweepRow`.
-        answer (`str`): The right answer.
-        prediction (`str`): What the model said.
-        ended (`bool`): Whether the end token came.
-        right (`bool`): Whether the answer is right: the normalised texts are equal and the end token came.
-        tokens (`int`): Visual tokens that reached the language model.
-        chance, constant (`float`, *optional*): See `SweepRow`.
-    """
+    """One question (see `SweepRow`) under one setting. `right`: the texts are equal, normalised, and ended."""
 
     setting: SweepSetting
     row: int
@@ -63,17 +49,7 @@ class AnswerStore:
         self.identity = json.loads(json.dumps(identity))
 
     def begin(self, **more: Any) -> list[Answer]:
-        """Read what is there.
-
-        Args:
-            more: JSON values that belong to the identity too.
-
-        Returns:
-            The answers so far; a last line that was cut off in writing is removed.
-
-        Raises:
-            ValueError: If the file belongs to another sweep, or is none of ours.
-        """
+        """The answers so far; `more` belongs to the identity too. A last line that was cut off is removed."""
         self.identity = {**self.identity, **json.loads(json.dumps(more))}
         if not self.file.exists():
             return []
@@ -90,11 +66,7 @@ class AnswerStore:
         return [self._read(line) for line in lines[1:]]
 
     def append(self, answers: Iterable[Answer]) -> None:
-        """Write answers.
-
-        Args:
-            answers (iterable of `Answer`): New ones.
-        """
+        """Write new answers."""
         lines = [json.dumps(asdict(answer), ensure_ascii=False) for answer in answers]
         if not self.file.exists():
             self.file.parent.mkdir(parents=True, exist_ok=True)

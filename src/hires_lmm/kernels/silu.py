@@ -79,40 +79,6 @@ def _products(
 
 
 @triton.jit
-def _forward_kernel(
-    query,
-    key,
-    value,
-    output,
-    scale,
-    num_queries,
-    num_keys,
-    heads,
-    CHANNELS: tl.constexpr,
-    OPERAND: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
-    """Tile of queries × piece of the channels of the output."""
-    image, head = tl.program_id(2) // heads, tl.program_id(2) % heads
-    first, stop = image * num_keys, (image + 1) * num_keys
-    rows = image * num_queries + tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    row_stop = (image + 1) * num_queries
-    columns = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
-    total = tl.zeros([BLOCK_Q, BLOCK_V], dtype=tl.float32)
-    for start in range(first, stop, BLOCK_K):
-        keys = start + tl.arange(0, BLOCK_K)
-        scores = scale * _products(
-            query, rows, row_stop, key, keys, stop, heads, head, CHANNELS, OPERAND, BLOCK_Q, BLOCK_K, BLOCK_D
-        )
-        values = _load_tile(value, keys, stop, columns, heads, head, CHANNELS)
-        total = _weigh(scores * tl.sigmoid(scores), values, total, OPERAND)
-    _store_tile(output, total, rows, row_stop, columns, heads, head, CHANNELS)
-
-
-@triton.jit
 def _slope(scores):
     """Derivative of SiLU."""
     gate = tl.sigmoid(scores)
@@ -120,16 +86,17 @@ def _slope(scores):
 
 
 @triton.jit
-def _grad_query_kernel(
-    grad,
+def _query_kernel(
     query,
     key,
     value,
-    grad_query,
+    grad,
+    result,
     scale,
     num_queries,
     num_keys,
     heads,
+    BACKWARD: tl.constexpr,
     CHANNELS: tl.constexpr,
     OPERAND: tl.constexpr,
     BLOCK_Q: tl.constexpr,
@@ -137,7 +104,7 @@ def _grad_query_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """Tile of queries × piece of the channels of their gradient."""
+    """Tile of queries × piece of the channels of the output, or of the gradient of the queries."""
     image, head = tl.program_id(2) // heads, tl.program_id(2) % heads
     first, stop = image * num_keys, (image + 1) * num_keys
     rows = image * num_queries + tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
@@ -149,21 +116,26 @@ def _grad_query_kernel(
         scores = scale * _products(
             query, rows, row_stop, key, keys, stop, heads, head, CHANNELS, OPERAND, BLOCK_Q, BLOCK_K, BLOCK_D
         )
-        grad_weights = _products(
-            grad, rows, row_stop, value, keys, stop, heads, head, CHANNELS, OPERAND, BLOCK_Q, BLOCK_K, BLOCK_D
-        )
-        piece = _load_tile(key, keys, stop, columns, heads, head, CHANNELS)
-        total = _weigh(grad_weights * _slope(scores), piece, total, OPERAND)
-    total = total * scale
-    _store_tile(grad_query, total, rows, row_stop, columns, heads, head, CHANNELS)
+        if BACKWARD:
+            grad_weights = _products(
+                grad, rows, row_stop, value, keys, stop, heads, head, CHANNELS, OPERAND, BLOCK_Q, BLOCK_K, BLOCK_D
+            )
+            piece = _load_tile(key, keys, stop, columns, heads, head, CHANNELS)
+            total = _weigh(grad_weights * _slope(scores), piece, total, OPERAND)
+        else:
+            values = _load_tile(value, keys, stop, columns, heads, head, CHANNELS)
+            total = _weigh(scores * tl.sigmoid(scores), values, total, OPERAND)
+    if BACKWARD:
+        total = total * scale
+    _store_tile(result, total, rows, row_stop, columns, heads, head, CHANNELS)
 
 
 @triton.jit
 def _grad_key_value_kernel(
-    grad,
     query,
     key,
     value,
+    grad,
     grad_key,
     grad_value,
     scale,
@@ -208,30 +180,14 @@ def _grad_key_value_kernel(
 
 
 def operand_type(tensor: torch.Tensor) -> tl.dtype:
-    """Type in which tiles are multiplied: that of the tensor.
-
-    Args:
-        tensor (`torch.Tensor`): An input. On the CPU, Triton's interpreter runs the kernels; it cannot multiply
-            bfloat16, so its products, exact in float32, are taken there.
-
-    Returns:
-        A Triton dtype.
-    """
+    """Type of the products: that of the tensor; on a CPU float32 for bfloat16, which is not multiplied there."""
     if tensor.dtype == torch.bfloat16:
         return tl.bfloat16 if tensor.is_cuda else tl.float32
     return tl.float16 if tensor.dtype == torch.float16 else tl.float32
 
 
 def block_sizes(channels: int, is_backward: bool) -> dict:
-    """Tile sizes of a head size.
-
-    Args:
-        channels (`int`): Channels of a head.
-        is_backward (`bool`): The backward kernels hold two sums where the forward kernel holds one.
-
-    Returns:
-        Keyword arguments of the kernels.
-    """
+    """Tile sizes of a head size, as keyword arguments; backward kernels hold two sums where the other holds one."""
     width = max(triton.next_power_of_2(channels), 16)
     return {
         "BLOCK_Q": 64,
@@ -255,7 +211,8 @@ def launch_forward(
     grid = (triton.cdiv(queries, blocks["BLOCK_Q"]), triton.cdiv(channels, blocks["BLOCK_V"]), images * heads)
     settings = {"CHANNELS": channels, "OPERAND": operand_type(query), **blocks}
     values = key if value is None else value
-    _forward_kernel[grid](query, key, values, output, scale, queries, keys, heads, **settings)
+    tensors = (query, key, values, query, output)  # the gradient is not read
+    _query_kernel[grid](*tensors, scale, queries, keys, heads, BACKWARD=False, **settings)
     return output
 
 
@@ -271,10 +228,10 @@ def launch_backward(
         return grad_query, grad_key, grad_value
     blocks = block_sizes(channels, is_backward=True)
     pieces = triton.cdiv(channels, blocks["BLOCK_V"])
-    tensors = (grad, query, key, values)
+    tensors = (query, key, values, grad)
     settings = {"CHANNELS": channels, "OPERAND": operand_type(query), **blocks}
     grid = (triton.cdiv(queries, blocks["BLOCK_Q"]), pieces, images * heads)
-    _grad_query_kernel[grid](*tensors, grad_query, scale, queries, keys, heads, **settings)
+    _query_kernel[grid](*tensors, grad_query, scale, queries, keys, heads, BACKWARD=True, **settings)
     grid = (triton.cdiv(keys, blocks["BLOCK_K"]), pieces, images * heads)
     outputs = (grad_key, grad_key if grad_value is None else grad_value)
     _grad_key_value_kernel[grid](*tensors, *outputs, scale, queries, keys, heads, SHARED=value is None, **settings)

@@ -1,5 +1,6 @@
 """Configuration of the model and of its connector, and the published combinations as presets."""
 
+from collections.abc import Callable
 from copy import deepcopy
 from typing import Any, Literal
 
@@ -11,6 +12,15 @@ from transformers.models.auto import AutoConfig
 
 from .compat_hires_lmm import CACHE_NAMES, warn_if_untested
 from .geometry_hires_lmm import KINDS, MAIN_TOWER, Grid, Kind
+from .own_parts_hires_lmm import (
+    HiResLmmOwnPartsMixin,
+    as_name,
+    is_known,
+    list_names,
+    map_names,
+    map_planner,
+    part_loader,
+)
 from .tower_table_hires_lmm import patch_side, tower_family, tower_grid, tower_width, view_side
 
 
@@ -179,7 +189,18 @@ class HiResLmmConnectorConfig(PreTrainedConfig):
         self.layer_ops, self.heads = self.layer_ops or [], self.heads or {}
         self.adapter = self.adapter if self.adapter is not None else {"part": "mlp"}
         self.tower_adapters, self.layout = self.tower_adapters or {}, self.layout or {}
-        self.resolve()
+        self.map_parts(as_name)
+        if all(map(is_known, self.part_names())):
+            self.resolve()
+
+    def map_parts(self, change: Callable[[Any], Any]) -> None:
+        """Change the name of each part, in whatever slot."""
+        for slot in type(self).__annotations__:
+            setattr(self, slot, map_names(getattr(self, slot), change))
+
+    def part_names(self) -> list[Any]:
+        """The name of each part, in whatever slot."""
+        return [name for slot in type(self).__annotations__ for name in list_names(getattr(self, slot))]
 
     def resolve(self) -> Any:
         """Classes and checked options of all parts, a `ResolvedChain`.
@@ -202,7 +223,7 @@ class HiResLmmConnectorConfig(PreTrainedConfig):
 
 
 @strict
-class HiResLmmConfig(PreTrainedConfig):
+class HiResLmmConfig(HiResLmmOwnPartsMixin, PreTrainedConfig):
     """Configuration of a high-resolution multimodal model.
 
     Args:
@@ -277,13 +298,14 @@ class HiResLmmConfig(PreTrainedConfig):
         self._read_extra_towers()
         self._check_halves()
         self.vision_config = _without_head(self.vision_config)
-        self.planner = self.planner if self.planner is not None else {"name": "slime"}
+        self.planner = map_planner(self.planner if self.planner is not None else {"name": "slime"}, as_name)
         self.auto_map = {**AUTO_MAP, **(self.auto_map or {})}
         if self.text_config.tie_word_embeddings:
             self.tie_word_embeddings = True
         if self.vision_chunk_size is not None and self.vision_chunk_size < 1:
             raise ValueError(f"vision_chunk_size={self.vision_chunk_size} must be at least 1, or null for all views.")
-        self.fitted_chain()
+        if all(map(is_known, self.connector_config.part_names())):
+            self.fitted_chain()
 
     def _check_halves(self) -> None:
         """Refuse towers and language models that cannot be, before anyone builds them layer by layer."""
@@ -367,6 +389,27 @@ class HiResLmmConfig(PreTrainedConfig):
             side = config.view_size
             config.planner = {**planner, "pinpoints": [[r * side, c * side] for r, c in LLAVA_NEXT_GRIDS]}
         return config
+
+    def part_names(self) -> list[Any]:
+        """The names of all parts and of the planner."""
+        return [*self.connector_config.part_names(), *list_names(self.planner, "name")]
+
+    def load_parts(self, trust_remote_code: Any = None, source: Any = None, **hub: Any) -> None:
+        """Find the classes of the user's own parts; models call it when they are made.
+
+        Args:
+            trust_remote_code (`bool`, *optional*): Whether the files of the checkpoint may run; they may as well where
+                its code runs already.
+            source (`str`, *optional*): Its folder or Hub id; by default where the configuration was read.
+            hub: `revision`, `token` and the like.
+
+        Raises:
+            ValueError: If a part is neither trusted nor imported.
+        """
+        load = part_loader(source or self.name_or_path, bool(trust_remote_code), type(self).__module__, hub)
+        self.connector_config.map_parts(load)
+        self.planner = map_planner(self.planner, load)
+        self.fitted_chain()
 
     @property
     def view_size(self) -> int:

@@ -186,12 +186,17 @@ class HiResLmmGenerationMixin(GenerationMixin):
         return past
 
     def prepare_inputs_for_generation(
-        self, input_ids: torch.Tensor, next_sequence_length: int | None = None, **kwargs: Any
+        self,
+        input_ids: torch.Tensor,
+        next_sequence_length: int | None = None,
+        inputs_embeds: torch.Tensor | None = None,  # named: the library looks for it before it takes embeddings
+        **kwargs: Any,
     ) -> dict[str, Any]:
         """As in the library, whose first draft would read again what the caller's cache holds."""
-        image = (kwargs.get("mm_encoder_outputs") or {}).get("image")
-        if next_sequence_length is None and image is not None and image.prompt.cached:
-            next_sequence_length = input_ids.shape[1] - image.prompt.cached
+        prompt = getattr((kwargs.get("mm_encoder_outputs") or {}).get("image"), "prompt", None)
+        if next_sequence_length is None and prompt is not None and prompt.cached:
+            next_sequence_length = input_ids.shape[1] - prompt.cached
+        kwargs["inputs_embeds"] = inputs_embeds
         return super().prepare_inputs_for_generation(input_ids, next_sequence_length, **kwargs)
 
     def _expand_multimodal_outputs(
@@ -227,9 +232,11 @@ class HiResLmmGenerationMixin(GenerationMixin):
         return create_masks_for_generate(attention_mask=attention_mask, **kwargs)
 
     def _valid_auto_compile_criteria(self, model_kwargs: dict[str, Any], generation_config: GenerationConfig) -> bool:
-        """Layer ops change lengths from layer to layer, so a static cache does not have the model compiled."""
+        """Layer ops and position plans look at what is cached, so a static cache does not have the model compiled."""
         valid: Any = super()._valid_auto_compile_criteria
-        return not self.model.connector.layer_ops and valid(model_kwargs, generation_config)
+        connector = self.model.connector
+        looks = connector.layer_ops or connector.position_plan is not None
+        return not looks and valid(model_kwargs, generation_config)
 
     def _update_model_kwargs_for_generation(
         self,

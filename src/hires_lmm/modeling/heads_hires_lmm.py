@@ -11,12 +11,14 @@ from .splice_hires_lmm import find_placeholders
 
 def take_heads(model: Any, options: dict[str, Any], cache: Any) -> dict[str, torch.Tensor] | None:
     """Take what concerns heads out of the keyword arguments of a call: their labels by name, or None if none run."""
+    wanted = options.pop("output_heads", None)
+    if not model.connector.heads:
+        return None
     found = {name: options.pop(f"labels_{name}", None) for name in model.connector.heads}
     labels = {name: given for name, given in found.items() if given is not None}
-    wanted = options.pop("output_heads", None)
     if wanted is None:
         wanted = bool(labels) or cache is None or not cache.get_seq_length()
-    return labels if found and wanted else None
+    return labels if wanted else None
 
 
 def run_heads(

@@ -549,9 +549,6 @@ def open_layers(model: Any, prompt: Any, cache: Any, options: dict) -> LanguageC
         getattr(config, name) if options.get(name) is None else options[name]
         for name in ("output_hidden_states", "output_attentions")
     ]
-    layers = [] if cache is None else cache.layers
-    is_fixed = any(layer.is_compileable and getattr(layer, "is_sliding", False) for layer in layers)
-    can_pack = not any(shown) and not is_fixed
-    call = LanguageCall(ops, config, conversation, prompt.attention_mask, placed, can_pack, model.training)
+    call = LanguageCall(ops, config, conversation, prompt.attention_mask, placed, not any(shown), model.training)
     options[LAYER_CALL] = call
     return call

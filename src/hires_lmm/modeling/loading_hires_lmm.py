@@ -1,5 +1,8 @@
 """Loading that refuses what does not fit: no model starts with random weights unnoticed."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from os import getpid
 from threading import RLock
 from typing import Any
@@ -8,9 +11,11 @@ from transformers import PreTrainedModel
 from transformers.integrations import is_fsdp_enabled
 
 from .configuration_hires_lmm import check_dtype
+from .own_parts_hires_lmm import HUB_OPTIONS, collect_files
 
 
 LOCKS: dict[int, Any] = {}  # by process: a lock that was held while a process forked stays locked in the copy
+SOURCE: ContextVar[dict[str, Any] | None] = ContextVar("SOURCE", default=None)  # what is loaded: see `load_parts`
 SHOWN_NAMES = 5
 PEFT_MARKS = ("lora_", "base_layer", "modules_to_save", "original_module")
 
@@ -21,6 +26,18 @@ class HiResLmmCheckpointError(ValueError, RuntimeError):
 
 class HiResLmmLoadingMixin:
     """`from_pretrained` that fails where transformers warns and fills the gap with random weights."""
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any):
+        config.load_parts(**(SOURCE.get() or {}))
+        model: Any = super()
+        model.__init__(config, *args, **kwargs)
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As in transformers; a part that cannot be saved is refused before anything is written."""
+        model: Any = self
+        collect_files(model.config.part_names(), save_directory)
+        saver: Any = super()
+        saver.save_pretrained(save_directory, *args, **kwargs)
 
     @classmethod
     def from_pretrained(
@@ -34,7 +51,8 @@ class HiResLmmLoadingMixin:
         """Load a checkpoint; see `PreTrainedModel.from_pretrained`.
 
         Threads load one after another: transformers swaps functions of its classes meanwhile, and two loads at once
-        would leave a stand-in there, after which no head is tied to its word embeddings.
+        would leave a stand-in there, after which no head is tied to its word embeddings. A user's own parts are read
+        from the checkpoint with `trust_remote_code=True`.
 
         Args:
             pretrained_model_name_or_path (`str`): Folder or Hub id, of a model or of an adapter for one; None with an
@@ -45,13 +63,14 @@ class HiResLmmLoadingMixin:
 
         Raises:
             HiResLmmCheckpointError: If tensors are missing, superfluous, of another shape or without values.
-            ValueError: If `dtype` names no floating-point format.
+            ValueError: If `dtype` names no floating-point format, or a part is neither trusted nor imported.
         """
         for name in ("dtype", "torch_dtype"):
             if kwargs.get(name) != "auto":
                 check_dtype(kwargs.get(name), name)
         loader: Any = super()
-        with LOCKS.setdefault(getpid(), RLock()):
+        hub = {name: kwargs[name] for name in ("trust_remote_code", *HUB_OPTIONS) if name in kwargs}
+        with LOCKS.setdefault(getpid(), RLock()), _loading({"source": pretrained_model_name_or_path, **hub}):
             model, info = loader.from_pretrained(
                 pretrained_model_name_or_path,
                 *model_args,
@@ -90,6 +109,15 @@ class HiResLmmLoadingMixin:
         loading_info = PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
         model._weights_info = loading_info.to_dict()
         return loading_info
+
+
+@contextmanager
+def _loading(source: dict[str, Any]) -> Iterator[None]:
+    before = SOURCE.set(source)
+    try:
+        yield
+    finally:
+        SOURCE.reset(before)
 
 
 def _check(model: PreTrainedModel, report: dict, mismatched: Any) -> None:

@@ -189,7 +189,8 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
             view_boxes (`torch.Tensor` of shape `(V, 4)`, *optional*): Boxes, needed by `output_token_map`.
             view_spans (`torch.Tensor` of shape `(V, 4)`, *optional*): Spans, see `get_image_features`.
             attention_mask (`torch.Tensor` of shape `(B, past + S)`, *optional*): 0 at padding.
-            position_ids (`torch.Tensor` of shape `(B, S)`, *optional*): Positions; made anew where tokens are dropped.
+            position_ids (`torch.Tensor` of shape `(B, S)`, *optional*): Positions; made anew where tokens are dropped
+                and by a position plan.
             cache (`Cache`, *optional*): Cache of earlier positions; `past_key_values` means the same.
             inputs_embeds (`torch.Tensor` of shape `(B, S, D)`, *optional*): Instead of `input_ids`.
             use_cache (`bool`, *optional*): Return a cache.

@@ -21,6 +21,7 @@ from .globalcom2_hires_lmm import HiResLmmGlobalCom2
 from .keep_after_hires_lmm import HiResLmmKeepAfter
 from .mini_hires_lmm import HiResLmmMiniCompressor, HiResLmmPromptFuser
 from .mqt_hires_lmm import HiResLmmMqt
+from .own_parts_hires_lmm import is_own, own_class, refusal
 from .routers_hires_lmm import HiResLmmRouter
 from .sa_perceiver_hires_lmm import HiResLmmSaPerceiver
 from .sequence_hires_lmm import LayoutOptions
@@ -60,6 +61,16 @@ SLOTS: dict[str, dict[str, Any]] = {
     "position_plan": POSITION_PLANS,
     "heads": HEADS,
 }
+BASES = {
+    "view_ops": "HiResLmmViewOp",
+    "adapter": "HiResLmmAdapter",
+    "map_ops": "HiResLmmViewOp",
+    "token_ops": "HiResLmmTokenOp",
+    "layer_ops": "HiResLmmLayerOp",
+    "position_plan": "HiResLmmPositionPlan",
+    "heads": "HiResLmmHead",
+}
+"""What a user's own part of a slot derives from."""
 
 OWN = "own"
 """Budget of a part that makes a number of tokens of its own."""
@@ -328,7 +339,7 @@ def resolve_part(slot: str, spec: dict, where: str) -> ResolvedPart:
 
     Args:
         slot (`str`): A key of `SLOTS`.
-        spec (`dict`): `{"part": name, **options}`.
+        spec (`dict`): `{"part": name, **options}`; the name may be that of a user's own part.
         where (`str`): Place in the configuration, for messages.
 
     Returns:
@@ -338,10 +349,16 @@ def resolve_part(slot: str, spec: dict, where: str) -> ResolvedPart:
         ValueError: If the name or an option is unknown or malformed.
     """
     known = SLOTS[slot]
-    if not isinstance(spec, dict) or spec.get("part") not in known:
-        name = spec.get("part") if isinstance(spec, dict) else spec
-        raise ValueError(f"{where} names the unknown part {name!r}; known parts of this slot: {', '.join(known)}.")
-    part = known[spec["part"]]
+    name: Any = spec.get("part") if isinstance(spec, dict) else spec
+    part = known.get(name) if isinstance(name, str) else None
+    part = part if part is not None else own_class(name, BASES[slot])
+    if part is None and is_own(name):
+        raise ValueError(refusal(name))
+    if part is None or not isinstance(spec, dict):
+        raise ValueError(
+            f"{where} names the unknown part {name!r}; known parts of this slot: {', '.join(known)}, or a class of "
+            "your own."
+        )
     options = {key: value for key, value in spec.items() if key != "part"}
     return ResolvedPart(part, build_options(part.Options, options, f"{where} ({spec['part']})"))
 

@@ -155,9 +155,7 @@ def plan_positions(model: Any, prompt: Any, cache: Any) -> None:
         )
     prompt.position_ids = positions[:, -count:]
     if seen is None:
-        if (
-            prompt.attention_mask is None and cache is None
-        ):  # or gaps between positions would be taken for packed texts
+        if prompt.attention_mask is None and cache is None:  # else gaps in positions would pass for packed texts
             prompt.attention_mask = tokens.real.long()
         return
     if any(op.options.of == "language_model" for op in model.connector.layer_ops):

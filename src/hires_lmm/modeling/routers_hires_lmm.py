@@ -236,10 +236,11 @@ class HiResLmmRouter(HiResLmmTokenOp):
             Tokens with `kept` and `scores["router"]` filled, and the question unchanged.
         """
         mask = question.image_mask() if question is not None and self.options.score != "saliency" else None
-        scores = tokens.features.new_full(tokens.features.shape[:1], float("nan"), dtype=torch.float32)
+        features = tokens.features
+        scores = torch.full(features.shape[:1], float("nan"), dtype=torch.float32, device=features.device)
         kept = torch.ones_like(scores, dtype=torch.bool)
         for image, index in enumerate(tokens.rows(self.options.on)):
-            image_scores = self._score(tokens.features[index], image, question, mask)
+            image_scores = self._score(features[index], image, question, mask)
             if self.options.noise:
                 image_scores = self.noise(image_scores, self.options.noise)
             scores = scores.index_copy(0, index, image_scores.detach())

@@ -166,17 +166,7 @@ _QUERIES = """
 
 
 def add_queries(template: str) -> str:
-    """Let a template write `QUERY_TOKEN` at the start of each user turn that follows an image and has none.
-
-    Args:
-        template (`str`): One of `CHAT_TEMPLATES`.
-
-    Returns:
-        The template for models with tokens of their own in later turns.
-
-    Raises:
-        ValueError: If the template has no place for it.
-    """
+    """Let a template write `QUERY_TOKEN` at the start of each user turn that follows an image and has none."""
     if QUERY_TOKEN in template or QUERY_IN_TEMPLATES in template:
         return template
     if _LATER_TURN not in template:
@@ -215,17 +205,10 @@ def answer_prefix_ids(processor: Any) -> list[int]:
 
 
 def question_prefix_ids(processor: Any) -> list[int]:
-    """The token ids that open the turn of a user who follows an answer, as the chat template writes them.
+    """The token ids that open a user's turn behind an answer; processor and errors as in `answer_prefix_ids`.
 
-    Args:
-        processor: A processor or tokenizer with a chat template.
-
-    Returns:
-        The ids. In templates without special tokens around roles (`vicuna`) the first turn of a conversation may be
-        written with other ids, because a space stands before it. Empty where a template opens turns with nothing.
-
-    Raises:
-        ValueError: If there is no chat template, or its openings cannot be told from the text around them.
+    In templates without special tokens around roles (`vicuna`) the first turn of a conversation may be written with
+    other ids, because a space stands before it. Empty where a template opens turns with nothing.
     """
     marker, openings = "QQQ", []
     for answer in ("y", "No."):

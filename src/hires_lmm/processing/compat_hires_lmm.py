@@ -49,9 +49,6 @@ def takes_cache(forward: Callable) -> Callable:
     """Let a `forward` with the parameter `cache` be called by either name; outermost of its decorators.
 
     It shows the name of the installed minor, which `generate` reads; the older name is deprecated since 5.24.
-
-    Args:
-        forward (`Callable`): Of a model.
     """
     known = signature(forward)
     shown = [each.replace(name=CACHE) if each.name == "cache" else each for each in known.parameters.values()]

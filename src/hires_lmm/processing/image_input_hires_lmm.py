@@ -39,14 +39,7 @@ ARRAY_CHANNELS = (1, 3, 4)
 
 
 def flatten_images(images: Any) -> list:
-    """Flatten nested lists and 4-d arrays into a list of single images, in order.
-
-    Args:
-        images: An image, a 4-d array of images, or a (nested) list of these; None is no image.
-
-    Returns:
-        The images, untouched.
-    """
+    """Nested lists and 4-d arrays as a list of single images, untouched, in order; None is no image."""
     if isinstance(images, (list, tuple)):
         return [image for entry in images for image in flatten_images(entry)]
     if isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4:
@@ -55,18 +48,7 @@ def flatten_images(images: Any) -> list:
 
 
 def flatten_budgets(budget: Any, images: Any) -> list:
-    """One budget an image.
-
-    Args:
-        budget: One for all images; a list of one an image, in their order; or a list nested as the images are.
-        images: Images as `flatten_images` takes them.
-
-    Returns:
-        The budgets, in the order of `flatten_images`.
-
-    Raises:
-        ValueError: If there are more or fewer budgets than images.
-    """
+    """One budget an image, in the order of `flatten_images`: one for all, one each, or nested as the images are."""
     number = len(flatten_images(images))
     if not isinstance(budget, (list, tuple)):
         return [budget] * number
@@ -82,20 +64,10 @@ def flatten_budgets(budget: Any, images: Any) -> list:
 
 
 def open_image(source: Any, index: int) -> Any:
-    """Open a path, URL, base64 text, data URL or encoded bytes as a Pillow image; anything else is passed on.
+    """A path, URL, base64 text, data URL or bytes as a Pillow image, not decoded yet; anything else is passed on.
 
-    Args:
-        source: What the user gave.
-        index (`int`): Named in errors.
-
-    Returns:
-        A Pillow image that may not be decoded yet, or `source` itself where it is an image or an array.
-
-    Raises:
-        ValueError: If the source cannot be read or holds no image.
-
-    Source: the sources of transformers' `load_image` and the dicts of `datasets`. Differs: alpha and bit depth are
-        kept for `to_rgb`.
+    Source: the sources of transformers' `load_image` and the dicts of `datasets`. Differs: alpha and bit depth stay
+        for `to_rgb`.
     """
     if isinstance(source, dict) and source.keys() and source.keys() <= {"bytes", "path"}:
         source = source.get("path") if source.get("bytes") is None else source["bytes"]
@@ -128,24 +100,13 @@ def to_rgb(
     input_data_format: str | None = None,
     unit_floats: bool = True,
 ) -> Image.Image:
-    """Convert one image of any kind to an upright RGB image of 8 bit.
+    """An image of any kind as an upright RGB image of 8 bit.
 
-    Args:
-        image: A Pillow image of any mode or an array (`numpy` or `torch`, any device) of shape `(height, width)`,
-            `(height, width, channels)` or `(channels, height, width)` with 1, 3 or 4 channels.
-        index (`int`): Named in errors.
-        background (`tuple[int, int, int]`): Colour under transparent pixels, RGB.
-        pixel_limit (`int`): Most pixels of an image.
-        input_data_format (`str`, *optional*): `"channels_first"` or `"channels_last"`; arrays only.
-        unit_floats (`bool`): Whether floats in [0, 1] are accepted.
-
-    Returns:
-        The image. Floats up to 1 are taken as [0, 1], others as [0, 255]; 16-bit integers, and wider ones that exceed
-        255, are scaled from 65535; EXIF orientation is applied; the first frame of an animation is taken, and of a
-        file of layers what it was opened with, all layers together.
-
-    Raises:
-        ValueError: If the image is empty, damaged, too large, of ambiguous channel order or out of range.
+    A Pillow image of any mode or an array (numpy or torch) of shape `(height, width)`, `(height, width, channels)` or
+    `(channels, height, width)` with 1, 3 or 4 channels. Floats up to 1 are taken as [0, 1] (`unit_floats`), others as
+    [0, 255]; 16-bit integers, and wider ones that exceed 255, are scaled from 65535. EXIF orientation is applied; the
+    first frame of an animation is taken, and of a file of layers what it was opened with, all layers together.
+    `background` is the colour under transparent pixels; `index` is named in errors.
     """
     if isinstance(image, Image.Image):
         _check_size(image.height, image.width, index, pixel_limit)

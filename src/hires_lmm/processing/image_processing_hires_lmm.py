@@ -21,8 +21,9 @@ from transformers.image_utils import (
 from transformers.processing_utils import ImagesKwargs, Unpack
 
 from .compat_hires_lmm import warn_if_untested
-from .geometry_hires_lmm import Grid, Kind
+from .geometry_hires_lmm import Kind
 from .image_input_hires_lmm import DEFAULT_PIXEL_LIMIT, flatten_budgets, flatten_images, open_image, to_rgb
+from .own_parts_hires_lmm import HiResLmmOwnPartsMixin, as_name, map_planner, part_loader
 from .planners_hires_lmm import Planner, PlannerLimits, View, ViewPlan, find_planner, square_paste
 from .token_layout_hires_lmm import TokenLayout, apply_budget, count_tokens, min_budget
 
@@ -31,7 +32,8 @@ class HiResLmmImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[c
     """Options of `HiResLmmImageProcessor`, at construction and per call.
 
     Args:
-        planner (`str` or `dict`): How images are cut: a name in `PLANNERS`, or a dict of its name and own options.
+        planner (`str`, `type` or `dict`): How images are cut: a name in `PLANNERS`, the class or name of a planner of
+            your own, or a dict of its name and own options.
         view_size, patch_size (`int`): Side of a view and of a patch of the vision tower, pixels.
         max_crops (`int`, *optional*): Most crops of one image; `None` = the planner's own default.
         pinpoints (`list[list[int]]`, *optional*): Allowed canvas sizes (height, width), pixels.
@@ -47,7 +49,7 @@ class HiResLmmImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[c
         pixel_limit (`int`): Most pixels of a source image.
     """
 
-    planner: str | dict | None
+    planner: str | dict | type | None
     view_size: int | None
     patch_size: int | None
     max_crops: int | None
@@ -120,7 +122,7 @@ class _Settings:
     rescale_factor: float
 
 
-class HiResLmmImageProcessor(PilBackend):
+class HiResLmmImageProcessor(HiResLmmOwnPartsMixin, PilBackend):
     """Cuts images of any size into views for a vision tower and counts their tokens.
 
     Args:
@@ -176,6 +178,25 @@ class HiResLmmImageProcessor(PilBackend):
         if value is not None:
             self.view_size = _square_side(value)
 
+    def part_names(self) -> list[Any]:
+        """The name of the planner."""
+        return [find_planner(self.planner)[0]]
+
+    @classmethod
+    def get_image_processor_dict(
+        cls, pretrained_model_name_or_path: Any, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As in transformers, and the user's own planner: of the checkpoint if that is trusted.
+
+        AutoImageProcessor keeps `trust_remote_code` for itself; AutoProcessor hands it on under another name.
+        """
+        is_trusted = bool(kwargs.pop("_trust_planner", None) or kwargs.get("trust_remote_code"))
+        load = part_loader(pretrained_model_name_or_path, is_trusted, cls.__module__, kwargs)
+        values, kwargs = super().get_image_processor_dict(pretrained_model_name_or_path, **kwargs)
+        if kwargs.get("planner") is None and "planner" in values:
+            values = {**values, "planner": map_planner(values["planner"], load)}
+        return values, kwargs
+
     @classmethod
     def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> "HiResLmmImageProcessor":
         """As in transformers; unknown options are errors, and a given `size` replaces a saved `view_size`."""
@@ -186,18 +207,7 @@ class HiResLmmImageProcessor(PilBackend):
         return super().from_dict(image_processor_dict, **kwargs)
 
     def fetch_images(self, images: Any) -> Any:
-        """Open paths, URLs, base64 texts and bytes in a (nested) list; images and arrays are passed on.
-
-        Args:
-            images: One image or source, or a (nested) list of them.
-
-        Returns:
-            The same structure with Pillow images in place of sources.
-
-        Raises:
-            ValueError: If a source cannot be opened, or lists are nested too deeply; the message names the index of
-                the source in the flat list.
-        """
+        """Open paths, URLs, base64 texts and bytes in a (nested) list; images and arrays are passed on."""
         flatten_images(images)  # refuses what is nested too deeply
         return self._fetch(images, [0])
 
@@ -353,7 +363,7 @@ class HiResLmmImageProcessor(PilBackend):
         return _Settings(
             planner=planner,
             limits=limits,
-            layout=_plain_layout(limits) if layout is None else TokenLayout.from_dict(layout),
+            layout=TokenLayout.plain(limits.patch_grid) if layout is None else TokenLayout.from_dict(layout),
             scale=scale,
             shift=shift,
             **{name: options[name] for name in ("max_image_tokens", "resample", "pixel_limit", "do_rescale")},
@@ -387,7 +397,9 @@ def _check_values(options: dict[str, Any]) -> None:
 
 
 def _with_view_size(options: dict[str, Any]) -> dict[str, Any]:
-    """Options with `size`, of transformers, as `view_size`."""
+    """Options with `size`, of transformers, as `view_size`, and with the name of a planner in place of its class."""
+    if isinstance(options.get("planner"), (dict, type)):
+        options = {**options, "planner": map_planner(options["planner"], as_name)}
     if options.get("size") is None:
         return {name: value for name, value in options.items() if name != "size"}
     side = _square_side(options["size"])
@@ -550,12 +562,6 @@ def _scale_and_shift(factor: float, mean: Any, std: Any) -> tuple[np.ndarray, np
             f"a channel, image_std not 0 ({error})."
         ) from error
     return scale, shift
-
-
-def _plain_layout(limits: PlannerLimits) -> TokenLayout:
-    """Every patch of every view is a token."""
-    grid = Grid(limits.patch_grid, limits.patch_grid)
-    return TokenLayout(grid.size, {"global": grid, "crops": grid}, budget={"on": "all"})
 
 
 def _square_side(size: Any) -> int:

@@ -16,14 +16,7 @@ QUERY_TOKEN = MARK + "<query>"
 
 
 def clean_messages(messages: Any) -> list:
-    """Leave out what is None, which columnar datasets put in place of what a row does not have.
-
-    Args:
-        messages: Messages of one conversation.
-
-    Returns:
-        New messages without keys, content parts and texts of parts that are None; what is no dict is passed on.
-    """
+    """New messages without what is None: keys, parts, texts. Columnar datasets put it for what a row lacks."""
     cleaned = []
     for message in messages:
         message = _without_none(message.model_dump() if hasattr(message, "model_dump") else message)
@@ -45,12 +38,7 @@ def _is_empty(part: Any) -> bool:
 
 
 def protect_messages(messages: Any, image_token: str | None) -> list:
-    """Prepare messages for a chat template: see `clean_messages`, and text parts get marks in their image tokens.
-
-    Args:
-        messages: Messages of one conversation. In a content that is one string, an image token stands for an image.
-        image_token (`str`, *optional*): The token; None = only take marks out.
-    """
+    """Messages without what is None, with marks in the image tokens of text parts; none for a token of None."""
     protected = []
     for message in clean_messages(messages):
         if isinstance(message, dict):
@@ -71,12 +59,7 @@ def _is_image(part: Any) -> bool:
 
 
 def protect(value: Any, image_token: str | None) -> Any:
-    """Texts, also in lists and dicts, with a mark in every image token and nowhere else.
-
-    Args:
-        value: A text, or a list or dict of values.
-        image_token (`str`, *optional*): The token; None = only take marks out.
-    """
+    """Texts, also in lists and dicts, with a mark in every image token and nowhere else."""
     if isinstance(value, str):
         text = value.replace(MARK, "")
         return text.replace(image_token, _marked(image_token)) if image_token else text
@@ -90,14 +73,8 @@ def _marked(token: str) -> str:
 
 
 def drop_marks(texts: list[str], inputs: Any, image_token: str, tokenizer: Any) -> None:
-    """Take the tokens of marks out of an encoding, in place.
-
-    Args:
-        texts (`list[str]`): What was encoded.
-        inputs (`BatchEncoding`): The encoding. One without offsets, of a slow tokenizer, keeps the marks.
-        image_token (`str`): The token that holds the marks.
-        tokenizer: What encoded them; padded rows keep their length.
-    """
+    """Take the tokens of marks out of an encoding of texts, in place; padded rows keep their length. An encoding
+    without offsets, of a slow tokenizer, keeps the marks."""
     marked = _marked(image_token)
     if not any(marked in text for text in texts) or not inputs.encodings:
         return

@@ -12,6 +12,7 @@ from itertools import product
 from typing import Any
 
 from .geometry_hires_lmm import Kind, ViewShape
+from .own_parts_hires_lmm import as_name, is_own, own_class, refusal
 
 
 BOX_UNIT = 256
@@ -78,14 +79,7 @@ class PlannerLimits:
 
 @dataclass(frozen=True)
 class PinpointLimits(PlannerLimits):
-    """Limits of planners that choose a canvas from a list.
-
-    Args:
-        pinpoints (sequence of `(height, width)`, *optional*): Allowed canvas sizes, pixels.
-
-    Raises:
-        ValueError: As `PlannerLimits`, and for sizes that are no multiples of `view_size`.
-    """
+    """Limits of planners that choose a canvas from a list of (height, width) in pixels, multiples of `view_size`."""
 
     pinpoints: Sequence[Size] | None = None
 
@@ -169,9 +163,9 @@ class ViewPlan:
 
 
 @dataclass(frozen=True)
-class _Canvas:
-    """A rule's answer before it is cut into views; `rows` and `cols` are the stitched patches that enter, `None` for
-    the patches that hold image pixels."""
+class Canvas:
+    """A rule's answer before it is cut into views: rows and columns of crops, size and offset of the image on them;
+    `rows` and `cols` are the stitched patches that enter, `None` for the patches that hold image pixels."""
 
     grid: Size
     resized: Size
@@ -183,17 +177,9 @@ class _Canvas:
 
 
 def plan_slime(height: int, width: int, limits: PinpointLimits) -> ViewPlan:
-    """Plan by the rule of the SliME paper: the best fitting grid of at most 6 x 6 views.
+    """The rule of the SliME paper: the best fitting grid of at most 6 x 6 views, or the best of `pinpoints`.
 
-    Args:
-        height, width (`int`): Source image, pixels.
-        limits (`PlannerLimits`): `max_crops` 1 to 36 (default 36), or `pinpoints` instead of the grids.
-
-    Returns:
-        The plan; the image is centred on a black canvas, the global view is padded.
-
-    Raises:
-        ValueError: If a size or limit is out of range.
+    `max_crops` is 1 to 36 (default 36); the image is centred on a black canvas, the global view is padded.
 
     Source: SliME, huggingface.co/papers/2406.08487, section 3.
     """
@@ -206,21 +192,14 @@ def plan_slime(height: int, width: int, limits: PinpointLimits) -> ViewPlan:
     else:
         candidates = _within_max_crops(candidates, limits)
     canvas = _fit_canvas(size, _best_resolution(size, candidates), side)
-    return _assemble(size, limits, canvas, global_view="pad")
+    return assemble(size, limits, canvas, global_view="pad")
 
 
 def plan_slime_release(height: int, width: int, limits: PlannerLimits) -> ViewPlan:
-    """Plan by the rule SliME's released weights were trained with: about as many crops as the image has view areas.
+    """The rule SliME's released weights were trained with: about as many crops as the image has view areas.
 
-    Args:
-        height, width (`int`): Source image, pixels.
-        limits (`PlannerLimits`): `max_crops` from 2 (default 6); as released, one crop more occurs (7x1, 1x7).
-
-    Returns:
-        The plan; the image is centred on a black canvas, the global view is squeezed.
-
-    Raises:
-        ValueError: If a size or limit is out of range.
+    `max_crops` is at least 2 (default 6); as released, one crop more occurs (7x1, 1x7). The image is centred on a
+    black canvas, the global view is squeezed.
 
     Source: github.com/yfzhang114/SliME at 5c89ec9.
     """
@@ -235,21 +214,13 @@ def plan_slime_release(height: int, width: int, limits: PlannerLimits) -> ViewPl
         if number % cols == 0
     ]
     canvas = _fit_canvas(size, _best_resolution(size, candidates), side)
-    return _assemble(size, limits, canvas, global_view="squeeze")
+    return assemble(size, limits, canvas, global_view="squeeze")
 
 
 def plan_multiple(height: int, width: int, limits: PlannerLimits) -> ViewPlan:
-    """Plan by padding the image, at its own scale, to the next multiple of the view size.
+    """The image at its own scale, padded with black at bottom and right to the next multiple of the view size.
 
-    Args:
-        height, width (`int`): Source image, pixels.
-        limits (`PlannerLimits`): `max_crops` from 1 (default 36).
-
-    Returns:
-        The plan; black padding at the bottom and on the right, the global view is squeezed.
-
-    Raises:
-        ValueError: If a size or limit is out of range.
+    `max_crops` is at least 1 (default 36); the global view is squeezed.
 
     Source: VLSA, openreview.net/forum?id=RLhEGWt94S. Differs: the paper names neither the side of the padding nor a
         limit; an image that needs more than `max_crops` is shrunk by the smallest amount that fits.
@@ -260,22 +231,14 @@ def plan_multiple(height: int, width: int, limits: PlannerLimits) -> ViewPlan:
     if -(-height // side) * -(-width // side) > most:
         resized = _shrink_to_grid(size, side, most)
     grid = (-(-resized[0] // side), -(-resized[1] // side))
-    return _assemble(size, limits, _Canvas(grid, resized, (0, 0)), global_view="squeeze")
+    return assemble(size, limits, Canvas(grid, resized, (0, 0)), global_view="squeeze")
 
 
 def plan_hd(height: int, width: int, limits: PlannerLimits) -> ViewPlan:
-    """Plan by the longest side: as many views along it as keep the whole grid within `max_crops`.
+    """As many views along the longest side as keep the whole grid within `max_crops` (at least 1, default 9).
 
-    Args:
-        height, width (`int`): Source image, pixels.
-        limits (`PlannerLimits`): `max_crops` from 1 (default 9).
-
-    Returns:
-        The plan; white canvas padded across the long side, the global view is padded with black. A square image, or
-        one that is smaller than a view, becomes its global view by bicubic interpolation without antialiasing.
-
-    Raises:
-        ValueError: If a size or limit is out of range.
+    White canvas padded across the long side, the global view is padded with black. A square image, or one that is
+    smaller than a view, becomes its global view by bicubic interpolation without antialiasing.
 
     Source: github.com/tenghuilee/ScalingCapFusedVisionLM at 42a2596 (huggingface.co/papers/2412.18387). Differs: a
         short side that the released rule rounds to 0 is one pixel in one row of crops here.
@@ -292,31 +255,22 @@ def plan_hd(height: int, width: int, limits: PlannerLimits) -> ViewPlan:
     across = -(-short_side // side)
     margin = (across * side - short_side) // 2
     if portrait:
-        canvas = _Canvas((steps, across), (long_side, short_side), (0, margin), WHITE, transposed=True)
+        canvas = Canvas((steps, across), (long_side, short_side), (0, margin), WHITE, transposed=True)
     else:
-        canvas = _Canvas((across, steps), (short_side, long_side), (margin, 0), WHITE)
+        canvas = Canvas((across, steps), (short_side, long_side), (margin, 0), WHITE)
     shrinks = height != width and max(size) > side
     resample = (LANCZOS if shrinks else BICUBIC, BILINEAR)
     square = None if shrinks else max(size)
-    return _assemble(
+    return assemble(
         size, limits, canvas, global_view="pad", resample=resample, truncate_global=True, global_square=square
     )
 
 
 def plan_llava_next(height: int, width: int, limits: PinpointLimits) -> ViewPlan:
-    """Plan as transformers' LLaVA-NeXT does: the best fitting canvas of a list, unpadded on the patch map.
+    """As transformers: the best fitting canvas of `pinpoints` (default 1x2, 2x1, 2x2, 3x1, 1x3 views), unpadded.
 
-    Args:
-        height, width (`int`): Source image, pixels.
-        limits (`PlannerLimits`): `pinpoints` (default the five shapes 1x2, 2x1, 2x2, 3x1, 1x3); `max_crops` leaves out
-            larger ones; `unpad` (default `True`).
-
-    Returns:
-        The plan. Unpadding cuts the same number of patch rows (or columns) on both sides of the stitched map and can
-        leave none of them for a very long image, as in transformers.
-
-    Raises:
-        ValueError: If a size or limit is out of range.
+    `max_crops` leaves out larger ones. Unpadding (`unpad`, default True) cuts the same number of patch rows or
+    columns on both sides of the stitched map and can leave none of them for a very long image, as in transformers.
 
     Source: LLaVA-NeXT as in transformers (`select_best_resolution`, `unpad_image`).
     """
@@ -327,32 +281,26 @@ def plan_llava_next(height: int, width: int, limits: PinpointLimits) -> ViewPlan
     best = _best_resolution(size, _within_max_crops(candidates, limits))
     canvas = _fit_canvas(size, best, side)
     rows, cols = _llava_next_intervals(size, canvas.grid, limits.patch_grid)
-    canvas = _Canvas(canvas.grid, canvas.resized, canvas.paste, canvas.fill, rows, cols)
-    return _assemble(size, limits, canvas, global_view="squeeze", unpad=True)
+    canvas = Canvas(canvas.grid, canvas.resized, canvas.paste, canvas.fill, rows, cols)
+    return assemble(size, limits, canvas, global_view="squeeze", unpad=True)
 
 
 @dataclass(frozen=True)
 class Planner:
-    """One slicing rule: a pure function, and the class of its options, which may have fields of their own.
-
-    Args:
-        plan (`Callable`): `(height, width, options) -> ViewPlan`.
-        options (`type`): `PlannerLimits` or a subclass.
-    """
+    """One slicing rule: `(height, width, options) -> ViewPlan` in pixels, and the class of its options,
+    `PlannerLimits` or a subclass with fields of its own. What is out of range is a ValueError. A user's own one is a
+    subclass with `Options` and a static method `plan`."""
 
     plan: Callable[[int, int, Any], ViewPlan]
     options: type[PlannerLimits] = PlannerLimits
+    Options = PlannerLimits
 
     def __call__(self, height: int, width: int, options: PlannerLimits) -> ViewPlan:
         """Plan one image."""
         return self.plan(height, width, options)
 
     def build_options(self, name: str, values: dict[str, Any]) -> PlannerLimits:
-        """Check options by name; None leaves a choice to the planner.
-
-        Raises:
-            ValueError: For options that the planner does not have, and for wrong values.
-        """
+        """Check options by name; None leaves a choice to the planner."""
         known = [each.name for each in fields(self.options)]
         unknown = [key for key, value in values.items() if key not in known and value is not None]
         if unknown:
@@ -370,22 +318,25 @@ PLANNERS: dict[str, Planner] = {
 
 
 def find_planner(planner: Any) -> tuple[str, Planner, dict[str, Any]]:
-    """Name, rule and own options of a planner given by name or as `{"name": name, **options}`.
-
-    Raises:
-        ValueError: If there is none of that name.
-    """
-    values = {"name": planner} if isinstance(planner, str) else dict(planner) if isinstance(planner, dict) else {}
-    name = values.pop("name", None)
-    if name not in PLANNERS:
+    """Name, rule and own options of a planner given by name or class, or as `{"name": name, **options}`."""
+    values = dict(planner) if isinstance(planner, dict) else {"name": planner}
+    name = as_name(values.pop("name", None))
+    own = own_class(name, "Planner")
+    if own is not None and not hasattr(own, "plan"):
+        raise ValueError(f"The planner {name} has no static method plan(height, width, options); write one.")
+    if own is not None:
+        return name, own(own.plan, own.Options), values
+    if is_own(name):
+        raise ValueError(refusal(name))
+    if not isinstance(name, str) or name not in PLANNERS:
         raise ValueError(f"planner={planner!r} is unknown; choose one of {', '.join(PLANNERS)}.")
     return name, PLANNERS[name], values
 
 
-def _assemble(
+def assemble(
     size: Size,
     limits: PlannerLimits,
-    canvas: _Canvas,
+    canvas: Canvas,
     global_view: str,
     unpad: bool = False,
     resample: tuple[int | None, int | None] = (None, None),
@@ -441,16 +392,11 @@ def _global_view(
 
 
 def square_paste(size: Size, side: int) -> Size:
-    """Offset of an image that is centred on a square.
-
-    Args:
-        size (`tuple[int, int]`): The image, pixels.
-        side (`int`): The square, pixels.
-    """
+    """Offset of an image that is centred on a square."""
     return (side - size[0]) // 2, (side - size[1]) // 2
 
 
-def _crop_views(size: Size, limits: PlannerLimits, grid: Size, canvas: _Canvas, unpad: bool) -> list[View]:
+def _crop_views(size: Size, limits: PlannerLimits, grid: Size, canvas: Canvas, unpad: bool) -> list[View]:
     side, patches = limits.view_size, limits.patch_grid
     edges, spans = [], []
     for axis, kept in ((0, canvas.rows), (1, canvas.cols)):
@@ -517,11 +463,11 @@ def _best_resolution(size: Size, candidates: Sequence[Size]) -> Size:
     return best
 
 
-def _fit_canvas(size: Size, resolution: Size, side: int) -> _Canvas:
+def _fit_canvas(size: Size, resolution: Size, side: int) -> Canvas:
     """Scale the image to touch the canvas and centre it."""
     resized = _fit_inside(size, resolution)
     paste = ((resolution[0] - resized[0]) // 2, (resolution[1] - resized[1]) // 2)
-    return _Canvas((resolution[0] // side, resolution[1] // side), resized, paste)
+    return Canvas((resolution[0] // side, resolution[1] // side), resized, paste)
 
 
 def _fit_inside(size: Size, target: Size) -> Size:

@@ -26,6 +26,7 @@ from .geometry_hires_lmm import Column
 from .image_input_hires_lmm import flatten_images
 from .image_processing_hires_lmm import HiResLmmImageProcessor, HiResLmmImageProcessorKwargs, is_loading_name
 from .messages_hires_lmm import QUERY_TOKEN, clean_messages, drop_marks, protect, protect_messages
+from .own_parts_hires_lmm import HiResLmmOwnPartsMixin
 from .planners_hires_lmm import find_planner
 from .tower_table_hires_lmm import TOWERS, known_stats, view_side
 
@@ -57,7 +58,7 @@ class HiResLmmProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[ca
     _defaults = {"text_kwargs": {"padding": False, "verbose": False}}
 
 
-class HiResLmmProcessor(ProcessorMixin):
+class HiResLmmProcessor(HiResLmmOwnPartsMixin, ProcessorMixin):
     """Tokenizer and image processor in one: expands `<image>`, counts tokens, applies chat templates.
 
     Args:
@@ -101,6 +102,10 @@ class HiResLmmProcessor(ProcessorMixin):
         super().__init__(image_processor, tokenizer, chat_template=template)
         self._has_warned = False
 
+    def part_names(self) -> list[Any]:
+        """The name of the planner."""
+        return [] if self.image_processor is None else self.image_processor.part_names()
+
     @classmethod
     def _get_arguments_from_pretrained(cls, path: Any, processor_dict: Any = None, **kwargs: Any) -> list:
         """Load both parts, each with its own options; what neither knows is refused."""
@@ -109,6 +114,7 @@ class HiResLmmProcessor(ProcessorMixin):
         image_names = set(HiResLmmImageProcessorKwargs.__annotations__)
         for_images = {name: value for name, value in kwargs.items() if name in image_names}
         for_text = {name: value for name, value in kwargs.items() if name not in {*loading, *for_images, *PART_NAMES}}
+        for_images["_trust_planner"] = loading.get("trust_remote_code")
         image_processor = AutoImageProcessor.from_pretrained(path, **loading, **for_images)
         tokenizer = AutoTokenizer.from_pretrained(path, **loading, **for_text)
         tokens = {name for name, value in for_text.items() if name.endswith("_token") and not isinstance(value, int)}
@@ -155,7 +161,7 @@ class HiResLmmProcessor(ProcessorMixin):
         planner = find_planner(changes.get("planner", options["planner"]))[0]
         options.update(_tower_stats(config.vision_config.model_type, planner, image_stats))
         image_token = _prepare_tokenizer(tokenizer, config.image_token_id)
-        template = _choose_template(tokenizer) if chat_template is None else chat_template
+        template = choose_template(tokenizer) if chat_template is None else chat_template
         template = CHAT_TEMPLATES.get(template, template)
         if options["token_layout"].get("later_tokens") is not None:
             template = add_queries(template)
@@ -201,14 +207,7 @@ class HiResLmmProcessor(ProcessorMixin):
     def apply_chat_template(self, conversation: Any, chat_template: str | None = None, **kwargs: Any) -> Any:
         """As in transformers, with any template; None means absent, and what stands in a text part stays text.
 
-        Args:
-            conversation: Messages of one conversation, or a list of these.
-            chat_template (`str`, *optional*): Jinja text, or the name of one of several own templates.
-            kwargs: As in transformers.
-
-        Returns:
-            Texts or model inputs, as in transformers. A text holds an invisible mark within the image tokens that a
-            user quoted; `__call__` takes it out.
+        A text holds an invisible mark within the image tokens that a user quoted; `__call__` takes it out.
         """
         token = None if kwargs.get("sanitize_control_tokens") else self.image_token
         for name in ("tools", "documents"):
@@ -220,18 +219,7 @@ class HiResLmmProcessor(ProcessorMixin):
         return super().apply_chat_template(conversation, chat_template=chat_template, **kwargs)
 
     def image_tokens(self, height: int, width: int, **images_kwargs: Any) -> int:
-        """Count the placeholders of an image without its pixels.
-
-        Args:
-            height, width (`int`): The upright image (after EXIF orientation), pixels.
-            images_kwargs: Options as in a call: `max_image_tokens`, `max_crops`, `views`, ...
-
-        Returns:
-            The number of tokens, exactly what a call gives.
-
-        Raises:
-            ValueError: If a size or option is wrong, or a budget is below the smallest value.
-        """
+        """Count the placeholders of an image without its pixels, as the image processor does."""
         return self.image_processor.image_tokens(height, width, **images_kwargs)
 
     def min_image_tokens(self, height: int, width: int, **images_kwargs: Any) -> int:
@@ -256,11 +244,7 @@ class HiResLmmProcessor(ProcessorMixin):
     def validate_inputs(
         self, images: Any = None, text: Any = None, videos: Any = None, audio: Any = None, **kwargs: Any
     ) -> None:
-        """Compare placeholders and images, sample by sample where images are nested.
-
-        Raises:
-            ValueError: If there is nothing to process, a text is no string, or the numbers differ.
-        """
+        """Compare placeholders and images, sample by sample where images are nested; nothing to process is refused."""
         if images is None and text is None:
             raise ValueError("There is nothing to process: pass text, images or both.")
         if text is None:
@@ -301,19 +285,7 @@ class HiResLmmProcessor(ProcessorMixin):
         videos_replacements: Sequence[str] = (),
         audio_replacements: Sequence[str] = (),
     ) -> tuple[list[str], list[dict[str, Any]]]:
-        """As in transformers; where later turns have tokens of their own, `QUERY_TOKEN` becomes theirs.
-
-        Args:
-            text (`list[str]`): Texts with one `<image>` an image.
-            images_replacements (`list[str]`): Placeholders of each image.
-            videos_replacements, audio_replacements (`list[str]`): None of this processor's.
-
-        Returns:
-            The texts, and where what was replaced; a `QUERY_TOKEN` counts as an image token there.
-
-        Raises:
-            ValueError: If a `QUERY_TOKEN` stands before the image of its text, or in a text without one.
-        """
+        """As in transformers; a `QUERY_TOKEN` behind the image becomes the tokens of its turn, if any."""
         later, replacements = self._later_tokens, list(images_replacements)
         alone = [sample for sample in text if QUERY_TOKEN in sample and self.image_token not in sample]
         if later is not None and alone:
@@ -523,12 +495,17 @@ def _known_token_id(tokenizer: Any, token: str) -> int:
     return ids[0]
 
 
-def _prepare_tokenizer(tokenizer: Any, image_token_id: int) -> str:
-    """Add the image token where it is missing and pad on the left; returns the token."""
+def place_image_token(tokenizer: Any) -> tuple[str, int]:
+    """The image token and its id; it is added to the tokenizer where it is missing."""
     token = tokenizer.image_token if hasattr(tokenizer, "image_token") else "<image>"
     if token not in tokenizer.get_vocab():
         tokenizer.add_special_tokens({"extra_special_tokens": [token]}, replace_extra_special_tokens=False)
-    found = tokenizer.convert_tokens_to_ids(token)
+    return token, tokenizer.convert_tokens_to_ids(token)
+
+
+def _prepare_tokenizer(tokenizer: Any, image_token_id: int) -> str:
+    """Place the image token and pad on the left; returns the token."""
+    token, found = place_image_token(tokenizer)
     if found != image_token_id:
         raise ValueError(
             f"The tokenizer has {token!r} as id {found}, the config has image_token_id={image_token_id}; set "
@@ -543,7 +520,8 @@ def _pad_left(tokenizer: Any) -> None:
     tokenizer.init_kwargs["padding_side"] = "left"
 
 
-def _choose_template(tokenizer: Any) -> str:
+def choose_template(tokenizer: Any) -> str:
+    """The template for a text model: its own if that reads images, else the one its special tokens belong to."""
     own = tokenizer.chat_template
     if isinstance(own, str) and "'image'" in own.replace('"', "'"):
         return own

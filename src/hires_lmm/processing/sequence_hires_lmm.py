@@ -152,13 +152,8 @@ class Mark(NamedTuple):
 
 
 class Arrangement:
-    """How the tokens of images are arranged.
-
-    Args:
-        layout (`LayoutOptions`): Order and separators.
-        grids (`Mapping[int, Grid]`): Token grid of the views of each kind that enter.
-        elastic (`tuple[int, ...]`): Kinds whose views give as many tokens as the budget leaves, from the first on.
-    """
+    """How the tokens of images are arranged: by layout and token grid of each kind. Views of `elastic` kinds give as
+    many tokens as the budget leaves, from the first on."""
 
     def __init__(self, layout: LayoutOptions, grids: Mapping[int, Grid], elastic: Sequence[int] = ()):
         self.separators = list(layout.parts().values())
@@ -184,15 +179,7 @@ class Arrangement:
         return [found[0]._replace(row=number, col=0) for number in range(grid.num_views)]
 
     def walk(self, views: Sequence[ViewShape], num_tokens: int | None = None) -> list[Run | Mark]:
-        """Order the tokens of one image.
-
-        Args:
-            views (`Sequence[ViewShape]`): Its views.
-            num_tokens (`int`, *optional*): Tokens of the image under a budget that elastic kinds take; None = all.
-
-        Raises:
-            ValueError: If crops to be stitched disagree on the rows that enter the sequence.
-        """
+        """Order the tokens of one image, under a budget that elastic kinds take if `num_tokens` is given."""
         limits = self._limits(views, num_tokens)
         out: list[Run | Mark] = [*self._marks("image_start")]
         num_blocks = 0

@@ -66,17 +66,7 @@ class TokenLayout:
 
     @classmethod
     def from_dict(cls, values: dict) -> "TokenLayout":
-        """Read a layout from its JSON dict.
-
-        Args:
-            values (`dict`): As `HiResLmmConfig.token_layout()` gives it.
-
-        Returns:
-            The layout.
-
-        Raises:
-            ValueError: If a key is unknown or missing, or a value is wrong.
-        """
+        """Read a layout from its JSON dict, as `HiResLmmConfig.token_layout()` gives it."""
         if not isinstance(values, dict):
             raise ValueError(f"token_layout={values!r} must be a dict; take it from config.token_layout().")
         known = [each.name for each in fields(cls)]
@@ -89,6 +79,12 @@ class TokenLayout:
             return _read(json.dumps(values))
         except TypeError:  # holds what JSON does not know, such as grids as objects
             return cls(**values)
+
+    @classmethod
+    def plain(cls, side: int) -> "TokenLayout":
+        """Every patch of every view is a token; `side` patches along each side of a view."""
+        grid = Grid(side, side)
+        return cls(grid.size, {"global": grid, "crops": grid}, budget={"on": "all"})
 
     def to_dict(self) -> dict:
         """The layout as a dict of JSON types with all keys."""
@@ -111,18 +107,7 @@ class TokenCount:
 
 
 def count_tokens(plan: ViewPlan, layout: TokenLayout) -> TokenCount:
-    """Count the tokens of one image.
-
-    Args:
-        plan (`ViewPlan`): How the image is cut.
-        layout (`TokenLayout`): How its tokens are arranged.
-
-    Returns:
-        The full count, of which `apply_budget` may take some away.
-
-    Raises:
-        ValueError: If the patch grids of plan and layout differ.
-    """
+    """Count the tokens of one image before any budget; plan and layout must agree on the patch grid."""
     if layout.patch_grid != (plan.patch_grid, plan.patch_grid):
         raise ValueError(
             f"view_size={plan.view_size} and patch_size={plan.patch_size} give {plan.patch_grid}x{plan.patch_grid} "
@@ -141,20 +126,8 @@ def min_budget(count: TokenCount) -> int:
 
 
 def apply_budget(count: TokenCount, layout: TokenLayout, max_image_tokens: int | None, image_index: int) -> int:
-    """Tokens of one image under a budget: `min(max_image_tokens, count.total)`, exactly.
-
-    Args:
-        count (`TokenCount`): The full count of the image.
-        layout (`TokenLayout`): Says which tokens may be dropped.
-        max_image_tokens (`int`, *optional*): All placeholders of the image, separators included; `None` = no budget.
-        image_index (`int`): Named in the error.
-
-    Returns:
-        The number of placeholders.
-
-    Raises:
-        ValueError: If the budget is below the smallest value the image allows, which the message names.
-    """
+    """`min(max_image_tokens, count.total)`, exactly; a budget below the smallest value that the image allows is
+    refused by name, separators and protected views counted."""
     if max_image_tokens is None:
         return count.total
     if isinstance(max_image_tokens, bool) or not isinstance(max_image_tokens, int):

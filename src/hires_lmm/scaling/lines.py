@@ -18,16 +18,7 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True)
 class LineFit:
-    """`y = intercept + slope * x`.
-
-    Args:
-        slope, intercept (`float`): The line.
-        slope_interval (`tuple[float, float]`): 95 % interval of the slope.
-        zero (`float`): The x at which y is 0; NaN for a level line.
-        zero_interval (`tuple[float, float]`): 95 % interval of it; unbounded where the slope may be 0.
-        r_squared (`float`): Share of the variance of y that the line explains; NaN where y does not vary.
-        residual_std (`float`): Standard deviation of the residuals, with two degrees of freedom taken off.
-    """
+    """`y = intercept + slope * x`; `zero` is the x at which y is 0 (NaN for a level line), intervals are of 95 %."""
 
     slope: float
     intercept: float

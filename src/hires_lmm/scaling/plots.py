@@ -12,18 +12,7 @@ from .law import ScalingFit
 
 
 def plot_laws(fits: Mapping[str, ScalingFit], file: str | Path) -> Path:
-    """Draw points and laws on logarithmic axes.
-
-    Args:
-        fits (mapping of `str` to `ScalingFit`): Name of the score -> fit.
-        file (`str` or `Path`): PNG, SVG or PDF to write.
-
-    Returns:
-        The file.
-
-    Raises:
-        ImportError: If matplotlib is missing.
-    """
+    """Draw points and laws, by the name of their score, on logarithmic axes to a PNG, SVG or PDF."""
     figure, place = _figure()
     for name, fit in fits.items():
         dots = place.plot(fit.tokens, fit.scores, "o", markersize=5)
@@ -42,18 +31,7 @@ def plot_laws(fits: Mapping[str, ScalingFit], file: str | Path) -> Path:
 
 
 def plot_divergence(curve: BranchDivergence, file: str | Path) -> Path:
-    """Draw distance and bound on logarithmic axes, and the dependency beside them.
-
-    Args:
-        curve (`BranchDivergence`): The curves.
-        file (`str` or `Path`): PNG, SVG or PDF to write.
-
-    Returns:
-        The file.
-
-    Raises:
-        ImportError: If matplotlib is missing.
-    """
+    """Draw distance and bound on logarithmic axes, and the dependency beside them, to a PNG, SVG or PDF."""
     figure, place = _figure()
     place.plot(curve.lengths, curve.distance, label="distance")
     place.plot(curve.lengths, curve.bound, "--", label="bound")

@@ -1,0 +1,1 @@
+../processing/own_parts_hires_lmm.py
