@@ -1,7 +1,9 @@
 """Mechanisms of others in whole models: budgets, presets that they join, generation, saving, and what is refused."""
 
 import copy
+import math
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.functional import gelu, interpolate
@@ -70,6 +72,32 @@ def test_globalcom2_keeps_every_budget_exactly_in_every_preset_with_crops(preset
         assert int(found.token_map.kept[own].sum()) == budget
     token_map = model(**ask(processor, size, max_image_tokens=(full + least) // 2), output_token_map=True).token_map
     assert set(token_map.kind[token_map.kept].tolist()) >= {0, 1}, "global view and crops share the budget"
+
+
+@torch.no_grad()
+def test_the_global_view_commands_how_many_tokens_each_crop_keeps():
+    model, processor = parts("llava_next", connector_config=GLOBALCOM2)
+    batch = ask(processor, (90, 60), max_image_tokens=40)
+    token_map = model(**batch, output_token_map=True).token_map
+    image = model.model.read_images(batch["view_positions"], batch["view_spans"])[0]
+    rows, cols = image.grid(1)
+    kept, score = token_map.kept, token_map.score
+    total = int((token_map.kind >= 0).sum())
+    assert int(kept.sum()) == 40
+    whole = token_map.kind == 0
+    ratio = (total - (len(kept) - 40)) / total
+    least = int(ratio * 16)
+    assert int(kept[whole].sum()) == least and score[whole & kept].min() >= score[whole & ~kept].max()
+    thumbnail = score[whole].view(4, 4)
+    high, wide = 4 // rows, 4 // cols
+    cells = [thumbnail[a * high : (a + 1) * high, b * wide : (b + 1) * wide] for a, b in np.ndindex(rows, cols)]
+    powers = [math.exp(float(cell.sum()) / 10) for cell in cells]
+    views = [row for row in range(len(image.views)) if image.views[row][0] == 1]
+    sizes = [int((token_map.view == view).sum()) for view in views]
+    ideal = [(1 + p / sum(powers) - 1 / len(views)) * size for p, size in zip(powers, sizes, strict=True)]
+    found = [int(kept[token_map.view == view].sum()) for view in views]
+    for own, size, wanted in zip(found, sizes, ideal, strict=True):
+        assert abs(own - min(size, wanted * sum(found) / sum(ideal))) < 1.5
 
 
 def test_globalcom2_in_a_batch_is_as_alone():
