@@ -26,6 +26,7 @@ from hires_lmm.modeling.bases_hires_lmm import follow_grid
 from hires_lmm.modeling.carriers_hires_lmm import ViewGroup
 from hires_lmm.modeling.compat_hires_lmm import CACHE
 from hires_lmm.modeling.geometry_hires_lmm import Grid
+from hires_lmm.modeling.globalcom2_hires_lmm import crop_weights
 from hires_lmm.training import HiResLmmCollator, set_options
 
 
@@ -145,6 +146,19 @@ def test_globalcom2_without_a_global_view_shares_alike():
     assert int(token_map.kept.sum()) == 24 and torch.bincount(view)[1:].tolist() == [4, 4, 4, 4]
 
 
+def test_sums_of_probabilities_are_the_shares_of_their_crops():
+    """And of logits through a softmax, as released."""
+    sums = torch.tensor([0.2, 0.6])
+    torch.testing.assert_close(crop_weights(sums, None), torch.tensor([0.75, 1.25]))
+    power = math.exp(0.04)
+    wanted = torch.tensor([1 / (1 + power) + 0.5, power / (1 + power) + 0.5])
+    torch.testing.assert_close(crop_weights(sums, 10.0), wanted)
+    for score, temperature in (("logits", 10.0), ("probabilities", None)):
+        spec = {"part": "globalcom2", "score": score}
+        model = parts("llava_next", connector_config={"token_ops": [spec]})[0]
+        assert model.model.connector.token_ops[0].temperature == temperature
+
+
 def test_scores_follow_the_grid_of_their_views():
     score = torch.arange(16.0).view(1, 4, 4)
     group = ViewGroup(1, torch.zeros(1, 16, 3), (4, 4), (0,), scores={"cls_logits": score.flatten(1)})
@@ -191,6 +205,10 @@ def test_mqt_gives_the_first_queries_of_each_view_at_any_budget():
         shares = [budget // views + (view < budget % views) for view in range(views)]
         wanted = [whole[16 * view : 16 * view + own] for view, own in enumerate(shares)]
         torch.testing.assert_close(found, torch.cat(wanted))
+
+
+def test_queries_of_a_view_enter_whatever_its_padding():
+    assert parts("mqt", connector_config=MQT)[1].image_tokens(40, 200, unpad=True, global_view="pad") == 16
 
 
 def test_mqt_in_a_batch_is_as_alone():
@@ -358,6 +376,23 @@ def test_the_layers_train_with_and_without_images_and_never_read_labels(mini):
     assert model.model.language_model.embed_tokens.weight.grad.any()
 
 
+def test_released_layers_skip_the_id_zero_and_give_the_word_embeddings_no_gradient():
+    for compat, is_read in ((None, True), ("release", False)):
+        layers = {**MINI["token_ops"][0], "compat": compat}
+        prefixes = {"answer_prefix_ids": plain_tokenizer()(MARKS["answer"]).input_ids}
+        model, processor = parts("llava_mini", connector_config={**MINI, "token_ops": [layers]}, **prefixes)
+        batch = chats(processor, PROMPTS[:1])
+        table = model.get_input_embeddings()
+        zero = batch["input_ids"].clone()
+        zero[0, 0] = 0
+        raw = embeds_of(model, **{**batch, "input_ids": zero})[0, 0] == table(torch.tensor(0))
+        assert bool(raw.all()) != is_read
+        labels = torch.full_like(batch["input_ids"], -100)
+        labels[:, -1] = 7
+        model.train()(**batch, labels=labels).loss.backward()
+        assert bool(table.weight.grad[batch["input_ids"][0, 0]].any()) == is_read
+
+
 def test_an_image_without_its_global_view_has_no_compressed_tokens(mini):
     model, processor = mini
     with pytest.raises(ValueError, match=r"4 compressed tokens of each of 1 images, but 0 are there; .*views='all'"):
@@ -374,6 +409,8 @@ def test_what_llava_mini_cannot_join_is_refused_by_name():
     ops, vision = [*GLOBALCOM2["token_ops"], *MINI["token_ops"]], tiny_vision_config("clip", hidden_size=16)
     with pytest.raises(ValueError, match="GlobalCom2 would consume max_image_tokens, but HiResLmmPromptFuser makes"):
         tiny_config("llava_mini", connector_config={**MINI, "token_ops": ops})
+    with pytest.raises(ValueError, match="Nothing reads the views 'detail' that an operation makes"):
+        tiny_config("llava_next", connector_config={"view_ops": MINI["view_ops"]})
     with pytest.raises(ValueError, match="use an adapter that projects, such as mlp"):
         tiny_config("llava_mini", vision, connector_config={**MINI, "adapter": {"part": "identity"}})
 
@@ -427,6 +464,13 @@ def test_the_gate_joins_crops_budgets_and_globalcom2_and_trains():
         model.zero_grad()
         model(**inputs, labels=inputs["input_ids"]).loss.backward()
         assert all(parameter.grad is not None for parameter in model.model.connector.parameters())
+
+
+def test_the_gate_needs_every_global_view_in_training():
+    model, processor = parts("mg_llava")
+    model.train().model.connector.training_views = "crops"
+    with pytest.raises(ValueError, match="global view of every image beside that of 'hires'"):
+        model(**ask(processor, (90, 60), views="crops"))
 
 
 def test_what_the_gate_cannot_join_is_refused_by_name():
