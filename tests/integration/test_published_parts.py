@@ -432,7 +432,9 @@ def test_any_convnext_is_gated_into_the_global_view(model_type):
     low = plane + part.main_proj(gelu(part.main_conv(plane)))
     high = interpolate(part.other_proj(gelu(part.other_conv(maps))), (4, 4), mode="bilinear")
     means = torch.cat([low.mean(dim=(2, 3)), high.mean(dim=(2, 3))], dim=1)
-    fused = low + torch.tanh(part.gate_2(gelu(part.gate_1(means))))[..., None, None] * high
+    hidden = gelu(means @ part.gate_1.weight.flatten(1).T + part.gate_1.bias)
+    gate = torch.tanh(hidden @ part.gate_2.weight.flatten(1).T + part.gate_2.bias)
+    fused = low + gate[..., None, None] * high
     wanted = model.model.connector.adapter(fused.flatten(2).transpose(1, 2), 0)
     found = model.model.get_image_features(**geometry_of(batch), pixel_values_hires=batch["pixel_values_hires"])
     torch.testing.assert_close(torch.stack(list(found.pooler_output)), wanted, atol=1e-4, rtol=1e-4)
