@@ -330,6 +330,7 @@ def test_llava_mini_in_every_mode_of_generate(mini, deprecations):
     assert generated(model, single, assistant_model=model) == wanted[:1]
     deprecations.clear()  # the library's own, about an assistant
     assert generated(model, batch, cache_implementation="static") == wanted
+    assert generated(model, batch, prefill_chunk_size=3) == wanted
     torch.manual_seed(0)
     sampled = model.generate(**single, max_new_tokens=4, do_sample=True, num_return_sequences=3)
     assert sampled.shape == (3, single["input_ids"].shape[1] + 4)
