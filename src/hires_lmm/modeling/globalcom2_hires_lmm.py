@@ -35,7 +35,6 @@ class Crops(NamedTuple):
     lefts: list[int]
 
 
-@torch.compiler.disable  # geometry, on the host
 def find_crops(tokens: VisualTokens, image: int) -> Crops:
     """Where the crop tokens of an image lie on the map of its crops, padding left out."""
     geometry = tokens.images[image]
@@ -244,7 +243,6 @@ class HiResLmmGlobalCom2(HiResLmmTokenOp):
         return first, share_exactly(total - first, weights, sizes) if weights is not None else torch.zeros(0)
 
 
-@torch.compiler.disable
 def released_order(tokens: VisualTokens, image: int, crops: Crops | None, scores: torch.Tensor) -> torch.Tensor:
     """Where the tokens of an image come from in the released order, for crops in raster order with line breaks.
 
