@@ -215,9 +215,9 @@ def test_nothing_is_compiled_by_itself_whatever_the_cache():
         assert model._valid_auto_compile_criteria({CACHE: cache}, config) is valid
 
 
-def test_chunked_prefill_is_refused_by_name():
-    with pytest.raises(ValueError, match="prefill_chunk_size"):
-        generate("llama", prefill_chunk_size=8)
+@all_models
+def test_chunked_prefill(name):
+    assert generate(name, prefill_chunk_size=8) == [greedy(name, row) for row in range(3)]
 
 
 # --- what the caller sees ------------------------------------------------------------------------------------------

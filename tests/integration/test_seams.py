@@ -65,28 +65,6 @@ def test_tokens_of_a_second_tower_enter_the_sequence():
     assert_batch_is_single(model, processor, (90, 60), (40, 200))
 
 
-def test_scores_of_the_class_token_are_its_attention():
-    """Products of the query of the class token with the keys of the last layer, as its own projections give them."""
-    model, processor = parts(connector_config={"token_ops": [{"part": "globalcom2"}]})
-    batch = ask(processor, (90, 60))
-    seen = {}
-    layer = next(m for n, m in model.model.vision_tower.named_modules() if n.endswith("layers.2.self_attn"))
-    for name in ("q", "k"):
-        projection = getattr(layer, f"{name}_proj")
-        projection.register_forward_hook(
-            lambda _, given, output, name=name: seen.update({name: seen.get(name, output)})
-        )
-    with torch.no_grad():
-        tokens = model.model.get_image_features(**geometry_of(batch)).tokens
-    query, key = (seen[name].unflatten(-1, (4, -1)) for name in ("q", "k"))
-    logits = (query[:, :1] * key[:, 1:]).sum(dim=-1).mean(dim=-1) / key.shape[-1] ** 0.5
-    score, is_patch = tokens.scores["cls_logits"], tokens.kind >= 0
-    cells = tokens.cell[is_patch]
-    wanted = logits[tokens.view[is_patch], cells[:, 0] * 4 + cells[:, 1]]
-    torch.testing.assert_close(score[is_patch], wanted, atol=1e-4, rtol=1e-4)
-    assert torch.isnan(score[~is_patch]).all()
-
-
 # ---- two perspectives: tiles and every n-th pixel -----------------------------------------------------------------
 def whole_map(views, rows: int, cols: int, is_strided: bool):
     """Tokens `(n, 4, 4, C)` of views by their place in the picture, one by one."""
@@ -273,6 +251,3 @@ def test_a_prefill_with_unequal_views_compiles_whole():
         found = compiled(**inputs, logits_to_keep=1, use_cache=False).logits
     torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
     torch._dynamo.reset()
-
-
-# ---- a global view that commands ----------------------------------------------------------------------------------

@@ -58,7 +58,8 @@ class HiResLmmConvGate(HiResLmmViewOp):
         self.main_proj = HiResLmmZeroConv(width, width, kernel_size=1)
         self.other_conv = nn.Conv2d(other, other, kernel_size=1)
         self.other_proj = HiResLmmZeroConv(other, width, kernel_size=1)
-        self.gate_1, self.gate_2 = nn.Linear(2 * width, hidden), nn.Linear(hidden, 1)
+        self.gate_1 = nn.Conv2d(2 * width, hidden, kernel_size=1)
+        self.gate_2 = nn.Conv2d(hidden, 1, kernel_size=1)
 
     @classmethod
     def describe(cls, options: Any, context: PartContext) -> Traits:
@@ -90,11 +91,11 @@ class HiResLmmConvGate(HiResLmmViewOp):
         high = self.other_proj(nn.functional.gelu(self.other_conv(other.to(main.dtype))))
         if grid != other_grid:
             high = nn.functional.interpolate(high, size=grid, mode="bilinear", align_corners=False)
-        return (low + self.gate(low, high)[..., None, None] * high).flatten(2).transpose(1, 2)
+        return (low + self.gate(low, high) * high).flatten(2).transpose(1, 2)
 
     def gate(self, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
-        """One number an image in (-1, 1), from the means of both maps `(I, C, h, w)`: `(I, 1)`."""
-        means = torch.cat([low.mean(dim=(2, 3)), high.mean(dim=(2, 3))], dim=1)
+        """One number an image in (-1, 1), from the means of both maps `(I, C, h, w)`: `(I, 1, 1, 1)`."""
+        means = torch.cat([low.mean(dim=(2, 3), keepdim=True), high.mean(dim=(2, 3), keepdim=True)], dim=1)
         return self.gate_2(nn.functional.gelu(self.gate_1(means))).tanh()
 
 

@@ -121,8 +121,8 @@ class HiResLmmGenerationMixin(GenerationMixin):
                     "Pass all that the processor returned: model.generate(**inputs)."
                 )
             return {**model_kwargs, "mm_encoder_outputs": {}}
-        if generation_config.prefill_chunk_size is not None:
-            raise ValueError("prefill_chunk_size is not supported with images; leave it unset.")
+        # `forward` cuts what is spliced: the library would cut the ids, before operations have read the whole prompt
+        chunk_size, generation_config.prefill_chunk_size = generation_config.prefill_chunk_size, None
         if inputs is not None:
             image = self.model.encode_images(inputs)
             flags = [flag for flag in (inputs.is_unpadded, inputs.is_right_padded) if flag is not None]
@@ -142,6 +142,7 @@ class HiResLmmGenerationMixin(GenerationMixin):
             is_right_padded=is_right_padded,
             keeps_cache=model_kwargs.get(CACHE) is not None or bool(generation_config.return_dict_in_generate),
             token_maps=token_maps,
+            chunk_size=chunk_size,
         )
         return {**model_kwargs, "mm_encoder_outputs": {"image": image if image.pooler_output else None}}
 

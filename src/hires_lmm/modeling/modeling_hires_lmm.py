@@ -233,15 +233,7 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
                 prompt.embeds, prompt.outputs["aux"] = self._idle(text.embeds, given.vision_features is None)
         plan_positions(self, prompt, cache)
         prompt.layers = open_layers(self, prompt, cache, kwargs)
-        outputs = self.language_model(
-            inputs_embeds=prompt.embeds,
-            attention_mask=prompt.attention_mask,
-            position_ids=prompt.position_ids,
-            use_cache=use_cache,
-            return_dict=True,
-            **{CACHE: cache},
-            **kwargs,
-        )
+        outputs = prompt.read(self.language_model, cache, use_cache=use_cache, **kwargs)
         prompt.remember(outputs.get(CACHE))
         hidden = prompt.expand(outputs.last_hidden_state)
         if heads is not None:

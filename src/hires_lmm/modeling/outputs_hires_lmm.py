@@ -24,6 +24,7 @@ class GeneratePrompt:
         is_right_padded (`bool`): Rows end in padding, which leaves before new tokens follow.
         keeps_cache (`bool`): The caller gets the cache and may go on from it.
         token_maps (`list`, *optional*): Takes the token map of the prompt.
+        chunk_size (`int`, *optional*): Most positions that the language model reads at once.
     """
 
     length: int
@@ -32,6 +33,7 @@ class GeneratePrompt:
     is_right_padded: bool
     keeps_cache: bool
     token_maps: list | None
+    chunk_size: int | None = None
 
     def num_virtual(self, length: int) -> int:
         """Of the positions of a prompt, those that PEFT put in front, and will put before its mask."""

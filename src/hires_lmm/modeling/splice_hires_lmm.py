@@ -8,6 +8,7 @@ import torch
 from transformers.cache_utils import Cache
 
 from .carriers_hires_lmm import Question, VisualTokens
+from .compat_hires_lmm import CACHE
 from .connector_hires_lmm import drop
 from .conversation_hires_lmm import Conversation
 from .inputs_hires_lmm import check_context, placeholders_per_image
@@ -30,6 +31,7 @@ class Prompt:
         conversation (`Conversation`, *optional*): What is remembered with the cache.
         placed (`Placed`, *optional*): Where visual tokens stand, for position plan and layer ops.
         layers (`LanguageCall`, *optional*): What layer ops do with the call.
+        chunk_size (`int`, *optional*): Most positions that the language model reads at once.
     """
 
     embeds: torch.Tensor
@@ -40,6 +42,27 @@ class Prompt:
     conversation: Conversation | None = None
     placed: Placed | None = None
     layers: LanguageCall | None = None
+    chunk_size: int | None = None
+
+    def read(self, language_model: Any, cache: Cache | None, **options: Any) -> Any:
+        """Run the language model; a long prompt in pieces, each behind the cache of those before it.
+
+        With layer ops in one: what stays is known when the last token of the prompt was read.
+        """
+        length, mask, positions = self.embeds.shape[1], self.attention_mask, self.position_ids
+        if self.chunk_size is None or self.chunk_size >= length or cache is None or self.layers is not None:
+            return _call(language_model, cache, self.embeds, mask, positions, options)
+        past, read = cache.get_seq_length(), []
+        for start in range(0, length, self.chunk_size):
+            stop = min(start + self.chunk_size, length)
+            seen = mask
+            if isinstance(mask, torch.Tensor):
+                seen = mask[:, : past + stop] if mask.ndim == 2 else mask[:, :, start:stop, : past + stop]
+            here = None if positions is None else positions[..., start:stop]
+            outputs = _call(language_model, cache, self.embeds[:, start:stop], seen, here, options)
+            read.append(outputs.last_hidden_state)
+        outputs.last_hidden_state = torch.cat(read, dim=1)
+        return outputs
 
     def expand(self, hidden: torch.Tensor) -> torch.Tensor:
         """States of the language model at the caller's positions `(B, S, D)`."""
@@ -57,6 +80,14 @@ class Prompt:
         if token_map is not None and images.prompt is not None and images.prompt.token_maps == []:
             sources = images.tokens.sources or range(images.tokens.num_images)
             images.prompt.token_maps.append(token_map.merge_images(sources))
+
+
+def _call(
+    model: Any, cache: Cache | None, embeds: torch.Tensor, mask: Any, positions: torch.Tensor | None, options: dict
+) -> Any:
+    """One pass of the language model."""
+    inputs: dict[str, Any] = {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": positions}
+    return model(**inputs, **{CACHE: cache}, return_dict=True, **options)
 
 
 @dataclass
@@ -145,6 +176,7 @@ def splice_images(
     if model.connector.layer_ops or model.connector.position_plan is not None:
         prompt.placed = place(text, placeholder, tokens, None if known is None else num_drafted)
     if known is not None:
+        prompt.chunk_size = known.chunk_size
         outputs["num_drafted"] = num_drafted
         length = past + prompt.embeds.shape[1] - num_drafted
         check_context(length, prompt.attention_mask, num_drafted, model.config.text_config)
