@@ -3,7 +3,6 @@
 import math
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import ClassVar
 
 import torch
 from torch import nn
@@ -13,7 +12,6 @@ from hires_lmm.modeling.bases_hires_lmm import (
     HiResLmmHead,
     HiResLmmLayerOp,
     HiResLmmPositionPlan,
-    HiResLmmTokenOp,
     HiResLmmViewOp,
     Traits,
 )
@@ -42,28 +40,6 @@ class Gate(HiResLmmViewOp):
         mean = fine.features.mean(dim=1, keepdim=True)
         mixed = replace(main, features=main.features + torch.tanh(self.gate(mean)) * mean)
         return replace(views, groups=[mixed if g is main else g for g in views.groups if g is not fine])
-
-
-class Ends(HiResLmmTokenOp):
-    """Two tokens of its own an image, whatever its size: the least and the greatest of each channel."""
-
-    count: ClassVar[int] = 2
-
-    @classmethod
-    def describe(cls, options, context):
-        return Traits(context.grids, context.width, count="own", own_tokens=cls.count)
-
-    def forward(self, tokens, question):
-        parts = tokens.per_image(tokens.features)
-        features = torch.cat([torch.stack([part.amin(dim=0), part.amax(dim=0)]) for part in parts])
-        none = torch.full((len(features),), -1)
-        lengths = [self.count] * len(parts)
-        return (
-            replace(
-                tokens, features=features, lengths=lengths, view=none, cell=none[:, None].expand(-1, 2), kind=none
-            ),
-            question,
-        )
 
 
 class TwoPerspectives(HiResLmmViewOp):
@@ -241,6 +217,5 @@ SKETCHES = {
     "half_steps": ("position_plan", HalfSteps),
     "score": ("heads", Score),
     "gate": ("map_ops", Gate),
-    "ends": ("token_ops", Ends),
 }
 """Slot and class by name."""

@@ -101,13 +101,6 @@ def test_the_global_view_commands_how_many_tokens_each_crop_keeps():
         assert abs(own - min(size, wanted * sum(found) / sum(ideal))) < 1.5
 
 
-def test_globalcom2_in_a_batch_is_as_alone():
-    model, processor = parts("llava_next", connector_config=GLOBALCOM2)
-    sizes = ((90, 60), (40, 200), (60, 61))
-    together = generated(model, ask(processor, *sizes, max_image_tokens=30))
-    assert together == [generated(model, ask(processor, size, max_image_tokens=30))[0] for size in sizes]
-
-
 def test_a_live_model_gets_globalcom2_and_keeps_it(tmp_path):
     model, processor = parts("llava_next")
     batch, before = ask(processor, (90, 60), max_image_tokens=30), {id(p) for p in model.parameters()}
@@ -209,17 +202,6 @@ def test_mqt_gives_the_first_queries_of_each_view_at_any_budget():
 
 def test_queries_of_a_view_enter_whatever_its_padding():
     assert parts("mqt", connector_config=MQT)[1].image_tokens(40, 200, unpad=True, global_view="pad") == 16
-
-
-def test_mqt_in_a_batch_is_as_alone():
-    model, processor = parts("mqt", connector_config=MQT)
-    sizes = ((90, 60), (40, 200))
-    together = generated(model, ask(processor, *sizes, views="all", max_image_tokens=[30, 7]))
-    alone = [
-        generated(model, ask(processor, size, views="all", max_image_tokens=budget))[0]
-        for size, budget in zip(sizes, (30, 7), strict=True)
-    ]
-    assert together == alone
 
 
 def test_mqt_trains_at_a_number_of_tokens_drawn_for_each_step_alike_on_all_processes():

@@ -52,24 +52,6 @@ def second_tower(**connector):
     return parts(extra_towers={"fine": fine.to_dict()}, connector_config=connector)
 
 
-def test_a_second_tower_is_gated_into_the_first():
-    model, processor = second_tower(map_ops=[{"part": "gate"}])
-    plain = parts()[1]
-    batch = ask(processor, (90, 60), (40, 200))
-    assert batch["pixel_values_fine"].shape == (2, 3, 84, 84)
-    assert processor.image_tokens(90, 60) == plain.image_tokens(90, 60)
-    logits = logits_of(model, batch)
-    assert not torch.allclose(logits, logits_of(model, {**batch, "pixel_values_fine": batch["pixel_values_fine"] * 0}))
-    assert_batch_is_single(model, processor, (90, 60), (40, 200))
-    model.train()
-    model(**processor(text=["a", "b"], return_tensors="pt"), labels=torch.tensor([[1], [1]])).loss.backward()
-    assert all(
-        parameter.grad is not None
-        for name, parameter in model.model.extra_towers.named_parameters()
-        if "head" not in name and "post_layernorm" not in name
-    )
-
-
 def test_tokens_of_a_second_tower_enter_the_sequence():
     model, processor = second_tower(layout={"order": ["global", "crops", "detail"]})
     plain = parts(connector_config={"layout": {"order": ["global", "crops"]}})[1]
@@ -80,21 +62,6 @@ def test_tokens_of_a_second_tower_enter_the_sequence():
         hidden = model.model.extra_towers["fine"](batch["pixel_values_fine"], output_hidden_states=True).hidden_states
         wanted = model.model.connector.tower_adapters["fine"](hidden[-1], int(Kind.DETAIL))
     torch.testing.assert_close(features.pooler_output[0][-36:], wanted[0])
-    assert_batch_is_single(model, processor, (90, 60), (40, 200))
-
-
-@torch.no_grad()
-def test_a_second_part_with_tokens_of_its_own():
-    """Two images in a row, and generation on a cache equal to none."""
-    model, processor = parts(connector_config={"token_ops": [{"part": "ends"}]})
-    assert {processor.image_tokens(*size) for size in ((90, 60), (40, 200), (900, 900))} == {2}
-    batch = make_batch(processor, [("<image>a<image>b", [random_image(90, 60), random_image(40, 200)])])
-    found = generated(model, batch)[0]
-    ids = batch["input_ids"]
-    for number, token in enumerate(found):
-        so_far = torch.cat([ids, torch.tensor([found[:number]], dtype=torch.long)], dim=1)
-        logits = model(**{**batch, "input_ids": so_far, "attention_mask": torch.ones_like(so_far)}).logits
-        assert int(logits[0, -1].argmax()) == token
     assert_batch_is_single(model, processor, (90, 60), (40, 200))
 
 

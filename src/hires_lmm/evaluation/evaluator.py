@@ -115,7 +115,8 @@ def evaluate(
     total = len(questions) * len(settings)
     done = sum((setting, row.index) in found for setting in settings for row in questions)
     for number, chunk in enumerate(_chunks(questions, batch_size)):
-        encoder = ImageEncoder(find_base(model), processor, _distinct_images(chunk))
+        images = {source_key(source): source for row in chunk for source in row.images}
+        encoder = ImageEncoder(find_base(model), processor, list(images.values()))
         if number == 0:  # said before the first answer; later images are checked as they come
             encoder.check_budgets(settings)
         for setting in settings:
@@ -163,10 +164,6 @@ def _chunks(rows: Sequence[SweepRow], batch_size: int) -> Iterator[list[SweepRow
         last = images
     if chunk:
         yield chunk
-
-
-def _distinct_images(rows: Sequence[SweepRow]) -> list:
-    return list({source_key(source): source for row in rows for source in row.images}.values())
 
 
 class _Asker:

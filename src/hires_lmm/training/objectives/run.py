@@ -65,15 +65,10 @@ def find_entry(model: nn.Module) -> Any:
     )
 
 
-def find_top(model: nn.Module, base: nn.Module) -> Any:
-    """The module that holds the `HiResLmmModel`, whatever wraps it; None where there is no head."""
-    return next((module for module in model.modules() if module._modules.get("model") is base), None)
-
-
 def attach(model: nn.Module, base: nn.Module, objectives: dict[str, Objective]) -> CarriedObjectives | None:
     """Make objectives submodules of the model, in place of those of an earlier run; `save_pretrained` leaves them
     out."""
-    top = find_top(model, base)
+    top: Any = next((module for module in model.modules() if module._modules.get("model") is base), None)
     if top is not None:
         detach(top)
     if not objectives:
@@ -177,7 +172,8 @@ class StepHooks:
                 "The stage weighs auxiliary losses, but the model returned no loss: this trainer computes its own, as "
                 "TRL's SFTTrainer does. Use transformers.Trainer for this stage."
             )
-        shares = token_shares(inputs["labels"], inputs.get("num_items_in_batch"))
+        tokens, in_step = (inputs["labels"][:, 1:] != -100).sum(dim=1), inputs.get("num_items_in_batch")
+        shares = tokens / (tokens.sum() if in_step is None else in_step)
         has_images = holds_images(inputs)
         total = self.weights.get(GENERATION, 1.0) * loss
         self.sums.add("share", shares.sum())
@@ -189,12 +185,6 @@ class StepHooks:
             self.sums.add(f"loss/{name}", part.detach())
             total = total + self.weights[name] * part
         return total
-
-
-def token_shares(labels: torch.Tensor, num_items_in_batch: Any) -> torch.Tensor:
-    """Share of each row in the answer tokens of the optimizer step; of the batch where that is unknown."""
-    tokens = (labels[:, 1:] != -100).sum(dim=1)
-    return tokens / (tokens.sum() if num_items_in_batch is None else num_items_in_batch)
 
 
 def holds_images(inputs: dict) -> bool:
