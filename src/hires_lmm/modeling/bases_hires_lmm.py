@@ -1,6 +1,6 @@
 """The base class of each slot: what a part says of itself before it is built, and what it does."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -107,14 +107,30 @@ class Traits:
     untrained: tuple[str, ...] = ()
 
 
-def follow_grid(group: ViewGroup, grid: Grid) -> dict[str, torch.Tensor]:
-    """The scores of a group on another grid: means over the patches under each token; none where it has no place."""
-    if grid.size == group.grid:
+def follow_grid(
+    group: ViewGroup, grid: Grid, sizes: Sequence[tuple[int, int]] | None = None
+) -> dict[str, torch.Tensor]:
+    """The scores of a group on another grid: means over the patches under each token; none where it has no place.
+
+    Where views have `sizes` of their own, each by itself.
+    """
+    is_padded = sizes is not None and set(sizes) != {tuple(group.grid)}
+    if grid.size == group.grid and not is_padded:
         return group.scores
     if grid.whole:
         return {}
     maps = {name: score.unflatten(1, group.grid)[:, None] for name, score in group.scores.items()}
-    return {name: nn.functional.adaptive_avg_pool2d(own, grid.size).flatten(1) for name, own in maps.items()}
+    if not is_padded:
+        return {name: nn.functional.adaptive_avg_pool2d(own, grid.size).flatten(1) for name, own in maps.items()}
+    return {
+        name: torch.stack(
+            [
+                nn.functional.adaptive_avg_pool2d(plane[:, :high, :wide], grid.size).flatten()
+                for plane, (high, wide) in zip(own, sizes or (), strict=True)
+            ]
+        )
+        for name, own in maps.items()
+    }
 
 
 class HiResLmmPart(nn.Module):

@@ -14,6 +14,7 @@ from .adapters_hires_lmm import (
 )
 from .bases_hires_lmm import PartContext, Traits, entering, layers_behind
 from .compressors_hires_lmm import HiResLmmConvMerge, HiResLmmQueryCompressor
+from .dual_hires_lmm import HiResLmmDualEnhancement
 from .fusion_hires_lmm import HiResLmmFusion
 from .gate_hires_lmm import HiResLmmConvGate
 from .geometry_hires_lmm import KINDS, MAIN_TOWER, Grid, check_stride, kinds_on
@@ -25,6 +26,7 @@ from .own_parts_hires_lmm import is_own, own_class, refusal
 from .routers_hires_lmm import HiResLmmRouter
 from .sa_perceiver_hires_lmm import HiResLmmSaPerceiver
 from .sequence_hires_lmm import LayoutOptions
+from .uhd_hires_lmm import HiResLmmUhdResampler
 
 
 VIEW_OPS = {
@@ -34,6 +36,8 @@ VIEW_OPS = {
     "mqt": HiResLmmMqt,
     "mini_compressor": HiResLmmMiniCompressor,
     "conv_gate": HiResLmmConvGate,
+    "dual_enhancement": HiResLmmDualEnhancement,
+    "uhd_resampler": HiResLmmUhdResampler,
 }
 ADAPTERS = {
     "identity": HiResLmmIdentityAdapter,
