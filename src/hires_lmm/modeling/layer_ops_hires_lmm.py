@@ -240,7 +240,7 @@ class LanguageCall:
         count, total = hidden.shape[1], keys.slots.shape[1]
         length, offset = (total, 0) if cache is None else cache.get_mask_sizes(count, layer)
         window, kind = attention_window(self.config, layer), self.config._attn_implementation
-        fits = window is None or total <= window
+        fits = window is None or self.past + self.slots.shape[1] <= window  # in slots: what left still keeps its room
         is_causal = (count == 1 or (count == total and kind != "eager")) and not masking
         if keys.is_plain and level.weight is None and fits and is_causal and length == total:
             return None
