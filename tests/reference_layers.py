@@ -4,6 +4,7 @@ import math
 from types import SimpleNamespace
 
 import torch
+from torch import nn
 from transformers import AutoModel
 
 
@@ -85,6 +86,20 @@ def keep_share(layers, share=0.5, number=None):
                 f"a gap of {gap} between kept and dropped: take another seed"
             )
         return ranked[kept:]
+
+    return leave
+
+
+def exit_by_gates(gate):
+    """`dyvte`: all leave as soon as a gate shared by the layers prefers it, by the text between them and the end."""
+    first, second, vectors = gate.linear_1.weight, gate.linear_2.weight, gate.layers.weight
+
+    def leave(layer, candidates, weights, states, last):
+        mean = states[max(candidates) + 1 : last].mean(0)
+        middle = first @ torch.cat([mean, states[last]]) + vectors[layer]
+        stay, go = (second @ nn.functional.gelu(middle)).tolist()
+        assert abs(go - stay) > 1e-4, f"logits {stay} and {go} are nearly equal: take another seed"
+        return candidates if go > stay else []
 
     return leave
 

@@ -2,6 +2,7 @@
 
 from .base import BatchColumn, Objective, StepValues
 from .contrastive import Contrastive
+from .exit_gate import ExitGate, exit_labels
 from .files import load_objectives, save_objectives
 from .gate_balance import GateBalance, gate_balance
 from .reconstruction import Reconstruction
@@ -14,11 +15,13 @@ __all__ = [
     "OBJECTIVES",
     "BatchColumn",
     "Contrastive",
+    "ExitGate",
     "GateBalance",
     "Objective",
     "Reconstruction",
     "SecondModel",
     "StepValues",
+    "exit_labels",
     "gate_balance",
     "load_objectives",
     "save_objectives",

@@ -2,12 +2,14 @@
 
 from .base import Objective
 from .contrastive import Contrastive
+from .exit_gate import ExitGate
 from .gate_balance import GateBalance
 from .reconstruction import Reconstruction
 
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "contrastive": Contrastive,
+    "exit_gate": ExitGate,
     "gate_balance": GateBalance,
     "reconstruction": Reconstruction,
 }
