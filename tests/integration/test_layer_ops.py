@@ -31,7 +31,7 @@ from builders import (
     tiny_text_config,
 )
 from hires_lmm.modeling.compat_hires_lmm import CACHE
-from reference_layers import exit_by_gates, keep_share, masked_model, prompts_of, select_all, spans
+from reference_layers import exit_by_gates, keep_share, masked_model, over_thresholds, prompts_of, select_all, spans
 
 
 NEW_TOKENS = 6
@@ -49,7 +49,7 @@ MODELS = {
     "mixed": ("gemma3_text", GEMMA, [0, 2]),
 }
 CAPPED = {"gemma2": {"attn_logit_softcapping": 1.0}}  # so low that the cap matters
-PARTS = {"keep_after": {"share": 0.4}, "dyvte": {"layers": "all"}}
+PARTS = {"keep_after": {"share": 0.4}, "dyvte": {"layers": "all"}, "atp": {}}
 GATES = {
     "llama": 8,
     "window": 4,
@@ -58,7 +58,9 @@ GATES = {
     "qwen3": 3,
     "mistral": 3,
 }  # seeds: rows leave, apart where layers are many
-all_models = pytest.mark.parametrize("name", [*MODELS, "llama+dyvte", "window+dyvte", "mixed+dyvte"])
+all_models = pytest.mark.parametrize(
+    "name", [*MODELS, "llama+dyvte", "window+dyvte", "mixed+dyvte", "llama+atp", "mixed+atp"]
+)
 families = pytest.mark.parametrize(
     "family", [f"{family}{part}" for family in TEXT_FAMILIES for part in ("", "+dyvte")]
 )
@@ -73,11 +75,24 @@ def settings_of(name):
     return family, changes, {"part": part, "layers": layers, **PARTS[part]}
 
 
-def leave_of(name, model):
+@torch.no_grad()
+def cells_of(model, processor, turn):
+    """Row and column of the visual tokens of a turn; None for separators."""
+    if not turn[1]:
+        return []
+    placed = model(**make_batch(processor, [turn]), output_token_map=True).token_map
+    return [None if view < 0 else cell for view, cell in zip(placed.view, placed.cell.tolist(), strict=True)]
+
+
+def leave_of(name, *turns):
     """The rule of its layer op, written anew."""
+    model, processor = build(name)
     spec, op = settings_of(name)[2], model.model.connector.layer_ops[0]
-    rules = {"keep_after": lambda: keep_share(spec["layers"], 0.4), "dyvte": lambda: exit_by_gates(op.gates[0])}
-    return rules[spec["part"]]()
+    if spec["part"] == "keep_after":
+        return keep_share(spec["layers"], 0.4)
+    if spec["part"] == "dyvte":
+        return exit_by_gates(op.gates[0])
+    return over_thresholds(op, [cell for turn in turns for cell in cells_of(model, processor, turn)])
 
 
 @functools.cache
@@ -89,6 +104,8 @@ def build(name, attention="sdpa", threshold=False, seed=0):
     config = tiny_config("llava_next", "clip", tiny_text_config(family, **changes), connector_config=connector)
     model = tiny_model(config, seed)
     randomise(model.model.connector.layer_ops, GATES.get(name.partition("+")[0], 0))
+    for head in getattr(model.model.connector.layer_ops[0], "thresholds", ()):
+        head.redundancy.bias.data.sub_(4)  # so that scores of this size can pass
     model.set_attn_implementation({"text_config": "eager" if family == "gemma2" else attention})
     model.generation_config.suppress_tokens = [config.image_token_id]
     return model, tiny_processor(config)
@@ -100,7 +117,7 @@ def expectation(name, row, **options):
     text, images = ROWS[row]
     lengths = [len(tokens) for tokens in reference.full_visual_tokens(model, processor, images)[0]]
     embeds = reference.prompt_embeds(model, processor, text, images, select=select_all)
-    return masked_model(model, leave_of(name, model), prompts_of([spans(processor, text, lengths)])), embeds
+    return masked_model(model, leave_of(name, ROWS[row]), prompts_of([spans(processor, text, lengths)])), embeds
 
 
 @functools.cache
@@ -203,7 +220,7 @@ def test_a_second_turn_on_the_cache(name, with_image):
     table = model.model.language_model.get_input_embeddings()
     turns = [reference.prompt_embeds(model, processor, *turn, select=select_all) for turn in (ROWS[0], (later, new))]
     whole = torch.cat([turns[0], table(answer)[None], turns[1]], 1).detach()
-    stand_in = masked_model(model, leave_of(name, model), prompts_of(parts))
+    stand_in = masked_model(model, leave_of(name, ROWS[0], (later, new)), prompts_of(parts))
     assert got == reference.greedy(stand_in, whole, NEW_TOKENS, process=hide_image)
 
 

@@ -298,12 +298,14 @@ class HiResLmmLayerOp(HiResLmmPart):
     """Base of layer operations, which run behind chosen layers of the language model or of the vision tower.
 
     `Options` of a subclass extend these. `reads_attention` asks for the attention of the layer, `masks_attention` has
-    `see` called before it, `reads_options` names keys of `layer_options`.
+    `see` called before it, `reads_options` names keys of `layer_options`; `is_soft` says that in training it weighs
+    tokens that elsewhere leave.
     """
 
     reads_attention = False
     masks_attention = False
     reads_options: tuple[str, ...] = ()
+    is_soft = False
 
     @strict
     @dataclass

@@ -12,6 +12,7 @@ from .adapters_hires_lmm import (
     HiResLmmMlpAdapter,
     HiResLmmQueryFormerAdapter,
 )
+from .atp_hires_lmm import HiResLmmAtp
 from .bases_hires_lmm import PartContext, Traits, entering, layers_behind
 from .compressors_hires_lmm import HiResLmmConvMerge, HiResLmmQueryCompressor
 from .dyvte_hires_lmm import HiResLmmDyvte
@@ -50,7 +51,7 @@ TOKEN_OPS = {
     "globalcom2": HiResLmmGlobalCom2,
     "prompt_fuser": HiResLmmPromptFuser,
 }
-LAYER_OPS = {"keep_after": HiResLmmKeepAfter, "dyvte": HiResLmmDyvte}
+LAYER_OPS = {"keep_after": HiResLmmKeepAfter, "dyvte": HiResLmmDyvte, "atp": HiResLmmAtp}
 POSITION_PLANS: dict[str, Any] = {}
 HEADS: dict[str, Any] = {}
 SLOTS: dict[str, dict[str, Any]] = {

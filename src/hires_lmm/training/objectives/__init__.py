@@ -8,6 +8,7 @@ from .gate_balance import GateBalance, gate_balance
 from .reconstruction import Reconstruction
 from .registry import GENERATION, OBJECTIVES
 from .second_model import SecondModel
+from .token_budget import TokenBudget, token_budget
 
 
 __all__ = [
@@ -21,8 +22,10 @@ __all__ = [
     "Reconstruction",
     "SecondModel",
     "StepValues",
+    "TokenBudget",
     "exit_labels",
     "gate_balance",
     "load_objectives",
     "save_objectives",
+    "token_budget",
 ]

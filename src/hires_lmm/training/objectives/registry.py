@@ -5,6 +5,7 @@ from .contrastive import Contrastive
 from .exit_gate import ExitGate
 from .gate_balance import GateBalance
 from .reconstruction import Reconstruction
+from .token_budget import TokenBudget
 
 
 OBJECTIVES: dict[str, type[Objective]] = {
@@ -12,6 +13,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "exit_gate": ExitGate,
     "gate_balance": GateBalance,
     "reconstruction": Reconstruction,
+    "token_budget": TokenBudget,
 }
 """Name in `Stage.loss_weights` -> class."""
 
