@@ -49,6 +49,7 @@ VARIANTS: dict[str, dict[str, dict]] = {
     },
     "fusion": {"blind": {"question": False}},
     "blend": {"tower": {"of": "vision_tower", "layers": 1}},
+    "dyvte": {"per_layer": {"gate": "per_layer"}},
     "mqt": {"content": {"key_mode": "content"}},
     "globalcom2": {
         "probabilities": {"score": "probabilities"},

@@ -253,6 +253,7 @@ class LayerCall:
         is_prefill (`bool`): Whether the call holds images; elsewhere nothing may leave.
         training (`bool`): Whether the model is in training.
         aux (`dict[str, torch.Tensor]`): Takes tensors for losses and logs; they come out as `outputs.aux`.
+        options (`dict[str, Any]`): What the caller gave as `layer_options`; each op knows its own keys.
     """
 
     slots: torch.Tensor
@@ -265,6 +266,7 @@ class LayerCall:
     is_prefill: bool
     training: bool
     aux: dict
+    options: dict = field(default_factory=dict)
 
     @property
     def text(self) -> torch.Tensor:
@@ -299,11 +301,14 @@ class HiResLmmLayerOp(HiResLmmPart):
     """Base of layer operations, which run behind chosen layers of the language model or of the vision tower.
 
     `Options` of a subclass extend these. `reads_attention` asks for the attention of the layer, `masks_attention` has
-    `see` called before it.
+    `see` called before it, `reads_options` names keys of `layer_options`; `is_soft` says that in training it weighs
+    tokens that elsewhere leave.
     """
 
     reads_attention = False
     masks_attention = False
+    reads_options: tuple[str, ...] = ()
+    is_soft = False
 
     @strict
     @dataclass
