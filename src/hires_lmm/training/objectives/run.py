@@ -65,10 +65,15 @@ def find_entry(model: nn.Module) -> Any:
     )
 
 
+def find_top(model: nn.Module, base: nn.Module) -> Any:
+    """The module that holds the `HiResLmmModel`, whatever wraps it; None where there is no head."""
+    return next((module for module in model.modules() if module._modules.get("model") is base), None)
+
+
 def attach(model: nn.Module, base: nn.Module, objectives: dict[str, Objective]) -> CarriedObjectives | None:
     """Make objectives submodules of the model, in place of those of an earlier run; `save_pretrained` leaves them
     out."""
-    top: Any = next((module for module in model.modules() if module._modules.get("model") is base), None)
+    top = find_top(model, base)
     if top is not None:
         detach(top)
     if not objectives:
@@ -145,7 +150,7 @@ class StepHooks:
             base.register_forward_hook(self._log, with_kwargs=True),
         ]
         if self.weights:
-            self.head = find_top(model, base).lm_head
+            self.head = getattr(find_top(model, base), "lm_head", None)
             handles.append(find_entry(model).register_forward_hook(add_losses, with_kwargs=True))
         return handles
 
