@@ -29,8 +29,8 @@ VARIANTS: dict[str, list[dict]] = {
 CALLED = ("view_ops", "adapter", "map_ops", "token_ops")
 """Slots whose parts are called on views or tokens; what runs inside the language model is no call of its own."""
 
-OTHERWISE = {"conv_gate", "prompt_fuser"}
-"""Parts that need a second tower, or another part before them."""
+OTHERWISE = {"conv_gate", "dual_enhancement", "prompt_fuser"}
+"""Parts that need a second tower, other kinds of views, or another part before them."""
 
 AROUND: dict[str, dict] = {
     "fusion": {"adapter": {"part": "identity"}},
