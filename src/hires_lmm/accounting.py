@@ -50,9 +50,6 @@ def account_image(
         max_image_tokens (`int`, *optional*): The budget; by default the saved one, if any.
         limits: Fields of `PlannerLimits` that replace the saved ones: `max_crops`, `views`, ...
 
-    Returns:
-        The account.
-
     Raises:
         ValueError: If a size or setting is wrong, or the budget too small; the message names the smallest.
     """

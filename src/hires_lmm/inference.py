@@ -32,11 +32,7 @@ def load_processor(checkpoint: str, trust_remote_code: bool = False) -> Any:
     """Load the processor of a checkpoint through `AutoProcessor`.
 
     Args:
-        checkpoint (`str`): Folder or Hub id.
         trust_remote_code (`bool`): Whether code that comes with the checkpoint may run.
-
-    Returns:
-        The processor.
 
     Raises:
         ValueError: If the checkpoint is of another kind of model, damaged, or has no tokenizer.
@@ -78,13 +74,9 @@ def load_model(
     """Load a model through `AutoModelForImageTextToText`, in evaluation mode.
 
     Args:
-        checkpoint (`str`): Folder or Hub id.
         dtype (`str`): One of `DTYPES`; `"auto"` = as saved.
         device (`str`, *optional*): `"cpu"`, `"cuda"`, `"cuda:1"`, ...; default CUDA where there is one.
         trust_remote_code (`bool`): Whether code that comes with the checkpoint may run.
-
-    Returns:
-        The model.
 
     Raises:
         ValueError: If dtype or device is unknown or not there, or the checkpoint is damaged.
@@ -110,9 +102,7 @@ def prepare(processor: Any, sources: list[Any], question: str, **images_kwargs: 
     """Build the inputs of one question about one or more images.
 
     Args:
-        processor (`HiResLmmProcessor`): Of the checkpoint.
         sources (`list`): Images, as `open_images` takes them.
-        question (`str`): The user's text.
         images_kwargs: Call-time options: `max_image_tokens`, `max_crops`, `views`, ...
 
     Returns:
@@ -157,30 +147,12 @@ def describe_unknown(words: list[str]) -> str:
 
 @torch.inference_mode()
 def map_tokens(model: Any, prepared: Prepared) -> TokenMap:
-    """Find out which visual tokens reach the language model, without an answer.
-
-    Args:
-        model (`HiResLmmForConditionalGeneration`): The model.
-        prepared (`Prepared`): From `prepare`.
-
-    Returns:
-        One record a visual token.
-    """
+    """Find out which visual tokens reach the language model, without an answer: one record a token."""
     return model(**_on_device(model, prepared), output_token_map=True, logits_to_keep=1).token_map
 
 
 class AnswerStream:
-    """A greedy answer while it is generated: an iterator over its pieces of text, once.
-
-    Args:
-        model (`HiResLmmForConditionalGeneration`): The model.
-        processor (`HiResLmmProcessor`): Of the checkpoint.
-        prepared (`Prepared`): From `prepare`.
-        max_new_tokens (`int`): Most tokens of the answer.
-
-    Raises:
-        ValueError: What `generate` raises, where the pieces are read.
-    """
+    """A greedy answer while it is generated: an iterator over its pieces of text, once."""
 
     def __init__(self, model: Any, processor: Any, prepared: Prepared, max_new_tokens: int = 128):
         self._token_map: TokenMap | None = None

@@ -70,18 +70,7 @@ class _Frame:
 
 
 def count_kept(token_map: TokenMap, image_index: int = 0) -> tuple[int, int]:
-    """Count the visual tokens of an image, those that belong to no place in it included.
-
-    Args:
-        token_map (`TokenMap`): From `model(..., output_token_map=True)`.
-        image_index (`int`): Which image of the batch.
-
-    Returns:
-        How many reached the language model, and how many there were.
-
-    Raises:
-        ValueError: If the map holds no such image.
-    """
+    """How many visual tokens of an image were kept, and how many there were, those of no place in it included."""
     own = token_map.image == image_index
     if not own.any():
         number = len(token_map.image.unique())
@@ -96,7 +85,6 @@ def draw_token_map(
 
     Args:
         image: The source image, in any form the processor takes.
-        token_map (`TokenMap`): From `model(..., output_token_map=True)`.
         image_index (`int`): Which image of the batch.
         title (`str`, *optional*): A line above the picture, for instance the question.
         width (`int`): Width of the picture, pixels, at least 600.

@@ -37,8 +37,12 @@ SMALL = {
 """Given to every part that has an option of that name."""
 
 VARIANTS: dict[str, dict[str, dict]] = {
-    "sa_perceiver": {"softmax": {"activation": "softmax", "self_attention": "softmax", "score_scale": "1/sqrt(d)"}},
-    "mixture": {"release": {"gate": "release"}},
+    "sa_perceiver": {
+        "softmax": {"activation": "softmax", "self_attention": "softmax", "score_scale": "1/sqrt(d)"},
+        "layer": {"norm": "layer", "self_attention": "none"},
+    },
+    "conv_merge": {"bare": {"norm": False, "residual": False}},
+    "mixture": {"release": {"gate": "release"}, "crops": {"mix_on": "crops"}},
     "router": {
         "attention": {"score": "attention"},
         "saliency": {"score": "saliency", "on": "all"},
@@ -46,6 +50,7 @@ VARIANTS: dict[str, dict[str, dict]] = {
     },
     "fusion": {"blind": {"question": False}},
     "blend": {"tower": {"of": "vision_tower", "layers": 1}},
+    "dyvte": {"per_layer": {"gate": "per_layer"}},
     "mqt": {"content": {"key_mode": "content"}},
     "self_mining_sampler": {"plain": {"residual": False}},
     "slice_restore": {"one layer, coarse": {"layers": [1], "down_sampling": 3}},

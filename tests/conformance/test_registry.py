@@ -150,6 +150,8 @@ def test_a_batch_without_crops_trains_every_parameter(case):
 @every_part
 def test_without_noise_training_sees_what_evaluation_sees(case):
     model, processor = built(case)
+    if getattr(part_of(model, case), "is_soft", False):
+        pytest.skip("a layer op that weighs in training what leaves in evaluation")
     batch = batch_of(processor, *SIZES)
     batch["prompt_mask"] = batch["input_ids"] != model.config.image_token_id
     trained = train_mode(copy.deepcopy(model), noise=False)
@@ -313,15 +315,18 @@ def test_only_the_views_that_on_names_change(case, on):
 
 # ---- the same in every way ----------------------------------------------------------------------------------------
 @every_part
-def test_a_row_of_a_batch_is_the_row_alone(case):
+@pytest.mark.parametrize("share", [1.0, 0.6], ids=["full", "budget"])
+def test_a_row_of_a_batch_is_the_row_alone(case, share):
     model, processor = built(case)
-    batch = batch_of(processor, *SIZES)
+    leasts = [processor.image_processor.min_image_tokens(*size) for size in SIZES]
+    counts = [processor.image_tokens(*size) for size in SIZES]
+    budgets = [max(least, int(share * count)) for least, count in zip(leasts, counts, strict=True)]
+    batch = batch_of(processor, *SIZES, max_image_tokens=budgets)
     together = logits_of(model, batch)
-    for row, size in enumerate(SIZES):
+    for row, (size, budget) in enumerate(zip(SIZES, budgets, strict=True)):
+        alone = logits_of(model, batch_of(processor, size, max_image_tokens=budget))
         mask = batch["attention_mask"][row].bool()
-        torch.testing.assert_close(
-            together[row][mask], logits_of(model, batch_of(processor, size))[0], atol=2e-4, rtol=1e-3
-        )
+        torch.testing.assert_close(together[row][mask], alone[0], atol=2e-4, rtol=1e-3)
 
 
 @every_part
@@ -415,8 +420,7 @@ def test_a_saved_part_is_the_same_whole_and_from_the_disk(case, tmp_path):
     model.save_pretrained(tmp_path / "saved")
     processor.save_pretrained(tmp_path / "saved")
     loaded = type(model).from_pretrained(tmp_path / "saved")
-    assert all(torch.equal(value, model.state_dict()[name]) for name, value in loaded.state_dict().items())
-    torch.testing.assert_close(logits_of(loaded, batch), wanted, atol=1e-4, rtol=1e-4)  # memory is aligned otherwise
+    assert torch.equal(logits_of(loaded, batch), wanted)
     again = batch_of(type(processor).from_pretrained(tmp_path / "saved"), *SIZES)
     assert all(torch.equal(again[name], value) for name, value in batch.items())
     places = {"model": "disk", "lm_head": "cpu"}
@@ -424,7 +428,7 @@ def test_a_saved_part_is_the_same_whole_and_from_the_disk(case, tmp_path):
         tmp_path / "saved", device_map=places, offload_folder=str(tmp_path / "offloaded")
     )
     assert next(part_of(offloaded, case).parameters(), torch.empty(0, device="meta")).device.type == "meta"
-    torch.testing.assert_close(logits_of(offloaded, batch), wanted, atol=1e-4, rtol=1e-4)
+    assert torch.equal(logits_of(offloaded, batch), wanted)
 
 
 # ---- and it would notice ------------------------------------------------------------------------------------------
@@ -504,7 +508,7 @@ class Wide(HiResLmmTokenOp):
         ("view_ops", Greedy, test_only_the_views_that_on_names_change, {"on": "crops"}),
         ("view_ops", Boastful, test_what_leaves_is_as_described, {}),
         ("token_ops", Noisy, test_without_noise_training_sees_what_evaluation_sees, {}),
-        ("token_ops", Social, test_a_row_of_a_batch_is_the_row_alone, {}),
+        ("token_ops", Social, test_a_row_of_a_batch_is_the_row_alone, {"share": 1.0}),
         ("token_ops", Secret, test_what_a_part_writes_into_the_question_reaches_the_language_model, {}),
         ("token_ops", Wide, test_half_precision_stays_near_single, {"dtype": torch.float16}),
     ],

@@ -38,7 +38,9 @@ def build(settings: dict) -> HiResLmmConvGate:
 def load(part: HiResLmmConvGate, released: dict[str, torch.Tensor]) -> None:
     """Give it the released weights."""
     pairs = ((theirs, ours, kind) for theirs, ours in NAMES.items() for kind in ("weight", "bias"))
-    part.load_state_dict({f"{ours}.{kind}": released[f"{theirs}.{kind}"] for theirs, ours, kind in pairs})
+    shapes = {name: value.shape for name, value in part.state_dict().items()}
+    named = {f"{ours}.{kind}": released[f"{theirs}.{kind}"] for theirs, ours, kind in pairs}
+    part.load_state_dict({name: value.reshape(shapes[name]) for name, value in named.items()})
 
 
 @torch.no_grad()
@@ -48,8 +50,8 @@ def run(part: HiResLmmConvGate, low: torch.Tensor, high: torch.Tensor, grid: int
     hooks = [
         part.main_proj.register_forward_hook(lambda _, args, output: seen.update(low_residual=output)),
         part.other_proj.register_forward_hook(lambda _, args, output: seen.update(high_projected=output)),
-        part.gate_1.register_forward_hook(lambda _, args, output: seen.update(gate_input=args[0])),
-        part.gate_2.register_forward_hook(lambda _, args, output: seen.update(gate=output.tanh())),
+        part.gate_1.register_forward_hook(lambda _, args, output: seen.update(gate_input=args[0].flatten(1))),
+        part.gate_2.register_forward_hook(lambda _, args, output: seen.update(gate=output.tanh().flatten(1))),
     ]
     size = (grid, grid)
     found = {"fused": part.mix(low, size, high.flatten(2).transpose(1, 2), size)}
@@ -91,6 +93,7 @@ def remake(folder: Path, seed: int) -> None:
     found, weights = run(part, low, high, side), part.state_dict()
     names = ((theirs, ours, kind) for theirs, ours in NAMES.items() for kind in ("weight", "bias"))
     tensors = {f"weight.fuse_module.{theirs}.{kind}": weights[f"{ours}.{kind}"] for theirs, ours, kind in names}
+    tensors |= {key: value.flatten(1) for key, value in tensors.items() if "gate" in key and value.ndim == 4}
     tensors |= {"input.low": low, "input.high": high, "output.fused": found["fused"][:, ::3]}
     tensors |= {f"output.{name}": found[name] for name in ("gate", "gate_input", "low_residual", "high_projected")}
     write_set(folder, {"seed": seed, "settings": settings, "init_identity_max_difference": 0.0}, tensors)

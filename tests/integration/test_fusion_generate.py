@@ -82,6 +82,7 @@ def test_logits_of_each_row(budget):
         {"use_cache": False},
         {"cache_implementation": "static"},
         {"prompt_lookup_num_tokens": 3},
+        {"prefill_chunk_size": 7},
         {"return_dict_in_generate": True},
     ],
     ids=str,

@@ -307,6 +307,20 @@ def test_static_cache(case):
 
 
 @all_cases
+def test_a_prompt_read_in_chunks(case):
+    lengths: list[int] = []
+    model = build(case)[0].model.language_model
+    handle = model.register_forward_pre_hook(
+        lambda module, args, kwargs: lengths.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
+    )
+    found = generate(case, prefill_chunk_size=9)
+    handle.remove()
+    assert found == [greedy(case, row) for row in range(3)] and max(lengths) == 9
+    beams = {"num_beams": 2, "cache_implementation": "static"}
+    assert generate(case, prefill_chunk_size=33, **beams) == generate(case, **beams)
+
+
+@all_cases
 def test_without_cache(case):
     assert generate(case, use_cache=False) == [greedy(case, row) for row in range(3)]
 

@@ -220,8 +220,8 @@ def test_generation_on_a_cache_equals_none(samples, drops):
 
 @pytest.mark.parametrize(
     "options",
-    [{"cache_implementation": "static"}, {"prompt_lookup_num_tokens": 3}, {"num_beams": 3}],
-    ids=["static", "lookup", "beams"],
+    [{"cache_implementation": "static"}, {"prompt_lookup_num_tokens": 3}, {"num_beams": 3}, {"prefill_chunk_size": 7}],
+    ids=["static", "lookup", "beams", "chunks"],
 )
 def test_other_ways_to_generate_equal_none(options):
     model, processor = build()

@@ -1,7 +1,9 @@
 """Mechanisms of others in whole models: budgets, presets that they join, generation, saving, and what is refused."""
 
 import copy
+import math
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.functional import gelu, interpolate
@@ -24,6 +26,7 @@ from hires_lmm.modeling.bases_hires_lmm import follow_grid
 from hires_lmm.modeling.carriers_hires_lmm import ViewGroup
 from hires_lmm.modeling.compat_hires_lmm import CACHE
 from hires_lmm.modeling.geometry_hires_lmm import Grid
+from hires_lmm.modeling.globalcom2_hires_lmm import crop_weights
 from hires_lmm.training import HiResLmmCollator, set_options
 
 
@@ -72,11 +75,30 @@ def test_globalcom2_keeps_every_budget_exactly_in_every_preset_with_crops(preset
     assert set(token_map.kind[token_map.kept].tolist()) >= {0, 1}, "global view and crops share the budget"
 
 
-def test_globalcom2_in_a_batch_is_as_alone():
+@torch.no_grad()
+def test_the_global_view_commands_how_many_tokens_each_crop_keeps():
     model, processor = parts("llava_next", connector_config=GLOBALCOM2)
-    sizes = ((90, 60), (40, 200), (60, 61))
-    together = generated(model, ask(processor, *sizes, max_image_tokens=30))
-    assert together == [generated(model, ask(processor, size, max_image_tokens=30))[0] for size in sizes]
+    batch = ask(processor, (90, 60), max_image_tokens=40)
+    token_map = model(**batch, output_token_map=True).token_map
+    image = model.model.read_images(batch["view_positions"], batch["view_spans"])[0]
+    rows, cols = image.grid(1)
+    kept, score = token_map.kept, token_map.score
+    total = int((token_map.kind >= 0).sum())
+    assert int(kept.sum()) == 40
+    whole = token_map.kind == 0
+    ratio = (total - (len(kept) - 40)) / total
+    least = int(ratio * 16)
+    assert int(kept[whole].sum()) == least and score[whole & kept].min() >= score[whole & ~kept].max()
+    thumbnail = score[whole].view(4, 4)
+    high, wide = 4 // rows, 4 // cols
+    cells = [thumbnail[a * high : (a + 1) * high, b * wide : (b + 1) * wide] for a, b in np.ndindex(rows, cols)]
+    powers = [math.exp(float(cell.sum()) / 10) for cell in cells]
+    views = [row for row in range(len(image.views)) if image.views[row][0] == 1]
+    sizes = [int((token_map.view == view).sum()) for view in views]
+    ideal = [(1 + p / sum(powers) - 1 / len(views)) * size for p, size in zip(powers, sizes, strict=True)]
+    found = [int(kept[token_map.view == view].sum()) for view in views]
+    for own, size, wanted in zip(found, sizes, ideal, strict=True):
+        assert abs(own - min(size, wanted * sum(found) / sum(ideal))) < 1.5
 
 
 def test_a_live_model_gets_globalcom2_and_keeps_it(tmp_path):
@@ -115,6 +137,19 @@ def test_globalcom2_without_a_global_view_shares_alike():
         token_map = model(**batch, output_token_map=True).token_map
     view = token_map.view[token_map.kept & (token_map.kind == 1)]
     assert int(token_map.kept.sum()) == 24 and torch.bincount(view)[1:].tolist() == [4, 4, 4, 4]
+
+
+def test_sums_of_probabilities_are_the_shares_of_their_crops():
+    """And of logits through a softmax, as released."""
+    sums = torch.tensor([0.2, 0.6])
+    torch.testing.assert_close(crop_weights(sums, None), torch.tensor([0.75, 1.25]))
+    power = math.exp(0.04)
+    wanted = torch.tensor([1 / (1 + power) + 0.5, power / (1 + power) + 0.5])
+    torch.testing.assert_close(crop_weights(sums, 10.0), wanted)
+    for score, temperature in (("logits", 10.0), ("probabilities", None)):
+        spec = {"part": "globalcom2", "score": score}
+        model = parts("llava_next", connector_config={"token_ops": [spec]})[0]
+        assert model.model.connector.token_ops[0].temperature == temperature
 
 
 def test_scores_follow_the_grid_of_their_views():
@@ -165,15 +200,8 @@ def test_mqt_gives_the_first_queries_of_each_view_at_any_budget():
         torch.testing.assert_close(found, torch.cat(wanted))
 
 
-def test_mqt_in_a_batch_is_as_alone():
-    model, processor = parts("mqt", connector_config=MQT)
-    sizes = ((90, 60), (40, 200))
-    together = generated(model, ask(processor, *sizes, views="all", max_image_tokens=[30, 7]))
-    alone = [
-        generated(model, ask(processor, size, views="all", max_image_tokens=budget))[0]
-        for size, budget in zip(sizes, (30, 7), strict=True)
-    ]
-    assert together == alone
+def test_queries_of_a_view_enter_whatever_its_padding():
+    assert parts("mqt", connector_config=MQT)[1].image_tokens(40, 200, unpad=True, global_view="pad") == 16
 
 
 def test_mqt_trains_at_a_number_of_tokens_drawn_for_each_step_alike_on_all_processes():
@@ -284,6 +312,7 @@ def test_llava_mini_in_every_mode_of_generate(mini, deprecations):
     assert generated(model, single, assistant_model=model) == wanted[:1]
     deprecations.clear()  # the library's own, about an assistant
     assert generated(model, batch, cache_implementation="static") == wanted
+    assert generated(model, batch, prefill_chunk_size=3) == wanted
     torch.manual_seed(0)
     sampled = model.generate(**single, max_new_tokens=4, do_sample=True, num_return_sequences=3)
     assert sampled.shape == (3, single["input_ids"].shape[1] + 4)
@@ -330,6 +359,23 @@ def test_the_layers_train_with_and_without_images_and_never_read_labels(mini):
     assert model.model.language_model.embed_tokens.weight.grad.any()
 
 
+def test_released_layers_skip_the_id_zero_and_give_the_word_embeddings_no_gradient():
+    for compat, is_read in ((None, True), ("release", False)):
+        layers = {**MINI["token_ops"][0], "compat": compat}
+        prefixes = {"answer_prefix_ids": plain_tokenizer()(MARKS["answer"]).input_ids}
+        model, processor = parts("llava_mini", connector_config={**MINI, "token_ops": [layers]}, **prefixes)
+        batch = chats(processor, PROMPTS[:1])
+        table = model.get_input_embeddings()
+        zero = batch["input_ids"].clone()
+        zero[0, 0] = 0
+        raw = embeds_of(model, **{**batch, "input_ids": zero})[0, 0] == table(torch.tensor(0))
+        assert bool(raw.all()) != is_read
+        labels = torch.full_like(batch["input_ids"], -100)
+        labels[:, -1] = 7
+        model.train()(**batch, labels=labels).loss.backward()
+        assert bool(table.weight.grad[batch["input_ids"][0, 0]].any()) == is_read
+
+
 def test_an_image_without_its_global_view_has_no_compressed_tokens(mini):
     model, processor = mini
     with pytest.raises(ValueError, match=r"4 compressed tokens of each of 1 images, but 0 are there; .*views='all'"):
@@ -346,6 +392,8 @@ def test_what_llava_mini_cannot_join_is_refused_by_name():
     ops, vision = [*GLOBALCOM2["token_ops"], *MINI["token_ops"]], tiny_vision_config("clip", hidden_size=16)
     with pytest.raises(ValueError, match="GlobalCom2 would consume max_image_tokens, but HiResLmmPromptFuser makes"):
         tiny_config("llava_mini", connector_config={**MINI, "token_ops": ops})
+    with pytest.raises(ValueError, match="Nothing reads the views 'detail' that an operation makes"):
+        tiny_config("llava_next", connector_config={"view_ops": MINI["view_ops"]})
     with pytest.raises(ValueError, match="use an adapter that projects, such as mlp"):
         tiny_config("llava_mini", vision, connector_config={**MINI, "adapter": {"part": "identity"}})
 
@@ -367,7 +415,9 @@ def test_any_convnext_is_gated_into_the_global_view(model_type):
     low = plane + part.main_proj(gelu(part.main_conv(plane)))
     high = interpolate(part.other_proj(gelu(part.other_conv(maps))), (4, 4), mode="bilinear")
     means = torch.cat([low.mean(dim=(2, 3)), high.mean(dim=(2, 3))], dim=1)
-    fused = low + torch.tanh(part.gate_2(gelu(part.gate_1(means))))[..., None, None] * high
+    hidden = gelu(means @ part.gate_1.weight.flatten(1).T + part.gate_1.bias)
+    gate = torch.tanh(hidden @ part.gate_2.weight.flatten(1).T + part.gate_2.bias)
+    fused = low + gate[..., None, None] * high
     wanted = model.model.connector.adapter(fused.flatten(2).transpose(1, 2), 0)
     found = model.model.get_image_features(**geometry_of(batch), pixel_values_hires=batch["pixel_values_hires"])
     torch.testing.assert_close(torch.stack(list(found.pooler_output)), wanted, atol=1e-4, rtol=1e-4)
@@ -399,6 +449,13 @@ def test_the_gate_joins_crops_budgets_and_globalcom2_and_trains():
         model.zero_grad()
         model(**inputs, labels=inputs["input_ids"]).loss.backward()
         assert all(parameter.grad is not None for parameter in model.model.connector.parameters())
+
+
+def test_the_gate_needs_every_global_view_in_training():
+    model, processor = parts("mg_llava")
+    model.train().model.connector.training_views = "crops"
+    with pytest.raises(ValueError, match="global view of every image beside that of 'hires'"):
+        model(**ask(processor, (90, 60), views="crops"))
 
 
 def test_what_the_gate_cannot_join_is_refused_by_name():

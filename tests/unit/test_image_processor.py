@@ -343,5 +343,6 @@ def test_save_and_reload(tmp_path):
     assert all(np.array_equal(first[name], second[name]) for name in first)
     changed = HiResLmmImageProcessor.from_pretrained(tmp_path, max_image_tokens=5, pinpoints=None)
     assert changed.image_tokens(60, 40) == 5
-    larger = {"size": 56, "token_layout": {**layout, "patch_grid": [4, 4]}, "pinpoints": [[56, 56]]}
+    grids = {**GRIDS, "global": {"rows": 4, "cols": 4}}
+    larger = {"size": 56, "token_layout": {"patch_grid": [4, 4], "grids": grids}, "pinpoints": [[56, 56]]}
     assert HiResLmmImageProcessor.from_pretrained(tmp_path, **larger).view_size == 56

@@ -1,9 +1,4 @@
-"""Half precision against single precision, and equal scores.
-
-Tolerances, relative to the largest value of the float32 result: bfloat16 keeps 8 bits (a rounding error of 0.2 % a
-value), float16 keeps 11 (0.02 %). A part is a few operations deep; the whole model adds up three tower layers, the
-connector and two text layers.
-"""
+"""Generation and training in half precision, and equal scores."""
 
 import functools
 
@@ -18,11 +13,7 @@ from hires_lmm.modeling.routers_hires_lmm import (
 )
 
 
-PART = {torch.float16: 4e-3, torch.bfloat16: 3e-2}
-WHOLE = {torch.float16: 1e-2, torch.bfloat16: 5e-2}
-SCORES = {torch.float16: 2e-2, torch.bfloat16: 8e-2}
-SEED = 1  # the scores at the border of each case differ by more than bfloat16 rounds: both keep the same tokens
-halves = pytest.mark.parametrize("dtype", PART, ids=["fp16", "bf16"])
+halves = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 CASES = {
     "cosine": ("slime", "clip", "llama", routing.Rule("cosine", reduce="mean", temperature=0.05)),
     "attention": ("slime", "siglip", "qwen2", routing.Rule("attention")),
@@ -40,37 +31,12 @@ def build(name: str, dtype: torch.dtype = torch.float32):
     if rule is not None:
         connector["token_ops"] = rule.token_ops()
     config = tiny_config(preset, vision, text, connector_config=connector)
-    return tiny_model(config, SEED, dtype), tiny_processor(config)
-
-
-def difference(half: torch.Tensor, single: torch.Tensor) -> float:
-    """Largest absolute difference over the largest absolute value."""
-    assert half.shape == single.shape
-    assert torch.isfinite(half).all()
-    return float((half.float() - single).abs().max() / single.abs().max())
+    return tiny_model(config, dtype=dtype), tiny_processor(config)
 
 
 @functools.cache
 def batch_of(name: str):
     return make_batch(build(name)[1], [(TEXT, [random_image(100, 180)])])
-
-
-@halves
-@pytest.mark.parametrize("name", CASES)
-@torch.no_grad()
-def test_whole_logits(name, dtype):
-    """The router's scores, the kept set and the logits."""
-    single, half = build(name)[0], build(name, dtype)[0]
-    batch = dict(batch_of(name))
-    wide = single(**batch, output_token_map=True)
-    narrow = half(**{**batch, "pixel_values": batch["pixel_values"].to(dtype)}, output_token_map=True)
-    assert narrow.logits.dtype == dtype
-    scored = ~wide.token_map.score.isnan()
-    assert torch.equal(~narrow.token_map.score.isnan(), scored)
-    if scored.any():
-        assert difference(narrow.token_map.score[scored], wide.token_map.score[scored]) < SCORES[dtype]
-    assert torch.equal(narrow.token_map.kept, wide.token_map.kept)
-    assert difference(narrow.logits, wide.logits) < WHOLE[dtype]
 
 
 @halves

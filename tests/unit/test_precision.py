@@ -6,109 +6,149 @@ and sums over many tokens that were taken in half precision are further away, an
 """
 
 import copy
+import dataclasses
 import functools
 
 import pytest
 import torch
 from PIL import Image
 
-from builders.parts import (
-    build_part,
-    make_inputs,
-    part_cases,
-    run_part,
-    with_outliers,
-)
+from builders.registry import CASES, Case, batch_of, built, part_of, register
 from builders.tiny import make_batch, random_image, tiny_config, tiny_model, tiny_processor, tiny_text_config
-from hires_lmm.modeling.parts_hires_lmm import SLOTS
+from hires_lmm.modeling.carriers_hires_lmm import Question, ViewFeatures, ViewGroup, VisualTokens
+from hires_lmm.modeling.conversation_hires_lmm import Conversation
 from hires_lmm.modeling.routers_hires_lmm import keep_budget, keep_threshold
 
 
 UNIT = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
-ROUNDINGS = {"": 2.5, "fusion": 5.0}  # fusion is a transformer of two layers
+ROUNDINGS = {"": 2.5, "router": 3.0, "fusion": 5.0, "prompt_fuser": 5.0}  # some are deeper than others
 SINGLE = 1e-6  # scores without parameters are taken in float32, whatever comes in
-SCORED_IN_SINGLE = [("router", ""), ("router", "saliency")]
-CASES = [case for slot in SLOTS for case in part_cases(slot)]
-UNBOUNDED = ("sa_perceiver", "printed")  # without a norm nothing keeps the sum over the keys within float16
+SCORED_IN_SINGLE = [("router", ""), ("router", "saliency"), ("router", "threshold")]
+WIDTH = 32  # of the towers of tiny models
+SIZES = ((60, 50), (90, 60), (40, 200))
+MANY = ((320, 320), (60, 50))
 halves = pytest.mark.parametrize("dtype", UNIT, ids=["fp16", "bf16"])
-all_parts = pytest.mark.parametrize(("name", "way"), CASES, ids=lambda value: value or "default")
+all_parts = pytest.mark.parametrize(
+    "case", [case for case in CASES if case.slot in ("view_ops", "adapter", "map_ops", "token_ops")], ids=str
+)
 backends = pytest.mark.parametrize("backend", ["sdpa", "eager"])
 
 
-def rounded(inputs: dict, dtype: torch.dtype, result: torch.dtype | None = None) -> dict:
-    """Inputs with the numbers of a half dtype, in that dtype or as wide as wanted."""
-    return {name: value if name == "counts" else value.to(dtype).to(result or dtype) for name, value in inputs.items()}
+@pytest.fixture(autouse=True)
+def registered(monkeypatch):
+    register(monkeypatch)
+
+
+def change(value, function):
+    """Inputs of a part with each tensor of fractions changed, and without what is remembered of the conversation."""
+    if isinstance(value, torch.Tensor):
+        return function(value) if value.is_floating_point() else value
+    if isinstance(value, (VisualTokens, ViewFeatures, ViewGroup, Question)):
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        return dataclasses.replace(value, **{name: change(each, function) for name, each in fields.items()})
+    if isinstance(value, dict):
+        return {name: change(each, function) for name, each in value.items()}
+    if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
+        return type(value)(change(each, function) for each in value)
+    return None if isinstance(value, Conversation) else value
+
+
+def tensors(value) -> list[torch.Tensor]:
+    """All tensors of fractions in what a part makes."""
+    found: list[torch.Tensor] = []
+    change(value, lambda tensor: found.append(tensor) or tensor)
+    return found
+
+
+@functools.cache
+@torch.no_grad()
+def part_and_inputs(case: Case, sizes: tuple, backend: str = "sdpa"):
+    """A part of a tiny model, and what each of its calls gets for images of these sizes."""
+    model, processor = copy.deepcopy(built(case))
+    model.set_attn_implementation(backend)
+    calls: list = []
+    part = part_of(model, case)
+    part.register_forward_pre_hook(lambda module, given: calls.append(change(given, torch.clone)))
+    model(**batch_of(processor, *sizes))
+    part._forward_pre_hooks.clear()
+    return part, calls
+
+
+def with_outliers(features: torch.Tensor, size: float = 1e3) -> torch.Tensor:
+    """Two channels that are large everywhere, as those of CLIP towers; scores have no channels."""
+    features = features.clone()
+    if features.ndim > 1 and features.shape[-1] == WIDTH:
+        features[..., 3], features[..., 20] = size, -0.7 * size
+    return features
 
 
 def errors(got: torch.Tensor, wanted: torch.Tensor) -> tuple[float, float]:
-    """Root mean square error over that of the values, and the worst error over the largest value."""
+    """Root mean square error over that of the values, and the worst error over the largest value.
+
+    Scores, which are logits of a softmax, count as 1 at least: they may cancel to zero.
+    """
     assert got.shape == wanted.shape and torch.equal(got.isnan(), wanted.isnan())
     got, wanted = got.double().nan_to_num(), wanted.double().nan_to_num()
     if not wanted.any():
         return float(got.abs().sum()), 0.0
-    off = got - wanted
-    return float(off.norm() / wanted.norm()), float(off.abs().max() / wanted.abs().max())
+    off, least = got - wanted, 1.0 if wanted.ndim == 1 else 0.0
+    mean, worst = (max(float(size), least) for size in (wanted.square().mean().sqrt(), wanted.abs().max()))
+    return float(off.square().mean().sqrt()) / mean, float(off.abs().max()) / worst
 
 
 @torch.no_grad()
-def compare(name: str, way: str, dtype: torch.dtype, inputs: dict, backend: str = "sdpa", slack: float = 1.0) -> None:
+def compare(case: Case, dtype: torch.dtype, part, calls: list, slack: float = 1.0) -> None:
     """Run a part in half precision and, with the same weights and inputs, in float64."""
-    part = build_part(name, way, dtype, backend)
-    found = run_part(name, part, rounded(inputs, dtype))
-    wanted = run_part(name, copy.deepcopy(part).double(), rounded(inputs, dtype, torch.float64))
-    assert len(found) == len(wanted)
-    allowed = slack * ROUNDINGS.get(name, ROUNDINGS[""]) * UNIT[dtype]
-    for number, (got, expected) in enumerate(zip(found, wanted, strict=True)):
-        is_score = (name, way) in SCORED_IN_SINGLE and number == 1
-        mean, worst = errors(got, expected)
-        assert mean <= (SINGLE if is_score else allowed), (name, way, number, mean / UNIT[dtype])
-        assert worst <= 2 * allowed, (name, way, number, worst / UNIT[dtype])
+    half = copy.deepcopy(part).to(dtype)
+    double = copy.deepcopy(half).double()
+    allowed = slack * ROUNDINGS.get(case.name, ROUNDINGS[""]) * UNIT[dtype]
+    for given in calls:
+        found = half(*change(given, lambda tensor: tensor.to(dtype)))
+        wanted = double(*change(given, lambda tensor: tensor.to(dtype).double()))
+        for number, (got, expected) in enumerate(zip(tensors(found), tensors(wanted), strict=True)):
+            is_score = (case.name, case.way) in SCORED_IN_SINGLE and number == 1
+            mean, worst = errors(got, expected)
+            assert mean <= (SINGLE if is_score else allowed), (number, mean / UNIT[dtype])
+            assert worst <= 2 * allowed, (number, worst / UNIT[dtype])
 
 
 # --- every part ----------------------------------------------------------------------------------------------------
 @halves
 @all_parts
-def test_a_part_in_half_precision_is_near_float64(name, way, dtype):
-    """Images without crops, with two and with five."""
-    compare(name, way, dtype, make_inputs(name, [0, 2, 5]))
+def test_a_part_in_half_precision_is_near_float64(case, dtype):
+    compare(case, dtype, *part_and_inputs(case, SIZES))
 
 
 @backends
 @halves
 @all_parts
-def test_outlying_channels_stay_finite_and_near_float64(name, way, dtype, backend):
+@torch.no_grad()
+def test_outlying_channels_stay_finite_and_near_float64(case, dtype, backend):
     """Channels of magnitude 1000, as CLIP's towers have: their squares and inner products leave float16."""
-    inputs = make_inputs(name, [0, 2, 5])
-    inputs["features"] = with_outliers(inputs["features"])
-    if (name, way) == UNBOUNDED and dtype == torch.float16:
-        part = build_part(name, way, dtype, backend)
-        with torch.no_grad():
-            found = run_part(name, part, rounded(inputs, dtype))
-        assert not all(torch.isfinite(tensor).all() for tensor in found)
-        return
-    compare(name, way, dtype, inputs, backend)
+    part, calls = part_and_inputs(case, SIZES, backend)
+    compare(case, dtype, part, [(change(carrier, with_outliers), *others) for carrier, *others in calls])
 
 
 @halves
 @all_parts
-def test_64_crops_are_as_precise_as_one(name, way, dtype):
-    """A sum over 64 crops that was taken in half precision would have lost most of its terms."""
-    compare(name, way, dtype, make_inputs(name, [64, 1]))
+def test_many_crops_are_as_precise_as_one(case, dtype):
+    """A sum over many crops that was taken in half precision would have lost most of its terms."""
+    compare(case, dtype, *part_and_inputs(case, MANY))
 
 
 @halves
 @all_parts
 @torch.no_grad()
-def test_equal_tokens_give_equal_finite_results(name, way, dtype):
+def test_equal_tokens_give_equal_finite_results(case, dtype):
     """All tokens of all views the same: norms see no variance, softmax no difference, routers no best token."""
-    inputs = make_inputs(name, [2, 3])
-    inputs["features"] = inputs["features"].reshape(-1, inputs["features"].shape[-1])[0].expand_as(inputs["features"])
-    slack = 5.0 if name == "sa_perceiver" else 1.0  # the tail of the SiLU: a rounded score moves its exponential
-    compare(name, way, dtype, inputs, slack=slack)
-    part = build_part(name, way, dtype)
-    first, second = (run_part(name, part, rounded(inputs, dtype)) for _ in range(2))
-    for one, two in zip(first, second, strict=True):
-        assert torch.equal(one.nan_to_num(), two.nan_to_num()) and not torch.isinf(one).any()
+    part, calls = part_and_inputs(case, SIZES)
+    calls = change(calls, lambda tensor: tensor.flatten(0, -2)[0].expand_as(tensor) if tensor.ndim > 1 else tensor)
+    slack = 5.0 if case.name == "sa_perceiver" else 1.0  # the tail of the SiLU: a rounded score moves its exponential
+    compare(case, dtype, part, calls, slack)
+    half = copy.deepcopy(part).to(dtype)
+    for given in change(calls, lambda tensor: tensor.to(dtype)):
+        for one, two in zip(tensors(half(*given)), tensors(half(*given)), strict=True):
+            assert torch.equal(one.nan_to_num(), two.nan_to_num()) and not torch.isinf(one).any()
 
 
 # --- zeros that must stay zero -------------------------------------------------------------------------------------

@@ -36,9 +36,6 @@ def export(
         max_shard_bytes (`int`): Most bytes of tensors in one file.
         trust_remote_code (`bool`): Whether the files of a user's own parts may run; they are written as well.
 
-    Returns:
-        The folder.
-
     Raises:
         ConversionError: If the checkpoint is not one of ours, or not whole.
         ValueError: If it has parts of its author's own that are neither trusted nor imported.

@@ -35,9 +35,6 @@ def compose_random(destination: str | Path, preset: str = "slime", seed: int = 0
         preset (`str`): A name in `hires_lmm.PRESETS`.
         seed (`int`): Seed of the weights; the same seed gives the same files.
 
-    Returns:
-        The folder.
-
     Raises:
         ConversionError: If the destination is not empty.
         ValueError: If the preset is unknown.

@@ -36,9 +36,6 @@ def convert_to_slime(
         progress (`Callable`, *optional*): Called with tensors done, tensors in all and a description.
         max_shard_bytes (`int`): Most bytes of tensors in one file.
 
-    Returns:
-        The report, which is also saved.
-
     Raises:
         ConversionError: If the model has parts that the released code does not have.
     """

@@ -24,13 +24,7 @@ SPARE_TOKENS = 2
 
 @dataclass(frozen=True)
 class SweepResult:
-    """What came out.
-
-    Args:
-        settings (`list[SweepSetting]`): The settings, in their order.
-        answers (`list[Answer]`): All answers, setting after setting.
-        seed (`int`): Of options and bootstrap.
-    """
+    """What came out."""
 
     settings: list
     answers: list
@@ -98,17 +92,12 @@ def evaluate(
     """Ask all questions under all settings, greedily.
 
     Args:
-        model (`HiResLmmForConditionalGeneration`): In evaluation mode.
-        processor (`HiResLmmProcessor`): Its processor.
         rows (iterable of `dict`): The questions, see `prepare_rows`. Neighbours that share images are cheap.
         settings (sequence of `SweepSetting`): How to ask.
         batch_size (`int`): Questions that are answered at once.
         seed (`int`): Of the options of the format `"letter"` and of the bootstrap.
         store (`AnswerStore`, *optional*): Where answers are kept; those it already holds are not asked again.
         progress (`Callable`, *optional*): Called with answers done, answers in all and a description.
-
-    Returns:
-        The answers and their scores.
 
     Raises:
         ValueError: If rows, settings or store do not fit together; if a budget is too small for an image.
@@ -126,7 +115,8 @@ def evaluate(
     total = len(questions) * len(settings)
     done = sum((setting, row.index) in found for setting in settings for row in questions)
     for number, chunk in enumerate(_chunks(questions, batch_size)):
-        encoder = ImageEncoder(find_base(model), processor, _distinct_images(chunk))
+        images = {source_key(source): source for row in chunk for source in row.images}
+        encoder = ImageEncoder(find_base(model), processor, list(images.values()))
         if number == 0:  # said before the first answer; later images are checked as they come
             encoder.check_budgets(settings)
         for setting in settings:
@@ -174,10 +164,6 @@ def _chunks(rows: Sequence[SweepRow], batch_size: int) -> Iterator[list[SweepRow
         last = images
     if chunk:
         yield chunk
-
-
-def _distinct_images(rows: Sequence[SweepRow]) -> list:
-    return list({source_key(source): source for row in rows for source in row.images}.values())
 
 
 class _Asker:

@@ -45,10 +45,6 @@ def load_rows(dataset: str, options: dict[str, Any] | None = None) -> list[dict[
     Args:
         dataset (`str`): A `.json` or `.jsonl` file, or the name of an entry point of the group `hires_lmm.rows`, such
             as `needle` or, with a split, `needle:test`.
-        options (`dict`, *optional*): For the function that the entry point names.
-
-    Returns:
-        The rows.
 
     Raises:
         ValueError: If there is no such data set, or it has no such option.

@@ -57,19 +57,12 @@ class SweepSetting:
 
     def changes(self) -> dict[str, Any]:
         """The fields that differ from the default setting."""
-        return {entry.name: getattr(self, entry.name) for entry in fields(self) if self._differs(entry.name)}
-
-    def _differs(self, name: str) -> bool:
-        return getattr(self, name) != getattr(SweepSetting, name)
+        return {name: value for name, value in asdict(self).items() if value != getattr(SweepSetting, name)}
 
     @property
     def label(self) -> str:
         """A short name: what differs from the default setting."""
         return ", ".join(f"{name}={value}" for name, value in self.changes().items()) or "default"
-
-    def without_image(self) -> "SweepSetting":
-        """The same question without an image, where options of images mean nothing."""
-        return SweepSetting(views="none", format=self.format)
 
 
 AXES = tuple(entry.name for entry in fields(SweepSetting))
@@ -95,7 +88,7 @@ def expand_grid(**axes: Sequence[Any]) -> list[SweepSetting]:
     if empty:
         raise ValueError(f"The axis {empty[0]!r} has no values; leave it out or give one.")
     settings = [SweepSetting(**dict(zip(axes, values, strict=True))) for values in product(*axes.values())]
-    settings = [each.without_image() if each.views == "none" else each for each in settings]
+    settings = [SweepSetting(views="none", format=each.format) if each.views == "none" else each for each in settings]
     return sorted(dict.fromkeys(settings), key=lambda each: each.views == "none")
 
 

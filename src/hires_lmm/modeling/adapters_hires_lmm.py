@@ -17,12 +17,7 @@ from .noise_hires_lmm import HiResLmmNoise
 
 
 class HiResLmmIdentityAdapter(HiResLmmAdapter):
-    """Passes features through; for chains whose token operations project by themselves.
-
-    Args:
-        context (`PartContext`): Widths and grids around the part.
-        options (`Options`): None.
-    """
+    """Passes features through; for chains whose token operations project by themselves."""
 
     @classmethod
     def output_width(cls, options: Any, width: int, text_width: int) -> int:
@@ -35,12 +30,7 @@ class HiResLmmIdentityAdapter(HiResLmmAdapter):
 
 
 class HiResLmmLinearAdapter(HiResLmmAdapter):
-    """One linear layer (LLaVA).
-
-    Args:
-        context (`PartContext`): Widths and grids around the part.
-        options (`Options`): Whether the layer has a bias.
-    """
+    """One linear layer (LLaVA)."""
 
     @strict
     @dataclass
@@ -63,14 +53,7 @@ class HiResLmmLinearAdapter(HiResLmmAdapter):
 
 
 class HiResLmmMlp(nn.Module):
-    """Two linear layers with an activation between them.
-
-    Args:
-        width (`int`): Input width.
-        text_width (`int`): Hidden and output width.
-        hidden_act (`str`): Name of the activation in transformers.
-        bias (`bool`): Add biases.
-    """
+    """Two linear layers with an activation between them."""
 
     def __init__(self, width: int, text_width: int, hidden_act: str = "gelu", bias: bool = True):
         super().__init__()
@@ -86,12 +69,7 @@ class HiResLmmMlp(nn.Module):
 
 
 class HiResLmmMlpAdapter(HiResLmmAdapter):
-    """Two-layer perceptron (LLaVA-1.5, LLaVA-NeXT).
-
-    Args:
-        context (`PartContext`): Widths and grids around the part.
-        options (`Options`): Activation and bias.
-    """
+    """Two-layer perceptron (LLaVA-1.5, LLaVA-NeXT)."""
 
     @strict
     @dataclass
@@ -100,7 +78,6 @@ class HiResLmmMlpAdapter(HiResLmmAdapter):
 
         Args:
             hidden_act (`str`): Activation between the layers.
-            bias (`bool`): Add biases.
         """
 
         hidden_act: str = "gelu"
@@ -117,10 +94,6 @@ class HiResLmmMlpAdapter(HiResLmmAdapter):
 
 class HiResLmmQueryFormerAdapter(HiResLmmAdapter):
     """A query former before a two-layer perceptron, for every view.
-
-    Args:
-        context (`PartContext`): Widths and grids around the part.
-        options (`Options`): Number of queries, heads, activation.
 
     Source: SliME, huggingface.co/papers/2406.08487, Fig. 1 (the adapter of the alternating-training study).
     """
@@ -161,10 +134,6 @@ class HiResLmmQueryFormerAdapter(HiResLmmAdapter):
 class HiResLmmGate(nn.Module):
     """Weights of the two experts of the mixture, one pair a token.
 
-    Args:
-        width (`int`): Width of the features.
-        rule (`str`): `"paper"` or `"release"` (see `HiResLmmMixtureAdapter.Options`).
-
     Source: SliME, huggingface.co/papers/2406.08487, section 3.1; noisy gating of huggingface.co/papers/1701.06538.
     """
 
@@ -184,14 +153,7 @@ class HiResLmmGate(nn.Module):
         init.zeros_(self.noise_weight)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Mix weights.
-
-        Args:
-            features (`torch.Tensor` of shape `(V, L, C)`): Features before the experts.
-
-        Returns:
-            `(V, L, 2)`: weight of the perceptron and of the query former, summing to (about) one.
-        """
+        """Weights `(V, L, 2)` of perceptron and query former for `(V, L, C)` features, summing to (about) one."""
         logits = features @ self.gate_weight.to(features.dtype)
         if self.training:
             spread = logits if self.rule == "release" else features @ self.noise_weight.to(features.dtype)
@@ -204,10 +166,6 @@ class HiResLmmGate(nn.Module):
 
 class HiResLmmMixtureAdapter(HiResLmmAdapter):
     """Mixture of a perceptron and a query former on some views, the perceptron alone on the others.
-
-    Args:
-        context (`PartContext`): Widths and grids around the part.
-        options (`Options`): Where to mix, the gate rule, a forced expert.
 
     Source: SliME, huggingface.co/papers/2406.08487, section 3.1. Both experts end in the same perceptron, as in the
     released weights.
@@ -235,11 +193,7 @@ class HiResLmmMixtureAdapter(HiResLmmAdapter):
 
     @classmethod
     def describe(cls, options: Any, context: PartContext) -> Traits:
-        """As other adapters; the released gate never reads its second table.
-
-        Raises:
-            ValueError: If there is nothing to mix, as in an extra tower.
-        """
+        """As other adapters; the released gate never reads its second table."""
         if not context.keys(options.mix_on):
             raise ValueError(
                 f"The adapter 'mixture' mixes on {options.mix_on!r} views of the main tower, and there are none here; "
@@ -265,16 +219,7 @@ class HiResLmmMixtureAdapter(HiResLmmAdapter):
         return replace(group, features=self(group.features, group.kind, aux), aux=aux)
 
     def forward(self, features: torch.Tensor, kind: int, aux: dict | None = None) -> torch.Tensor:
-        """Adapt the views of one kind.
-
-        Args:
-            features (`torch.Tensor` of shape `(V, L, C)`): Features of the views of one kind.
-            kind (`int`): See `Kind`.
-            aux (`dict`, *optional*): Takes the weights of the experts.
-
-        Returns:
-            `(V, L, D)`.
-        """
+        """Adapt the views `(V, L, C)` of one kind -> `(V, L, D)`; `aux` takes the weights of the experts."""
         if kind != self.mix_on or self.forced_expert == "mlp":
             return self.mlp(features)
         queried = self.mlp(self.query_former(features))

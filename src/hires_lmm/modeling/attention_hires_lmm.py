@@ -75,11 +75,6 @@ class HiResLmmCrossAttention(nn.Module):
     """Multi-head cross-attention with biases from plain linear layers.
 
     All keys of a row take part: callers pass rows of equal length, so no key mask is needed and every backend agrees.
-
-    Args:
-        config (`PreTrainedConfig`): Connector configuration; carries the attention implementation.
-        width (`int`): Width of queries, keys and values.
-        num_heads (`int`): Number of heads; divides `width`.
     """
 
     is_causal = False
@@ -176,11 +171,8 @@ class HiResLmmQueryFormer(nn.Module):
     """Learned queries read the tokens of one view: cross-attention with sine-cosine positions between layer norms.
 
     Args:
-        config (`PreTrainedConfig`): Connector configuration.
-        width (`int`): Width of the tokens.
         num_queries (`int`): Queries, a square number; they carry the positions of a square grid.
         grid (`tuple[int, int]`): Token rows and columns of a view.
-        num_heads (`int`, *optional*): Heads; by default one per 128 channels.
 
     Source: SliME, huggingface.co/papers/2406.08487. Keys are normalised tokens plus positions, values the same
     without; positions of a different grid come by bicubic resizing, as in the released code.

@@ -61,11 +61,7 @@ class PartContext:
         return [key for key in self.grids if key[0] in kinds_on(on) and key[1] == MAIN_TOWER]
 
     def grid(self, on: Any) -> Grid:
-        """The one token grid of the views that `on` names, of the main tower; of an extra one where that is alone.
-
-        Raises:
-            ValueError: If there is none, or if they differ.
-        """
+        """The one token grid of the views that `on` names, of the main tower; of an extra one where that is alone."""
         towers = dict.fromkeys(tower for _, tower in self.grids)
         tower = MAIN_TOWER if MAIN_TOWER in towers or not towers else next(iter(towers))
         grids = {key: grid for key, grid in self.grids.items() if key[0] in kinds_on(on) and key[1] == tower}
@@ -180,11 +176,7 @@ class HiResLmmViewOp(HiResLmmPart):
 
     @classmethod
     def describe(cls, options: Any, context: PartContext) -> Traits:
-        """The groups that `on` names get another grid.
-
-        Raises:
-            ValueError: If there are no such views, as behind an operation that leaves none.
-        """
+        """The groups that `on` names get another grid."""
         keys = context.keys(options.on)
         if not keys:
             raise ValueError(
@@ -240,12 +232,7 @@ class HiResLmmTokenOp(HiResLmmPart):
     """Base of token operations, which see all visual tokens of an image in sequence order, and maybe the question."""
 
     def forward(self, tokens: VisualTokens, question: Question | None) -> tuple[VisualTokens, Question | None]:
-        """Apply the operation; it returns new carriers and leaves those that came as they are.
-
-        Args:
-            tokens (`VisualTokens`): Tokens of the batch.
-            question (`Question`, *optional*): The readable text; there where `reads_question` is declared.
-        """
+        """Apply the operation and return new carriers; a question comes where `reads_question` is declared."""
         raise NotImplementedError
 
 
@@ -266,6 +253,7 @@ class LayerCall:
         is_prefill (`bool`): Whether the call holds images; elsewhere nothing may leave.
         training (`bool`): Whether the model is in training.
         aux (`dict[str, torch.Tensor]`): Takes tensors for losses and logs; they come out as `outputs.aux`.
+        options (`dict[str, Any]`): What the caller gave as `layer_options`; each op knows its own keys.
     """
 
     slots: torch.Tensor
@@ -278,6 +266,7 @@ class LayerCall:
     is_prefill: bool
     training: bool
     aux: dict
+    options: dict = field(default_factory=dict)
 
     @property
     def text(self) -> torch.Tensor:
@@ -312,11 +301,14 @@ class HiResLmmLayerOp(HiResLmmPart):
     """Base of layer operations, which run behind chosen layers of the language model or of the vision tower.
 
     `Options` of a subclass extend these. `reads_attention` asks for the attention of the layer, `masks_attention` has
-    `see` called before it.
+    `see` called before it, `reads_options` names keys of `layer_options`; `is_soft` says that in training it weighs
+    tokens that elsewhere leave.
     """
 
     reads_attention = False
     masks_attention = False
+    reads_options: tuple[str, ...] = ()
+    is_soft = False
 
     @strict
     @dataclass
@@ -338,11 +330,6 @@ class HiResLmmLayerOp(HiResLmmPart):
     def forward(self, layer: int, hidden: torch.Tensor, call: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Run behind a layer.
 
-        Args:
-            layer (`int`): Its number.
-            hidden (`torch.Tensor`): What it made.
-            call (`LayerCall` or `TowerCall`): What belongs to it.
-
         Returns:
             Hidden states of the same shape, and None or, in the language model, `(B, m)`: bool, False where a visual
             token leaves; or in training floats, by which later layers weigh the token as a key.
@@ -350,16 +337,7 @@ class HiResLmmLayerOp(HiResLmmPart):
         raise NotImplementedError
 
     def see(self, layer: int, seen: torch.Tensor, call: LayerCall) -> torch.Tensor:
-        """Change which tokens of a call with images see which, in a layer of the language model.
-
-        Args:
-            layer (`int`): The layer that is about to run.
-            seen (`torch.Tensor` of shape `(B, 1, m, m)`): True where a query (third dimension) sees a key.
-            call (`LayerCall`): What belongs to it, without attention.
-
-        Returns:
-            The same, or one `(B, heads, m, m)`.
-        """
+        """Change which tokens see which in the coming layer: `(B, 1, m, m)`, query by key, or `(B, heads, m, m)`."""
         raise NotImplementedError
 
 
@@ -400,9 +378,6 @@ class HiResLmmPositionPlan(HiResLmmPart):
     def forward(self, tokens: RowTokens) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Place tokens; asked in every call, while decoding too, always from the beginning of the rows.
 
-        Args:
-            tokens (`RowTokens`): What there is.
-
         Returns:
             Positions `(B, n)`, which may have fractions; and, where a token does not see just itself and all before
             it, `(B, n - num_cached, n)`: True where a token of the call (row) sees a token (column), else None.
@@ -439,11 +414,7 @@ class HiResLmmHead(HiResLmmPart):
 
 
 def layers_behind(options: Any, depth: int) -> tuple[int, ...]:
-    """The layers that a layer op names.
-
-    Raises:
-        ValueError: If there is no such layer.
-    """
+    """The layers that a layer op names."""
     named = options.layers
     layers = range(depth) if named == "all" else [named] if isinstance(named, int) else named
     if not layers or any(isinstance(n, bool) or not isinstance(n, int) or not 0 <= n < depth for n in layers):
@@ -454,11 +425,7 @@ def layers_behind(options: Any, depth: int) -> tuple[int, ...]:
 
 
 def entering(grids: Mapping[tuple[int, str], Grid]) -> dict[int, Grid]:
-    """The token grids by kind.
-
-    Raises:
-        ValueError: If views of one kind come from two towers.
-    """
+    """The token grids by kind; refused where views of one kind come from two towers."""
     found: dict[int, Grid] = {}
     for (kind, tower), grid in grids.items():
         if kind in found:

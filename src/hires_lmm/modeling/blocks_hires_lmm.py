@@ -51,11 +51,7 @@ class Prefix(NamedTuple):
 
 
 class Reading(Record):
-    """What fusion has read of the conversation of each row of the batch.
-
-    Args:
-        batch_size (`int`): Rows of the batch.
-    """
+    """What fusion has read of the conversation of each row of the batch."""
 
     def __init__(self, batch_size: int):
         self.rows: list[Prefix | None] = [None] * batch_size

@@ -41,11 +41,6 @@ def map_edges(
 ) -> tuple[dict[int, tuple[ViewShape, tuple[int, int, int, int]]], list[int], list[int]]:
     """Where the views of a kind lie on the map that they make side by side, in tokens, without their padding.
 
-    Args:
-        geometry (`ImageGeometry`): An image with such views.
-        grid (`Grid`): Their token grid.
-        kind (`int`): See `Kind`.
-
     Returns:
         By number of the view its shape and its cells that enter; upper and left edges of the rows and columns of
         views on the map, one more than there are.
@@ -60,18 +55,7 @@ def map_edges(
 
 
 def read_geometry(positions: list[list[int]], spans: list[list[int]]) -> list[ImageGeometry]:
-    """Group the rows of `view_positions` and `view_spans` by image.
-
-    Args:
-        positions (`list[list[int]]` of shape `(V, 9)`): See `Column`.
-        spans (`list[list[int]]` of shape `(V, 4)`): Patch rows and columns of each view that enter the sequence.
-
-    Returns:
-        One `ImageGeometry` an image, in batch order.
-
-    Raises:
-        ValueError: If the first row opens no image, or the two lists differ in length.
-    """
+    """Group the rows of `view_positions` and `view_spans`, one a view, by image."""
     if len(positions) != len(spans):
         raise ValueError(
             f"view_positions has {len(positions)} rows and view_spans has {len(spans)}; pass both as the processor "
@@ -285,14 +269,7 @@ class VisualTokens:
         return list(tensor.split(self.lengths))
 
     def select_images(self, indices: list[int]) -> "VisualTokens":
-        """Gather images by index, with repetition.
-
-        Args:
-            indices (`list[int]`): Images to gather, in the new order.
-
-        Returns:
-            New `VisualTokens`; this one is unchanged.
-        """
+        """Gather images by index, with repetition, into new `VisualTokens`."""
 
         def gather(tensor: torch.Tensor) -> torch.Tensor:
             parts = self.per_image(tensor)
@@ -313,14 +290,7 @@ class VisualTokens:
         )
 
     def boxes(self, view_boxes: torch.Tensor) -> np.ndarray:
-        """Boxes of all tokens in source pixels.
-
-        Args:
-            view_boxes (`torch.Tensor` of shape `(V, 4)`): Top, left, bottom, right of each view in 1/256 source pixel.
-
-        Returns:
-            `(N, 4)` float64: top, left, bottom, right in source pixels; NaN for separators.
-        """
+        """Boxes of all tokens, `(N, 4)` float64 in source pixels from `(V, 4)` in 1/256; NaN for separators."""
         views, kinds = self.view.numpy(), self.kind.numpy()
         grids = np.ones((max(len(view_boxes), 1), 2), dtype=np.float64)
         for image in self.images:

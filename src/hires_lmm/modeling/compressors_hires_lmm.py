@@ -19,10 +19,6 @@ logger = logging.get_logger(__name__)
 class HiResLmmQueryCompressor(HiResLmmViewOp):
     """Compresses each view to a square number of query tokens at vision width.
 
-    Args:
-        context (`PartContext`): Widths and grids around the part.
-        options (`Options`): Where, how many queries, heads.
-
     Source: SliME, huggingface.co/papers/2406.08487, section 3.2 (Table 3 compares 64, 144 and 196 queries).
     """
 
@@ -70,10 +66,6 @@ class HiResLmmQueryCompressor(HiResLmmViewOp):
 
 class HiResLmmConvMerge(HiResLmmViewOp):
     """Merges 2 x 2 neighbours by a convolution: 3 x 3, stride 2, without bias.
-
-    Args:
-        context (`PartContext`): Widths and grids around the part.
-        options (`Options`): Where; norm before, residual around.
 
     Source: token-space scaling, huggingface.co/papers/2412.18387; norm and residual come from its released code, which
     reads the last layer of the tower through a norm of its own in place of the tower's.

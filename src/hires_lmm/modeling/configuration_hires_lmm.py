@@ -159,15 +159,7 @@ PRESETS: dict[str, dict] = {
 
 
 def check_dtype(dtype: Any, where: str) -> None:
-    """Refuse the name of a number format that torch does not have, or that holds no fractions.
-
-    Args:
-        dtype (`str` or `torch.dtype`, *optional*): The name; anything else is left to transformers.
-        where (`str`): Where it stands, for the message.
-
-    Raises:
-        ValueError: If the name is unknown or no floating-point format.
-    """
+    """Refuse the name of a number format that torch does not have, or that holds no fractions."""
     if isinstance(dtype, str):
         found = getattr(torch, dtype, None)
         if not isinstance(found, torch.dtype) or not found.is_floating_point:
@@ -395,13 +387,8 @@ class HiResLmmConfig(HiResLmmOwnPartsMixin, PreTrainedConfig):
 
         Args:
             name (`str`): Name of the preset.
-            vision_config (`dict` or `PreTrainedConfig`, *optional*): Vision tower.
-            text_config (`dict` or `PreTrainedConfig`, *optional*): Language model.
             changes: Fields of `HiResLmmConfig` that replace those of the preset; `planner` and `connector_config` are
                 merged key by key.
-
-        Returns:
-            The configuration.
 
         Raises:
             ValueError: If the preset is unknown.
@@ -501,12 +488,7 @@ class HiResLmmConfig(HiResLmmOwnPartsMixin, PreTrainedConfig):
         )
 
     def fitted_chain(self) -> Any:
-        """All parts with what surrounds each, a `FittedChain`.
-
-        Raises:
-            ValueError: If a part cannot read what the one before it leaves, or the widths do not lead to the width of
-                the language model.
-        """
+        """All parts with what surrounds each, a `FittedChain`; refused where they do not fit together."""
         chain = self.connector_config.resolve().fit(self.part_context())
         if chain.width != self.text_config.hidden_size:
             raise ValueError(
@@ -529,11 +511,7 @@ class HiResLmmConfig(HiResLmmOwnPartsMixin, PreTrainedConfig):
         return chain
 
     def token_layout(self) -> dict:
-        """Everything the processor needs to count tokens, as plain JSON values.
-
-        Returns:
-            Token grids of views, order and separators, own counts and who consumes `max_image_tokens`.
-        """
+        """What the processor counts by, as JSON values: token grids, layout, own counts, who consumes the budget."""
         return self.fitted_chain().token_layout()
 
 
@@ -546,15 +524,7 @@ def _without_head(tower: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def check_fit(config: HiResLmmConfig, language_model: Any) -> None:
-    """Refuse settings that tower or language model cannot serve.
-
-    Args:
-        config (`HiResLmmConfig`): The configuration.
-        language_model (`PreTrainedModel`): The language model without its head.
-
-    Raises:
-        ValueError: If the language model is of an unknown make, or an id or layer lies outside of it.
-    """
+    """Refuse settings that tower or language model cannot serve."""
     vocabulary, layer = config.text_config.vocab_size, config.vision_feature_layer
     depth = config.vision_config.num_hidden_layers
     if not hasattr(language_model, "embed_tokens"):

@@ -23,12 +23,7 @@ GLOBAL_TOKENS = "global_tokens"
 
 
 class HiResLmmConnector(PreTrainedModel):
-    """Turns features of views into visual tokens.
-
-    Args:
-        config (`HiResLmmConnectorConfig`): The parts.
-        context (`PartContext`): What tower and language model are like.
-    """
+    """Turns features of views into visual tokens."""
 
     config: HiResLmmConnectorConfig
     config_class = HiResLmmConnectorConfig
@@ -84,12 +79,7 @@ class HiResLmmConnector(PreTrainedModel):
             initialise()
 
     def resize_vocabulary(self, rows: int, mean_resizing: bool = True) -> None:
-        """Let parts with word embeddings of the language model's vocabulary follow its size.
-
-        Args:
-            rows (`int`): Tokens from now on.
-            mean_resizing (`bool`): See `PreTrainedModel.resize_token_embeddings`.
-        """
+        """Let parts with word embeddings of the language model's vocabulary follow its size."""
         followers: list[Any] = [op for op in self.token_ops if hasattr(op, "resize_vocabulary")]
         for op in followers:
             op.resize_vocabulary(rows, mean_resizing)
@@ -109,15 +99,7 @@ class HiResLmmConnector(PreTrainedModel):
         return [key for key in self.entering if self.uses(key[0])]
 
     def encode(self, views: ViewFeatures, embed: Embed) -> VisualTokens:
-        """Run everything that needs neither the question nor a count that depends on content.
-
-        Args:
-            views (`ViewFeatures`): Features of the towers.
-            embed (`Callable`): Looks up token embeddings of the language model, for separators.
-
-        Returns:
-            The tokens of the batch; where all operations could run, exactly `num_tokens` an image.
-        """
+        """Run what needs neither the question nor a count by content; `embed` looks up ids of separators."""
         if self.layout.is_elastic:
             images = tuple((image.views, image.num_tokens) for image in views.images)
             views = replace(views, limits=view_limits(images, self.layout.spec))
@@ -149,15 +131,7 @@ class HiResLmmConnector(PreTrainedModel):
         return _with_aux(views, adapted) if self.training else views
 
     def run_idle(self, groups: list[ViewGroup], embed: Embed) -> tuple[torch.Tensor, dict]:
-        """Zero and `aux`, computed from all parts, for training batches without images.
-
-        Args:
-            groups (`list[ViewGroup]`): What each tower gives for a blank view of each kind, see `blank_groups`.
-            embed (`Callable`): Looks up token embeddings of the language model.
-
-        Returns:
-            A scalar zero that depends on every parameter of the connector, and what parts say of the blank image.
-        """
+        """A zero that depends on every parameter, and `aux`, from the blank `groups` of a batch without images."""
         kinds = [group.kind for group in groups if group.tower == MAIN_TOWER]
         tokens = self.layout(self.adapt(ViewFeatures(groups, [idle_image(kinds, self.patch_grid)])), embed)
         tokens.num_tokens = list(tokens.lengths)
@@ -169,15 +143,7 @@ class HiResLmmConnector(PreTrainedModel):
         return sum(((0.0 * score).sum() for score in scores), (0.0 * tokens.features).sum()), tokens.aux
 
     def finish(self, tokens: VisualTokens, question: Question | None) -> tuple[VisualTokens, Question | None]:
-        """Run the operations that `encode` held back.
-
-        Args:
-            tokens (`VisualTokens`): What `encode` returned; not changed.
-            question (`Question`, *optional*): The readable text.
-
-        Returns:
-            The tokens with `kept` filled, and the question as the operations leave it.
-        """
+        """Run the operations that `encode` held back: tokens with `kept` filled, and the question afterwards."""
         if self.is_done_early:
             return tokens, question
         tokens = replace(tokens)
@@ -236,14 +202,7 @@ def _with_aux(views: ViewFeatures, adapted: list[ViewGroup]) -> ViewFeatures:
 
 
 def check_counts(tokens: VisualTokens) -> None:
-    """Compare the tokens of each image with its placeholders.
-
-    Args:
-        tokens (`VisualTokens`): Tokens of the batch.
-
-    Raises:
-        ValueError: If an image has fewer tokens than placeholders.
-    """
+    """Refuse images that have fewer tokens than placeholders."""
     for image, (length, num_tokens) in enumerate(zip(tokens.lengths, tokens.num_tokens, strict=True)):
         if length < num_tokens:
             raise ValueError(
@@ -254,9 +213,6 @@ def check_counts(tokens: VisualTokens) -> None:
 
 def drop(tokens: VisualTokens) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Remove the tokens that are not kept, where placeholders are fewer than tokens.
-
-    Args:
-        tokens (`VisualTokens`): Tokens with `kept` filled (or None = all kept).
 
     Returns:
         Features `(M, D)`, exactly `num_tokens` an image, and `kept` `(M,)` of them (None = all). Tokens of images

@@ -57,13 +57,6 @@ class Conversation:
 
         Args:
             cache (`Cache`, *optional*): An empty one, or None, starts anew; a cropped one trims each record.
-            batch_size (`int`): Rows of the call; a multiple repeats each row, as beams are laid out, and back.
-
-        Returns:
-            Itself.
-
-        Raises:
-            ValueError: If the rows of the call are no multiple of those that are remembered.
         """
         self.length = 0 if cache is None else int(cache.get_seq_length())
         self.is_foreign = self.length > 0 and (self.is_foreign or not self.batch_size)
@@ -84,11 +77,7 @@ class Conversation:
             record.pack(expand, self.length)
 
     def select(self, rows: list[int]) -> None:
-        """Gather rows, with repetition; for callers who gather rows of the cache themselves.
-
-        Args:
-            rows (`list[int]`): Rows of the batch, in the new order.
-        """
+        """Gather rows, with repetition; for callers who gather rows of the cache themselves."""
         for record in self.records.values():
             record.select(rows)
         self.batch_size = self.num_rows = len(rows)

@@ -34,10 +34,6 @@ class HiResLmmFusion(HiResLmmTokenOp):
     What a call without gradients has read is kept with the cache of the language model (`cache.conversation`): a later
     turn that goes on in it runs its own block only. It holds for the weights it was made with.
 
-    Args:
-        context (`PartContext`): Widths and grids around the part.
-        options (`Options`): Size of the transformer, numbers of queries.
-
     Attributes:
         question (`bool`): Whether questions are read; may be switched on a live model.
         width (`int`): Width of the states.
@@ -136,19 +132,7 @@ class HiResLmmFusion(HiResLmmTokenOp):
         return torch.cat([self.queries[: num_slots - 1], self.queries[-1:]])
 
     def forward(self, tokens: VisualTokens, question: Question | None) -> tuple[VisualTokens, Question | None]:
-        """Read images and questions.
-
-        Args:
-            tokens (`VisualTokens`): Tokens of the batch at the width of the transformer.
-            question (`Question`, *optional*): Readable text and placeholders; None = one blank block an image.
-
-        Returns:
-            Tokens of the language model's width, one a placeholder, and the question unchanged.
-
-        Raises:
-            ValueError: If a run of placeholders has another length than its block, or a conversation goes on in a
-                cache that does not know its beginning.
-        """
+        """Replace the tokens by one of the language model's width a placeholder; without a question, blank blocks."""
         asked = self._ask(tokens, question)
         conversation = None if question is None else question.conversation
         read = self._read(tokens, asked, keeps=conversation is not None and not torch.is_grad_enabled())

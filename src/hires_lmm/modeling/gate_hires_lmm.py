@@ -28,10 +28,6 @@ class HiResLmmConvGate(HiResLmmViewOp):
     """Adds to each token of the global view its neighbourhood, and, times one number an image, the token of a second
     tower at its place. Both sums start at zero, so a new part changes nothing.
 
-    Args:
-        context (`PartContext`): Widths and grids around the part.
-        options (`Options`): Which tower, width of the gate.
-
     Source: MG-LLaVA, huggingface.co/papers/2406.17770, and its released code (PhoenixZ810/MG-LLaVA). Ours: towers of
     any kind and grid, whose map is interpolated. Its tokens of detected objects are left out.
     """
@@ -62,15 +58,12 @@ class HiResLmmConvGate(HiResLmmViewOp):
         self.main_proj = HiResLmmZeroConv(width, width, kernel_size=1)
         self.other_conv = nn.Conv2d(other, other, kernel_size=1)
         self.other_proj = HiResLmmZeroConv(other, width, kernel_size=1)
-        self.gate_1, self.gate_2 = nn.Linear(2 * width, hidden), nn.Linear(hidden, 1)
+        self.gate_1 = nn.Conv2d(2 * width, hidden, kernel_size=1)
+        self.gate_2 = nn.Conv2d(hidden, 1, kernel_size=1)
 
     @classmethod
     def describe(cls, options: Any, context: PartContext) -> Traits:
-        """The views of the second tower leave.
-
-        Raises:
-            ValueError: If there is no such tower, or no global view.
-        """
+        """The views of the second tower leave."""
         tower = _find_tower(options, context)
         if GLOBAL not in context.grids:
             raise ValueError("conv_gate writes into the global view, but none reaches it.")
@@ -78,14 +71,7 @@ class HiResLmmConvGate(HiResLmmViewOp):
         return Traits(grids, context.width)
 
     def forward(self, views: ViewFeatures) -> ViewFeatures:
-        """Mix the second tower into the global views, whose shape stays.
-
-        Args:
-            views (`ViewFeatures`): Global views, and the second tower's views of the same images.
-
-        Raises:
-            ValueError: If an image lacks its global view.
-        """
+        """Mix the second tower into the global views, whose shape stays."""
         main, other = views.group("global"), views.group("detail", self.tower)
         if main is None or other is None or main.rows != other.rows:
             raise ValueError(
@@ -105,11 +91,11 @@ class HiResLmmConvGate(HiResLmmViewOp):
         high = self.other_proj(nn.functional.gelu(self.other_conv(other.to(main.dtype))))
         if grid != other_grid:
             high = nn.functional.interpolate(high, size=grid, mode="bilinear", align_corners=False)
-        return (low + self.gate(low, high)[..., None, None] * high).flatten(2).transpose(1, 2)
+        return (low + self.gate(low, high) * high).flatten(2).transpose(1, 2)
 
     def gate(self, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
-        """One number an image in (-1, 1), from the means of both maps `(I, C, h, w)`: `(I, 1)`."""
-        means = torch.cat([low.mean(dim=(2, 3)), high.mean(dim=(2, 3))], dim=1)
+        """One number an image in (-1, 1), from the means of both maps `(I, C, h, w)`: `(I, 1, 1, 1)`."""
+        means = torch.cat([low.mean(dim=(2, 3), keepdim=True), high.mean(dim=(2, 3), keepdim=True)], dim=1)
         return self.gate_2(nn.functional.gelu(self.gate_1(means))).tanh()
 
 

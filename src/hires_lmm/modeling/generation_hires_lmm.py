@@ -27,19 +27,7 @@ from .outputs_hires_lmm import GeneratePrompt, HiResLmmImageFeatures
 
 
 def images_after(placeholder: torch.Tensor, lengths: list[int], position: int) -> list[int]:
-    """Images whose placeholders come at or after a position of their row.
-
-    Args:
-        placeholder (`torch.Tensor` of shape `(B, S)`): True at placeholders.
-        lengths (`list[int]`): Placeholders of each image, in reading order.
-        position (`int`): First position that counts.
-
-    Returns:
-        Their indices.
-
-    Raises:
-        ValueError: If an image lies on both sides.
-    """
+    """Indices of images whose placeholders come at or after a position; none may lie on both sides."""
     columns, chosen, start = placeholder.nonzero()[:, 1].tolist(), [], 0
     for index, length in enumerate(lengths):
         is_after = {column >= position for column in columns[start : start + length]}
@@ -91,9 +79,6 @@ class HiResLmmGenerationMixin(GenerationMixin):
             output_token_map (`bool`): Add `token_map`, a `TokenMap` of the images as passed, to the dict that
                 `return_dict_in_generate=True` returns; None without images. Needs `view_boxes`.
 
-        Returns:
-            As in transformers.
-
         Raises:
             ValueError: If a token map is asked for and no dict is returned that could hold it.
         """
@@ -136,8 +121,8 @@ class HiResLmmGenerationMixin(GenerationMixin):
                     "Pass all that the processor returned: model.generate(**inputs)."
                 )
             return {**model_kwargs, "mm_encoder_outputs": {}}
-        if generation_config.prefill_chunk_size is not None:
-            raise ValueError("prefill_chunk_size is not supported with images; leave it unset.")
+        # `forward` cuts what is spliced: the library would cut the ids, before operations have read the whole prompt
+        chunk_size, generation_config.prefill_chunk_size = generation_config.prefill_chunk_size, None
         if inputs is not None:
             image = self.model.encode_images(inputs)
             flags = [flag for flag in (inputs.is_unpadded, inputs.is_right_padded) if flag is not None]
@@ -157,6 +142,7 @@ class HiResLmmGenerationMixin(GenerationMixin):
             is_right_padded=is_right_padded,
             keeps_cache=model_kwargs.get(CACHE) is not None or bool(generation_config.return_dict_in_generate),
             token_maps=token_maps,
+            chunk_size=chunk_size,
         )
         return {**model_kwargs, "mm_encoder_outputs": {"image": image if image.pooler_output else None}}
 

@@ -79,12 +79,7 @@ def crop_sums(scores: torch.Tensor, rows: torch.Tensor, cols: torch.Tensor) -> t
 
 
 def crop_weights(sums: torch.Tensor, temperature: float | None) -> torch.Tensor:
-    """Retention of each crop in terms of the mean one, from the sums `(n,)` of its scores; their mean is 1.
-
-    Args:
-        sums (`torch.Tensor` of shape `(n,)`): See `crop_sums`.
-        temperature (`float`, *optional*): Of a softmax over the sums; None = the sums are shares of a whole already.
-    """
+    """Retention of each crop, of mean 1, from the sums `(n,)` of its scores; without a temperature they are shares."""
     if temperature is None:
         return 1 + sums / sums.sum().clamp(min=1e-12) - 1 / len(sums)
     mass = ((sums - sums.max()) / temperature).exp()
@@ -93,16 +88,7 @@ def crop_weights(sums: torch.Tensor, temperature: float | None) -> torch.Tensor:
 
 
 def share_exactly(total: int, weights: torch.Tensor, sizes: list[int]) -> torch.Tensor:
-    """Share a number of tokens among crops in proportion to weights times sizes, none above its size, exactly.
-
-    Args:
-        total (`int`): Tokens to share; at most the sum of the sizes.
-        weights (`torch.Tensor` of shape `(n,)`): Not negative.
-        sizes (`list[int]`): Tokens of each crop.
-
-    Returns:
-        `(n,)` whole numbers that sum to `total`; the largest remainders are rounded up.
-    """
+    """Share a total among crops by weights `(n,)` times sizes, none above its size; largest remainders round up."""
     most = torch.tensor(sizes, device=weights.device)
     if total >= sum(sizes):
         return most
@@ -148,10 +134,6 @@ class HiResLmmGlobalCom2(HiResLmmTokenOp):
     """Keeps the tokens of global view and crops that the tower's class token attends to, most where the whole image
     asks for it.
 
-    Args:
-        context (`PartContext`): Widths and grids around the part.
-        options (`Options`): Score, temperature, share without a budget, compatibility.
-
     Source: GlobalCom², huggingface.co/papers/2501.05179, and its released code (xuyang-liu16/GlobalCom2). Ours: any
     number of images, the exact budget, raster order, the global view cut where the crops are, shares of probabilities.
     """
@@ -192,11 +174,7 @@ class HiResLmmGlobalCom2(HiResLmmTokenOp):
 
     @classmethod
     def describe(cls, options: Any, context: PartContext) -> Traits:
-        """It takes the budget of global view and crops.
-
-        Raises:
-            ValueError: If no crops enter, or tokens have no place in their view.
-        """
+        """It takes the budget of global view and crops."""
         grids = {kind: grid for (kind, tower), grid in context.grids.items() if tower == MAIN_TOWER}
         wanted = {kind: grids[kind] for kind in (Kind.GLOBAL, Kind.CROP) if kind in grids}
         if Kind.CROP not in wanted:
@@ -211,16 +189,7 @@ class HiResLmmGlobalCom2(HiResLmmTokenOp):
         return Traits(context.grids, context.width, count=count, budget_on=["global", "crops"], needs=needs)
 
     def forward(self, tokens: VisualTokens, question: Question | None) -> tuple[VisualTokens, Question | None]:
-        """Mark which tokens are kept.
-
-        Args:
-            tokens (`VisualTokens`): Tokens of the batch.
-            question (`Question`, *optional*): Not read.
-
-        Returns:
-            Tokens with `kept` and `scores["globalcom2"]` filled, under `compat="release"` in another order; and the
-            question unchanged.
-        """
+        """Fill `kept` and `scores["globalcom2"]`; under `compat="release"` the order of tokens changes too."""
         given = tokens.scores[self.score].nan_to_num()
         scores, kept = torch.full_like(given, float("nan")), torch.ones_like(given, dtype=torch.bool)
         order = [torch.arange(0)]

@@ -24,18 +24,7 @@ def take_heads(model: Any, options: dict[str, Any], cache: Any) -> dict[str, tor
 def run_heads(
     model: Any, text: PromptText, hidden: torch.Tensor, labels: dict[str, torch.Tensor], outputs: dict[str, Any]
 ) -> None:
-    """Run all heads of a model.
-
-    Args:
-        model (`HiResLmmModel`): Its connector holds the heads.
-        text (`PromptText`): The text of the call.
-        hidden (`torch.Tensor` of shape `(B, S, D)`): Last hidden states at the caller's positions.
-        labels (`dict[str, torch.Tensor]`): `(N, ...)` by the name of the head, one row an occurrence of its token.
-        outputs (`dict`): Gets `heads` and, where there are losses, `aux`.
-
-    Raises:
-        ValueError: If the rows of some labels are not as many as the occurrences of the token.
-    """
+    """Run all heads on `(B, S, D)` hidden states; `outputs` gets `heads` and, where there are labels, `aux`."""
     read, losses = {}, {}
     for name, head in model.connector.heads.items():
         token_id, wanted = head.options.token_id, labels.get(name)
@@ -63,13 +52,6 @@ def add_head_losses(model: Any, loss: torch.Tensor | None, aux: dict, labels: An
 
     Where the trainer counts the answer tokens of an optimizer step, `num_items_in_batch`, each head has the share of
     this batch in them, as the language loss does.
-
-    Args:
-        model (`HiResLmmModel`): Its connector holds the heads.
-        loss (`torch.Tensor`, *optional*): The language loss.
-        aux (`dict[str, torch.Tensor]`): Holds the losses of heads.
-        labels (`torch.Tensor` of shape `(B, S)`, *optional*): Labels of the language loss.
-        options (`dict`): Keyword arguments of the call.
     """
     heads = model.connector.heads
     if labels is None and all(options.get(f"labels_{name}") is None for name in heads):

@@ -37,14 +37,7 @@ TEXT_ARGUMENTS = ("prompt_mask", "question_labels", "question_ids")
 
 @dataclass
 class ImageArguments:
-    """What a call says of its images, not yet checked; the names are explained at `HiResLmmModel.forward`.
-
-    Args:
-        pixel_values, vision_features, view_positions, view_spans, view_boxes (`torch.Tensor`, *optional*): As given.
-        image_geometry (`list[ImageGeometry]`, *optional*): As given.
-        features (`HiResLmmImageFeatures`, *optional*): What `mm_encoder_outputs` holds.
-        extra (`dict[str, torch.Tensor]`): Those of `extra_arguments`.
-    """
+    """What a call says of its images, not yet checked; the names are explained at `HiResLmmModel.forward`."""
 
     pixel_values: torch.Tensor | None = None
     vision_features: torch.Tensor | None = None
@@ -116,17 +109,7 @@ def check_finite(is_finite: torch.Tensor, source: torch.Tensor, name: str) -> No
 
 
 def check_views(model: Any, source: torch.Tensor | None, is_encoded: bool, positions: Any, spans: Any) -> None:
-    """Compare the shapes of views, or of their features, with the geometry that came with them and with the model.
-
-    Args:
-        model (`HiResLmmModel`): Says what views it reads.
-        source (`torch.Tensor` of shape `(V, ...)`): Views or features.
-        is_encoded (`bool`): Whether they are features.
-        positions, spans (`torch.Tensor`): `view_positions` and `view_spans`.
-
-    Raises:
-        ValueError: If they do not belong together.
-    """
+    """Compare the shapes of views, or of their features, with the geometry that came with them and with the model."""
     config = model.config
     rows, cols = config.patch_grid
     name: str = "pixel_values"
@@ -167,11 +150,7 @@ def check_kinds(model: Any, images: list[ImageGeometry]) -> None:
 
 
 def read_encoder_outputs(outputs: Any) -> HiResLmmImageFeatures | None:
-    """The features that `mm_encoder_outputs` holds: None, or a dict with the one key `"image"`.
-
-    Raises:
-        ValueError: If it is no dict or has other keys, whose features would be ignored, or its value no features.
-    """
+    """The features that `mm_encoder_outputs` holds: None, or a dict with the one key `"image"`."""
     if outputs is None:
         return None
     if not isinstance(outputs, dict) or set(outputs) - {"image"}:
@@ -188,11 +167,7 @@ def read_encoder_outputs(outputs: Any) -> HiResLmmImageFeatures | None:
 
 
 def compare_counts(num_placeholders: int, num_tokens: int) -> None:
-    """Compare the placeholders of a batch with the tokens that its images take.
-
-    Raises:
-        ValueError: If they differ.
-    """
+    """Compare the placeholders of a batch with the tokens that its images take."""
     if num_placeholders != num_tokens:
         raise ValueError(
             f"Image features and image tokens do not match, tokens: {num_placeholders}, features: {num_tokens}. Pass "
@@ -202,11 +177,7 @@ def compare_counts(num_placeholders: int, num_tokens: int) -> None:
 
 
 def check_placeholders(num_placeholders: Any, positions: Any, has_turns: bool = False) -> None:
-    """Compare the placeholders of a batch with the tokens that `view_positions`, on the host, promises.
-
-    Raises:
-        ValueError: If the two numbers differ; where later turns have placeholders of their own, if there are fewer.
-    """
+    """Compare placeholders with the tokens that `view_positions` promises; later turns may have more of their own."""
     if positions is None or positions.ndim != 2 or positions.shape[1] != NUM_COLUMNS:
         shape = None if positions is None else tuple(positions.shape)
         raise ValueError(f"view_positions has the shape {shape}, expected (views, {NUM_COLUMNS}).")
@@ -222,11 +193,7 @@ def placeholders_per_image(features: BaseModelOutputWithPooling) -> list[int]:
 
 
 def check_text(text: PromptText, cache: Any, options: Mapping[str, Any], layer: int) -> None:
-    """Refuse what would be ignored or fail deep inside: wrong lengths of mask and labels, options of the processor.
-
-    Raises:
-        ValueError: If there is any.
-    """
+    """Refuse what would be ignored or fail deep inside: wrong lengths of mask and labels, options of the processor."""
     shape, mask, labels = tuple(text.embeds.shape[:2]), text.attention_mask, text.labels
     if cache is None and isinstance(mask, torch.Tensor) and mask.ndim == 2 and tuple(mask.shape) != shape:
         raise ValueError(f"attention_mask has the shape {tuple(mask.shape)}, expected {shape}.")
@@ -246,11 +213,7 @@ def check_text(text: PromptText, cache: Any, options: Mapping[str, Any], layer: 
 def take_text(
     model: Any, ids: Any, embeds: Any, attention_mask: Any, cache: Any, options: dict[str, Any]
 ) -> PromptText:
-    """Embed and check the text of a call, and take what says of it out of the keyword arguments.
-
-    Raises:
-        ValueError: If ids and embeddings come both or neither, and as `check_text`.
-    """
+    """Embed and check the text of a call, and take what says of it out of the keyword arguments."""
     if (ids is None) == (embeds is None):
         raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
     embeds = model.get_input_embeddings()(ids) if embeds is None else embeds
@@ -265,17 +228,7 @@ def extra_arguments(config: Any) -> list[str]:
 
 
 def check_extra(model: Any, extra: dict[str, torch.Tensor], images: list[ImageGeometry], prefix: str) -> None:
-    """Compare the views of extra towers, or their features, with the images and with the towers.
-
-    Args:
-        model (`HiResLmmModel`): Holds the towers.
-        extra (`dict[str, torch.Tensor]`): Those of `extra_arguments` that were given.
-        images (`list[ImageGeometry]`): The images of the call.
-        prefix (`str`): `"pixel_values"` or `"vision_features"`: what was given for the main tower.
-
-    Raises:
-        ValueError: If one is missing, of the other kind, or of another shape.
-    """
+    """Compare the views of extra towers, or their features, with the images and with the towers."""
     count = sum(len(image.rows(Kind.GLOBAL)) for image in images)
     for name, tower in model.extra_towers.items():
         argument, config = f"{prefix}_{name}", tower.config
@@ -294,16 +247,7 @@ def check_extra(model: Any, extra: dict[str, torch.Tensor], images: list[ImageGe
 
 
 def take_images(config: Any, options: dict[str, Any], **named: Any) -> ImageArguments:
-    """Take what a call says of its images out of its keyword arguments.
-
-    Args:
-        config (`HiResLmmConfig`): Names the extra towers.
-        options (`dict`): Keyword arguments of the call; those of `IMAGE_ARGUMENTS` and of extra towers leave.
-        named: Those that the signature of the caller names.
-
-    Raises:
-        ValueError: If the same images come twice, as views and as features.
-    """
+    """Take what a call says of its images out of its keyword arguments."""
     given = {name: named[name] if name in named else options.pop(name, None) for name in IMAGE_ARGUMENTS}
     features = read_encoder_outputs(given.pop("mm_encoder_outputs"))
     found = {argument: options.pop(argument, None) for argument in extra_arguments(config)}
@@ -319,20 +263,7 @@ def take_images(config: Any, options: dict[str, Any], **named: Any) -> ImageArgu
 def read_features(
     model: Any, features: HiResLmmImageFeatures, attention_mask: Any, placeholder: torch.Tensor
 ) -> list[bool]:
-    """Compare features that were encoded before with the placeholders of a call.
-
-    Args:
-        model (`HiResLmmModel`): Says whether later turns have placeholders too, which are not compared.
-        features (`HiResLmmImageFeatures`): The caller's.
-        attention_mask (`torch.Tensor`, *optional*): To know whether there is padding.
-        placeholder (`torch.Tensor` of shape `(B, S)`): True at placeholders.
-
-    Returns:
-        Whether the mask is all ones, and whether a row ends in padding; empty where that is not known.
-
-    Raises:
-        ValueError: If the numbers differ.
-    """
+    """Compare features that were encoded before with the placeholders `(B, S)` of a call."""
     count, *flags = copy_to_host(placeholder.sum(), *padding_flags(attention_mask))
     if not model.connector.has_turns:
         compare_counts(int(count), sum(placeholders_per_image(features)))
@@ -342,20 +273,7 @@ def read_features(
 def read_images(
     model: Any, given: ImageArguments, attention_mask: Any = None, placeholder: torch.Tensor | None = None
 ) -> ImageInputs | None:
-    """Check the views of a call, or their features, and copy what decides their arrangement to the host, once.
-
-    Args:
-        model (`HiResLmmModel`): Says what views it reads.
-        given (`ImageArguments`): The call's images; with `image_geometry` nothing is copied, nor compared.
-        attention_mask (`torch.Tensor`, *optional*): To know whether there is padding.
-        placeholder (`torch.Tensor` of shape `(B, S)`, *optional*): True at placeholders, to compare their number.
-
-    Returns:
-        The images, or None without any.
-
-    Raises:
-        ValueError: If tensors contradict each other or the model.
-    """
+    """Check the images of a call and copy their geometry to the host, once; None without any."""
     is_encoded = given.vision_features is not None
     source = given.vision_features if is_encoded else given.pixel_values
     view_positions = given.view_positions
@@ -391,17 +309,7 @@ def read_images(
 
 
 def check_context(length: int, attention_mask: torch.Tensor | None, num_drafted: int, text_config: Any) -> None:
-    """Refuse a prompt of `generate` that is longer than the language model reads.
-
-    Args:
-        length (`int`): Positions of the prompt, those in the cache and padding among them, drafted ones not.
-        attention_mask (`torch.Tensor` of shape `(B, length + num_drafted)`, *optional*): 0 at padding.
-        num_drafted (`int`): Positions behind the prompt.
-        text_config: Configuration of the language model; one without a longest position refuses nothing.
-
-    Raises:
-        ValueError: If it does not fit.
-    """
+    """Refuse a prompt of `generate` that is longer than the language model reads."""
     limit = text_config.max_position_embeddings if hasattr(text_config, "max_position_embeddings") else None
     if limit is None or length <= limit:
         return

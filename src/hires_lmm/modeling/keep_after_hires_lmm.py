@@ -11,17 +11,7 @@ from .bases_hires_lmm import HiResLmmLayerOp, LayerCall
 def keep_share(
     scores: torch.Tensor, candidates: torch.Tensor, share: float, number: int | None = None
 ) -> torch.Tensor:
-    """Keep the highest scores of each row.
-
-    Args:
-        scores (`torch.Tensor` of shape `(B, m)`): Relevance.
-        candidates (`torch.Tensor` of shape `(B, m)`): True where something may leave.
-        share (`float`): Share of the candidates of a row that is kept, rounded half up.
-        number (`int`, *optional*): Number that is kept, in place of the share.
-
-    Returns:
-        `(B, m)` bool, True also outside the candidates; among equal scores the earlier stays.
-    """
+    """Keep the highest scores `(B, m)` of each row: a share of the candidates, rounded half up, or a number."""
     counts = candidates.sum(dim=1, keepdim=True)
     wanted = torch.full_like(counts, number) if number is not None else (counts.double() * share + 0.5).floor().long()
     order = scores.masked_fill(~candidates, float("-inf")).argsort(dim=1, descending=True, stable=True)
@@ -45,7 +35,6 @@ class HiResLmmKeepAfter(HiResLmmLayerOp):
         """Options of `keep_after`.
 
         Args:
-            layers (`int`, `list[int]` or `"all"`): Layers behind which tokens leave.
             share (`float`): Share of the visual tokens of a row, of those still there, that stays.
             number (`int`, *optional*): Number of them that stays, in place of the share.
         """

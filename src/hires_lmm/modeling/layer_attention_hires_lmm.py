@@ -72,14 +72,7 @@ class LayerAttention:
     window: int | None
 
     def logits(self, rows: torch.Tensor) -> torch.Tensor:
-        """Scores before the softmax of the keys of this call, also of those that are not seen.
-
-        Args:
-            rows (`torch.Tensor` of shape `(B, r)`): Positions of the queries among the tokens that are there.
-
-        Returns:
-            `(B, heads, r, m)` float32.
-        """
+        """Scores before the softmax of queries at `(B, r)` on all keys of this call: `(B, heads, r, m)` float32."""
         return self._logits(rows)[..., self.start : self.start + self.slots.shape[1]]
 
     def _logits(self, rows: torch.Tensor) -> torch.Tensor:
@@ -99,14 +92,7 @@ class LayerAttention:
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def weights(self, rows: torch.Tensor) -> torch.Tensor:
-        """Softmax over all keys that a query sees, of which those of this call are returned.
-
-        Args:
-            rows (`torch.Tensor` of shape `(B, r)`): Positions of the queries among the tokens that are there.
-
-        Returns:
-            `(B, heads, r, m)` float32.
-        """
+        """Softmax over all keys that queries at `(B, r)` see; of it those of this call, `(B, heads, r, m)` float32."""
         seen = visible(self.slots.gather(1, rows), rows + self.start, self.columns, self.window)
         weights = self._logits(rows).masked_fill(~seen[:, None], float("-inf")).softmax(dim=-1)
         return weights[..., self.start : self.start + self.slots.shape[1]]

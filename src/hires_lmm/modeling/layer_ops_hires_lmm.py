@@ -32,6 +32,7 @@ from .question_hires_lmm import PromptText
 
 
 LAYER_CALL = "layer_call"
+LAYER_OPTIONS = "layer_options"
 RECORD = "layer_ops"
 # B = rows, n = positions of the call, m = those that are still there, K = keys of a layer. A slot is the place of a
 # token in the conversation, counted before anything left a layer.
@@ -154,6 +155,7 @@ class LanguageCall:
         placed (`Placed`): Visual tokens.
         can_pack (`bool`): False: tokens that leave are hidden by masks and stay where they are.
         training (`bool`): Whether the model is in training.
+        options (`dict[str, Any]`): What the caller says to layer ops.
     """
 
     def __init__(
@@ -165,10 +167,12 @@ class LanguageCall:
         placed: Placed,
         can_pack: bool,
         training: bool,
+        options: dict,
     ):
         self.ops = {layer: [op for op in ops if layer in op.layers] for layer in range(config.num_hidden_layers)}
         self.first = next(layer for layer, own in self.ops.items() if own)
         self.config, self.placed, self.can_pack, self.training = config, placed, can_pack, training
+        self.options = options
         self.conversation = conversation
         rows, count = placed.visual.shape
         self.past = 0 if conversation is None else conversation.length
@@ -240,7 +244,7 @@ class LanguageCall:
         count, total = hidden.shape[1], keys.slots.shape[1]
         length, offset = (total, 0) if cache is None else cache.get_mask_sizes(count, layer)
         window, kind = attention_window(self.config, layer), self.config._attn_implementation
-        fits = window is None or total <= window
+        fits = window is None or self.past + self.slots.shape[1] <= window  # in slots: what left still keeps its room
         is_causal = (count == 1 or (count == total and kind != "eager")) and not masking
         if keys.is_plain and level.weight is None and fits and is_causal and length == total:
             return None
@@ -320,6 +324,7 @@ class LanguageCall:
             is_prefill=placed.has_visual,
             training=self.training,
             aux=self.aux,
+            options=self.options,
         )
 
     def narrow(
@@ -415,13 +420,7 @@ def ops_of(model: Any, where: str) -> list:
 
 
 def open_tower(model: Any, images: list[ImageGeometry], used: tuple[int, ...]) -> TowerPass | None:
-    """The call of the vision tower for its layer ops; None where it has none.
-
-    Args:
-        model (`HiResLmmModel`): The model.
-        images (`list[ImageGeometry]`): The images of the batch.
-        used (`tuple[int, ...]`): Rows of the views that pass the tower.
-    """
+    """The call of the vision tower for its layer ops; None where it has none."""
     ops = ops_of(model, "vision_tower")
     if not ops:
         return None
@@ -465,14 +464,7 @@ def leave_layer(layer: int, module: nn.Module, args: tuple, kwargs: dict, output
 
 
 def install_layer_ops(model: Any) -> None:
-    """Hang hooks on the layers that ops run behind, and on those where tokens may be missing then.
-
-    Args:
-        model (`HiResLmmModel`): Its connector holds the ops.
-
-    Raises:
-        ValueError: If the language model has layers whose attention is not known.
-    """
+    """Hang hooks on the layers that ops run behind, and on those where tokens may be missing then."""
     inside = ops_of(model, "vision_tower")
     for number, layer in enumerate(layers_of(model.vision_tower) if inside else ()):
         if any(number in op.layers for op in inside):
@@ -498,12 +490,6 @@ def place(text: PromptText, placeholder: torch.Tensor, tokens: VisualTokens | No
 
     It ends before the first answer behind the first image of a row: labels say where that is, else the prompt mask;
     in `generate`, before what was drafted.
-
-    Args:
-        text (`PromptText`): The text of the call.
-        placeholder (`torch.Tensor` of shape `(B, S)`): True at placeholders.
-        tokens (`VisualTokens`, *optional*): The tokens.
-        num_drafted (`int`, *optional*): Positions beyond the prompt, set in `generate`.
     """
     length = placeholder.shape[1]
     positions = torch.arange(length, device=placeholder.device)
@@ -527,15 +513,12 @@ def place(text: PromptText, placeholder: torch.Tensor, tokens: VisualTokens | No
 
 
 def open_layers(model: Any, prompt: Any, cache: Any, options: dict) -> LanguageCall | None:
-    """The call of the language model for its layer ops; None where the model has none.
-
-    Args:
-        model (`HiResLmmModel`): The model.
-        prompt (`Prompt`): What enters the language model.
-        cache (`Cache`, *optional*): Earlier positions.
-        options (`dict`): What else the language model gets; the call is written into it.
-    """
+    """The call of the language model for its layer ops, written into `options`; None where the model has none."""
+    told = options.pop(LAYER_OPTIONS, None) or {}
     ops = ops_of(model, "language_model")
+    known = [name for op in ops for name in op.reads_options]
+    if unknown := [name for name in told if name not in known]:
+        raise ValueError(f"No layer op reads {unknown[0]!r} of layer_options; they read {known or 'nothing'}.")
     if not ops:
         return None
     config, placed, conversation = model.language_model.config, prompt.placed, prompt.conversation
@@ -549,6 +532,7 @@ def open_layers(model: Any, prompt: Any, cache: Any, options: dict) -> LanguageC
         getattr(config, name) if options.get(name) is None else options[name]
         for name in ("output_hidden_states", "output_attentions")
     ]
-    call = LanguageCall(ops, config, conversation, prompt.attention_mask, placed, not any(shown), model.training)
+    can_pack = not any(shown)
+    call = LanguageCall(ops, config, conversation, prompt.attention_mask, placed, can_pack, model.training, told)
     options[LAYER_CALL] = call
     return call

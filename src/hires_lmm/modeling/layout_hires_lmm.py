@@ -24,12 +24,7 @@ from .sequence_hires_lmm import LEARNED, Arrangement, LayoutOptions, Run
 
 
 class HiResLmmSeparators(nn.Module):
-    """Vectors of separators: trained ones by name, and embeddings of token ids.
-
-    Args:
-        values (`dict[str, str | list]`): Value of each separator, see `Separator`.
-        width (`int`): Width of the vectors.
-    """
+    """Vectors of separators: trained ones by name, and embeddings of token ids."""
 
     def __init__(self, values: dict[str, str | list], width: int):
         super().__init__()
@@ -60,10 +55,8 @@ class HiResLmmLayout(nn.Module):
     """Orders the tokens of a batch by the arrangement that the processor counts by.
 
     Args:
-        options (`LayoutOptions`): Order and separators.
         grids (`Mapping[int, Grid]`): Token grid of the views of each kind that enter.
         elastic (`Sequence[int]`): Kinds whose views give as many tokens as a budget leaves.
-        width (`int`): Width of the adapted features.
     """
 
     def __init__(self, options: LayoutOptions, grids: Mapping[int, Grid], elastic: Sequence[int], width: int):
@@ -76,15 +69,7 @@ class HiResLmmLayout(nn.Module):
         self.grids, self.is_elastic = dict(grids), bool(elastic)
 
     def forward(self, views: ViewFeatures, embed: Callable[[torch.Tensor], torch.Tensor]) -> VisualTokens:
-        """Order the tokens of a batch.
-
-        Args:
-            views (`ViewFeatures`): Adapted features of width D.
-            embed (`Callable`): Looks up token embeddings of the language model, for separators that are token ids.
-
-        Returns:
-            `VisualTokens` of the batch.
-        """
+        """Order the tokens of a batch."""
         groups = [group for kind in self.kinds for group in views.groups if group.kind == kind]
         like = views.groups[0].features
         bank = torch.cat([*(group.features.flatten(0, 1) for group in groups), self.separators(like, embed)])
@@ -217,12 +202,7 @@ def _as_plan(pieces: list[tuple], lengths: list[int], device: str) -> TokenPlan:
 
 @torch.compiler.assume_constant_result
 def view_limits(images: tuple, spec: str) -> dict[int, list[int]]:
-    """Tokens of each view of the elastic kinds, image after image, where a budget limits any of them.
-
-    Args:
-        images (`tuple`): Views and placeholders of each image.
-        spec (`str`): See `HiResLmmLayout`.
-    """
+    """Tokens of each view of the elastic kinds, image after image, where a budget limits any of them."""
     arrangement = read_spec(spec)
     limits: dict[int, list[int]] = {}
     for values, num_tokens in images:

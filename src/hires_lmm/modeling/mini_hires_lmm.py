@@ -29,10 +29,6 @@ class HiResLmmMiniCompressor(HiResLmmViewOp):
     """Learned queries read the map of all crops of an image, or its global view where it has none; what they give
     joins the other views as one of the kind `detail`.
 
-    Args:
-        context (`PartContext`): Widths and grids around the part.
-        options (`Options`): How many queries, heads.
-
     Source: LLaVA-Mini, huggingface.co/papers/2501.03895, and its released code (ictnlp/LLaVA-Mini). Ours: crops in
     any grid, without their padding where the planner leaves it out.
     """
@@ -68,11 +64,7 @@ class HiResLmmMiniCompressor(HiResLmmViewOp):
 
     @classmethod
     def describe(cls, options: Any, context: PartContext) -> Traits:
-        """One more view an image, of the kind `detail`.
-
-        Raises:
-            ValueError: If no global view is there.
-        """
+        """One more view an image, of the kind `detail`."""
         if _grid(context, Kind.GLOBAL) is None:
             raise ValueError("mini_compressor needs a global view of every image, but none reaches it.")
         side = square_side(options.num_queries, "num_queries")
@@ -85,14 +77,7 @@ class HiResLmmMiniCompressor(HiResLmmViewOp):
         init.copy_(self.positions, sincos_positions(self.queries.shape[1], self.side, rounded=False))
 
     def forward(self, views: ViewFeatures) -> ViewFeatures:
-        """Add a group of compressed tokens `(I, num_queries, C)`.
-
-        Args:
-            views (`ViewFeatures`): Global views, and maybe crops.
-
-        Raises:
-            ValueError: If an image has no global view.
-        """
+        """Add a group of compressed tokens `(I, num_queries, C)`."""
         main, crops = views.group("global"), views.group("crops")
         rows = tuple(row for image in views.images for row in image.rows(Kind.GLOBAL))
         if main is None or len(rows) != len(views.images) or any(row not in main.rows for row in rows):
@@ -130,10 +115,6 @@ class HiResLmmPromptFuser(HiResLmmTokenOp):
 
     The prompt is the readable text of an image: that of its turn, or all of it with `question_scope="prompt"`. It is
     read once; answers and later turns keep their embeddings. Text about several images becomes the mean over them.
-
-    Args:
-        context (`PartContext`): Widths and grids around the part.
-        options (`Options`): Size of the layers.
 
     Source: LLaVA-Mini, huggingface.co/papers/2501.03895, and its released code (ictnlp/LLaVA-Mini), which reads the
     whole prompt. Ours: gradients into the word embeddings, several images, their own turns.
@@ -195,11 +176,7 @@ class HiResLmmPromptFuser(HiResLmmTokenOp):
 
     @classmethod
     def describe(cls, options: Any, context: PartContext) -> Traits:
-        """It leaves the compressed tokens alone and rewrites the prompt.
-
-        Raises:
-            ValueError: If there are no compressed tokens.
-        """
+        """It leaves the compressed tokens alone and rewrites the prompt."""
         order = [] if context.config is None else (context.config.layout or {}).get("order", [])
         if DETAIL not in context.grids or "detail" not in order:
             raise ValueError(
@@ -222,15 +199,7 @@ class HiResLmmPromptFuser(HiResLmmTokenOp):
         )
 
     def forward(self, tokens: VisualTokens, question: Question | None) -> tuple[VisualTokens, Question | None]:
-        """Read visual tokens and prompts.
-
-        Args:
-            tokens (`VisualTokens`): Tokens of the batch.
-            question (`Question`, *optional*): The readable text; without it the visual tokens are read alone.
-
-        Returns:
-            The compressed tokens, and the question with other embeddings where it was read.
-        """
+        """The compressed tokens, and the question with other embeddings where it was read."""
         found = int((tokens.kind == Kind.DETAIL).sum())
         if found != self.num_tokens * len(tokens.lengths):
             raise ValueError(

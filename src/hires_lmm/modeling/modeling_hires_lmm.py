@@ -47,11 +47,7 @@ TOWER_OUTPUTS = ("output_hidden_states", "output_attentions")
 
 
 class HiResLmmModel(HiResLmmPreTrainedModel):
-    """Vision tower, connector and language model without the head.
-
-    Args:
-        config (`HiResLmmConfig`): The configuration.
-    """
+    """Vision tower, connector and language model without the head."""
 
     def __init__(self, config: HiResLmmConfig):
         super().__init__(config)
@@ -205,7 +201,8 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
                 `question_ids` `(B, turns, L)`: ids of the questions in another vocabulary, see
                 `HiResLmmProcessor.question_ids`. `labels_<name>` `(N, ...)`: what a head should read at the
                 occurrences of its token. `output_heads`: whether heads run; by default where no earlier positions are
-                cached. The rest goes to the language model.
+                cached. `layer_options`: what layer ops are told in this call, such as
+                `{"exit_after": 8}`. The rest goes to the language model.
 
         Returns:
             `HiResLmmModelOutputWithPast`.
@@ -237,15 +234,7 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
                 prompt.embeds, prompt.outputs["aux"] = self._idle(text.embeds, given.vision_features is None)
         plan_positions(self, prompt, cache)
         prompt.layers = open_layers(self, prompt, cache, kwargs)
-        outputs = self.language_model(
-            inputs_embeds=prompt.embeds,
-            attention_mask=prompt.attention_mask,
-            position_ids=prompt.position_ids,
-            use_cache=use_cache,
-            return_dict=True,
-            **{CACHE: cache},
-            **kwargs,
-        )
+        outputs = prompt.read(self.language_model, cache, use_cache=use_cache, **kwargs)
         prompt.remember(outputs.get(CACHE))
         hidden = prompt.expand(outputs.last_hidden_state)
         if heads is not None:
@@ -272,15 +261,7 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
         return self.encode_images(images, **wanted)
 
     def read_images(self, view_positions: torch.Tensor, view_spans: torch.Tensor) -> list[ImageGeometry]:
-        """Read the geometry of a batch, as `image_geometry` of `forward` wants it.
-
-        Args:
-            view_positions (`torch.Tensor` of shape `(V, 9)`): As the processor gives it.
-            view_spans (`torch.Tensor` of shape `(V, 4)`): As the processor gives it.
-
-        Returns:
-            One record an image.
-        """
+        """The geometry of a batch, one record an image, as `image_geometry` of `forward` wants it."""
         return read_geometry(*(part.tolist() for part in copy_to_host(view_positions, view_spans)))
 
     def _idle(self, embeds: torch.Tensor, use_tower: bool) -> tuple[torch.Tensor, dict]:
@@ -291,11 +272,7 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
 
 
 class HiResLmmForConditionalGeneration(HiResLmmPreTrainedModel, HiResLmmGenerationMixin):
-    """The model with its language-modelling head.
-
-    Args:
-        config (`HiResLmmConfig`): The configuration.
-    """
+    """The model with its language-modelling head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}

@@ -19,10 +19,6 @@ class HiResLmmMqt(HiResLmmViewOp):
     All queries run in every call, and the layout takes the first ones under a budget. To train for every m, give the
     collator and the stage a list of budgets, of which one is drawn for each step, the same on all processes.
 
-    Args:
-        context (`PartContext`): Widths and grids around the part.
-        options (`Options`): Where, how many queries, heads, what keys are made of.
-
     Source: MQT-LLaVA, huggingface.co/papers/2405.19315, and its released code (gordonhu608/MQT-LLaVA), whose
     projection to the language model is the adapter `linear` without bias here. Ours: several views, keys of content.
     """

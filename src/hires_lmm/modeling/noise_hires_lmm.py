@@ -15,15 +15,7 @@ class HiResLmmNoise(nn.Dropout):
         super().__init__(p=1.0)
 
     def forward(self, scores: torch.Tensor, scale: torch.Tensor | float = 1.0) -> torch.Tensor:
-        """Add noise of mean zero to scores.
-
-        Args:
-            scores (`torch.Tensor` of any shape): Scores.
-            scale (`torch.Tensor` or `float`): Standard deviation; broadcasts.
-
-        Returns:
-            The scores with noise; out of training mode the scores themselves.
-        """
+        """Add noise of that standard deviation, which broadcasts, to scores of any shape."""
         if not self.training:
             return scores
         return scores + (torch.randn_like(scores) if self.p else torch.zeros_like(scores)) * scale

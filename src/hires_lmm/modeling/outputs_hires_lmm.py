@@ -24,6 +24,7 @@ class GeneratePrompt:
         is_right_padded (`bool`): Rows end in padding, which leaves before new tokens follow.
         keeps_cache (`bool`): The caller gets the cache and may go on from it.
         token_maps (`list`, *optional*): Takes the token map of the prompt.
+        chunk_size (`int`, *optional*): Most positions that the language model reads at once.
     """
 
     length: int
@@ -32,6 +33,7 @@ class GeneratePrompt:
     is_right_padded: bool
     keeps_cache: bool
     token_maps: list | None
+    chunk_size: int | None = None
 
     def num_virtual(self, length: int) -> int:
         """Of the positions of a prompt, those that PEFT put in front, and will put before its mask."""
@@ -63,14 +65,7 @@ class HiResLmmImageFeatures(BaseModelOutputWithPooling):
         return cls(pooler_output=list(output.pooler_output))
 
     def select_images(self, indices: list[int]) -> "HiResLmmImageFeatures":
-        """Features of some of the images, for a cache or for a batch that repeats images.
-
-        Args:
-            indices (`list[int]`): Images to gather, in the new order.
-
-        Returns:
-            New features; these are unchanged.
-        """
+        """New features of some of the images, by index; for a cache or a batch that repeats images."""
         selected = copy.copy(self)
         selected.pooler_output = [self.pooler_output[index] for index in indices]
         selected.tokens = None if self.tokens is None else self.tokens.select_images(indices)
@@ -102,11 +97,7 @@ class TokenMap:
     left_at: torch.Tensor
 
     def merge_images(self, sources: Sequence[int]) -> "TokenMap":
-        """The records under the numbers of the caller's images, without those of repeated ones.
-
-        Args:
-            sources (`Sequence[int]`): Image of the caller that each image of the map is.
-        """
+        """The records under the numbers of the caller's images, without those of repeated ones."""
         first = {source: index for index, source in reversed(list(enumerate(sources)))}
         number = torch.tensor([source if first[source] == index else -1 for index, source in enumerate(sources)])
         image = number[self.image]
@@ -115,18 +106,7 @@ class TokenMap:
 
 
 def build_token_map(tokens: VisualTokens, view_boxes: torch.Tensor | None) -> TokenMap:
-    """Collect the records of a batch on the CPU.
-
-    Args:
-        tokens (`VisualTokens`): Tokens after routing, before dropping.
-        view_boxes (`torch.Tensor` of shape `(V, 4)`, *optional*): As returned by the processor.
-
-    Returns:
-        The map.
-
-    Raises:
-        ValueError: If `view_boxes` is missing.
-    """
+    """Collect the records of a batch on the CPU, after routing and before dropping."""
     if view_boxes is None:
         raise ValueError("output_token_map=True needs view_boxes; pass the tensor that the processor returns.")
     count = len(tokens.view)

@@ -12,9 +12,11 @@ from .adapters_hires_lmm import (
     HiResLmmMlpAdapter,
     HiResLmmQueryFormerAdapter,
 )
+from .atp_hires_lmm import HiResLmmAtp
 from .bases_hires_lmm import PartContext, Traits, entering, layers_behind
 from .compressors_hires_lmm import HiResLmmConvMerge, HiResLmmQueryCompressor
 from .dual_hires_lmm import HiResLmmDualEnhancement
+from .dyvte_hires_lmm import HiResLmmDyvte
 from .fusion_hires_lmm import HiResLmmFusion
 from .gate_hires_lmm import HiResLmmConvGate
 from .geometry_hires_lmm import KINDS, MAIN_TOWER, Grid, check_stride, kinds_on
@@ -55,7 +57,12 @@ TOKEN_OPS = {
     "globalcom2": HiResLmmGlobalCom2,
     "prompt_fuser": HiResLmmPromptFuser,
 }
-LAYER_OPS = {"keep_after": HiResLmmKeepAfter, "slice_restore": HiResLmmSliceRestore}
+LAYER_OPS = {
+    "keep_after": HiResLmmKeepAfter,
+    "dyvte": HiResLmmDyvte,
+    "atp": HiResLmmAtp,
+    "slice_restore": HiResLmmSliceRestore,
+}
 POSITION_PLANS: dict[str, Any] = {}
 HEADS: dict[str, Any] = {}
 SLOTS: dict[str, dict[str, Any]] = {
@@ -137,14 +144,7 @@ class ResolvedChain:
         return list(dict.fromkeys([*self.layout.order, *named]))
 
     def fit(self, context: PartContext) -> "FittedChain":
-        """Follow grids and widths from the tower to the language model.
-
-        Args:
-            context (`PartContext`): What the towers give; `grids` may be left empty for one tower.
-
-        Raises:
-            ValueError: If a part cannot read what the one before it leaves, or two would consume the budget.
-        """
+        """Follow grids and widths from the towers to the language model; refused where parts do not fit together."""
         if not context.grids:
             whole = Grid(*context.patch_grid)
             context = replace(context, grids={(int(KINDS[name]), MAIN_TOWER): whole for name in self.kinds})
@@ -315,19 +315,7 @@ def _names(on: Any) -> list[str]:
 
 
 def build_options(cls: type, values: dict, where: str) -> Any:
-    """Build an options dataclass from a plain dict.
-
-    Args:
-        cls (`type`): The dataclass.
-        values (`dict`): Its fields.
-        where (`str`): Place in the configuration, for messages.
-
-    Returns:
-        An instance of `cls`.
-
-    Raises:
-        ValueError: For unknown keys (the known ones are named) and for values of wrong type or range.
-    """
+    """Build an options dataclass from a plain dict; `where` names its place in messages."""
     known = [f.name for f in fields(cls)]
     unknown = [key for key in values if key not in known]
     if unknown:
@@ -341,19 +329,7 @@ def build_options(cls: type, values: dict, where: str) -> Any:
 
 
 def resolve_part(slot: str, spec: dict, where: str) -> ResolvedPart:
-    """Look up one part by name and check its options.
-
-    Args:
-        slot (`str`): A key of `SLOTS`.
-        spec (`dict`): `{"part": name, **options}`; the name may be that of a user's own part.
-        where (`str`): Place in the configuration, for messages.
-
-    Returns:
-        The class and its options.
-
-    Raises:
-        ValueError: If the name or an option is unknown or malformed.
-    """
+    """The class and the checked options of `{"part": name, **options}`; `slot` is a key of `SLOTS`."""
     known = SLOTS[slot]
     name: Any = spec.get("part") if isinstance(spec, dict) else spec
     part = known.get(name) if isinstance(name, str) else None
@@ -380,23 +356,7 @@ def resolve_chain(
     position_plan: dict | None = None,
     heads: dict | None = None,
 ) -> ResolvedChain:
-    """Look up all parts of a connector.
-
-    Args:
-        view_ops, map_ops, token_ops (`list[dict]`): Operations in order.
-        adapter (`dict`): The adapter.
-        tower_adapters (`dict[str, dict]`): Adapters of extra towers; the main one's kind by default.
-        layout (`dict`): Fields of `LayoutOptions`.
-        layer_ops (`list[dict]`, *optional*): Operations behind layers of tower and language model.
-        position_plan (`dict`, *optional*): Positions and mask of the language model.
-        heads (`dict[str, dict]`, *optional*): Heads by name.
-
-    Returns:
-        The chain.
-
-    Raises:
-        ValueError: For unknown parts and options.
-    """
+    """Look up all parts of a connector."""
 
     def listed(slot: str, specs: list) -> list[ResolvedPart]:
         return [resolve_part(slot, spec, f"{slot}[{i}]") for i, spec in enumerate(specs)]

@@ -15,11 +15,7 @@ RECORD = "positions"
 
 
 class RowRecord(Record):
-    """What the cache holds.
-
-    Args:
-        tokens (`RowTokens`): Its tokens.
-    """
+    """What the cache holds."""
 
     def __init__(self, tokens: RowTokens):
         self.tokens = tokens
@@ -34,16 +30,7 @@ class RowRecord(Record):
 
 
 def describe_call(placed: Placed | None, real: torch.Tensor, num_earlier: torch.Tensor) -> RowTokens:
-    """The tokens of a call.
-
-    Args:
-        placed (`Placed`, *optional*): Where visual tokens stand; None without images.
-        real (`torch.Tensor` of shape `(B, P)`): False at padding.
-        num_earlier (`torch.Tensor` of shape `(B, 1)`): Images of each row that are cached.
-
-    Raises:
-        ValueError: If image features came without their geometry.
-    """
+    """The tokens of a call."""
     none = torch.full_like(real, -1, dtype=torch.long)
     if placed is None:
         return RowTokens(real, none, none, none)
@@ -65,11 +52,7 @@ def describe_call(placed: Placed | None, real: torch.Tensor, num_earlier: torch.
 
 
 def read_rows(prompt: Any) -> RowTokens:
-    """The tokens of each row, those that are cached and those of the call.
-
-    Raises:
-        ValueError: If padding is not known, and as `describe_call`.
-    """
+    """The tokens of each row, those that are cached and those of the call."""
     past, mask = prompt.conversation.length, prompt.attention_mask
     rows, count = prompt.embeds.shape[:2]
     ones = torch.ones(rows, past + count, dtype=torch.bool, device=prompt.embeds.device)
@@ -91,18 +74,7 @@ def read_rows(prompt: Any) -> RowTokens:
 
 
 def make_mask(config: Any, embeds: torch.Tensor, cache: Any, tokens: RowTokens, seen: torch.Tensor) -> Any:
-    """The mask of the language model in which a token of the call sees what `seen` says, in the form of its attention.
-
-    Args:
-        config (`PreTrainedConfig`): Of the language model.
-        embeds (`torch.Tensor` of shape `(B, P, D)`): What it reads.
-        cache (`Cache`, *optional*): Its cache.
-        tokens (`RowTokens`): The tokens, cached ones too.
-        seen (`torch.Tensor` of shape `(B, P, n)`): True where a token of the call sees a token.
-
-    Raises:
-        ValueError: If its attention takes no such mask.
-    """
+    """The mask in which a token of the call sees what `seen` `(B, P, n)` says, in the form of the attention."""
     if "flash" in config._attn_implementation:
         raise ValueError(
             f"The position plan has a mask, which {config._attn_implementation} cannot take; load the model with "
@@ -130,16 +102,7 @@ def make_mask(config: Any, embeds: torch.Tensor, cache: Any, tokens: RowTokens, 
 
 
 def plan_positions(model: Any, prompt: Any, cache: Any) -> None:
-    """Ask the position plan where the tokens of a call stand and what they see; without a plan all stays.
-
-    Args:
-        model (`HiResLmmModel`): Its connector holds the plan.
-        prompt (`Prompt`): Gets the positions and the mask.
-        cache (`Cache`, *optional*): Earlier positions.
-
-    Raises:
-        ValueError: If the plan and the call, or other parts, do not go together.
-    """
+    """Ask the position plan where the tokens of a call stand and what they see; without a plan all stays."""
     plan = model.connector.position_plan
     if plan is None:
         return

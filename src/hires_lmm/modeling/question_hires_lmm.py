@@ -170,16 +170,7 @@ def read_question(
     prompt_length: int | None,
     conversation: Conversation | None = None,
 ) -> Question:
-    """Collect the readable text of each image of a call.
-
-    Args:
-        model (`HiResLmmModel`): Its configuration and connector say what is read.
-        text (`PromptText`): The text of the call.
-        placeholder (`torch.Tensor` of shape `(B, S)`): True at image placeholders.
-        lengths (`list[int]`): Placeholders of each image.
-        prompt_length (`int`, *optional*): Set by `generate`: positions beyond it are generated.
-        conversation (`Conversation`, *optional*): What is remembered with the cache.
-    """
+    """Collect the readable text of each image of a call."""
     config, connector = model.config, model.connector
     if text.ids is None and connector.reads_question:
         vocabulary = model.get_input_embeddings().num_embeddings

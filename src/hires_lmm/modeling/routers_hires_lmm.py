@@ -20,13 +20,7 @@ def _cosines(features: torch.Tensor, direction: torch.Tensor) -> torch.Tensor:
 
 
 def saliency_scores(features: torch.Tensor) -> torch.Tensor:
-    """How much each token differs from the mean of its image.
-
-    Args:
-        features (`torch.Tensor` of shape `(n, D)`): Scored tokens of one image.
-
-    Returns:
-        `(n,)` float32 in [0, 2]: one minus the cosine to the mean token.
+    """How much each token `(n, D)` differs from the mean of its image: `(n,)` float32, one minus the cosine, 0 to 2.
 
     Source: ours; needs no question, no parameters and no particular tower.
     """
@@ -121,10 +115,6 @@ class KeepOptions:
 class HiResLmmAttentionScore(nn.Module):
     """Scores tokens by cross-attention to the question.
 
-    Args:
-        context (`PartContext`): Widths and grids around the part.
-        num_heads (`int`, *optional*): Heads; by default one per 128 channels.
-
     Source: SliME's released code (its "qformer" router): norms, one attention from image to text, a norm and a narrow
     perceptron. Its query vector, self-attention and key projection take no part in the result and are left out.
     """
@@ -146,10 +136,6 @@ class HiResLmmAttentionScore(nn.Module):
 
 class HiResLmmRouter(HiResLmmTokenOp):
     """Keeps the visual tokens that matter; the others never reach the language model.
-
-    Args:
-        context (`PartContext`): Widths and grids around the part.
-        options (`Options`): Score, keep rule, routed views.
 
     Source: SliME, huggingface.co/papers/2406.08487, section 3.3. Ours: the exact budget, `saliency`, the mean over the
     text and deterministic ties.
@@ -226,15 +212,7 @@ class HiResLmmRouter(HiResLmmTokenOp):
         return cosine_scores(features, row, weights)
 
     def forward(self, tokens: VisualTokens, question: Question | None) -> tuple[VisualTokens, Question | None]:
-        """Mark which tokens are kept.
-
-        Args:
-            tokens (`VisualTokens`): Tokens of the batch.
-            question (`Question`, *optional*): The readable text; needed by `cosine` and `attention`.
-
-        Returns:
-            Tokens with `kept` and `scores["router"]` filled, and the question unchanged.
-        """
+        """Fill `kept` and `scores["router"]`; the question is needed by `cosine` and `attention`, and unchanged."""
         mask = question.image_mask() if question is not None and self.options.score != "saliency" else None
         features = tokens.features
         scores = torch.full(features.shape[:1], float("nan"), dtype=torch.float32, device=features.device)

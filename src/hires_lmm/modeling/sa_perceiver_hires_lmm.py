@@ -31,16 +31,7 @@ GLOBAL_EMBEDDING = "global_embedding"
 
 
 def check_backend(implementation: str | None, head_width: int, num_heads: int) -> None:
-    """Refuse heads that are too wide for the attention backend.
-
-    Args:
-        implementation (`str`, *optional*): The connector's attention setting.
-        head_width (`int`): Channels of a head.
-        num_heads (`int`): Heads, for the message.
-
-    Raises:
-        ValueError: If flash attention was chosen and a head has more than 256 channels.
-    """
+    """Refuse heads of more than 256 channels for flash attention."""
     if implementation is not None and "flash" in implementation and head_width > FLASH_HEAD_WIDTH:
         least = -(-head_width * num_heads // FLASH_HEAD_WIDTH)
         raise ValueError(
@@ -82,10 +73,6 @@ class HiResLmmSaPerceiver(HiResLmmPart):
 
     Stable from 1 to 64 crops needs `norm` (`rms` or `layer`) or `score_scale="1/num_keys"`: as printed (neither) the
     sum over the keys grows with their number. `norm="rms"` is therefore the default.
-
-    Args:
-        context (`PartContext`): Widths and grids around the part.
-        options (`Options`): Activation, scale, norm, heads.
 
     Source: VLSA, openreview.net/forum?id=RLhEGWt94S; no code is public. The paper's: the query, one matrix for keys
     and values, SiLU without scale, one head, no biases, residuals. Ours: `norm`; the self step, printed as a sum of
@@ -177,16 +164,7 @@ class HiResLmmSaPerceiver(HiResLmmPart):
         return output if self.options.norm != "none" else output.to(query.dtype)  # the norm takes any size
 
     def cross_step(self, tokens: torch.Tensor, crops: torch.Tensor, counts: list[int]) -> torch.Tensor:
-        """Let each image read its crops.
-
-        Args:
-            tokens (`torch.Tensor` of shape `(I, Q, C)`): Low-resolution tokens and the query.
-            crops (`torch.Tensor` of shape `(K, L, C)`): Crops of all images, maybe more than `counts` sum to.
-            counts (`list[int]`): Crops of each image.
-
-        Returns:
-            `(I, Q, C)`, without the residual.
-        """
+        """Let images `(I, Q, C)` read the next `counts` of the crops `(K, L, C)`; without the residual."""
         keys = self.kv_proj(crops).flatten(0, 1)
         numbers = [count * crops.shape[1] for count in counts]
         return self.cross_out(
@@ -203,17 +181,7 @@ class HiResLmmSaPerceiver(HiResLmmPart):
         return self.self_out(self.self_norm(self._attend(self.options.self_attention, tokens, keys, values, numbers)))
 
     def forward(self, views: ViewFeatures) -> ViewFeatures:
-        """Apply the operation.
-
-        Args:
-            views (`ViewFeatures`): Low-resolution views and crops.
-
-        Returns:
-            Global features of unchanged shape, no crops, and `aux["global_embedding"]` `(I, C)`.
-
-        Raises:
-            ValueError: If the low-resolution views were left out.
-        """
+        """Global features of unchanged shape, no crops, and `aux["global_embedding"]` `(I, C)`."""
         glob, crops, num_images = views.group("global"), views.group("crops"), len(views.images)
         if glob is None or len(glob.rows) != num_images:
             raise ValueError(

@@ -26,13 +26,10 @@ def silu_attention(
     Beyond `SCORES_LIMIT` scores the keys are read block by block, and each block is computed again for its gradients.
 
     Args:
-        module (`nn.Module`): The calling module; not used.
         query (`torch.Tensor` of shape `(B, H, Q, E)`): Queries.
         key (`torch.Tensor` of shape `(B, H, K, E)`): Keys; all take part.
         value (`torch.Tensor` of shape `(B, H, K, E)`): Values.
-        attention_mask (`None`): Not supported.
         scaling (`float`): Multiplies the scores before the SiLU.
-        kwargs: Not used.
 
     Returns:
         `(B, Q, H, E)` in at least float32, which holds sums over many keys, and None: the weights are not kept.

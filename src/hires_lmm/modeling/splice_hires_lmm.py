@@ -8,6 +8,7 @@ import torch
 from transformers.cache_utils import Cache
 
 from .carriers_hires_lmm import Question, VisualTokens
+from .compat_hires_lmm import CACHE
 from .connector_hires_lmm import drop
 from .conversation_hires_lmm import Conversation
 from .inputs_hires_lmm import check_context, placeholders_per_image
@@ -30,6 +31,7 @@ class Prompt:
         conversation (`Conversation`, *optional*): What is remembered with the cache.
         placed (`Placed`, *optional*): Where visual tokens stand, for position plan and layer ops.
         layers (`LanguageCall`, *optional*): What layer ops do with the call.
+        chunk_size (`int`, *optional*): Most positions that the language model reads at once.
     """
 
     embeds: torch.Tensor
@@ -40,6 +42,27 @@ class Prompt:
     conversation: Conversation | None = None
     placed: Placed | None = None
     layers: LanguageCall | None = None
+    chunk_size: int | None = None
+
+    def read(self, language_model: Any, cache: Cache | None, **options: Any) -> Any:
+        """Run the language model; a long prompt in pieces, each behind the cache of those before it.
+
+        With layer ops in one: what stays is known when the last token of the prompt was read.
+        """
+        length, mask, positions = self.embeds.shape[1], self.attention_mask, self.position_ids
+        if self.chunk_size is None or self.chunk_size >= length or cache is None or self.layers is not None:
+            return _call(language_model, cache, self.embeds, mask, positions, options)
+        past, read = cache.get_seq_length(), []
+        for start in range(0, length, self.chunk_size):
+            stop = min(start + self.chunk_size, length)
+            seen = mask
+            if isinstance(mask, torch.Tensor):
+                seen = mask[:, : past + stop] if mask.ndim == 2 else mask[:, :, start:stop, : past + stop]
+            here = None if positions is None else positions[..., start:stop]
+            outputs = _call(language_model, cache, self.embeds[:, start:stop], seen, here, options)
+            read.append(outputs.last_hidden_state)
+        outputs.last_hidden_state = torch.cat(read, dim=1)
+        return outputs
 
     def expand(self, hidden: torch.Tensor) -> torch.Tensor:
         """States of the language model at the caller's positions `(B, S, D)`."""
@@ -57,6 +80,14 @@ class Prompt:
         if token_map is not None and images.prompt is not None and images.prompt.token_maps == []:
             sources = images.tokens.sources or range(images.tokens.num_images)
             images.prompt.token_maps.append(token_map.merge_images(sources))
+
+
+def _call(
+    model: Any, cache: Cache | None, embeds: torch.Tensor, mask: Any, positions: torch.Tensor | None, options: dict
+) -> Any:
+    """One pass of the language model."""
+    inputs: dict[str, Any] = {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": positions}
+    return model(**inputs, **{CACHE: cache}, return_dict=True, **options)
 
 
 @dataclass
@@ -77,15 +108,7 @@ class Splice:
 def find_placeholders(
     ids: torch.Tensor | None, embeds: torch.Tensor, token_id: int, embed: Any, prompt_length: int | None = None
 ) -> torch.Tensor:
-    """Where the image placeholders are, `(B, S)` bool.
-
-    Args:
-        ids (`torch.Tensor` of shape `(B, S)`, *optional*): Token ids; without them embeddings are compared.
-        embeds (`torch.Tensor` of shape `(B, S, D)`): Token embeddings.
-        token_id (`int`): The placeholder.
-        embed (`Callable`): Looks up token embeddings.
-        prompt_length (`int`, *optional*): Positions beyond it are generated and hold no placeholders.
-    """
+    """Where the image placeholders are, `(B, S)` bool, in the prompt; without ids embeddings are compared."""
     if ids is None:
         token = torch.full((), token_id, dtype=torch.long, device=embeds.device)
         mask = (embeds == embed(token)).all(dim=-1)
@@ -102,14 +125,7 @@ def splice(
     tokens: VisualTokens | list[torch.Tensor],
     question: Question | None = None,
 ) -> Splice:
-    """Write visual tokens over placeholders, and what operations wrote into the question over its text.
-
-    Args:
-        embeds (`torch.Tensor` of shape `(B, S, D)`): Token embeddings.
-        placeholder (`torch.Tensor` of shape `(B, S)`): True at placeholders.
-        tokens (`VisualTokens` or `list[torch.Tensor]`): Tokens of all images, or the finished `(n_i, D)` of each.
-        question (`Question`, *optional*): As the operations left it.
-    """
+    """Write visual tokens over placeholders, and what operations wrote into the question over its text."""
     if isinstance(tokens, VisualTokens):
         placed, kept = drop(tokens)
     else:
@@ -133,20 +149,7 @@ def splice_images(
     conversation: Conversation | None = None,
     output_token_map: bool = False,
 ) -> Prompt:
-    """Run what needs the question, write visual tokens over placeholders, and take those that are dropped out.
-
-    Args:
-        model (`HiResLmmModel`): Holds the connector.
-        text (`PromptText`): The text of the call.
-        features (`HiResLmmImageFeatures`): Its images.
-        cache (`Cache`, *optional*): Earlier positions.
-        position_ids (`torch.Tensor` of shape `(B, S)`, *optional*): The caller's; made anew where tokens are dropped.
-        conversation (`Conversation`, *optional*): What is remembered with the cache.
-        output_token_map (`bool`): Make the record of every visual token.
-
-    Raises:
-        ValueError: If the prompt is longer than the language model reads, or features lack what is asked for.
-    """
+    """Run what needs the question, write visual tokens over placeholders, and take those that are dropped out."""
     past = cache.get_seq_length() if cache is not None else 0
     known = features.prompt
     prompt_length = None if known is None else known.length
@@ -173,6 +176,7 @@ def splice_images(
     if model.connector.layer_ops or model.connector.position_plan is not None:
         prompt.placed = place(text, placeholder, tokens, None if known is None else num_drafted)
     if known is not None:
+        prompt.chunk_size = known.chunk_size
         outputs["num_drafted"] = num_drafted
         length = past + prompt.embeds.shape[1] - num_drafted
         check_context(length, prompt.attention_mask, num_drafted, model.config.text_config)

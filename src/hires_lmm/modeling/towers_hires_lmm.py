@@ -26,30 +26,13 @@ EXTRA_LAYER = -1
 
 @torch.compiler.assume_constant_result  # names of types are nothing to compile
 def is_sharded(module: torch.nn.Module) -> bool:
-    """Whether the parameters of a module are spread over processes (FSDP, ZeRO-3), which then call it in step.
-
-    Args:
-        module (`nn.Module`): Any module.
-    """
+    """Whether the parameters of a module are spread over processes (FSDP, ZeRO-3), which then call it in step."""
     kinds = {type(parameter).__name__ for parameter in module.parameters()}
     return bool(kinds & {"DTensor", "FlatParameter"}) or any(hasattr(p, "ds_id") for p in module.parameters())
 
 
 def split_views(pixels: torch.Tensor, chunk_size: int | None, tower: torch.nn.Module) -> tuple[torch.Tensor, ...]:
-    """Cut a batch of views into the pieces that pass the tower one after another.
-
-    Args:
-        pixels (`torch.Tensor` of shape `(V, 3, S, S)`): Views.
-        chunk_size (`int`, *optional*): Most views of a piece; None = all.
-        tower (`nn.Module`): The tower; where its parameters are spread over processes, all views stay together, since
-            every process must call it equally often.
-
-    Returns:
-        At least one piece.
-
-    Raises:
-        ValueError: If `chunk_size` is no integer or below 1.
-    """
+    """Cut `(V, 3, S, S)` views into the pieces that pass the tower; all at once where it is spread over processes."""
     if chunk_size is None:
         return (pixels,)
     if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
@@ -97,17 +80,12 @@ def run_tower(
     """Encode views.
 
     Args:
-        tower (`PreTrainedModel`): A vision tower of transformers.
-        pixels (`torch.Tensor` of shape `(V, 3, H, W)`): Views.
-        layer (`int`): Index into the hidden states.
-        needs (`Needs`, *optional*): Scores and further layers that parts ask for.
         chunk_size (`int`, *optional*): Most views that pass the tower at once; None = all. Bounds the memory of a
             forward pass; with gradients every chunk keeps its activations.
         sizes (`list[tuple[int, int]]`, *optional*): Patch rows and columns of each view, where they are unequal: each
             size is encoded by itself, with positions of its own, and padded at bottom and right.
         output_hidden_states, output_attentions (`bool`, *optional*): Keep those of all layers; the tower's
             configuration decides by default.
-        layers (`TowerPass`, *optional*): What layer ops of the tower see of the views.
     """
     if sizes and len(set(sizes)) > 1:
         return _run_by_size(tower, pixels, layer, needs, chunk_size, sizes)
@@ -215,15 +193,7 @@ def class_products(tower: PreTrainedModel, states: tuple[torch.Tensor, ...]) -> 
 
 
 def cls_logits(tower: PreTrainedModel, states: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """How much the class token attends to each patch in the last layer, before the softmax.
-
-    Args:
-        tower (`PreTrainedModel`): A tower with a class token.
-        states (`tuple[torch.Tensor]`): All hidden states `(V, 1 + L, C)`.
-
-    Returns:
-        `(V, L)` float32, the mean over the heads.
-    """
+    """How much the class token attends to each patch of the last layer, before softmax: `(V, L)`, mean of heads."""
     return class_products(tower, states).mean(dim=1)[:, tower_family(tower.config).prefix :]
 
 
@@ -237,11 +207,7 @@ SCORES = {"cls_logits": cls_logits, "cls_probabilities": cls_probabilities}
 
 
 def check_needs(config: Any, needs: Needs) -> None:
-    """Refuse what a tower cannot give.
-
-    Raises:
-        ValueError: For an unknown score, and for a score of a class token where there is none.
-    """
+    """Refuse what a tower cannot give."""
     for name in needs.scores:
         if name not in SCORES:
             raise ValueError(f"A part needs the score {name!r}; towers give {', '.join(SCORES)}.")
@@ -271,17 +237,7 @@ def _join_pieces(pieces: list[TowerOutput]) -> TowerOutput:
 def run_towers(
     model: Any, images: ImageInputs, layer: int | None = None, chunk_size: int | None = None, **wanted: Any
 ) -> tuple[list[ViewGroup], BaseModelOutput]:
-    """Encode the images of a call.
-
-    Args:
-        model (`HiResLmmModel`): Holds the towers; its connector says which views are used and what parts need.
-        images (`ImageInputs`): The images.
-        layer, chunk_size (`int`, *optional*): In place of those of the configuration.
-        wanted: See `run_tower`.
-
-    Returns:
-        One group a kind and tower that is there, and the output of the main tower.
-    """
+    """Encode the images of a call: one group a kind and tower that is there, and the output of the main tower."""
     config, connector = model.config, model.connector
     layer = config.vision_feature_layer if layer is None else layer
     chunk_size = config.vision_chunk_size if chunk_size is None else chunk_size
@@ -369,13 +325,7 @@ def check_left_out(images: list[ImageGeometry], connector: Any) -> None:
 
 
 def blank_groups(model: Any, device: torch.device, use_tower: bool) -> list[ViewGroup]:
-    """What the towers give for a blank view of each kind that is used, for training batches without images.
-
-    Args:
-        model (`HiResLmmModel`): Holds the towers.
-        device (`torch.device`): Where the views are made.
-        use_tower (`bool`): Run the towers; else their features are zero, as where they come from a cache.
-    """
+    """What the towers give for a blank view of each kind that is used; zeros where they do not run."""
     config, groups = model.config, []
     kinds = [kind for kind, tower in model.connector.used if tower == MAIN_TOWER]
     shape = (1, config.vision_config.num_channels, config.view_size, config.view_size)

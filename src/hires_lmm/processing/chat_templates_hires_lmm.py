@@ -185,9 +185,6 @@ _CONTINUATIONS = ("", "A", " a", "\n", "7")
 def answer_prefix_ids(processor: Any) -> list[int]:
     """The token ids that open an answer, as the chat template writes them.
 
-    Args:
-        processor: A processor or tokenizer with a chat template.
-
     Returns:
         The ids; closing white space that a tokenizer may merge with the answer is left out. Empty where a template
         opens answers with nothing (`plain`).

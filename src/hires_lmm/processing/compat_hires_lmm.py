@@ -75,11 +75,7 @@ def layers_of(model: Any) -> nn.ModuleList:
 
 
 def attention_of(layer: nn.Module) -> nn.Module:
-    """The attention of a layer: what has groups of key heads, which every attention function asks for.
-
-    Raises:
-        ValueError: If it has none.
-    """
+    """The attention of a layer: what has groups of key heads, which every attention function asks for."""
     found = next((part for part in layer.modules() if hasattr(part, "num_key_value_groups")), None)
     if found is None:
         raise ValueError(
@@ -89,11 +85,7 @@ def attention_of(layer: nn.Module) -> nn.Module:
 
 
 def attention_window(text_config: Any, layer: int) -> int | None:
-    """Positions that a query looks back in a layer, itself included; None = all.
-
-    Raises:
-        ValueError: If the layer attends in another way.
-    """
+    """Positions that a query looks back in a layer, itself included; None = all."""
     window = getattr(text_config, "sliding_window", None)
     kinds = getattr(text_config, "layer_types", None)
     if kinds is None:

@@ -134,11 +134,7 @@ class Grid:
 
 
 def check_stride(grid: Grid, patch_grid: tuple[int, int], where: str) -> None:
-    """Refuse a grid whose size and stride contradict each other: counts would follow the stride.
-
-    Raises:
-        ValueError: If they do.
-    """
+    """Refuse a grid whose size and stride contradict each other: counts would follow the stride."""
     if grid.of(patch_grid) != grid.size:
         raise ValueError(
             f"{where} gives {grid.rows}x{grid.cols} tokens, but views of {patch_grid[0]}x{patch_grid[1]} patches with "

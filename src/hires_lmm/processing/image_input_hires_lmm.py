@@ -255,7 +255,8 @@ def _pillow_to_rgb(image: Image.Image, index: int, background: tuple[int, int, i
         if image.has_transparency_data:
             return _over_background(image, background)
         if image.mode == "LAB":
-            return _lab_to_rgb(image)
+            lab, rgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+            return ImageCms.buildTransform(lab, rgb, "LAB", "RGB").apply(image)
         return image if image.mode == "RGB" else image.convert("RGB")
     except Exception as error:
         raise ValueError(f"Image {index} of mode {image.mode!r} has no conversion to RGB ({error}).") from error
@@ -266,11 +267,6 @@ def _over_background(image: Image.Image, background: tuple[int, int, int]) -> Im
     result = Image.new("RGB", image.size, background)
     result.paste(rgba.convert("RGB"), mask=rgba.getchannel("A"))
     return result
-
-
-def _lab_to_rgb(image: Image.Image) -> Image.Image:
-    lab, rgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-    return ImageCms.buildTransform(lab, rgb, "LAB", "RGB").apply(image)
 
 
 def _tensor_to_numpy(tensor: torch.Tensor, index: int) -> np.ndarray:

@@ -264,9 +264,6 @@ class HiResLmmImageProcessor(HiResLmmOwnPartsMixin, PilBackend):
             height, width (`int`): The upright image (after EXIF orientation), pixels.
             kwargs: Options as in a call.
 
-        Returns:
-            The plan.
-
         Raises:
             ValueError: If a size or option is wrong.
         """
@@ -468,7 +465,8 @@ def _render(pictures: list[Image.Image], plans: list[ViewPlan], settings: _Setti
     make = np.empty if len(set(sizes)) == 1 else np.zeros
     pixels, row = make((len(sizes), 3, *largest), dtype=np.float32), 0
     for picture, plan in zip(pictures, plans, strict=True):
-        filters = [_first_given(settings.resample, chosen, PILImageResampling.BICUBIC) for chosen in plan.resample]
+        given = [chosen if settings.resample is None else settings.resample for chosen in plan.resample]
+        filters = [PILImageResampling.BICUBIC if chosen is None else chosen for chosen in given]
         canvas = _draw_canvas(picture, plan, filters[1]) if any(plan.canvas) else None
         for view in plan.views:
             height, width = sizes[row]
@@ -476,7 +474,10 @@ def _render(pictures: list[Image.Image], plans: list[ViewPlan], settings: _Setti
                 drawn = _draw_global(picture, plan, sizes[row], settings.resample, filters[0])
             else:
                 drawn = _cut(cast("np.ndarray", canvas), view, sizes[row])
-            _normalise(drawn, pixels[row, :, :height, :width], settings)
+            own = pixels[row, :, :height, :width]
+            own[...] = drawn.transpose(2, 0, 1)
+            own *= settings.scale
+            own += settings.shift
             row += 1
     return pixels
 
@@ -496,10 +497,6 @@ def _draw_whole(picture: Image.Image, tower: dict[str, Any], settings: _Settings
     scale, shift = _scale_and_shift(factor, tower["image_mean"], tower["image_std"])
     drawn = _draw(picture, (side, side), (side, side), (0, 0), settings.background, PILImageResampling.BICUBIC)
     return drawn.transpose(2, 0, 1).astype(np.float32) * scale + shift
-
-
-def _first_given(*choices: int | None) -> int:
-    return next(choice for choice in choices if choice is not None)
 
 
 def _draw(
@@ -540,12 +537,6 @@ def _draw_canvas(picture: Image.Image, plan: ViewPlan, resample: int) -> np.ndar
     turned = picture.transpose(Image.Transpose.TRANSPOSE)
     drawn = _draw(turned, plan.resized[::-1], plan.canvas[::-1], plan.paste[::-1], plan.fill, resample)
     return drawn.transpose(1, 0, 2)
-
-
-def _normalise(view: np.ndarray, pixels: np.ndarray, settings: _Settings) -> None:
-    pixels[...] = view.transpose(2, 0, 1)
-    pixels *= settings.scale
-    pixels += settings.shift
 
 
 def _scale_and_shift(factor: float, mean: Any, std: Any) -> tuple[np.ndarray, np.ndarray]:

@@ -74,11 +74,7 @@ def list_names(setting: Any, key: str = "part") -> list[Any]:
 
 
 def as_name(part: Any) -> Any:
-    """What a configuration holds for a part: for a class its name, which knows the class; names stay.
-
-    Raises:
-        ValueError: For a class that is no part, or belongs to the package, and for a name of another form.
-    """
+    """What a configuration holds for a part: for a class its name, which knows the class; names stay."""
     if is_own(part) and part.count(".") > 1:
         part = find_imported(part) or part
     if isinstance(part, type):
@@ -92,11 +88,7 @@ def as_name(part: Any) -> Any:
 
 
 def own_class(name: Any, base: str) -> Any:
-    """The class of an own part that was given, loaded, or imported by the user; None where it is not known.
-
-    Raises:
-        ValueError: If it does not derive from the base of its slot.
-    """
+    """The class of an own part that was given, loaded, or imported by the user; None where it is not known."""
     part = _known_class(name)
     if part is not None and not _is_part(part, (base,)):
         raise ValueError(f"The part {name} does not fit here: derive it from {base}, or move it to its own slot.")
@@ -117,15 +109,7 @@ def find_imported(name: str) -> Any:
 
 
 def part_loader(source: Any, is_trusted: bool, module: str, options: dict[str, Any]) -> Callable[[Any], Any]:
-    """What turns the name of a part into one that knows its class.
-
-    Args:
-        source (`str`): Folder or Hub id of the checkpoint.
-        is_trusted (`bool`): Whether its files may run. They may as well where the running `module` is one of them: who
-            has answered the prompt of transformers with yes, or loads a second time, is not asked again.
-        module (`str`): Name of the module that loads.
-        options (`dict`): Those of `from_pretrained`; what concerns the Hub is read.
-    """
+    """What turns the name of a part into one that knows its class."""
     hub = {name: options[name] for name in HUB_OPTIONS if name in options}
     return partial(_load_part, source=str(source or ""), is_trusted=is_trusted, module=module, hub=hub)
 
@@ -175,11 +159,7 @@ def _runs_code_of(module: str, source: str, hub: dict[str, Any]) -> bool:
 
 
 def collect_files(names: list[Any], folder: str | Path) -> dict[str, str]:
-    """The files that belong beside a configuration with these parts, by name; nothing is written yet.
-
-    Raises:
-        ValueError: If a class stands in no file, or its file has an import that a checkpoint cannot have.
-    """
+    """The files that belong beside a configuration with these parts, by name; nothing is written yet."""
     files: dict[str, str] = {}
     for name in filter(is_own, names):
         part = _known_class(name)

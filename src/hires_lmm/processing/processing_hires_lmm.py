@@ -118,7 +118,8 @@ class HiResLmmProcessor(HiResLmmOwnPartsMixin, ProcessorMixin):
         image_processor = AutoImageProcessor.from_pretrained(path, **loading, **for_images)
         tokenizer = AutoTokenizer.from_pretrained(path, **loading, **for_text)
         tokens = {name for name, value in for_text.items() if name.endswith("_token") and not isinstance(value, int)}
-        known = _tokenizer_names(type(tokenizer)) | image_names | set(signature(cls).parameters)
+        own = set(signature(type(tokenizer)).parameters) - {"args", "kwargs"}
+        known = {*own, *TextKwargs.__annotations__, *TOKENIZER_NAMES.split(), *image_names, *signature(cls).parameters}
         if not returns_unused:
             _refuse_unknown(set(for_text) - tokens, known, "options")
         return [image_processor, tokenizer]
@@ -142,9 +143,6 @@ class HiResLmmProcessor(HiResLmmOwnPartsMixin, ProcessorMixin):
                 if it reads images, else the one its special tokens belong to, else `"plain"`.
             changes: Options of `HiResLmmImageProcessor` that replace those of the config (`max_crops=6`).
 
-        Returns:
-            The processor.
-
         Raises:
             ValueError: If the tokenizer's image token is not `config.image_token_id`, an option is unknown, or the
                 tower's numbers are not known.
@@ -166,7 +164,8 @@ class HiResLmmProcessor(HiResLmmOwnPartsMixin, ProcessorMixin):
         if options["token_layout"].get("later_tokens") is not None:
             template = add_queries(template)
         tokenizer.chat_template = template
-        tokenizer.model_max_length = _context_length(config.text_config) or tokenizer.model_max_length
+        context = getattr(config.text_config, "max_position_embeddings", None)
+        tokenizer.model_max_length = context or tokenizer.model_max_length
         image_processor = HiResLmmImageProcessor(**{**options, **changes})
         processor = cls(image_processor, tokenizer, chat_template=tokenizer.chat_template, image_token=image_token)
         for name, read in (("answer_prefix_ids", answer_prefix_ids), ("question_prefix_ids", question_prefix_ids)):
@@ -476,12 +475,6 @@ def _refuse_unknown(given: set[str], known: set[str], what: str) -> None:
         raise ValueError(f"Unknown {what} {unknown}; the known ones are {', '.join(sorted(known)) or 'none'}.")
 
 
-def _tokenizer_names(kind: type) -> set[str]:
-    """Options that a class of tokenizers takes when it is loaded."""
-    own = set(signature(kind).parameters) - {"args", "kwargs"}
-    return own | set(TextKwargs.__annotations__) | set(TOKENIZER_NAMES.split())
-
-
 def _known_token_id(tokenizer: Any, token: str) -> int:
     """The id of a token that every text is split at."""
     if tokenizer is None:
@@ -527,10 +520,6 @@ def choose_template(tokenizer: Any) -> str:
         return own
     vocabulary = tokenizer.get_vocab()
     return next((name for token, name in TEMPLATE_BY_TOKEN.items() if token in vocabulary), "plain")
-
-
-def _context_length(text_config: Any) -> int | None:
-    return text_config.max_position_embeddings if hasattr(text_config, "max_position_embeddings") else None
 
 
 def _view_size(vision_config: Any) -> int:

@@ -180,7 +180,7 @@ class Arrangement:
 
     def walk(self, views: Sequence[ViewShape], num_tokens: int | None = None) -> list[Run | Mark]:
         """Order the tokens of one image, under a budget that elastic kinds take if `num_tokens` is given."""
-        limits = self._limits(views, num_tokens)
+        limits = {} if num_tokens is None or not self.elastic else self.elastic_limits(views, num_tokens)
         out: list[Run | Mark] = [*self._marks("image_start")]
         num_blocks = 0
         for kind in self.kinds:
@@ -214,9 +214,6 @@ class Arrangement:
         for (kind, _), share in zip(sizes, shares, strict=True):
             limits.setdefault(kind, []).append(share)
         return limits
-
-    def _limits(self, views: Sequence[ViewShape], num_tokens: int | None) -> dict[int, list[int]]:
-        return {} if num_tokens is None or not self.elastic else self.elastic_limits(views, num_tokens)
 
     def _area(self, view: ViewShape, kind: int) -> int:
         top, bottom, left, right = self.grids[kind].cells(view)

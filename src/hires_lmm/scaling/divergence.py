@@ -46,12 +46,6 @@ class BranchDivergence:
     def linear_from(self, epsilon: float = 0.1) -> int | None:
         """Where growth is linear in n: the smallest n from which on n / ((n^2 - n) g(n)) stays below epsilon.
 
-        Args:
-            epsilon (`float`): The limit; positive.
-
-        Returns:
-            The length, or None where that is not reached.
-
         Source: the first threshold of huggingface.co/papers/2412.18387, "the ratio of the two parts of the bound". The
         text does not say which quotient: this one, independent part over dependent part, is our reading.
         """
@@ -64,26 +58,13 @@ class BranchDivergence:
     def stable_from(self, epsilon: float = 1e-3) -> int | None:
         """Where the dependency has settled: the smallest n from which on |g(n + 1) - g(n)| stays below epsilon.
 
-        Args:
-            epsilon (`float`): The limit; positive.
-
-        Returns:
-            The length, or None where that is not reached.
-
         Source: the second threshold of huggingface.co/papers/2412.18387; "from which on" is our reading.
         """
         changes = np.abs(np.diff(self.dependency[1:]))
         return _first_lasting(changes < _checked_epsilon(epsilon), 2)
 
     def distance_at(self, tokens: Sequence[int]) -> list[float]:
-        """The distances at some lengths, for `fit_distance_law`.
-
-        Args:
-            tokens (sequence of `int`): Lengths from 1 to N.
-
-        Raises:
-            ValueError: If a length was not measured.
-        """
+        """The distances at some lengths from 1 to N, for `fit_distance_law`."""
         outside = [length for length in tokens if not 1 <= length <= len(self.distance)]
         if outside:
             raise ValueError(
@@ -107,12 +88,6 @@ def divergence_of_deltas(deltas: np.ndarray | torch.Tensor) -> BranchDivergence:
 
     Args:
         deltas (`(P, N, D)`): delta_t = f(x_t) - f(y_t) of each pair at each position.
-
-    Returns:
-        The curves.
-
-    Raises:
-        ValueError: If the shape is another.
 
     Source: huggingface.co/papers/2412.18387, eqs. 1 to 18 as far as its text fixes them.
     """

@@ -54,9 +54,7 @@ class DistanceFit:
     Args:
         beta (`float`): The exponent.
         scale (`float`): The score at distance 1.
-        beta_interval (`tuple[float, float]`): 95 % interval.
         r_squared, residual_std (`float`): Of ln S, see `LineFit`.
-        method (`str`): How it was fitted.
         distances, scores (`tuple[float, ...]`): The points.
     """
 
@@ -122,15 +120,9 @@ def fit_distance_law(
     Args:
         distances (sequence of `float`): Distances between branches at some numbers of tokens, see
             `BranchDivergence.distance_at`; at least three.
-        scores (sequence of `float`): The score at each; positive.
-        method (`str`): As in `fit_scaling_law`.
-        seed (`int`): Of the bootstrap.
 
     Returns:
         The fit. While the distance grows as the root of n, alpha = -beta / 2; while it grows as n, alpha = -beta.
-
-    Raises:
-        ValueError: As in `fit_scaling_law`.
 
     Source: huggingface.co/papers/2412.18387, eq. 23: performance is taken to be proportional to distance^beta.
     """

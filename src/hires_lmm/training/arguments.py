@@ -9,14 +9,6 @@ from ..modeling.compat_hires_lmm import training_field
 
 
 def build_arguments(folder: str | Path, **values: Any) -> TrainingArguments:
-    """Build `TrainingArguments` for our collator, with `activation_checkpointing` at every minor of transformers.
-
-    Args:
-        folder (`str` or `Path`): The output folder.
-        values: Fields of `TrainingArguments`; before 5.23 those of activation checkpointing had another name.
-
-    Returns:
-        The arguments.
-    """
+    """`TrainingArguments` for our collator; before 5.23 activation checkpointing had another name."""
     named = {training_field(name): value for name, value in values.items()}
     return TrainingArguments(str(folder), **{"remove_unused_columns": False, **named})

@@ -17,9 +17,6 @@ def last_checkpoint(folder: str | Path) -> str | None:
     The Trainer writes a checkpoint file by file into its final place, its own state last. One that a killed process or
     a full disk left unfinished is passed over with a warning; `resume_from_checkpoint=True` would take it and fail.
 
-    Args:
-        folder (`str` or `Path`): Output folder of the run; need not exist.
-
     Returns:
         The folder of the checkpoint; None where there is no whole one.
     """

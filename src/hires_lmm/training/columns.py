@@ -16,20 +16,9 @@ class BatchColumn:
         self.name = name
 
     def encode(self, messages: list[dict]) -> Any | None:
-        """The value of one sample.
-
-        Args:
-            messages (`list[dict]`): Its messages with the images in their places, see `read_messages`.
-
-        Returns:
-            The value, or None where the sample gives none.
-        """
+        """The value of one sample, from its messages with the images in their places; None where it gives none."""
         raise NotImplementedError
 
     def join(self, values: list) -> Any:
-        """The column of a batch, from the values of the samples that gave one, in their order.
-
-        Args:
-            values (`list`): At least one value.
-        """
+        """The column of a batch, from the values of the samples that gave one, in their order; at least one."""
         return torch.cat(values)

@@ -114,16 +114,11 @@ def cache_vision_features(
     process writes at a time; others wait, and then find the images there.
 
     Args:
-        model (`nn.Module`): The model whose towers are run, in evaluation mode.
-        processor (`HiResLmmProcessor`): Cuts the images.
         images (`Iterable`): Images or sources; repetitions cost a hash.
         folder (`str`): Where to write.
         views_per_pass (`int`): Views that a tower sees at once.
         shard_bytes (`int`): Size of a shard.
         dtype (`torch.dtype`, *optional*): Type on disk; that of the tower by default.
-
-    Returns:
-        The store.
 
     Raises:
         ValueError: If the folder holds features of other towers or another processor; if an image cannot be read: the

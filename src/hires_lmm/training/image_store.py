@@ -42,7 +42,6 @@ class ImageStore:
     """Tensors by key in a folder: it grows, goes on after an interruption, and any number of processes may read it.
 
     Args:
-        folder (`str`): The folder.
         made_from (`dict`, *optional*): JSON values that decide over the tensors; the folder need not exist then. None
             takes the folder as it is.
 

@@ -73,9 +73,6 @@ def merge_lora(adapter_folder: str | Path, output_folder: str | Path, **options:
         output_folder (`str`): Where to write.
         options: For `from_pretrained` of the base model, such as `dtype`, `device_map`, `trust_remote_code`.
 
-    Returns:
-        The merged model.
-
     Raises:
         ValueError: If the folder holds no adapter.
     """

@@ -31,9 +31,6 @@ def fusion(column: str = "with_question", tower_rate: Any = None, tokens: tuple[
         then one stage for every other number, and without the question for the largest too, each of which starts
         from `fusion/generation`.
 
-    Raises:
-        ValueError: If the column is unknown.
-
     Source: huggingface.co/papers/2412.18387, section on training: 1000 steps of 256 samples, two epochs of 2560, a
     tenth of the data for every other number. Its training scripts are not public, so what the paper leaves open is
     decided here: the tower is frozen and the language model too, everything between them learns.

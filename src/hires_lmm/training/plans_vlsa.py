@@ -37,9 +37,6 @@ def vlsa(column: str = "llama3_8b", tower_rate: Any = None, row: str = "vlsa") -
     Returns:
         Three stages: I connector and Epigone; II denoiser and tower too; III everything, with cognition tasks.
 
-    Raises:
-        ValueError: If the column is unknown.
-
     Source: VLSA, openreview.net/forum?id=RLhEGWt94S; data: 558K, LLaVAR 422K, 790K. The paper gives neither learning
     rates nor batch sizes: those of SliME's Table 7 for the same language model, LLaVA-NeXT's for the tower, ours for
     stage II and the denoiser. In stage I it names the perceiver alone; the projector behind it is new too and learns

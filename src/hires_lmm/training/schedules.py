@@ -33,9 +33,6 @@ def alternating_scheduler(
         num_warmup_steps (`int`): Steps of linear warm-up.
         options: `scheduler_specific_kwargs` of the schedule.
 
-    Returns:
-        The scheduler, for `Trainer(..., optimizers=(optimizer, scheduler))`.
-
     Raises:
         ValueError: If the stage does not alternate, or the groups are not those of the stage.
     """

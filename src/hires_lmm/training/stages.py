@@ -20,9 +20,6 @@ class Alternation:
     Args:
         turns (`list[list[str]]`): For each turn the patterns of `Stage.trainable` that learn.
         steps (`int`): Optimizer steps of a turn.
-
-    Raises:
-        ValueError: If there is nothing to alternate.
     """
 
     turns: list
@@ -140,9 +137,6 @@ class Stage:
     def apply(self, model: nn.Module) -> None:
         """Make a model ready: freeze, choose views, set options.
 
-        Args:
-            model (`nn.Module`): The model, not yet wrapped by DDP or FSDP.
-
         Raises:
             ValueError: If a pattern matches nothing, or an option cannot be set in this model.
         """
@@ -160,15 +154,8 @@ class Stage:
         """The optimizer for `Trainer(..., optimizers=(stage.optimizer(model, args), None))`, one named group a part.
 
         Args:
-            model (`nn.Module`): The model, on the device it is trained on.
             args (`TrainingArguments`): `optim`, its arguments and `weight_decay` are read; the learning rates are
                 those of the stage.
-
-        Returns:
-            The optimizer; it refuses states that another stage wrote.
-
-        Raises:
-            ValueError: If a pattern of the stage matches nothing.
         """
         groups = parameter_groups(self.parameters(model), self.trainable, self.name, args.weight_decay)
         return build_optimizer(groups, self.name, model, args)
@@ -185,9 +172,6 @@ def tower_rates(rate: float | dict[str, float] | None) -> dict[str, float]:
     Args:
         rate (`float` or `dict[str, float]`, *optional*): Of the main tower; or of towers by name, such as
             `{"vision_tower": 2e-6, "extra_towers.fine": 1e-5}`. None: all are frozen.
-
-    Raises:
-        ValueError: If a name is none of a tower.
     """
     rates = {} if rate is None else dict(rate) if isinstance(rate, dict) else {"vision_tower": rate}
     for name in rates:
@@ -207,15 +191,7 @@ class PartRow:
 
 
 def summarise(model: nn.Module, stage: Stage) -> list[PartRow]:
-    """What a stage trains in a model, part by part.
-
-    Args:
-        model (`nn.Module`): The model, bare or wrapped.
-        stage (`Stage`): The stage.
-
-    Returns:
-        One row a part, in the order of the data.
-    """
+    """What a stage trains in a model: one row a part, in the order of the data."""
     chosen = {
         id(parameter): stage.trainable[pattern]
         for pattern, pairs in stage.parameters(model).items()

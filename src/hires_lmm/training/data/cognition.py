@@ -164,10 +164,6 @@ class CognitionStream(IterableDataset):
 def with_cognition(dataset: Any, transform: CognitionTransform) -> Any:
     """A dataset with questions put into its conversations while it is read, in each pass other ones.
 
-    Args:
-        dataset: Map-style or streamed, of torch, `datasets` or this package; its rows are those of the collator.
-        transform (`CognitionTransform`): The transform.
-
     Returns:
         A dataset of the same style for the Trainer.
 

@@ -60,9 +60,6 @@ class VqQuantiser:
     Args:
         model (`VQModel`): The model; it is put into evaluation mode.
         image_size (`int`): Side of the square, pixels.
-
-    Raises:
-        ValueError: If the model cannot encode RGB images of this size, or is none.
     """
 
     def __init__(self, model: Any, image_size: int = 256):
@@ -111,9 +108,6 @@ def load_quantiser(name_or_path: str, image_size: int = 256, **kwargs: Any) -> V
         name_or_path (`str`): Folder or repository.
         image_size (`int`): Side of the square that images are squeezed to, pixels.
         **kwargs: More arguments of `VQModel.from_pretrained`, such as `subfolder="vqvae"`.
-
-    Returns:
-        The quantiser.
 
     Raises:
         ImportError: If diffusers is not installed.

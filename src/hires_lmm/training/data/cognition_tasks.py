@@ -123,16 +123,6 @@ def _as_grid(numbers: list[str], limit: int, shape: tuple[int, ...]) -> np.ndarr
     return values.reshape(shape) if values.size == np.prod(shape) and values.max() < limit else None
 
 
-def code_accuracy(codes: np.ndarray | None, target: np.ndarray) -> float:
-    """Share of cells `(rows, cols)` with the right index; 0 where nothing was read."""
-    return 0.0 if codes is None else float((codes == target).mean())
-
-
-def pixel_error(pixels: np.ndarray | None, target: np.ndarray) -> float | None:
-    """Mean absolute difference of all channels of `(rows, cols, 3)`, 0 to 255; None where nothing was read."""
-    return None if pixels is None else float(np.abs(pixels.astype(np.float64) - target).mean())
-
-
 IMAGE_NAME = "the image"
 HALF = 50
 """Sides of the region in per cent: half of each side is a quarter of the area."""
@@ -157,9 +147,6 @@ class PixelTask:
     Args:
         grid (`tuple[int, int]`): Rows and columns of colours.
         templates (iterable of `str`, *optional*): Wordings with the fields of `PIXEL_FIELDS`.
-
-    Raises:
-        ValueError: If grid or templates are senseless.
 
     Source: VLSA, OpenReview RLhEGWt94S, section on cognition alignment. The paper gives neither the grid nor the
     wording; the grid and per cent are ours.
@@ -193,9 +180,9 @@ class PixelTask:
     def score(self, texts: Sequence[str], queries: Sequence[CognitionQuery]) -> dict[str, float]:
         """Of answers of a model: `parsed`, the share that are so many colours, and the mean `error` of a channel of
         those, 0 to 255; NaN where there is none."""
-        errors = [pixel_error(self.read(text), query.target) for text, query in zip(texts, queries, strict=True)]
-        found = [error for error in errors if error is not None]
-        return {"parsed": _mean([e is not None for e in errors]), "error": _mean(found)}
+        pairs = [(self.read(text), query.target) for text, query in zip(texts, queries, strict=True)]
+        errors = [np.abs(pixels.astype(np.float64) - target).mean() for pixels, target in pairs if pixels is not None]
+        return {"parsed": _mean([pixels is not None for pixels, _ in pairs]), "error": _mean(errors)}
 
 
 class CodebookTask:
@@ -206,9 +193,6 @@ class CodebookTask:
         block (`tuple[int, int]`, *optional*): Rows and columns of the block, anywhere in the grid; None asks for the
             whole grid.
         templates (iterable of `str`, *optional*): Wordings with the fields of `CODE_FIELDS`.
-
-    Raises:
-        ValueError: If the block does not fit into the grid, or a value is senseless.
 
     Source: VLSA, OpenReview RLhEGWt94S, section on cognition alignment. The paper does not say how many indices it
     asks for; the block is ours.
@@ -264,9 +248,9 @@ class CodebookTask:
 
     def score(self, texts: Sequence[str], queries: Sequence[CognitionQuery]) -> dict[str, float]:
         """Of answers of a model: `parsed`, the share that are so many indices, and `accuracy`, that of right cells."""
-        read = [self.read(text) for text in texts]
-        right = [code_accuracy(codes, query.target) for codes, query in zip(read, queries, strict=True)]
-        return {"parsed": _mean([codes is not None for codes in read]), "accuracy": _mean(right)}
+        pairs = [(self.read(text), query.target) for text, query in zip(texts, queries, strict=True)]
+        right = [0.0 if codes is None else (codes == target).mean() for codes, target in pairs]
+        return {"parsed": _mean([codes is not None for codes, _ in pairs]), "accuracy": _mean(right)}
 
 
 def region_colours(image: Image.Image, left: int, top: int, grid: tuple[int, int]) -> np.ndarray:

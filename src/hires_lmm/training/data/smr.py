@@ -183,8 +183,8 @@ class _ArrayUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"the file asks for {module}.{name}, which a dataset does not need")
 
 
-def _read_geoqa(file: Path) -> Iterator[Entry]:
-    """GeoQA pickles: a list of dicts with `image` (an array), `subject`, `choices`, `label`, `answer`."""
+def read_geoqa(name: str, folder: Path) -> Iterator[Entry]:
+    """A pickle of GeoQA3 or GeoQA+: dicts with `image` (an array), `subject`, `choices`, `label`, `answer`."""
 
     def convert(number: int, row: dict) -> Record:
         image = Image.fromarray(np.asarray(row["image"]).astype(np.uint8))
@@ -193,19 +193,9 @@ def _read_geoqa(file: Path) -> Iterator[Entry]:
         answer = f"{rationale}\n{letter}" if rationale else letter
         return Record(str(row.get("id", number)), image, with_options(row["subject"], row["choices"]), answer)
 
-    rows = _ArrayUnpickler(io.BytesIO(file.read_bytes())).load()
-    for number, row in enumerate(rows):
+    file = folder / name
+    for number, row in enumerate(_ArrayUnpickler(io.BytesIO(file.read_bytes())).load()):
         yield f"{file}, record {number}", partial(convert, number, row)
-
-
-def read_geoqa3(folder: Path) -> Iterator[Entry]:
-    """GeoQA3: `train.pk` of its data folder."""
-    yield from _read_geoqa(folder / "train.pk")
-
-
-def read_geoqa_plus(folder: Path) -> Iterator[Entry]:
-    """GeoQA+: `Backtrans-train.pk` of its data folder, the augmented training set."""
-    yield from _read_geoqa(folder / "Backtrans-train.pk")
 
 
 def read_geometry3k(folder: Path) -> Iterator[Entry]:
@@ -290,8 +280,10 @@ SMR_SOURCES: dict[str, SmrSource] = {
     "math_vision": SmrSource(read_math_vision, "test.jsonl", 3_040, "3,040, its whole test set"),
     "ai2d": SmrSource(read_ai2d, "questions", 12_000, "12K"),
     "textbookqa": SmrSource(read_textbookqa, "tqa_v1_train.json", 9_500, "9.5K: captions and diagram questions"),
-    "geoqa3": SmrSource(read_geoqa3, "train.pk", None, "76K together with GeoQA+"),
-    "geoqa_plus": SmrSource(read_geoqa_plus, "Backtrans-train.pk", None, "76K together with GeoQA3"),
+    "geoqa3": SmrSource(partial(read_geoqa, "train.pk"), "train.pk", None, "76K together with GeoQA+"),
+    "geoqa_plus": SmrSource(
+        partial(read_geoqa, "Backtrans-train.pk"), "Backtrans-train.pk", None, "76K together with GeoQA3"
+    ),
     "geometry3k": SmrSource(read_geometry3k, "train", 3_002, "3,002"),
     "tabmwp": SmrSource(read_tabmwp, "tabmwp/problems_train.json", 30_000, "30K"),
     "dvqa": SmrSource(read_dvqa, "qa/train_qa.json", 100_000, "text: 100K, reasoning only; Fig. 3: 200K"),
@@ -319,9 +311,6 @@ def build_smr(
             larger source is sampled by seed.
         skip_broken (`bool`): Leave out missing sources and malformed records, with a warning that names them.
         seed (`int`): Seed of the samples and of the prompts for descriptions.
-
-    Returns:
-        Records written, by source.
 
     Raises:
         ValueError: If a source is unknown, missing or malformed; the message names the file.

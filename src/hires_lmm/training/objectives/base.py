@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from ...modeling.geometry_hires_lmm import Column
+from ...modeling.logits_hires_lmm import scale_logits
 from ..columns import BatchColumn
 
 
@@ -21,6 +22,7 @@ class StepValues:
         inputs (`dict[str, Any]`): The other keyword arguments of the model: `input_ids`, `labels` and so on.
         has_images (`bool`): False where the model sent a blank image through the modules of the stage.
         model (`nn.Module`): The `HiResLmmModel`.
+        head (`nn.Module`, *optional*): What makes logits of its hidden states.
     """
 
     outputs: Any
@@ -28,6 +30,15 @@ class StepValues:
     inputs: dict[str, Any]
     has_images: bool
     model: Any
+    head: Any = None
+
+    @torch.no_grad()
+    def run_again(self, **options: Any) -> torch.Tensor:
+        """Logits `(B, S, V)` of the batch once more, without gradient, with other arguments of the model."""
+        mine = ("labels", "return_logits", "logits_to_keep", "return_dict")
+        inputs = {name: value for name, value in self.inputs.items() if name not in mine}
+        outputs = self.model(**{**inputs, "question_labels": self.inputs.get("labels"), **options})
+        return scale_logits(self.head(outputs.last_hidden_state), self.model.config.text_config)
 
     @property
     def aux(self) -> dict[str, Any]:
@@ -46,14 +57,7 @@ class StepValues:
         return rows[lengths.cumsum(0) - lengths]
 
     def per_row(self, values: torch.Tensor) -> torch.Tensor:
-        """Means over the images of each row of the batch.
-
-        Args:
-            values (`torch.Tensor` of shape `(I,)`): One number an image.
-
-        Returns:
-            `(B,)`; 0 for rows without images.
-        """
+        """Means of `(I,)` numbers, one an image, over the images of each row: `(B,)`, 0 for rows without images."""
         rows = self.image_rows().to(values.device)
         zeros = values.new_zeros(self.inputs["input_ids"].shape[0])
         counts = zeros.index_add(0, rows, torch.ones_like(values))
@@ -88,21 +92,10 @@ class Objective(nn.Module):
         return []
 
     def check(self, stage: Any, model: Any) -> None:
-        """Refuse what cannot work.
-
-        Args:
-            stage (`Stage`): The stage, already applied.
-            model (`nn.Module`): The `HiResLmmModel`.
-
-        Raises:
-            ValueError: If model or stage do not give what the objective needs.
-        """
+        """Refuse what cannot work."""
 
     def forward(self, step: StepValues) -> torch.Tensor:
         """The loss.
-
-        Args:
-            step (`StepValues`): What the model did.
 
         Returns:
             `(B,)`, one loss a row of the batch, or a scalar for the whole batch. Either is weighed by answer tokens
@@ -116,19 +109,10 @@ class Objective(nn.Module):
 
     @classmethod
     def from_settings(cls, settings: dict) -> "Objective":
-        """Build it with random weights.
-
-        Args:
-            settings (`dict`): From `settings`.
-        """
+        """Build it with random weights."""
         return cls(**settings)
 
     @classmethod
     def from_recipe(cls, model: nn.Module, **options: Any) -> "Objective":
-        """Build it for a model from the plain values of a recipe.
-
-        Args:
-            model (`nn.Module`): The model that is to be trained.
-            options: Its section of `objectives` in the recipe.
-        """
+        """Build it for a model from the plain values of a recipe."""
         return cls(**options)

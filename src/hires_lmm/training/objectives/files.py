@@ -61,9 +61,6 @@ def load_objectives(folder: str | Path) -> dict[str, Objective]:
     Args:
         folder (`str`): A folder that `StageCallback` wrote: `objectives` in the output folder of a run.
 
-    Returns:
-        Name -> objective.
-
     Raises:
         ValueError: If the folder holds no objectives, or one that is not known.
     """

@@ -8,13 +8,7 @@ from .base import Objective, StepValues
 
 
 def gate_balance(gates: torch.Tensor) -> torch.Tensor:
-    """Squared coefficient of variation of the mean weights of the experts: 0 when they share evenly.
-
-    Args:
-        gates (`torch.Tensor` of shape `(n, E)`): Weights of the experts for each token.
-
-    Returns:
-        A scalar.
+    """Squared coefficient of variation of the mean weights `(n, E)` of the experts: 0 when they share evenly.
 
     Source: the importance loss of huggingface.co/papers/1701.06538.
     """

@@ -31,7 +31,6 @@ def paint(
 
     Args:
         model (`nn.Module`): The model, in evaluation mode.
-        processor (`HiResLmmProcessor`): Its processor.
         objective (`Reconstruction`): What training left in `objectives`.
         image: An image or a source, as the processor takes it.
         steps (`int`): Steps of the sampler.

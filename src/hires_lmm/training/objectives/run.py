@@ -125,7 +125,6 @@ class StepHooks:
     """Reads every training step of a model: logs, and adds what objectives return to the loss.
 
     Args:
-        carried (`CarriedObjectives`): The objectives, as the model holds them.
         weights (`dict[str, float]`): Weights of the losses; that of the language loss is 1 where it is not given. With
             none the loss is left as it is.
         sums (`Sums`): Gets the numbers for the log: losses, and what `aux` says of gates and kept tokens.
@@ -134,6 +133,7 @@ class StepHooks:
     def __init__(self, carried: CarriedObjectives, weights: dict[str, float], sums: Sums):
         self.carried, self.weights, self.sums = carried, weights, sums
         self._precision: AbstractContextManager = nullcontext()
+        self.head: Any = None
 
     def install(self, model: nn.Module, base: nn.Module) -> list:
         """Hook the model inside, for the log, and the one that is called with a batch, where there are losses."""
@@ -150,6 +150,7 @@ class StepHooks:
             base.register_forward_hook(self._log, with_kwargs=True),
         ]
         if self.weights:
+            self.head = getattr(find_top(model, base), "lm_head", None)
             handles.append(find_entry(model).register_forward_hook(add_losses, with_kwargs=True))
         return handles
 
@@ -178,24 +179,19 @@ class StepHooks:
                 "The stage weighs auxiliary losses, but the model returned no loss: this trainer computes its own, as "
                 "TRL's SFTTrainer does. Use transformers.Trainer for this stage."
             )
-        shares = token_shares(inputs["labels"], inputs.get("num_items_in_batch"))
+        tokens, in_step = (inputs["labels"][:, 1:] != -100).sum(dim=1), inputs.get("num_items_in_batch")
+        shares = tokens / (tokens.sum() if in_step is None else in_step)
         has_images = holds_images(inputs)
         total = self.weights.get(GENERATION, 1.0) * loss
         self.sums.add("share", shares.sum())
         self.sums.add(f"loss/{GENERATION}", loss.detach())
         for name, objective in self.carried.items():
-            step = StepValues(output, self.carried.taken, inputs, has_images, base)
+            step = StepValues(output, self.carried.taken, inputs, has_images, base, self.head)
             values = objective(step).float()
             part = (shares * values).sum() * (1.0 if has_images or not objective.needs_images else 0.0)
             self.sums.add(f"loss/{name}", part.detach())
             total = total + self.weights[name] * part
         return total
-
-
-def token_shares(labels: torch.Tensor, num_items_in_batch: Any) -> torch.Tensor:
-    """Share of each row in the answer tokens of the optimizer step; of the batch where that is unknown."""
-    tokens = (labels[:, 1:] != -100).sum(dim=1)
-    return tokens / (tokens.sum() if num_items_in_batch is None else num_items_in_batch)
 
 
 def holds_images(inputs: dict) -> bool:

@@ -49,25 +49,12 @@ class SecondModel:
         return dict(self._settings)
 
     def column(self, name: str, select: Callable[[list[dict]], list[dict]] | None = None) -> "SecondModelColumn":
-        """The column of its inputs, for `Objective.columns`.
-
-        Args:
-            name (`str`): Name of the column.
-            select (`Callable`, *optional*): What it reads of the messages of a row; all by default.
-        """
+        """The column of its inputs, for `Objective.columns`."""
         return SecondModelColumn(name, self.processor, select)
 
     @torch.no_grad()
     def __call__(self, inputs: dict[str, Any], **options: Any) -> Any:
-        """Run it.
-
-        Args:
-            inputs (`dict`): What its column holds in `StepValues.columns`.
-            options: More arguments of its `forward`, such as `output_hidden_states=True`.
-
-        Returns:
-            What its `forward` returns; without gradients.
-        """
+        """Run it, without gradients, on what its column holds in `StepValues.columns`."""
         device = next(value for value in inputs.values() if isinstance(value, torch.Tensor)).device
         if self.model.device != device:
             self.model.to(device)

@@ -16,11 +16,7 @@ WHITE = (255, 255, 255)
 
 
 class SourceImages(BatchColumn):
-    """The whole images of a batch as `(I, 3, size, size)` uint8, which no cast of the batch can change.
-
-    Args:
-        size (`int`): Side in pixels; the image is resized to it without regard to its aspect ratio.
-    """
+    """The whole images of a batch, squeezed to `(I, 3, size, size)` uint8, which no cast of the batch can change."""
 
     def __init__(self, size: int):
         super().__init__(SOURCE_IMAGES)
