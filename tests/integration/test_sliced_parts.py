@@ -283,9 +283,63 @@ def test_what_slices_cannot_join_is_refused_by_name():
     perceiver = [{"part": "sa_perceiver"}, RESAMPLER]
     with pytest.raises(ValueError, match="uhd_resampler reads the views of the main tower, but none reach it"):
         HiResLmmUhdResampler.describe(HiResLmmUhdResampler.Options(), PartContext(None, 8, 8, {}, (4, 4)))
-    layout = {"separators": {}, "order": ["global", "crops"]}
-    config = tiny_config("llava_uhd", connector_config={"view_ops": perceiver, "layout": layout})
-    assert set(config.fitted_chain().grids) == {0}
+    former = {"part": "query_former", "num_queries": 4}
+    for connector in ({"view_ops": perceiver}, {"view_ops": [], "adapter": former}):
+        with pytest.raises(ValueError, match="reads views of one size; leave out unequal_views"):
+            tiny_config("llava_uhd", connector_config={"layout": UHD_LAYOUT, **connector})
+    model, processor = unequal(view_ops=[RESAMPLER], adapter=former)
+    assert_batch_is_single(model, processor, (40, 200), (90, 60))
+
+
+OPS = {
+    "query_compressor": {"on": "all", "num_queries": 4},
+    "conv_merge": {},
+    "mqt": {"num_queries": 4, "num_heads": 2},
+    "mqt of content": {"part": "mqt", "num_queries": 4, "num_heads": 2, "key_mode": "content"},
+    "uhd_resampler": {"num_queries": 4, "num_heads": 2},
+    "self_mining_sampler": {"pool": [2, 3], "num_heads": 2},
+}
+
+
+@pytest.mark.parametrize("merged", [False, True], ids=["patches", "merged"])
+@pytest.mark.parametrize("name", OPS)
+@torch.no_grad()
+def test_an_op_on_unequal_views_is_the_op_on_each_alone(name, merged):
+    """Also behind one that merges patches: what pads a view to the largest of the batch counts nowhere."""
+    op = {"part": name, **OPS[name]}
+    model, processor = unequal(view_ops=[{"part": "conv_merge"}, op] if merged else [op])
+    batch = geometry_of(ask(processor, *UHD_SIZES))
+    for pixels, (high, wide) in zip(
+        batch["pixel_values"], (14 * batch["view_positions"][:, 6:8]).tolist(), strict=True
+    ):
+        pixels[:, high:], pixels[:, :, wide:] = 9.0, 9.0
+    together = model.model.get_image_features(**batch).pooler_output
+    for size, found in zip(UHD_SIZES, together, strict=True):
+        own = model.model.get_image_features(**geometry_of(ask(processor, size))).pooler_output[0]
+        assert len(found) == processor.image_tokens(*size)
+        torch.testing.assert_close(own, found, atol=1e-4, rtol=1e-4)
+
+
+PLANS = {
+    **{name: {} for name in ("slime", "slime_release", "multiple", "hd")},
+    **{"dual": {"n": 2}, "llava_uhd": {"max_crops": 6}},
+}
+
+
+@pytest.mark.parametrize("planner", PLANS)
+@pytest.mark.parametrize("name", ["mqt", "uhd_resampler", "self_mining_sampler"])
+def test_compressors_join_every_planner(planner, name):
+    model, processor = parts(
+        planner={"name": planner, **PLANS[planner]},
+        unequal_views=planner == "llava_uhd",
+        connector_config={
+            "view_ops": [{"part": name, **OPS[name]}],
+            "layout": {"crop_order": "views", "order": ["global", "crops", "strided"]},
+        },
+    )
+    least = processor.image_processor.min_image_tokens(90, 60)
+    for options in ({}, {"max_image_tokens": max(least, 7)}):
+        assert_batch_is_single(model, processor, (90, 60), (40, 200), **options)
 
 
 @pytest.mark.parametrize("ops", [[], [RESAMPLER]], ids=["patches", "resampler"])

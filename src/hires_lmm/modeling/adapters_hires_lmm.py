@@ -98,6 +98,8 @@ class HiResLmmQueryFormerAdapter(HiResLmmAdapter):
     Source: SliME, huggingface.co/papers/2406.08487, Fig. 1 (the adapter of the alternating-training study).
     """
 
+    needs_equal_views = True
+
     @strict
     @dataclass
     class Options:
@@ -170,6 +172,8 @@ class HiResLmmMixtureAdapter(HiResLmmAdapter):
     Source: SliME, huggingface.co/papers/2406.08487, section 3.1. Both experts end in the same perceptron, as in the
     released weights.
     """
+
+    needs_equal_views = True
 
     switches = ("forced_expert",)  # options that may change in a live model
 

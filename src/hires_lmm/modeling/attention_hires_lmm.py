@@ -202,12 +202,12 @@ class HiResLmmQueryFormer(nn.Module):
         init.trunc_normal_(self.queries, std=0.02)
         init.copy_(self.positions, sincos_positions(self.queries.shape[1], self.side))
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Compress the row-major tokens of views: `(V, L, C)` -> `(V, num_queries, C)`."""
+    def forward(self, features: torch.Tensor, grid: tuple[int, int] | None = None) -> torch.Tensor:
+        """Compress the row-major tokens of views, of a grid of their own: `(V, L, C)` -> `(V, num_queries, C)`."""
         if not features.shape[0]:
             return features.new_zeros(0, *self.queries.shape)
         positions = self.positions.to(features.dtype)
         values = self.key_norm(features)
-        keys = values + resize_positions(positions, self.grid)
+        keys = values + resize_positions(positions, grid or self.grid)
         queries = (self.query_norm(self.queries) + positions)[None]
         return self.output_norm(self.attention(queries, keys, values))

@@ -142,6 +142,8 @@ class HiResLmmPart(nn.Module):
     """
 
     traits: Traits
+    needs_equal_views = False
+    """Whether it would read what pads views of unequal size."""
 
     def untrained_parameters(self) -> list[nn.Parameter]:
         """The parameters that no loss reaches."""
@@ -169,6 +171,10 @@ class HiResLmmViewOp(HiResLmmPart):
     overrides `describe` and `forward` instead.
     """
 
+    def __init__(self, context: PartContext, options: Any):
+        super().__init__(context, options)
+        self.entering = context.grids
+
     @classmethod
     def output_grid(cls, options: Any, grid: Grid) -> Grid:
         """Token grid of a view afterwards."""
@@ -193,13 +199,41 @@ class HiResLmmViewOp(HiResLmmPart):
 
     def forward(self, views: ViewFeatures) -> ViewFeatures:
         """Apply the operation to the views that `on` names."""
-        return views.map(self.options.on, self.forward_views)
+        return views.map(self.options.on, lambda group: self.forward_views(group, self.sizes(views, group)))
 
-    def forward_views(self, group: ViewGroup) -> ViewGroup:
-        """Apply the operation to one group."""
+    def sizes(self, views: ViewFeatures, group: ViewGroup) -> list[tuple[int, int]]:
+        """Token rows and columns of each view of a group that enters; unequal ones are padded to its grid."""
+        entering = self.entering[group.key]
+        own = [entering.of(patches) for patches in views.patches(group)[: len(group.rows)]]
+        return own + [group.grid] * (len(group.features) - len(group.rows))
+
+    def forward_views(self, group: ViewGroup, sizes: list[tuple[int, int]]) -> ViewGroup:
+        """Apply the operation to one group, one size of views after another."""
         grid = self.output_grid(self.options, Grid(*group.grid))
-        features, scores = self.forward_group(group.features, group.grid), follow_grid(group, grid)
-        return replace(group, features=features, grid=grid.size, scores=scores)
+        if set(sizes) <= {tuple(group.grid)}:
+            features, scores = self.forward_group(group.features, group.grid), follow_grid(group, grid)
+            return replace(group, features=features, grid=grid.size, scores=scores)
+        states = {"": group.features, **{name: score[..., None] for name, score in group.scores.items()}}
+        planes = {name: state.unflatten(1, group.grid).unbind() for name, state in states.items()}
+        found: dict[str, list] = {}
+        for size in dict.fromkeys(sizes):
+            places = [place for place, own in enumerate(sizes) if own == size]
+            cut = {
+                name: torch.stack([plane[place][: size[0], : size[1]] for place in places]).flatten(1, 2)
+                for name, plane in planes.items()
+            }
+            scores = {name: score[..., 0] for name, score in cut.items() if name}
+            part = replace(group, features=cut[""], grid=size, scores=scores)
+            made = self.forward_views(part, [size] * len(places))
+            for name, state in {"": made.features, **{n: s[..., None] for n, s in made.scores.items()}}.items():
+                plane = state.unflatten(1, made.grid)
+                room = (0, 0, 0, grid.cols - made.grid[1], 0, grid.rows - made.grid[0])
+                rows = found.setdefault(name, [None] * len(sizes))
+                for place, own in zip(places, nn.functional.pad(plane, room).flatten(1, 2), strict=True):
+                    rows[place] = own
+        joined = {name: torch.stack(rows) for name, rows in found.items()}
+        scores = {name: score[..., 0] for name, score in joined.items() if name}
+        return replace(group, features=joined[""], grid=grid.size, scores=scores)
 
 
 class HiResLmmAdapter(HiResLmmPart):

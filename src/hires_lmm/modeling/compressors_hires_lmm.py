@@ -61,7 +61,7 @@ class HiResLmmQueryCompressor(HiResLmmViewOp):
 
     def forward_group(self, features: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """Compress `(V, L, C)` -> `(V, num_queries, C)`."""
-        return self.query_former(features)
+        return self.query_former(features, grid)
 
 
 class HiResLmmConvMerge(HiResLmmViewOp):

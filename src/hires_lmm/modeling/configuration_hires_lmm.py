@@ -504,6 +504,12 @@ class HiResLmmConfig(HiResLmmOwnPartsMixin, PreTrainedConfig):
                     )
         if self.unequal_views and any(step.options.of == "vision_tower" for step in chain.of("layer_ops")):
             raise ValueError("A layer op of the vision tower needs views of one size; leave out unequal_views.")
+        for step in chain.steps if self.unequal_views else ():
+            if step.part.needs_equal_views and any(grid.stride is not None for grid in step.context.grids.values()):
+                raise ValueError(
+                    f"{step.part.__name__} reads views of one size; leave out unequal_views, or put a part that makes "
+                    "as many tokens of every view before it, such as uhd_resampler."
+                )
         from .towers_hires_lmm import check_needs
 
         for step in chain.steps:

@@ -27,6 +27,8 @@ class HiResLmmDualEnhancement(HiResLmmViewOp):
     3 x 3 views. Ours: any grid, another one for each image; an image without crops keeps its global view.
     """
 
+    needs_equal_views = True
+
     @strict
     @dataclass
     class Options:

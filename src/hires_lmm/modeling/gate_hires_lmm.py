@@ -32,6 +32,8 @@ class HiResLmmConvGate(HiResLmmViewOp):
     any kind and grid, whose map is interpolated. Its tokens of detected objects are left out.
     """
 
+    needs_equal_views = True
+
     @strict
     @dataclass
     class Options:

@@ -64,7 +64,7 @@ class HiResLmmSelfMiningSampler(HiResLmmViewOp):
 
     def forward(self, views: ViewFeatures) -> ViewFeatures:
         """Compress the views that `on` names, each by itself: `(V, L, C)` -> `(V, rows * cols, C)`."""
-        return views.map(self.options.on, lambda group: self.sample(group, views.patches(group)))
+        return views.map(self.options.on, lambda group: self.sample(group, self.sizes(views, group)))
 
     def sample(self, group: ViewGroup, sizes: list[tuple[int, int]]) -> ViewGroup:
         """Compress a group whose views have so many rows and columns of patches, each padded to the grid."""

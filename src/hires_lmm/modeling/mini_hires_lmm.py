@@ -33,6 +33,8 @@ class HiResLmmMiniCompressor(HiResLmmViewOp):
     any grid, without their padding where the planner leaves it out.
     """
 
+    needs_equal_views = True
+
     positions: torch.Tensor
 
     @strict

@@ -80,6 +80,8 @@ class HiResLmmSaPerceiver(HiResLmmPart):
     make one list of keys; everything that is no default.
     """
 
+    needs_equal_views = True
+
     @strict
     @dataclass
     class Options:

@@ -92,7 +92,7 @@ class HiResLmmUhdResampler(HiResLmmViewOp):
 
     def forward(self, views: ViewFeatures) -> ViewFeatures:
         """Compress all views: `(V, L, C)` -> `(V, num_queries, D)`."""
-        return views.map("all", lambda group: self.compress(group, views.patches(group)))
+        return views.map("all", lambda group: self.compress(group, self.sizes(views, group)))
 
     def compress(self, group: ViewGroup, sizes: list[tuple[int, int]]) -> ViewGroup:
         """Compress a group whose views have so many rows and columns of patches, each padded to the grid."""
