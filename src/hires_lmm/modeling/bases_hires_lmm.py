@@ -235,7 +235,6 @@ class LayerCall:
         attention (`LayerAttention`, *optional*): The attention of the layer, where the op sets `reads_attention`; None
             in conversations without images.
         is_prefill (`bool`): Whether the call holds images; elsewhere nothing may leave.
-        training (`bool`): Whether the model is in training.
         aux (`dict[str, torch.Tensor]`): Takes tensors for losses and logs; they come out as `outputs.aux`.
     """
 
@@ -270,7 +269,6 @@ class TowerCall:
         images (`list[ImageGeometry]`): The images; `first_view` is the row of an image's first view in the states.
         grid (`tuple[int, int]`): Patch rows and columns of a view.
         prefix (`int`): Tokens before the patches.
-        training (`bool`): Whether the model is in training.
     """
 
     images: list

@@ -148,12 +148,10 @@ class LanguageCall:
 
     Args:
         ops (`list[HiResLmmLayerOp]`): All of the language model.
-        config (`PreTrainedConfig`): Of the language model.
         conversation (`Conversation`): What is remembered; None where there is nothing that could leave or has left.
         attention_mask (`torch.Tensor`, *optional*): As the language model gets it.
         placed (`Placed`): Visual tokens.
         can_pack (`bool`): False: tokens that leave are hidden by masks and stay where they are.
-        training (`bool`): Whether the model is in training.
     """
 
     def __init__(
@@ -372,7 +370,6 @@ class TowerPass:
         ops (`list[HiResLmmLayerOp]`): All of the tower.
         images (`list[ImageGeometry]`): The images, in the order of the views.
         grid (`tuple[int, int]`): Patch rows and columns of a view.
-        training (`bool`): Whether the model is in training.
     """
 
     ops: list

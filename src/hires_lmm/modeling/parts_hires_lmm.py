@@ -186,8 +186,6 @@ class FittedChain:
     """The parts of a connector with what surrounds each.
 
     Args:
-        steps (`list[Step]`): All parts in order.
-        layout (`LayoutOptions`): Order and separators.
         first, adapted (`PartContext`): What the towers give, and what the layout gets.
         width (`int`): Width of the tokens at the end.
     """
