@@ -26,13 +26,23 @@ VARIANTS: dict[str, list[dict]] = {
 }
 """Options worth measuring; a part that is not named here runs with its defaults."""
 
-AROUND: dict[str, dict] = {"fusion": {"adapter": {"part": "identity"}}}
-"""Other parts that a part needs around it."""
+CALLED = ("view_ops", "adapter", "map_ops", "token_ops")
+"""Slots whose parts are called on views or tokens; what runs inside the language model is no call of its own."""
+
+OTHERWISE = {"conv_gate", "dual_enhancement", "prompt_fuser"}
+"""Parts that need a second tower, other kinds of views, or another part before them."""
+
+AROUND: dict[str, dict] = {
+    "fusion": {"adapter": {"part": "identity"}},
+    "mqt": {"layout": {"crop_order": "views"}},
+    "mini_compressor": {"layout": {"order": ["global", "crops", "detail"]}},
+}
+"""Other parts and the order of tokens that a part needs around it."""
 
 READS_IMAGE_ALONE = {"fusion"}
 """Token ops that are called without a question: what they read of it would have to come back from the device."""
 
-COUNTED_ON = {"sa_perceiver": "cpu"}
+COUNTED_ON = {"sa_perceiver": "cpu", "globalcom2": "cpu"}
 """Where operations are counted, if not on `meta`, where nothing is computed."""
 
 
@@ -40,8 +50,9 @@ def part_names() -> list[tuple[str, str, dict]]:
     """(slot, part, options) of everything that is measured."""
     return [
         (slot, name, options)
-        for slot, known in SLOTS.items()
-        for name in known
+        for slot in CALLED
+        for name in SLOTS[slot]
+        if name not in OTHERWISE
         for options in VARIANTS.get(name, [{}])
     ]
 
@@ -84,10 +95,11 @@ def part_call(slot: str, name: str, options: dict, device: str, shapes: str = "c
             HiResLmmConnector(config, PartContext(config, width, text_width, {}, (SIDE, SIDE))).to(dtype).eval()
         )
     features = torch.randn(1 + GRID * GRID, SIDE * SIDE, width, device=device, dtype=dtype)
-    groups = [
-        ViewGroup(Kind.GLOBAL, features[:1], (SIDE, SIDE), (0,)),
-        ViewGroup(Kind.CROP, features[1:], (SIDE, SIDE), tuple(range(1, len(features)))),
-    ]
+    groups = []
+    for kind, part in ((Kind.GLOBAL, slice(0, 1)), (Kind.CROP, slice(1, len(features)))):
+        scores = {score: torch.rand(features[part].shape[:2], device=device) for score in connector.needs.scores}
+        rows = tuple(range(len(features)))[part]
+        groups.append(ViewGroup(kind, features[part], (SIDE, SIDE), rows, scores=scores))
     views = ViewFeatures(groups, [image_geometry()])
     if slot == "view_ops":
         return _without_gradients(lambda: connector.view_ops[0](views))

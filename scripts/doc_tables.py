@@ -131,7 +131,7 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
 TABLES = {
     ("<!-- token table: scripts/doc_tables.py -->", "<!-- end of token table -->"): (
         token_table,
-        (ROOT / "README.md", ROOT / "docs" / "parts.md"),
+        (ROOT / "README.md", ROOT / "docs" / "presets.md"),
     ),
     ("<!-- kept share: benchmarks/results/kept_share.json -->", "<!-- end of kept share -->"): (
         kept_share_table,

@@ -4,6 +4,7 @@ import math
 from types import SimpleNamespace
 
 import torch
+from torch import nn
 from transformers import AutoModel
 
 
@@ -27,7 +28,11 @@ class MaskedLanguageModel:
         kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
         window = getattr(config, "sliding_window", None)
         self.windows = [window if kind == "sliding_attention" else None for kind in kinds]
+        getattr(leave, "host", []).append(self)
         for number, layer in enumerate(self.plain.layers):
+            layer.self_attn.register_forward_pre_hook(
+                lambda module, args, kwargs: setattr(self, "given", (module, kwargs)), with_kwargs=True
+            )
             layer.register_forward_pre_hook(
                 lambda module, args, kwargs, i=number: self.before(i, args, kwargs), with_kwargs=True
             )
@@ -53,6 +58,19 @@ class MaskedLanguageModel:
                 for position in self.leave(layer, there, self.weights, output[0], last):
                     self.gone[position] = True
                     self.left_at[position] = layer
+
+    def logits(self):
+        """Scores `(heads, n, n)` of the layer that has just run, whoever sees whom: by rotary positions, no cap."""
+        module, given = self.given
+        cos, sin = (part[0] for part in given["position_embeddings"])
+        found = []
+        for kind in "qk":
+            states = getattr(module, f"{kind}_proj")(given["hidden_states"][0]).unflatten(-1, (-1, module.head_dim))
+            states = getattr(module, f"{kind}_norm", nn.Identity())(states).transpose(0, 1)
+            low, high = states.chunk(2, dim=-1)
+            found.append(states * cos + torch.cat([-high, low], dim=-1) * sin)
+        query, key = found
+        return query @ key.repeat_interleave(len(query) // len(key), dim=0).transpose(1, 2) * module.scaling
 
     def __call__(self, inputs_embeds, **kwargs):
         self.gone, self.left_at = torch.zeros(inputs_embeds.shape[1], dtype=torch.bool), {}
@@ -86,6 +104,48 @@ def keep_share(layers, share=0.5, number=None):
             )
         return ranked[kept:]
 
+    return leave
+
+
+def exit_by_gates(gate):
+    """`dyvte`: all leave as soon as a gate shared by the layers prefers it, by the text between them and the end."""
+    first, second, vectors = gate.linear_1.weight, gate.linear_2.weight, gate.layers.weight
+
+    def leave(layer, candidates, weights, states, last):
+        mean = states[max(candidates) + 1 : last].mean(0)
+        middle = first @ torch.cat([mean, states[last]]) + vectors[layer]
+        stay, go = (second @ nn.functional.gelu(middle)).tolist()
+        assert abs(go - stay) > 1e-4, f"logits {stay} and {go} are nearly equal: take another seed"
+        return candidates if go > stay else []
+
+    return leave
+
+
+def over_thresholds(op, cells):
+    """`atp`: what scores above neither threshold leaves. `cells` has row and column of each visual token of all
+    prompts in order, None for separators."""
+    hosts, thresholds = [], dict(zip(op.layers, op.thresholds, strict=True))
+
+    def leave(layer, candidates, weights, states, last):
+        if layer not in thresholds:
+            return []
+        places = [place for visual, _ in hosts[-1].prompts for place in visual]
+        logits, text = hosts[-1].logits().mean(0), range(max(candidates) + 1, last + 1)
+        own = logits[candidates][:, candidates].mean(0)
+        cross = weights.mean(0)[list(text)][:, candidates].mean(0)
+        head = thresholds[layer]
+        middle = head.middle(torch.stack([own.mean(), cross.mean()])).relu()
+        least, least_place = (part(middle).sigmoid().item() for part in (head.redundancy, head.spatial))
+        gone = []
+        for place, score in zip(candidates, ((own + cross) / 2).tolist(), strict=True):
+            cell = cells[places.index(place)]
+            fine = [step for step in (2, 3, 4) if cell is not None and cell[0] % step == cell[1] % step == 0]
+            spatial = max((1 - 3 / step**2 for step in fine), default=0.0)
+            assert min(abs(score - least), abs(spatial - least_place)) > 1e-5, "take another seed"
+            gone += [place] if score <= least and spatial <= least_place else []
+        return gone
+
+    leave.host = hosts
     return leave
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import nn
 
-from builders.sketches import SKETCHED_PLANNERS, SKETCHES
+from builders.sketches import SKETCHES
 from builders.tiny import (
     make_batch,
     plain_tokenizer,
@@ -49,6 +49,7 @@ VARIANTS: dict[str, dict[str, dict]] = {
     },
     "fusion": {"blind": {"question": False}},
     "blend": {"tower": {"of": "vision_tower", "layers": 1}},
+    "dyvte": {"per_layer": {"gate": "per_layer"}},
     "mqt": {"content": {"key_mode": "content"}},
     "globalcom2": {
         "probabilities": {"score": "probabilities"},
@@ -62,7 +63,7 @@ VARIANTS: dict[str, dict[str, dict]] = {
 READS = {
     "gate": ("global", "crops", "detail"),
     "conv_gate": ("global", "crops", "detail"),
-    "two_perspectives": ("global", "crops", "strided"),
+    "dual_enhancement": ("global", "crops", "strided"),
 }
 """Kinds of views that a part reads, where they are not global views and crops."""
 
@@ -133,8 +134,7 @@ SKETCH_CASES = [Case(slot, name, way) for name, (slot, _) in SKETCHES.items() fo
 
 def register(monkeypatch) -> None:
     """Put the sketches and the planner of every kind into the registries, for one test."""
-    for name, planner in {"every_kind": Planner(plan_every_kind, EveryKind), **SKETCHED_PLANNERS}.items():
-        monkeypatch.setitem(PLANNERS, name, planner)
+    monkeypatch.setitem(PLANNERS, "every_kind", Planner(plan_every_kind, EveryKind))
     for name, (slot, part) in SKETCHES.items():
         monkeypatch.setitem(SLOTS[slot], name, part)
 

@@ -40,6 +40,19 @@ CHANGES = {
         }
     },
     "monkey": {"connector_config": {"view_ops": [{**COMPRESS, "on": "all"}]}},
+    "llava_uhd": {
+        "connector_config": {
+            "view_ops": [{"part": "uhd_resampler", "num_queries": 9, "num_heads": 2}],
+            "layout": {
+                "order": ["crops", "global"],
+                "crop_order": "views",
+                "separators": {
+                    "comma": {"place": "crop_column", "value": [198], "on": "crops"},
+                    "newline": {"place": "crop_row_end", "value": [199], "on": "crops"},
+                },
+            },
+        }
+    },
     "mqt": {"connector_config": {"view_ops": [{"part": "mqt", "num_queries": 16, "num_heads": 2}]}},
 }
 SETTINGS = {  # of the image processor, each different from what the preset would give
@@ -53,6 +66,8 @@ SETTINGS = {  # of the image processor, each different from what the preset woul
     "mqt": {"max_image_tokens": 9, "views": "all"},
     "llava_mini": {"max_crops": 2, "unpad": True},
     "mg_llava": {"views": "all", "max_image_tokens": 30},
+    "llava_uhd": {"max_crops": 6, "max_image_tokens": 40},
+    "inf_llava": {"max_crops": 4, "max_image_tokens": 9},
 }
 PRESETS = tuple(SETTINGS)
 DTYPES = ("float32", "bfloat16", "float16")
@@ -86,6 +101,8 @@ DIAGONAL = [  # every preset, every family and every number format at least once
     Case("mqt", "siglip", "llama", "float32", True, True),
     Case("llava_mini", "clip", "qwen2", "bfloat16", False, True),
     Case("mg_llava", "siglip", "llama", "float32", False, True),
+    Case("llava_uhd", "siglip", "mistral", "float32", False, True),
+    Case("inf_llava", "clip", "qwen3", "bfloat16", True, False),
 ]
 
 

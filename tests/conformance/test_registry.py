@@ -150,6 +150,8 @@ def test_a_batch_without_crops_trains_every_parameter(case):
 @every_part
 def test_without_noise_training_sees_what_evaluation_sees(case):
     model, processor = built(case)
+    if getattr(part_of(model, case), "is_soft", False):
+        pytest.skip("a layer op that weighs in training what leaves in evaluation")
     batch = batch_of(processor, *SIZES)
     batch["prompt_mask"] = batch["input_ids"] != model.config.image_token_id
     trained = train_mode(copy.deepcopy(model), noise=False)

@@ -63,6 +63,10 @@ def test_each_preset_is_ready_to_train(halves, tmp_path, preset):
     changes = {"connector_config": {"view_ops": [queries]}} if preset in ("slime", "slime_release", "monkey") else {}
     if preset == "slime_release":
         changes["connector_config"]["layout"] = {"separators": {"separator": {"place": "between_views", "value": [9]}}}
+    if preset == "llava_uhd":
+        layout = PRESETS[preset]["connector_config"]["layout"]
+        marks = {name: {**each, "value": [9]} for name, each in layout["separators"].items()}
+        changes["connector_config"] = {"layout": {**layout, "separators": marks}}
     if preset == "mg_llava":
         tower = AutoModel.from_config(AutoConfig.for_model(**tiny_convnext()))
         randomise(tower).save_pretrained(tmp_path / "hires")

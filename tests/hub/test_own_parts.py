@@ -240,7 +240,7 @@ BAD_SETTINGS = {  # a token op -> what the refusal says
     "a.b.my_parts.MarkCrops": "names no part of your own",
     "../my_parts.MarkCrops": "names no part of your own",
     "routers_hires_lmm.HiResLmmRouter": "does not end in _hires_lmm",
-    "mark_crops": "names the unknown part 'mark_crops'; known parts of this slot: router, .*, or a class of your",
+    "mark_crops": "names the unknown part 'mark_crops'; known parts of this slot: router, .*or a class of your",
     torch.nn.Linear: r"linear\.Linear is no part: derive it from",
     3: "names the unknown part 3",
 }

@@ -31,7 +31,7 @@ from builders import (
     tiny_text_config,
 )
 from hires_lmm.modeling.compat_hires_lmm import CACHE
-from reference_layers import keep_share, masked_model, prompts_of, select_all, spans
+from reference_layers import exit_by_gates, keep_share, masked_model, over_thresholds, prompts_of, select_all, spans
 
 
 NEW_TOKENS = 6
@@ -49,18 +49,63 @@ MODELS = {
     "mixed": ("gemma3_text", GEMMA, [0, 2]),
 }
 CAPPED = {"gemma2": {"attn_logit_softcapping": 1.0}}  # so low that the cap matters
-all_models = pytest.mark.parametrize("name", MODELS)
-families = pytest.mark.parametrize("family", TEXT_FAMILIES)
+PARTS = {"keep_after": {"share": 0.4}, "dyvte": {"layers": "all"}, "atp": {}}
+GATES = {
+    "llama": 8,
+    "window": 4,
+    "mixed": 4,
+    "qwen2": 2,
+    "qwen3": 3,
+    "mistral": 3,
+}  # seeds: rows leave, apart where layers are many
+all_models = pytest.mark.parametrize(
+    "name", [*MODELS, "llama+dyvte", "window+dyvte", "mixed+dyvte", "llama+atp", "mixed+atp"]
+)
+families = pytest.mark.parametrize(
+    "family", [f"{family}{part}" for family in TEXT_FAMILIES for part in ("", "+dyvte")]
+)
+
+
+def settings_of(name):
+    """Family, changes of its configuration and layer op of `model` or `model+part`; a model is one of `MODELS`, or a
+    family with its two layers and tokens leaving between."""
+    model, _, part = name.partition("+")
+    family, changes, layers = MODELS.get(model, (model, CAPPED.get(model, {}), [0]))
+    part = part or "keep_after"
+    return family, changes, {"part": part, "layers": layers, **PARTS[part]}
+
+
+@torch.no_grad()
+def cells_of(model, processor, turn):
+    """Row and column of the visual tokens of a turn; None for separators."""
+    if not turn[1]:
+        return []
+    placed = model(**make_batch(processor, [turn]), output_token_map=True).token_map
+    return [None if view < 0 else cell for view, cell in zip(placed.view, placed.cell.tolist(), strict=True)]
+
+
+def leave_of(name, *turns):
+    """The rule of its layer op, written anew."""
+    model, processor = build(name)
+    spec, op = settings_of(name)[2], model.model.connector.layer_ops[0]
+    if spec["part"] == "keep_after":
+        return keep_share(spec["layers"], 0.4)
+    if spec["part"] == "dyvte":
+        return exit_by_gates(op.gates[0])
+    return over_thresholds(op, [cell for turn in turns for cell in cells_of(model, processor, turn)])
 
 
 @functools.cache
 def build(name, attention="sdpa", threshold=False, seed=0):
-    """Model and processor; `name` is one of `MODELS`, or a family with its two layers and tokens leaving between."""
-    family, changes, layers = MODELS.get(name, (name, CAPPED.get(name, {}), [0]))
-    connector = {"layer_ops": [{"part": "keep_after", "layers": layers, "share": 0.4}]}
+    """Model and processor, see `settings_of`."""
+    family, changes, spec = settings_of(name)
+    connector = {"layer_ops": [spec]}
     connector |= {"token_ops": THRESHOLD} if threshold else {}
     config = tiny_config("llava_next", "clip", tiny_text_config(family, **changes), connector_config=connector)
     model = tiny_model(config, seed)
+    randomise(model.model.connector.layer_ops, GATES.get(name.partition("+")[0], 0))
+    for head in getattr(model.model.connector.layer_ops[0], "thresholds", ()):
+        head.redundancy.bias.data.sub_(4)  # so that scores of this size can pass
     model.set_attn_implementation({"text_config": "eager" if family == "gemma2" else attention})
     model.generation_config.suppress_tokens = [config.image_token_id]
     return model, tiny_processor(config)
@@ -72,8 +117,7 @@ def expectation(name, row, **options):
     text, images = ROWS[row]
     lengths = [len(tokens) for tokens in reference.full_visual_tokens(model, processor, images)[0]]
     embeds = reference.prompt_embeds(model, processor, text, images, select=select_all)
-    layers = MODELS.get(name, (name, CAPPED.get(name, {}), [0]))[2]
-    return masked_model(model, keep_share(layers, 0.4), prompts_of([spans(processor, text, lengths)])), embeds
+    return masked_model(model, leave_of(name, ROWS[row]), prompts_of([spans(processor, text, lengths)])), embeds
 
 
 @functools.cache
@@ -138,7 +182,7 @@ def test_beams_and_returned_sequences(name, options):
 @all_models
 @pytest.mark.parametrize("helper", ["itself", "another", "text"])
 def test_assistant_model(name, helper, deprecations):
-    family, changes, _ = MODELS[name]
+    family, changes, _ = settings_of(name)
     if helper == "text":
         assistant = randomise(AutoModelForCausalLM.from_config(tiny_text_config(family, **changes)).eval(), 6)
         assistant.generation_config.eos_token_id = None
@@ -176,7 +220,7 @@ def test_a_second_turn_on_the_cache(name, with_image):
     table = model.model.language_model.get_input_embeddings()
     turns = [reference.prompt_embeds(model, processor, *turn, select=select_all) for turn in (ROWS[0], (later, new))]
     whole = torch.cat([turns[0], table(answer)[None], turns[1]], 1).detach()
-    stand_in = masked_model(model, keep_share(MODELS[name][2], 0.4), prompts_of(parts))
+    stand_in = masked_model(model, leave_of(name, ROWS[0], (later, new)), prompts_of(parts))
     assert got == reference.greedy(stand_in, whole, NEW_TOKENS, process=hide_image)
 
 
@@ -321,6 +365,20 @@ def test_copies_reloads_and_threads_share_nothing(tmp_path):
 def test_options_that_cannot_be_are_refused(spec, message):
     with pytest.raises(ValueError, match=message):
         tiny_config(connector_config={"layer_ops": [{"part": "keep_after", **spec}]})
+
+
+@torch.no_grad()
+def test_what_a_caller_tells_layer_ops_is_known_or_refused():
+    model, processor = build("llama+dyvte")
+    batch = make_batch(processor, ROWS)
+    lengths = [
+        [layer.get_seq_length() for layer in model(**batch, use_cache=True, layer_options=told)[CACHE].layers]
+        for told in ({"exit_after": None}, {"exit_after": 2})
+    ]
+    assert len(set(lengths[0])) == 1 and lengths[1][:3] == lengths[0][:3] and lengths[1][3] < lengths[0][3]
+    for told, message in (({"exit_aft": 1}, "No layer op reads 'exit_aft'"), ({"exit_after": 4}, "exit_after=4")):
+        with pytest.raises(ValueError, match=message):
+            model(**batch, layer_options=told)
 
 
 def test_attention_that_cannot_be_masked_is_refused_by_name(monkeypatch):

@@ -56,13 +56,14 @@ def views(planner: str, image, **options) -> dict[str, np.ndarray]:
 
 
 def assert_whole(batch) -> None:
-    """Finite views, a global one first, then crops in raster order."""
+    """Finite views, a global one first, then crops in raster order, then as many strided ones or none."""
     pixels, positions = np.asarray(batch["pixel_values"]), np.asarray(batch["view_positions"])
     assert len(pixels) == len(positions) and np.isfinite(pixels).all()
     for own in np.split(positions, np.flatnonzero(positions[:, 8] == 1)[1:]):
         rows, cols = own[0, 1:3]
-        crops = [[1, row, col] for row in range(rows) for col in range(cols)]
-        assert own[:, [0, 3, 4]].tolist() == [[0, 0, 0], *crops] and own[0, 5] >= 1
+        crops, strided = ([[kind, row, col] for row in range(rows) for col in range(cols)] for kind in (1, 2))
+        places = own[:, [0, 3, 4]].tolist()
+        assert places in ([[0, 0, 0], *crops], [[0, 0, 0], *crops, *strided]) and own[0, 5] >= 1
 
 
 def assert_same(found, expected) -> None:

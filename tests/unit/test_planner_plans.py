@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from builders.images import random_sizes
-from hires_lmm.processing.planners_hires_lmm import PLANNERS, PinpointLimits, View, ViewPlan
+from hires_lmm.processing.planners_hires_lmm import PLANNERS
+from hires_lmm.processing.view_plans_hires_lmm import View, ViewPlan
 
 
 WHOLE = (0, 4, 0, 4)
@@ -16,12 +17,9 @@ BLACK, WHITE = (0, 0, 0), (255, 255, 255)
 PILLOW = Image.Resampling
 
 
-def limits(**changes) -> PinpointLimits:
-    return PinpointLimits(**{"view_size": 56, "patch_size": 14, **changes})
-
-
 def plan(planner: str, height: int, width: int, **changes) -> ViewPlan:
-    return PLANNERS[planner](height, width, limits(**changes))
+    options = PLANNERS[planner].options(**{"view_size": 56, "patch_size": 14, **changes})
+    return PLANNERS[planner](height, width, options)
 
 
 def assembled(grid, image_box, row_edges, col_edges, image_span=WHOLE, row_spans=None, col_spans=None) -> tuple:
@@ -118,11 +116,40 @@ def half_up(value: Fraction) -> int:
 def test_boxes_are_rounded_half_up(planner):
     for height, width in random_sizes(60, seed=8):
         found = plan(planner, height, width, **({"max_crops": 6} if planner in ("slime", "multiple") else {}))
-        for view in found.views[1:]:
+        for view in (view for view in found.views if view.kind == 1):
+            side = found.view_pixels(view)
             for axis, place in ((0, view.row), (1, view.col)):
                 for edge, cut in ((view.box[axis], place), (view.box[axis + 2], place + 1)):
-                    source = Fraction((cut * 56 - found.paste[axis]) * found.size[axis] * 256, found.resized[axis])
+                    at = cut * side[axis] - found.paste[axis]
+                    source = Fraction(at * found.size[axis] * 256, found.resized[axis])
                     assert edge == half_up(source), (height, width)
+
+
+def test_dual():
+    """100 x 50 squeezed to 2 x 2 views, and every second pixel of it: each strided view shows the whole image."""
+    found, whole = plan("dual", 100, 50, n=2), (0, 0, 25600, 12800)
+    crops = assembled((2, 2), whole, [0, 12800, 25600], [0, 6400, 12800])
+    strided = [View(2, 2, 2, row, col, whole, WHOLE, (4, 4)) for row in (0, 1) for col in (0, 1)]
+    assert found == expected((100, 50), (*crops, *strided), (112, 112), (112, 112), (0, 0))
+    alone = plan("dual", 100, 50, views="global")
+    assert (len(alone.views), alone.grid, alone.canvas) == (1, (0, 0), (0, 0))
+
+
+def test_llava_uhd():
+    """90 x 150 is 4.3 areas: two rows of three; a slice of 45 x 50 as 53 x 58 pixels, so 3 x 4 patches."""
+    found = plan("llava_uhd", 90, 150)
+    whole = View(0, 2, 3, 0, 0, (0, 0, 23040, 38400), (0, 3, 0, 5), (3, 5))
+    crops = [
+        View(1, 2, 3, r, c, (11520 * r, 12800 * c, 11520 * r + 11520, 12800 * c + 12800), (0, 3, 0, 4), (3, 4))
+        for r in (0, 1)
+        for c in (0, 1, 2)
+    ]
+    wanted = expected((90, 150), (whole, *crops), (84, 168), (84, 168), (0, 0), global_size=(42, 70))
+    assert found == wanted
+    assert plan("llava_uhd", 90, 150, views="crops").views[0].span == (0, 0, 0, 0)
+    assert plan("llava_uhd", 90, 150, views="global").views == (
+        View(0, 0, 0, 0, 0, (0, 0, 23040, 38400), (0, 3, 0, 5), (3, 5)),
+    )
 
 
 def test_the_global_view_is_unpadded_by_pixels():

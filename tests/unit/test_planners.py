@@ -8,8 +8,9 @@ from transformers.models.llava_next.processing_llava_next import LlavaNextProces
 
 from builders.images import random_sizes
 from hires_lmm.processing.geometry_hires_lmm import Grid
-from hires_lmm.processing.planners_hires_lmm import BOX_UNIT, PLANNERS, PinpointLimits
+from hires_lmm.processing.planners_hires_lmm import PLANNERS
 from hires_lmm.processing.token_layout_hires_lmm import TokenLayout, count_tokens
+from hires_lmm.processing.view_plans_hires_lmm import BOX_UNIT, PinpointLimits
 
 
 LLAVA_NEXT_LAYOUT = TokenLayout(
@@ -80,11 +81,22 @@ def test_multiple_shrinks_least_beyond_the_limit():
         assert max(plan.resized) == pytest.approx(best * max(height, width), abs=1 + max(height, width) / 20000)
 
 
-def test_max_crops_is_respected():
-    for name, limit in [("slime", 6), ("slime", 1), ("multiple", 5), ("hd", 4), ("llava_next", 3), ("llava_next", 2)]:
-        for height, width in random_sizes(200, seed=2):
-            plan = PLANNERS[name](height, width, PinpointLimits(max_crops=limit))
-            assert 1 <= plan.grid[0] * plan.grid[1] <= limit
+@pytest.mark.parametrize(
+    ("name", "limit"),
+    [
+        *[("slime", 6), ("slime", 1), ("multiple", 5), ("hd", 4), ("llava_next", 3), ("llava_next", 2)],
+        *[("dual", 8), ("dual", 1), ("llava_uhd", 6), ("llava_uhd", 2)],
+    ],
+)
+def test_max_crops_is_respected(name, limit):
+    grids = set()
+    for height, width in random_sizes(200, seed=2):
+        plan = PLANNERS[name](height, width, PLANNERS[name].options(max_crops=limit))
+        grids.add(plan.grid[0] * plan.grid[1])
+    assert min(grids) >= (name != "llava_uhd") and max(grids) == (4 if (name, limit) == ("dual", 8) else limit)
+
+
+def test_slime_release_may_have_one_crop_more():
     grids = {PLANNERS["slime_release"](*size, PinpointLimits(max_crops=6)).grid for size in random_sizes(500)}
     assert max(rows * cols for rows, cols in grids) == 7
 
@@ -92,15 +104,18 @@ def test_max_crops_is_respected():
 @pytest.mark.parametrize("planner", PLANNERS)
 @pytest.mark.parametrize("unpad", [None, True, False])
 def test_boxes_and_spans_tile(planner, unpad):
-    limits = PinpointLimits(unpad=unpad)
+    limits = PLANNERS[planner].options(unpad=unpad)
     for height, width in random_sizes(2000, seed=3):
         plan = PLANNERS[planner](height, width, limits)
         rows, cols = plan.grid
-        crops = {(view.row, view.col): view for view in plan.views[1:]}
-        assert [view.kind for view in plan.views] == [0] + [1] * (rows * cols)
-        assert list(crops) == [(row, col) for row in range(rows) for col in range(cols)]
-        check_boxes_tile(plan, crops, height, width)
-        check_spans_tile(plan, crops)
+        kinds = [1, 2] if planner == "dual" else [1]
+        assert [view.kind for view in plan.views] == [0, *(kind for kind in kinds for _ in range(rows * cols))]
+        places = [(row, col) for row in range(rows) for col in range(cols)]
+        assert [(view.row, view.col) for view in plan.views[1:]] == places * len(kinds)
+        crops = {(view.row, view.col): view for view in plan.views if view.kind == 1}
+        if crops:
+            check_boxes_tile(plan, crops, height, width)
+            check_spans_tile(plan, crops)
 
 
 def check_boxes_tile(plan, crops, height, width):
@@ -113,20 +128,21 @@ def check_boxes_tile(plan, crops, height, width):
             assert crops[row + 1, col].box[0] == bottom
         if (row, col + 1) in crops:
             assert crops[row, col + 1].box[1] == left + (right - left)
-        exact = (row * plan.view_size - plan.paste[0]) * height / plan.resized[0] * BOX_UNIT
+        exact = (row * plan.view_pixels(view)[0] - plan.paste[0]) * height / plan.resized[0] * BOX_UNIT
         assert abs(top - exact) <= 0.5 + 1e-6 * abs(exact)
     first, last = crops[0, 0].box, crops[rows - 1, cols - 1].box
     global_box = plan.views[0].box
     for top, left, bottom, right in [(*first[:2], *last[2:]), global_box]:
         assert top <= 0 and left <= 0 and bottom >= height * BOX_UNIT and right >= width * BOX_UNIT
     assert all(0 <= plan.paste[axis] <= plan.canvas[axis] - plan.resized[axis] for axis in (0, 1))
-    assert all(0 <= plan.global_paste[axis] <= plan.view_size - plan.global_size[axis] for axis in (0, 1))
+    shown = plan.view_pixels(plan.views[0])
+    assert all(0 <= plan.global_paste[axis] <= shown[axis] - plan.global_size[axis] for axis in (0, 1))
 
 
 def check_spans_tile(plan, crops):
     """On the stitched patch map the spans are one rectangle without holes."""
-    size = plan.patch_grid
     for axis in (0, 1):
+        size = crops[0, 0].patches[axis]
         marked = [False] * (plan.grid[axis] * size)
         for place, view in crops.items():
             start, end = view.span[2 * axis : 2 * axis + 2]
@@ -186,11 +202,40 @@ def test_view_size_with_a_remainder():
         ("slime", {"max_crops": 37}, "from 1 to 36"),
         ("slime_release", {"max_crops": 1}, "at least 2"),
         ("llava_next", {"max_crops": 1}, "smallest of the list has 2"),
+        ("dual", {"n": 0}, "n=0 must be an integer of at least 1"),
+        ("dual", {"n": 65}, "n=65 asks for more than 4096 crops"),
+        ("dual", {"follow_aspect": 1}, "follow_aspect=1 must be True or False"),
+        ("dual", {"unpad": True, "global_view": "pad"}, "cannot leave out padding"),
+        ("llava_uhd", {"global_view": "pad"}, "at its own aspect, not by global_view='pad'"),
     ],
 )
 def test_limits_a_planner_cannot_use(planner, arguments, text):
     with pytest.raises(ValueError, match=text):
-        PLANNERS[planner](500, 500, PinpointLimits(**arguments))
+        PLANNERS[planner](500, 500, PLANNERS[planner].options(**arguments))
+
+
+@pytest.mark.parametrize(
+    ("size", "grid"), [((500, 500), (3, 3)), ((500, 750), (2, 3)), ((900, 300), (3, 1)), ((100, 1000), (1, 9))]
+)
+def test_dual_follows_the_aspect_where_it_is_told(size, grid):
+    found = PLANNERS["dual"](*size, PLANNERS["dual"].options(n=3, follow_aspect=True))
+    assert found.grid == grid and len(found.views) == 1 + 2 * grid[0] * grid[1]
+    assert PLANNERS["dual"](*size, PLANNERS["dual"].options(n=3)).grid == (3, 3)
+
+
+@pytest.mark.parametrize("size", [(900_000, 2), (1, 1_000_000), (10, 10_000), (3000, 4)])
+def test_slices_of_the_thinnest_image_have_no_more_patches_than_a_view(size):
+    found = PLANNERS["llava_uhd"](*size, PinpointLimits())
+    assert all(rows * cols <= 576 and min(rows, cols) >= 1 for rows, cols in (view.patches for view in found.views))
+
+
+def test_slices_of_a_view_with_a_remainder_fill_their_canvas():
+    """A slice of as many patches as a view has its size too, 384 pixels."""
+    found = PLANNERS["llava_uhd"](800, 1200, PinpointLimits(view_size=384, patch_size=14))
+    for view in found.views:
+        assert found.view_pixels(view)[0] * max(found.grid[0], 1) == (
+            found.canvas[0] if view.kind else found.global_size[0] * found.grid[0]
+        )
 
 
 @pytest.mark.parametrize("size", [(0, 5), (5, -1), (2.5, 3), (True, 3)])

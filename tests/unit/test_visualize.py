@@ -38,6 +38,7 @@ def make_map(cells: int = 4, grid=(2, 3), size=(200, 300), kept=None, scored=Tru
         box=torch.tensor([row[3] for row in rows]),
         score=torch.tensor([row[4] for row in rows]),
         kept=torch.ones(number, dtype=torch.bool) if kept is None else kept(rows),
+        left_at=torch.full((number,), -1),
     )
 
 

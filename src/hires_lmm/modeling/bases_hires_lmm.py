@@ -1,6 +1,6 @@
 """The base class of each slot: what a part says of itself before it is built, and what it does."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -107,14 +107,30 @@ class Traits:
     untrained: tuple[str, ...] = ()
 
 
-def follow_grid(group: ViewGroup, grid: Grid) -> dict[str, torch.Tensor]:
-    """The scores of a group on another grid: means over the patches under each token; none where it has no place."""
-    if grid.size == group.grid:
+def follow_grid(
+    group: ViewGroup, grid: Grid, sizes: Sequence[tuple[int, int]] | None = None
+) -> dict[str, torch.Tensor]:
+    """The scores of a group on another grid: means over the patches under each token; none where it has no place.
+
+    Where views have `sizes` of their own, each by itself.
+    """
+    is_padded = sizes is not None and set(sizes) != {tuple(group.grid)}
+    if grid.size == group.grid and not is_padded:
         return group.scores
     if grid.whole:
         return {}
     maps = {name: score.unflatten(1, group.grid)[:, None] for name, score in group.scores.items()}
-    return {name: nn.functional.adaptive_avg_pool2d(own, grid.size).flatten(1) for name, own in maps.items()}
+    if not is_padded:
+        return {name: nn.functional.adaptive_avg_pool2d(own, grid.size).flatten(1) for name, own in maps.items()}
+    return {
+        name: torch.stack(
+            [
+                nn.functional.adaptive_avg_pool2d(plane[:, :high, :wide], grid.size).flatten()
+                for plane, (high, wide) in zip(own, sizes or (), strict=True)
+            ]
+        )
+        for name, own in maps.items()
+    }
 
 
 class HiResLmmPart(nn.Module):
@@ -236,6 +252,7 @@ class LayerCall:
             in conversations without images.
         is_prefill (`bool`): Whether the call holds images; elsewhere nothing may leave.
         aux (`dict[str, torch.Tensor]`): Takes tensors for losses and logs; they come out as `outputs.aux`.
+        options (`dict[str, Any]`): What the caller gave as `layer_options`; each op knows its own keys.
     """
 
     slots: torch.Tensor
@@ -248,6 +265,7 @@ class LayerCall:
     is_prefill: bool
     training: bool
     aux: dict
+    options: dict = field(default_factory=dict)
 
     @property
     def text(self) -> torch.Tensor:
@@ -281,11 +299,14 @@ class HiResLmmLayerOp(HiResLmmPart):
     """Base of layer operations, which run behind chosen layers of the language model or of the vision tower.
 
     `Options` of a subclass extend these. `reads_attention` asks for the attention of the layer, `masks_attention` has
-    `see` called before it.
+    `see` called before it, `reads_options` names keys of `layer_options`; `is_soft` says that in training it weighs
+    tokens that elsewhere leave.
     """
 
     reads_attention = False
     masks_attention = False
+    reads_options: tuple[str, ...] = ()
+    is_soft = False
 
     @strict
     @dataclass

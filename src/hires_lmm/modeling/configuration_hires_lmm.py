@@ -123,6 +123,30 @@ PRESETS: dict[str, dict] = {
         "extra_towers": {"hires": _CONVNEXT_LARGE},
         "connector_config": {"view_ops": [{"part": "conv_gate"}], "adapter": _MLP},
     },
+    "llava_uhd": {
+        "planner": {"name": "llava_uhd"},
+        "unequal_views": True,
+        "connector_config": {
+            "view_ops": [{"part": "uhd_resampler"}],
+            "adapter": {"part": "identity"},
+            "layout": {
+                "order": ["crops", "global"],
+                "crop_order": "views",
+                "separators": {
+                    "comma": {"place": "crop_column", "value": [29892], "on": "crops"},
+                    "newline": {"place": "crop_row_end", "value": [13], "on": "crops"},
+                },
+            },
+        },
+    },
+    "inf_llava": {
+        "planner": {"name": "dual"},
+        "connector_config": {
+            "view_ops": [{"part": "dual_enhancement"}],
+            "adapter": _MLP,
+            "layout": {"order": ["global", "crops", "strided"]},
+        },
+    },
 }
 
 

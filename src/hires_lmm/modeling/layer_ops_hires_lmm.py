@@ -32,6 +32,7 @@ from .question_hires_lmm import PromptText
 
 
 LAYER_CALL = "layer_call"
+LAYER_OPTIONS = "layer_options"
 RECORD = "layer_ops"
 # B = rows, n = positions of the call, m = those that are still there, K = keys of a layer. A slot is the place of a
 # token in the conversation, counted before anything left a layer.
@@ -152,6 +153,7 @@ class LanguageCall:
         attention_mask (`torch.Tensor`, *optional*): As the language model gets it.
         placed (`Placed`): Visual tokens.
         can_pack (`bool`): False: tokens that leave are hidden by masks and stay where they are.
+        options (`dict[str, Any]`): What the caller says to layer ops.
     """
 
     def __init__(
@@ -163,10 +165,12 @@ class LanguageCall:
         placed: Placed,
         can_pack: bool,
         training: bool,
+        options: dict,
     ):
         self.ops = {layer: [op for op in ops if layer in op.layers] for layer in range(config.num_hidden_layers)}
         self.first = next(layer for layer, own in self.ops.items() if own)
         self.config, self.placed, self.can_pack, self.training = config, placed, can_pack, training
+        self.options = options
         self.conversation = conversation
         rows, count = placed.visual.shape
         self.past = 0 if conversation is None else conversation.length
@@ -238,7 +242,7 @@ class LanguageCall:
         count, total = hidden.shape[1], keys.slots.shape[1]
         length, offset = (total, 0) if cache is None else cache.get_mask_sizes(count, layer)
         window, kind = attention_window(self.config, layer), self.config._attn_implementation
-        fits = window is None or total <= window
+        fits = window is None or self.past + self.slots.shape[1] <= window  # in slots: what left still keeps its room
         is_causal = (count == 1 or (count == total and kind != "eager")) and not masking
         if keys.is_plain and level.weight is None and fits and is_causal and length == total:
             return None
@@ -318,6 +322,7 @@ class LanguageCall:
             is_prefill=placed.has_visual,
             training=self.training,
             aux=self.aux,
+            options=self.options,
         )
 
     def narrow(
@@ -506,7 +511,11 @@ def place(text: PromptText, placeholder: torch.Tensor, tokens: VisualTokens | No
 
 def open_layers(model: Any, prompt: Any, cache: Any, options: dict) -> LanguageCall | None:
     """The call of the language model for its layer ops, written into `options`; None where the model has none."""
+    told = options.pop(LAYER_OPTIONS, None) or {}
     ops = ops_of(model, "language_model")
+    known = [name for op in ops for name in op.reads_options]
+    if unknown := [name for name in told if name not in known]:
+        raise ValueError(f"No layer op reads {unknown[0]!r} of layer_options; they read {known or 'nothing'}.")
     if not ops:
         return None
     config, placed, conversation = model.language_model.config, prompt.placed, prompt.conversation
@@ -520,6 +529,7 @@ def open_layers(model: Any, prompt: Any, cache: Any, options: dict) -> LanguageC
         getattr(config, name) if options.get(name) is None else options[name]
         for name in ("output_hidden_states", "output_attentions")
     ]
-    call = LanguageCall(ops, config, conversation, prompt.attention_mask, placed, not any(shown), model.training)
+    can_pack = not any(shown)
+    call = LanguageCall(ops, config, conversation, prompt.attention_mask, placed, can_pack, model.training, told)
     options[LAYER_CALL] = call
     return call

@@ -201,7 +201,8 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
                 `question_ids` `(B, turns, L)`: ids of the questions in another vocabulary, see
                 `HiResLmmProcessor.question_ids`. `labels_<name>` `(N, ...)`: what a head should read at the
                 occurrences of its token. `output_heads`: whether heads run; by default where no earlier positions are
-                cached. The rest goes to the language model.
+                cached. `layer_options`: what layer ops are told in this call, such as
+                `{"exit_after": 8}`. The rest goes to the language model.
 
         Returns:
             `HiResLmmModelOutputWithPast`.

@@ -12,8 +12,11 @@ from .adapters_hires_lmm import (
     HiResLmmMlpAdapter,
     HiResLmmQueryFormerAdapter,
 )
+from .atp_hires_lmm import HiResLmmAtp
 from .bases_hires_lmm import PartContext, Traits, entering, layers_behind
 from .compressors_hires_lmm import HiResLmmConvMerge, HiResLmmQueryCompressor
+from .dual_hires_lmm import HiResLmmDualEnhancement
+from .dyvte_hires_lmm import HiResLmmDyvte
 from .fusion_hires_lmm import HiResLmmFusion
 from .gate_hires_lmm import HiResLmmConvGate
 from .geometry_hires_lmm import KINDS, MAIN_TOWER, Grid, check_stride, kinds_on
@@ -25,6 +28,7 @@ from .own_parts_hires_lmm import is_own, own_class, refusal
 from .routers_hires_lmm import HiResLmmRouter
 from .sa_perceiver_hires_lmm import HiResLmmSaPerceiver
 from .sequence_hires_lmm import LayoutOptions
+from .uhd_hires_lmm import HiResLmmUhdResampler
 
 
 VIEW_OPS = {
@@ -34,6 +38,8 @@ VIEW_OPS = {
     "mqt": HiResLmmMqt,
     "mini_compressor": HiResLmmMiniCompressor,
     "conv_gate": HiResLmmConvGate,
+    "dual_enhancement": HiResLmmDualEnhancement,
+    "uhd_resampler": HiResLmmUhdResampler,
 }
 ADAPTERS = {
     "identity": HiResLmmIdentityAdapter,
@@ -49,7 +55,7 @@ TOKEN_OPS = {
     "globalcom2": HiResLmmGlobalCom2,
     "prompt_fuser": HiResLmmPromptFuser,
 }
-LAYER_OPS = {"keep_after": HiResLmmKeepAfter}
+LAYER_OPS = {"keep_after": HiResLmmKeepAfter, "dyvte": HiResLmmDyvte, "atp": HiResLmmAtp}
 POSITION_PLANS: dict[str, Any] = {}
 HEADS: dict[str, Any] = {}
 SLOTS: dict[str, dict[str, Any]] = {

@@ -24,8 +24,9 @@ from .compat_hires_lmm import warn_if_untested
 from .geometry_hires_lmm import Kind
 from .image_input_hires_lmm import DEFAULT_PIXEL_LIMIT, flatten_budgets, flatten_images, open_image, to_rgb
 from .own_parts_hires_lmm import HiResLmmOwnPartsMixin, as_name, map_planner, part_loader
-from .planners_hires_lmm import Planner, PlannerLimits, View, ViewPlan, find_planner, square_paste
+from .planners_hires_lmm import Planner, find_planner
 from .token_layout_hires_lmm import TokenLayout, apply_budget, count_tokens, min_budget
+from .view_plans_hires_lmm import PlannerLimits, View, ViewPlan, square_paste
 
 
 class HiResLmmImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]

@@ -6,8 +6,8 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 from .geometry_hires_lmm import KINDS, Grid, check_stride, kinds_on
-from .planners_hires_lmm import ViewPlan
 from .sequence_hires_lmm import Arrangement, LayoutOptions
+from .view_plans_hires_lmm import ViewPlan
 
 
 OWN = "own"

@@ -100,6 +100,18 @@ def end_to_end(column: str = "vicuna_7b", tower_rate: Any = None) -> list[Stage]
     ]
 
 
+def dyvte(column: str = "released", tower_rate: Any = None) -> list[Stage]:
+    """The gates of the layer op `dyvte` alone, for a trained model.
+
+    Args:
+        column, tower_rate: Nothing else learns; both are left as they are.
+
+    Source: DyVTE, huggingface.co/papers/2411.19628: 1 % of the 665K data of LLaVA-1.5, single turns.
+    """
+    weights = {"generation": 0.0, "exit_gate": 1.0}
+    return [Stage("dyvte/exit_gate", {"connector.layer_ops": 6e-5}, loss_weights=weights, noise=False)]
+
+
 def _align(name: str, part: str, numbers: Column, views: str = "all", settings: dict | None = None) -> Stage:
     """A stage that trains one part of the connector."""
     return Stage(
@@ -123,6 +135,7 @@ PLANS: dict[str, Callable[..., list[Stage]]] = {
     "slime": slime,
     "query_former": query_former,
     "end_to_end": end_to_end,
+    "dyvte": dyvte,
     "fusion": fusion,
     "fusion_nested": fusion_nested,
     **{row: partial(vlsa, row=row) for row in ROWS},

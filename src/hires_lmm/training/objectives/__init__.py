@@ -2,11 +2,13 @@
 
 from .base import BatchColumn, Objective, StepValues
 from .contrastive import Contrastive
+from .exit_gate import ExitGate, exit_labels
 from .files import load_objectives, save_objectives
 from .gate_balance import GateBalance, gate_balance
 from .reconstruction import Reconstruction
 from .registry import GENERATION, OBJECTIVES
 from .second_model import SecondModel
+from .token_budget import TokenBudget, token_budget
 
 
 __all__ = [
@@ -14,12 +16,16 @@ __all__ = [
     "OBJECTIVES",
     "BatchColumn",
     "Contrastive",
+    "ExitGate",
     "GateBalance",
     "Objective",
     "Reconstruction",
     "SecondModel",
     "StepValues",
+    "TokenBudget",
+    "exit_labels",
     "gate_balance",
     "load_objectives",
     "save_objectives",
+    "token_budget",
 ]

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from ...modeling.geometry_hires_lmm import Column
+from ...modeling.logits_hires_lmm import scale_logits
 from ..columns import BatchColumn
 
 
@@ -21,6 +22,7 @@ class StepValues:
         inputs (`dict[str, Any]`): The other keyword arguments of the model: `input_ids`, `labels` and so on.
         has_images (`bool`): False where the model sent a blank image through the modules of the stage.
         model (`nn.Module`): The `HiResLmmModel`.
+        head (`nn.Module`, *optional*): What makes logits of its hidden states.
     """
 
     outputs: Any
@@ -28,6 +30,15 @@ class StepValues:
     inputs: dict[str, Any]
     has_images: bool
     model: Any
+    head: Any = None
+
+    @torch.no_grad()
+    def run_again(self, **options: Any) -> torch.Tensor:
+        """Logits `(B, S, V)` of the batch once more, without gradient, with other arguments of the model."""
+        mine = ("labels", "return_logits", "logits_to_keep", "return_dict")
+        inputs = {name: value for name, value in self.inputs.items() if name not in mine}
+        outputs = self.model(**{**inputs, "question_labels": self.inputs.get("labels"), **options})
+        return scale_logits(self.head(outputs.last_hidden_state), self.model.config.text_config)
 
     @property
     def aux(self) -> dict[str, Any]:

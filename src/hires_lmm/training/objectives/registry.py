@@ -2,14 +2,18 @@
 
 from .base import Objective
 from .contrastive import Contrastive
+from .exit_gate import ExitGate
 from .gate_balance import GateBalance
 from .reconstruction import Reconstruction
+from .token_budget import TokenBudget
 
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "contrastive": Contrastive,
+    "exit_gate": ExitGate,
     "gate_balance": GateBalance,
     "reconstruction": Reconstruction,
+    "token_budget": TokenBudget,
 }
 """Name in `Stage.loss_weights` -> class."""
 

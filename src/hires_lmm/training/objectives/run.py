@@ -65,10 +65,15 @@ def find_entry(model: nn.Module) -> Any:
     )
 
 
+def find_top(model: nn.Module, base: nn.Module) -> Any:
+    """The module that holds the `HiResLmmModel`, whatever wraps it; None where there is no head."""
+    return next((module for module in model.modules() if module._modules.get("model") is base), None)
+
+
 def attach(model: nn.Module, base: nn.Module, objectives: dict[str, Objective]) -> CarriedObjectives | None:
     """Make objectives submodules of the model, in place of those of an earlier run; `save_pretrained` leaves them
     out."""
-    top: Any = next((module for module in model.modules() if module._modules.get("model") is base), None)
+    top = find_top(model, base)
     if top is not None:
         detach(top)
     if not objectives:
@@ -128,6 +133,7 @@ class StepHooks:
     def __init__(self, carried: CarriedObjectives, weights: dict[str, float], sums: Sums):
         self.carried, self.weights, self.sums = carried, weights, sums
         self._precision: AbstractContextManager = nullcontext()
+        self.head: Any = None
 
     def install(self, model: nn.Module, base: nn.Module) -> list:
         """Hook the model inside, for the log, and the one that is called with a batch, where there are losses."""
@@ -144,6 +150,7 @@ class StepHooks:
             base.register_forward_hook(self._log, with_kwargs=True),
         ]
         if self.weights:
+            self.head = getattr(find_top(model, base), "lm_head", None)
             handles.append(find_entry(model).register_forward_hook(add_losses, with_kwargs=True))
         return handles
 
@@ -179,7 +186,7 @@ class StepHooks:
         self.sums.add("share", shares.sum())
         self.sums.add(f"loss/{GENERATION}", loss.detach())
         for name, objective in self.carried.items():
-            step = StepValues(output, self.carried.taken, inputs, has_images, base)
+            step = StepValues(output, self.carried.taken, inputs, has_images, base, self.head)
             values = objective(step).float()
             part = (shares * values).sum() * (1.0 if has_images or not objective.needs_images else 0.0)
             self.sums.add(f"loss/{name}", part.detach())
