@@ -27,6 +27,7 @@ from .own_parts_hires_lmm import is_own, own_class, refusal
 from .routers_hires_lmm import HiResLmmRouter
 from .sa_perceiver_hires_lmm import HiResLmmSaPerceiver
 from .sequence_hires_lmm import LayoutOptions
+from .yopo_hires_lmm import HiResLmmYopo
 
 
 VIEW_OPS = {
@@ -51,7 +52,7 @@ TOKEN_OPS = {
     "globalcom2": HiResLmmGlobalCom2,
     "prompt_fuser": HiResLmmPromptFuser,
 }
-LAYER_OPS = {"keep_after": HiResLmmKeepAfter, "dyvte": HiResLmmDyvte, "atp": HiResLmmAtp}
+LAYER_OPS = {"keep_after": HiResLmmKeepAfter, "dyvte": HiResLmmDyvte, "atp": HiResLmmAtp, "yopo": HiResLmmYopo}
 POSITION_PLANS: dict[str, Any] = {}
 HEADS: dict[str, Any] = {}
 SLOTS: dict[str, dict[str, Any]] = {
