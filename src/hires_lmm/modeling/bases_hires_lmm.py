@@ -298,15 +298,18 @@ class TowerCall:
 class HiResLmmLayerOp(HiResLmmPart):
     """Base of layer operations, which run behind chosen layers of the language model or of the vision tower.
 
-    `Options` of a subclass extend these. `reads_attention` asks for the attention of the layer, `masks_attention` has
-    `see` called before it, `reads_options` names keys of `layer_options`; `is_soft` says that in training it weighs
-    tokens that elsewhere leave.
+    `Options` of a subclass extend these. `reads_attention` asks for the attention of the layer; `masks_attention` has
+    `see` called before it; with `reads_attention`, `changes_attention` has `attend` called behind it and `splits_feed`
+    has `feed` called in its feed-forward. `reads_options` names keys of `layer_options`; `is_soft` says that in
+    training it weighs tokens that elsewhere leave.
     """
 
     reads_attention = False
     masks_attention = False
     reads_options: tuple[str, ...] = ()
     is_soft = False
+    changes_attention = False
+    splits_feed = False
 
     @strict
     @dataclass
@@ -336,6 +339,22 @@ class HiResLmmLayerOp(HiResLmmPart):
 
     def see(self, layer: int, seen: torch.Tensor, call: LayerCall) -> torch.Tensor:
         """Change which tokens see which in the coming layer: `(B, 1, m, m)`, query by key, or `(B, heads, m, m)`."""
+        raise NotImplementedError
+
+    def attend(self, layer: int, call: LayerCall) -> torch.Tensor | None:
+        """Put something in place of the attention of a layer, in calls without images too.
+
+        Args:
+            layer (`int`): The layer.
+            call (`LayerCall`): What belongs to it; `call.attention` has scores, keys and values.
+
+        Returns:
+            What its heads give `(B, heads, m, d)`, before the projection; None leaves it as it is.
+        """
+        raise NotImplementedError
+
+    def feed(self, layer: int, module: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """What the feed-forward of a layer gives for visual tokens `(N, D)`, in its place."""
         raise NotImplementedError
 
 

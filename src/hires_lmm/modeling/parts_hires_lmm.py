@@ -29,6 +29,7 @@ from .routers_hires_lmm import HiResLmmRouter
 from .sa_perceiver_hires_lmm import HiResLmmSaPerceiver
 from .sequence_hires_lmm import LayoutOptions
 from .uhd_hires_lmm import HiResLmmUhdResampler
+from .yopo_hires_lmm import HiResLmmYopo
 
 
 VIEW_OPS = {
@@ -55,7 +56,7 @@ TOKEN_OPS = {
     "globalcom2": HiResLmmGlobalCom2,
     "prompt_fuser": HiResLmmPromptFuser,
 }
-LAYER_OPS = {"keep_after": HiResLmmKeepAfter, "dyvte": HiResLmmDyvte, "atp": HiResLmmAtp}
+LAYER_OPS = {"keep_after": HiResLmmKeepAfter, "dyvte": HiResLmmDyvte, "atp": HiResLmmAtp, "yopo": HiResLmmYopo}
 POSITION_PLANS: dict[str, Any] = {}
 HEADS: dict[str, Any] = {}
 SLOTS: dict[str, dict[str, Any]] = {
