@@ -31,6 +31,7 @@ SMALL = {
     "later_queries": 2,
     "num_layers": 1,
     "num_heads": 2,
+    "pool": [2, 3],
     "token_id": plain_tokenizer()(QUESTION).input_ids[1],
 }
 """Given to every part that has an option of that name."""
@@ -55,6 +56,8 @@ VARIANTS: dict[str, dict[str, dict]] = {
         "release": {"heads": [[1, 1, 0, 1], [0, 1, 1, 0]], "drop_from": 1, "causal": False, "renormalise": False},
     },
     "mqt": {"content": {"key_mode": "content"}},
+    "self_mining_sampler": {"plain": {"residual": False}},
+    "slice_restore": {"one layer, coarse": {"layers": [1], "down_sampling": 3}},
     "globalcom2": {
         "probabilities": {"score": "probabilities"},
         "share": {"ratio": 0.5},

@@ -53,6 +53,12 @@ CHANGES = {
             },
         }
     },
+    "hires_llava": {
+        "connector_config": {
+            "view_ops": [{"part": "self_mining_sampler", "pool": [2, 3], "num_heads": 2}],
+            "layer_ops": [{"part": "slice_restore", "num_heads": 2}],
+        }
+    },
     "mqt": {"connector_config": {"view_ops": [{"part": "mqt", "num_queries": 16, "num_heads": 2}]}},
 }
 SETTINGS = {  # of the image processor, each different from what the preset would give
@@ -67,6 +73,7 @@ SETTINGS = {  # of the image processor, each different from what the preset woul
     "llava_mini": {"max_crops": 2, "unpad": True},
     "mg_llava": {"views": "all", "max_image_tokens": 30},
     "llava_uhd": {"max_crops": 6, "max_image_tokens": 40},
+    "hires_llava": {"max_crops": 2, "max_image_tokens": 11},
     "inf_llava": {"max_crops": 4, "max_image_tokens": 9},
 }
 PRESETS = tuple(SETTINGS)
@@ -102,6 +109,7 @@ DIAGONAL = [  # every preset, every family and every number format at least once
     Case("llava_mini", "clip", "qwen2", "bfloat16", False, True),
     Case("mg_llava", "siglip", "llama", "float32", False, True),
     Case("llava_uhd", "siglip", "mistral", "float32", False, True),
+    Case("hires_llava", "siglip", "llama", "float16", True, True),
     Case("inf_llava", "clip", "qwen3", "bfloat16", True, False),
 ]
 

@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.nn import functional
 
 from builders import geometry_of, make_batch, random_image, tiny_config, tiny_model, tiny_processor
+from hires_lmm import HiResLmmForConditionalGeneration
 from hires_lmm.modeling.bases_hires_lmm import PartContext
 from hires_lmm.modeling.carriers_hires_lmm import ViewGroup
+from hires_lmm.modeling.compat_hires_lmm import layers_of
 from hires_lmm.modeling.uhd_hires_lmm import HiResLmmUhdResampler
 
 
@@ -297,3 +300,144 @@ def test_a_prefill_with_unequal_views_compiles_whole(ops):
         found = compiled(**inputs, logits_to_keep=1, use_cache=False).logits
     torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
     torch._dynamo.reset()
+
+
+# ---- layers of the tower across crops -----------------------------------------------------------------------------
+def opened(op):
+    """A slice restore whose gates are open."""
+    with torch.no_grad():
+        op.local_gate.fill_(0.7)
+        op.global_gate.fill_(-0.4)
+    return op
+
+
+def restored(op, crops, rows, cols):
+    """What it makes of crops `(n, 16, C)`, on their map, by operations on whole maps."""
+    planes = crops.view(rows, cols, 4, 4, -1).permute(4, 0, 2, 1, 3).reshape(1, -1, 4 * rows, 4 * cols)
+    around = functional.conv2d(planes, op.local_conv.weight, op.local_conv.bias, padding=1, groups=planes.shape[1])
+    small = functional.adaptive_avg_pool2d(planes, (2 * rows, 2 * cols))
+    tokens = op.global_norm(small.flatten(2).transpose(1, 2))
+    read = op.attention(tokens, tokens, tokens).transpose(1, 2).view(small.shape)
+    far = functional.interpolate(read, planes.shape[2:], mode="bilinear")
+    found = planes + op.local_gate * around + op.global_gate * far
+    return found.view(-1, rows, 4, cols, 4).permute(1, 3, 2, 4, 0).reshape(crops.shape)
+
+
+RESTORE = {"part": "slice_restore", "num_heads": 2, "layers": [0, 1]}
+
+
+@pytest.mark.parametrize("vision", ["clip", "siglip"])
+@torch.no_grad()
+def test_crops_are_joined_in_the_tower(vision):
+    model, processor = parts(vision=vision, connector_config={"layer_ops": [RESTORE]})
+    plain, _ = parts(vision=vision)
+    plain.model.load_state_dict(model.model.state_dict(), strict=False)
+    op, sizes = model.model.connector.layer_ops[0], ((90, 60), (40, 200), (60, 50))
+    batch = ask(processor, *sizes)
+    op.init_weights()
+    before = model.model.get_image_features(**geometry_of(batch)).pooler_output
+    opened(op)
+    shapes = [tuple(own) for own in batch["view_positions"][batch["view_positions"][:, 8] == 1, 1:3].tolist()]
+
+    def join(module, args, output):
+        hidden, at = (output[0] if isinstance(output, tuple) else output).clone(), 0
+        for rows, cols in shapes:
+            own = slice(at + 1, at + 1 + rows * cols)
+            hidden[own, -16:] = restored(op, hidden[own, -16:], rows, cols)
+            at += 1 + rows * cols
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    for layer in layers_of(plain.model.vision_tower)[:2]:  # before the first call, which hangs hooks of its own
+        layer.register_forward_hook(join)
+    wanted = plain.model.get_image_features(**geometry_of(batch)).pooler_output
+    found = model.model.get_image_features(**geometry_of(batch)).pooler_output
+    for own, joined, alone in zip(found, wanted, before, strict=True):
+        torch.testing.assert_close(own, joined, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(own[:16], alone[:16], atol=1e-4, rtol=1e-4)  # the global view
+        assert (own[16:] - alone[16:]).abs().max() > 0.01
+    assert_batch_is_single(model, processor, *sizes)
+
+
+@torch.no_grad()
+def test_chunks_of_views_never_split_an_image():
+    model, processor = parts(connector_config={"layer_ops": [RESTORE]})
+    opened(model.model.connector.layer_ops[0])
+    batch, seen = ask(processor, (90, 60), (40, 200), (60, 50)), []
+    wanted = model.model.get_image_features(**geometry_of(batch)).pooler_output
+    model.model.vision_tower.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    for size in (1, 5, 8):
+        model.config.vision_chunk_size, seen[:] = size, []
+        found = model.model.get_image_features(**geometry_of(batch)).pooler_output
+        assert len(seen) > 1 and sum(seen) == len(batch["pixel_values"])
+        for own, whole in zip(found, wanted, strict=True):
+            torch.testing.assert_close(own, whole, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_new_model_sees_as_one_without_the_layer_op():
+    config = tiny_config("hires_llava", connector_config={"layer_ops": [RESTORE], "view_ops": [SAMPLER]})
+    model, processor = HiResLmmForConditionalGeneration(config).eval(), tiny_processor(config)
+    plain = HiResLmmForConditionalGeneration(
+        tiny_config("hires_llava", connector_config={"layer_ops": [], "view_ops": [SAMPLER]})
+    ).eval()
+    plain.load_state_dict(model.state_dict(), strict=False)
+    batch = ask(processor, (90, 60), (40, 200))
+    torch.testing.assert_close(model(**batch).logits, plain(**batch).logits)
+    opened(model.model.connector.layer_ops[0])
+    assert not torch.allclose(model(**batch).logits, plain(**batch).logits, atol=1e-4)
+
+
+def test_what_slice_restore_cannot_join_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"Bad option in layer_ops\[0\] \(slice_restore\).*vision_tower"):
+        tiny_config("llava_next", connector_config={"layer_ops": [{**RESTORE, "of": "language_model"}]})
+    with pytest.raises(ValueError, match="needs views of one size; leave out unequal_views"):
+        tiny_config("llava_uhd", connector_config={"layer_ops": [RESTORE], "layout": UHD_LAYOUT})
+    with pytest.raises(ValueError, match="num_heads=5 does not divide the width"):
+        parts(connector_config={"layer_ops": [{**RESTORE, "num_heads": 5}]})
+    model, processor = parts(connector_config={"layer_ops": [RESTORE]})
+    batch = ask(processor, (90, 60))
+    rows = [row for row in range(len(batch["pixel_values"])) if row != 1]  # a crop is missing
+    images = {name: value[rows] for name, value in geometry_of(batch).items()}
+    with pytest.raises(ValueError, match="slice_restore lays crops side by side, but an image has 3 of 2 x 2"):
+        model.model.get_image_features(**images)
+
+
+# ---- pooled tokens that read their view ---------------------------------------------------------------------------
+SAMPLER = {"part": "self_mining_sampler", "pool": [2, 3], "num_heads": 2}
+
+
+@pytest.mark.parametrize("preset", ["hires_llava", "llava_uhd"])
+@torch.no_grad()
+def test_the_sampler_gives_as_many_tokens_of_every_view(preset):
+    """Views of one size and of unequal ones; each as if it were alone."""
+    connector = {"view_ops": [SAMPLER], "adapter": {"part": "mlp"}, "layer_ops": []}
+    layout = UHD_LAYOUT if preset == "llava_uhd" else {"crop_order": "views"}
+    model, processor = parts(preset, connector_config={**connector, "layout": layout})
+    batch = ask(processor, *UHD_SIZES)
+    features = model.model.get_image_features(**geometry_of(batch)).pooler_output
+    op, row = model.model.connector.view_ops[0], 0
+    for size, found in zip(UHD_SIZES, features, strict=True):
+        wanted = []
+        for view in processor.image_processor.plan(*size).views:
+            hidden = alone(model.model.vision_tower, batch["pixel_values"][row], view)
+            plane = hidden[0].unflatten(0, view.patches).permute(2, 0, 1)
+            pooled = functional.adaptive_avg_pool2d(plane, (2, 3)).flatten(1).T
+            keys = op.key_norm(hidden)
+            tokens = op.attention(op.query_norm(pooled)[None], keys, keys) + pooled
+            wanted.append(model.model.connector.adapter(tokens, view.kind)[0])
+            row += 1
+        if preset == "llava_uhd":
+            table = model.get_input_embeddings().weight
+            views = processor.image_processor.plan(*size).views[1:]
+            marks = [([11] * (view.col > 0), [13] * (view.col == view.grid_cols - 1)) for view in views]
+            crops = zip(marks, wanted[1:], strict=True)
+            wanted = [torch.cat([table[before], own, table[behind]]) for (before, behind), own in crops] + wanted[:1]
+        torch.testing.assert_close(found, torch.cat(wanted), atol=1e-4, rtol=1e-4)
+        assert processor.image_tokens(*size) == len(found)
+    assert_batch_is_single(model, processor, *UHD_SIZES)
+
+
+@pytest.mark.parametrize("pool", [[2], [2, 0], [2, 2.0], [True, 2]], ids=str)
+def test_what_is_no_pool_is_refused(pool):
+    with pytest.raises(ValueError, match="must be rows and columns of tokens, two integers of at least 1"):
+        tiny_config("hires_llava", connector_config={"view_ops": [{**SAMPLER, "pool": pool}]})

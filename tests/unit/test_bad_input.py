@@ -327,3 +327,11 @@ def test_resizing_in_two_steps_gives_the_same_picture():
     rows = (np.arange(336) + 0.5) / 336 * 255
     mean, std = small().image_mean[0], small().image_std[0]
     assert np.abs(tall.mean(axis=1) * std * 255 + mean * 255 - rows).max() < 1
+
+
+def test_views_of_opposite_aspects_are_not_padded_beyond_all_measure():
+    processor = HiResLmmImageProcessor(planner="llava_uhd")
+    tall, wide = Image.new("L", (200, 300_000)), Image.new("L", (300_000, 200))
+    assert len(processor([tall])["pixel_values"]) == len(processor([wide])["pixel_values"]) == 8
+    with pytest.raises(ValueError, match=r"Image 0 would become 8 views of 8064x8064 = .* very different aspect"):
+        processor([tall, wide])

@@ -147,6 +147,14 @@ PRESETS: dict[str, dict] = {
             "layout": {"order": ["global", "crops", "strided"]},
         },
     },
+    "hires_llava": {
+        "planner": {"name": "slime", "max_crops": 9},
+        "connector_config": {
+            "view_ops": [{"part": "self_mining_sampler"}],
+            "adapter": _MLP,
+            "layer_ops": [{"part": "slice_restore"}],
+        },
+    },
 }
 
 

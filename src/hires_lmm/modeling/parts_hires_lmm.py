@@ -21,6 +21,7 @@ from .fusion_hires_lmm import HiResLmmFusion
 from .gate_hires_lmm import HiResLmmConvGate
 from .geometry_hires_lmm import KINDS, MAIN_TOWER, Grid, check_stride, kinds_on
 from .globalcom2_hires_lmm import HiResLmmGlobalCom2
+from .hires_llava_hires_lmm import HiResLmmSelfMiningSampler, HiResLmmSliceRestore
 from .keep_after_hires_lmm import HiResLmmKeepAfter
 from .mini_hires_lmm import HiResLmmMiniCompressor, HiResLmmPromptFuser
 from .mqt_hires_lmm import HiResLmmMqt
@@ -41,6 +42,7 @@ VIEW_OPS = {
     "conv_gate": HiResLmmConvGate,
     "dual_enhancement": HiResLmmDualEnhancement,
     "uhd_resampler": HiResLmmUhdResampler,
+    "self_mining_sampler": HiResLmmSelfMiningSampler,
 }
 ADAPTERS = {
     "identity": HiResLmmIdentityAdapter,
@@ -56,7 +58,13 @@ TOKEN_OPS = {
     "globalcom2": HiResLmmGlobalCom2,
     "prompt_fuser": HiResLmmPromptFuser,
 }
-LAYER_OPS = {"keep_after": HiResLmmKeepAfter, "dyvte": HiResLmmDyvte, "atp": HiResLmmAtp, "yopo": HiResLmmYopo}
+LAYER_OPS = {
+    "keep_after": HiResLmmKeepAfter,
+    "dyvte": HiResLmmDyvte,
+    "atp": HiResLmmAtp,
+    "yopo": HiResLmmYopo,
+    "slice_restore": HiResLmmSliceRestore,
+}
 POSITION_PLANS: dict[str, Any] = {}
 HEADS: dict[str, Any] = {}
 SLOTS: dict[str, dict[str, Any]] = {

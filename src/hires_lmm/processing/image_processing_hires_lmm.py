@@ -430,13 +430,15 @@ def _num_tokens(plan: ViewPlan, budget: int | None, settings: _Settings, index: 
 
 
 def _check_views(plans: list[ViewPlan]) -> None:
-    """Refuse an image whose views hold more pixels than any source may have."""
+    """Refuse an image whose views, padded to the largest of the batch, hold more pixels than any source may have."""
+    sizes = [plan.view_pixels(view) for plan in plans for view in plan.views]
+    high, wide = (max(size[axis] for size in sizes) for axis in (0, 1))
     for index, plan in enumerate(plans):
-        pixels = len(plan.views) * plan.view_size**2
+        pixels = len(plan.views) * high * wide
         if pixels > DEFAULT_PIXEL_LIMIT:
             raise ValueError(
-                f"Image {index} would become {len(plan.views)} views of {plan.view_size}x{plan.view_size} = {pixels} "
-                f"pixels, more than {DEFAULT_PIXEL_LIMIT}; lower max_crops or view_size."
+                f"Image {index} would become {len(plan.views)} views of {high}x{wide} = {pixels} pixels, more than "
+                f"{DEFAULT_PIXEL_LIMIT}; lower max_crops or view_size, or leave out images of very different aspect."
             )
 
 
