@@ -1,5 +1,6 @@
 """What layer ops must give, written without their driver: one row, no cache, no padding, one explicit mask a layer."""
 
+import functools
 import math
 from types import SimpleNamespace
 
@@ -28,7 +29,7 @@ class MaskedLanguageModel:
         kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
         window = getattr(config, "sliding_window", None)
         self.windows = [window if kind == "sliding_attention" else None for kind in kinds]
-        getattr(leave, "host", []).append(self)
+        getattr(leave, "attach", lambda host: None)(self)
         for number, layer in enumerate(self.plain.layers):
             layer.self_attn.register_forward_pre_hook(
                 lambda module, args, kwargs: setattr(self, "given", (module, kwargs)), with_kwargs=True
@@ -49,7 +50,7 @@ class MaskedLanguageModel:
             seen &= positions[:, None] - positions[None] < self.windows[layer]
         seen = self.change(layer, seen | torch.eye(len(positions), dtype=torch.bool))
         mask = torch.zeros(seen.shape, dtype=args[0].dtype).masked_fill(~seen, -math.inf)
-        return args, {**kwargs, "attention_mask": mask[None, None]}
+        return args, {**kwargs, "attention_mask": mask[None, None] if mask.ndim == 2 else mask[None]}
 
     def behind(self, layer, output):
         for candidates, last in self.prompts:
@@ -122,8 +123,7 @@ def exit_by_gates(gate):
 
 
 def over_thresholds(op, cells):
-    """`atp`: what scores above neither threshold leaves. `cells` has row and column of each visual token of all
-    prompts in order, None for separators."""
+    """`atp`: what scores above neither threshold leaves. `cells` as for `prune`."""
     hosts, thresholds = [], dict(zip(op.layers, op.thresholds, strict=True))
 
     def leave(layer, candidates, weights, states, last):
@@ -139,13 +139,66 @@ def over_thresholds(op, cells):
         gone = []
         for place, score in zip(candidates, ((own + cross) / 2).tolist(), strict=True):
             cell = cells[places.index(place)]
-            fine = [step for step in (2, 3, 4) if cell is not None and cell[0] % step == cell[1] % step == 0]
+            fine = [step for step in (2, 3, 4) if cell is not None and cell[2] % step == cell[3] % step == 0]
             spatial = max((1 - 3 / step**2 for step in fine), default=0.0)
             assert min(abs(score - least), abs(spatial - least_place)) > 1e-5, "take another seed"
             gone += [place] if score <= least and spatial <= least_place else []
         return gone
 
-    leave.host = hosts
+    leave.attach = hosts.append
+    return leave
+
+
+def prune(cells, window, heads, neurons, drop_from):
+    """`yopo`: visual tokens see those near them, some heads and neurons do without them, and later all leave.
+
+    `cells` has (turn, view, row, column) of each visual token of all prompts in order, None for separators.
+    """
+
+    def leave(layer, candidates, weights, states, last):
+        return candidates if layer + 1 == drop_from else []
+
+    def attach(host):
+        places = [place for visual, _ in host.prompts for place in visual]
+
+        far = [
+            (query, key)
+            for query, one in zip(places, cells, strict=True)
+            for key, other in zip(places, cells, strict=True)
+            if one and other and key < query and one[0] == other[0]
+            and (one[1] != other[1] or max(abs(one[2] - other[2]), abs(one[3] - other[3])) > window // 2)
+        ]  # fmt: skip
+        far = torch.tensor(far, dtype=torch.long).view(-1, 2)
+
+        def is_visual(count):
+            return torch.tensor([place in places for place in range(count)])
+
+        def change(layer, seen):
+            query, key = far[far[:, 0] < len(seen)].unbind(dim=1)
+            seen[query, key] = False
+            visual = is_visual(len(seen))
+            blind = seen & ~(visual[None] & ~visual[:, None])
+            return torch.stack([seen if sees else blind for sees in heads[layer]])
+
+        def silence(module, args, layer):
+            states = args[0].unflatten(-1, (len(heads[layer]), -1)).clone()
+            for head, sees in enumerate(heads[layer]):
+                if not sees:
+                    states[:, is_visual(states.shape[1]), head] = 0
+            return (states.flatten(-2),)
+
+        def halve(module, args, output):
+            visual = is_visual(output.shape[1])
+            middle = module.act_fn(module.gate_proj(args[0])) * module.up_proj(args[0])
+            middle[..., int(neurons * middle.shape[-1]) :] = 0
+            return torch.where(visual[:, None], module.down_proj(middle), output)
+
+        host.change = change
+        for number, layer in enumerate(host.plain.layers):
+            layer.self_attn.o_proj.register_forward_pre_hook(functools.partial(silence, layer=number))
+            layer.mlp.register_forward_hook(halve)
+
+    leave.attach = attach
     return leave
 
 

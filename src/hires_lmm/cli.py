@@ -286,6 +286,7 @@ def _show(
     max_image_tokens: Budget = None,
     max_crops: MaxCrops = None,
     width: Annotated[int, typer.Option(min=600, max=10000, help="Width of the picture, pixels.")] = 1500,
+    layers: Annotated[bool, typer.Option("--layers", help="Draw where tokens left, not their scores.")] = False,
     dtype: DtypeOption = Dtype.auto,
     device: Device = None,
     trust_remote_code: Trust = False,
@@ -308,7 +309,7 @@ def _show(
         _warn_unknown(prepared.unknown_words)
         model = load_model(checkpoint, dtype.value, device, trust_remote_code)
         token_map = map_tokens(model, prepared)
-        draw_token_map(prepared.images[0], token_map, title=question, width=width).save(out)
+        draw_token_map(prepared.images[0], token_map, title=question, width=width, layers=layers).save(out)
         kept, total = count_kept(token_map)
         if as_json:
             record = {"picture": str(out), "visual_tokens": total, "kept_tokens": kept}

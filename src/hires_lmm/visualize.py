@@ -24,23 +24,29 @@ INSET_SHARE = 0.19
 WIDE = 2.4
 """Images that are so many times wider than high are drawn one below the other."""
 TITLE_LINES = 3
+CAPTIONS = {"score": "Score of each token", "layer": "Layer behind which each token left"}
 
 
 @dataclass(frozen=True)
 class _Tokens:
-    """Tokens of one image with a place in it: `box` (n, 4) source pixels, `score` (n,), `kept` (n,)."""
+    """Tokens of one image with a place in it: `box` (n, 4) source pixels, `score` (n,) and what it is, `kept` (n,)."""
 
     view: np.ndarray
     box: np.ndarray
     score: np.ndarray
     kept: np.ndarray
+    label: str = "score"
 
     @classmethod
-    def select(cls, token_map: TokenMap, image_index: int, kind: int) -> "_Tokens":
-        """The tokens of one kind of one image."""
+    def select(cls, token_map: TokenMap, image_index: int, kind: int, layers: bool) -> "_Tokens":
+        """The tokens of one kind of one image; with `layers`, the one behind which each left stands for its score."""
         own = ((token_map.image == image_index) & (token_map.kind == kind)).numpy()
         fields = (token_map.view, token_map.box, token_map.score, token_map.kept)
-        return cls(*(field.cpu().numpy()[own] for field in fields))
+        view, box, score, kept = (field.cpu().numpy()[own] for field in fields)
+        if not layers:
+            return cls(view, box, score, kept)
+        left_at = token_map.left_at.cpu().numpy()[own]
+        return cls(view, box, np.where(left_at >= 0, left_at, np.nan), kept, "layer")
 
     def window(self, source: Image.Image) -> tuple[float, float, float, float]:
         """Top, left, bottom, right of the image and all tokens around it, source pixels."""
@@ -79,7 +85,12 @@ def count_kept(token_map: TokenMap, image_index: int = 0) -> tuple[int, int]:
 
 
 def draw_token_map(
-    image: Any, token_map: TokenMap, image_index: int = 0, title: str | None = None, width: int = 1500
+    image: Any,
+    token_map: TokenMap,
+    image_index: int = 0,
+    title: str | None = None,
+    width: int = 1500,
+    layers: bool = False,
 ) -> Image.Image:
     """Draw which tokens of an image were kept, and how they were scored.
 
@@ -88,6 +99,8 @@ def draw_token_map(
         image_index (`int`): Which image of the batch.
         title (`str`, *optional*): A line above the picture, for instance the question.
         width (`int`): Width of the picture, pixels, at least 600.
+        layers (`bool`): In place of scores, the layer of the language model behind which each token left; tokens that
+            stayed to the end keep their colours.
 
     Returns:
         An RGB picture: the source with the grid of crops, kept tokens bright and dropped ones dim; the same with the
@@ -101,7 +114,7 @@ def draw_token_map(
         raise ValueError(f"width={width!r} must be an integer of at least 600 pixels.")
     kept, total = count_kept(token_map, image_index)
     source = to_rgb(open_image(image, image_index), image_index)
-    crops, inset = (_Tokens.select(token_map, image_index, kind) for kind in (Kind.CROP, Kind.GLOBAL))
+    crops, inset = (_Tokens.select(token_map, image_index, kind, layers) for kind in (Kind.CROP, Kind.GLOBAL))
     marks = int(((token_map.image == image_index) & (token_map.kind == Kind.SEPARATOR)).sum())
     account = f"{source.width} x {source.height} pixels: {kept} of {total} visual tokens kept"
     account += f", {marks} of them of no place in the image" if marks else ""
@@ -145,7 +158,7 @@ def _panels(
         panels.append(_captioned(f"{name}: {int(tokens.kept.sum())} of {len(tokens.kept)} kept", picture))
         if tokens is main:
             legend = _legend(frame, main, picture)
-            panels += [_captioned("Score of each token", _draw(source, frame, main, heat=True))] if scored else []
+            panels += [_captioned(CAPTIONS[main.label], _draw(source, frame, main, heat=True))] if scored else []
         padded |= bool(min(top, left) < -1 or bottom > source.height + 1 or right > source.width + 1)
     if padded:
         legend.append(_beside(Image.new("RGB", SWATCH, PADDING), "padding around the image"))
@@ -225,7 +238,9 @@ def _legend(frame: _Frame, tokens: _Tokens, picture: Image.Image) -> list[Image.
     if len(finite):
         low, high = np.percentile(finite, [1, 99])
         ramp = np.broadcast_to(heat_colors(np.linspace(0, 1, 180)), (SWATCH[1], 180, 3))
-        pieces.append(_beside(Image.fromarray(ramp.round().astype(np.uint8)), f"score, {low:.3g} to {high:.3g}"))
+        pieces.append(
+            _beside(Image.fromarray(ramp.round().astype(np.uint8)), f"{tokens.label}, {low:.3g} to {high:.3g}")
+        )
     return pieces
 
 

@@ -51,6 +51,10 @@ VARIANTS: dict[str, dict[str, dict]] = {
     "fusion": {"blind": {"question": False}},
     "blend": {"tower": {"of": "vision_tower", "layers": 1}},
     "dyvte": {"per_layer": {"gate": "per_layer"}},
+    "yopo": {
+        "heads": {"heads": [[1, 1, 0, 1], [0, 1, 1, 0]], "drop_from": 1},
+        "release": {"heads": [[1, 1, 0, 1], [0, 1, 1, 0]], "drop_from": 1, "causal": False, "renormalise": False},
+    },
     "mqt": {"content": {"key_mode": "content"}},
     "self_mining_sampler": {"plain": {"residual": False}},
     "slice_restore": {"one layer, coarse": {"layers": [1], "down_sampling": 3}},

@@ -282,6 +282,21 @@ MENTIONS = [
         "self.num_key_value_groups",
         "by it the attention of a layer is found",
     ),
+    Mention(
+        "transformers.models.llama.modeling_llama:LlamaAttention.forward",
+        "self.o_proj(attn_output)",
+        "a layer op that changes attention projects what its heads give",
+    ),
+    Mention(
+        "transformers.models.llama.modeling_llama:LlamaDecoderLayer.forward",
+        "self.mlp(hidden_states)",
+        "the feed-forward of a layer, which gets one argument, is found by its name",
+    ),
+    Mention(
+        "transformers.models.llama.modeling_llama:LlamaMLP.forward",
+        "self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))",
+        "visual tokens pass some of its neurons",
+    ),
     Mention(f"{GENERATION}.prepare_inputs_for_generation", '"create_masks_for_generate"', "our hook is asked"),
     Mention(
         f"{GENERATION}.generate", "generation_config._mask_length", "the length of a mask of ones that was dropped"

@@ -36,8 +36,7 @@ if SRC != "-":
 
 def module_map(place: str, tied: bool) -> dict:
     """Where each part goes; the head stays, unless its weights are those of the word embeddings."""
-    parts = ("model.vision_tower", "model.connector", "model.language_model")
-    return {"lm_head": place if tied else "cpu", **dict.fromkeys(parts, place)}
+    return {"model": place, "lm_head": place if tied else "cpu"}
 
 
 def load(job: dict):

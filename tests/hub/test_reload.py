@@ -20,7 +20,7 @@ STAGE = Stage(
     {"connector": 1e-3, "language_model": 1e-3, "lm_head": 1e-3},
     settings={FORCED_EXPERT: None},
 )
-OFFLOADED = [case for case in DIAGONAL if case.preset in ("slime", "fusion", "vlsa", "llava_hd")]
+OFFLOADED = [case for case in DIAGONAL if case.preset in ("slime", "fusion", "vlsa", "llava_hd", "mg_llava")]
 
 
 def job(how: str, like: dict, **changes) -> dict:

@@ -155,7 +155,7 @@ def test_tokens_as_json_agrees_with_the_processor(checkpoint):
         size = record["height"], record["width"]
         assert record["visual_tokens"] == processor.image_tokens(*size, max_crops=4)
         assert record["kept_tokens"] == processor.image_tokens(*size, max_crops=4, max_image_tokens=650)
-        assert record["views"] == processor.image_processor.num_views(*size, max_crops=4)
+        assert record["views"] == len(processor.image_processor.plan(*size, max_crops=4).views)
         assert record["patches"] == 576 * record["views"]
         assert record["views"] == 1 + record["crop_rows"] * record["crop_cols"]
 

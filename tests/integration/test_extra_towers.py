@@ -17,7 +17,6 @@ from builders import (
     tiny_processor,
     tiny_vision_config,
 )
-from builders.reload import run_worker, write_reference
 from builders.training import conversations, make_trainer
 from hires_lmm.conversion import export
 from hires_lmm.training import HiResLmmCollator, Stage, cache_vision_features, get_plan
@@ -199,32 +198,17 @@ def test_lora_on_towers_merges_to_the_trained_model(tmp_path):
 
 
 @torch.no_grad()
-def test_a_checkpoint_exports_and_reloads_equal_in_half_and_with_offload(tmp_path):
+def test_a_checkpoint_exports_with_every_tower(tmp_path):
     model, processor = parts()
     model.eval().save_pretrained(tmp_path / "own")
     processor.save_pretrained(tmp_path / "own")
     export(tmp_path / "own", tmp_path / "out")
     batch = make_batch(processor, [("<image>a", [random_image(90, 60)])])
-    expected = model(**batch).logits
     loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", attn_implementation="eager")
-    torch.testing.assert_close(loaded(**batch).logits, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(loaded(**batch).logits, model(**batch).logits, atol=1e-5, rtol=1e-5)
     fine = loaded.model.extra_towers["fine"]
     assert fine.config._attn_implementation == "eager" and "SiglipEncoderLayer" in loaded._no_split_modules
     assert not [name for name in loaded.state_dict() if "head." in name and "lm_head" not in name]
-    half = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
-    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
-    devices = {"model.language_model": "cpu", "lm_head": "cpu", "model.vision_tower": "cpu", "model.connector": "disk",
-               "model.extra_towers": "disk"}  # fmt: skip
-    spread = AutoModelForImageTextToText.from_pretrained(
-        tmp_path / "out", device_map=devices, offload_folder=str(tmp_path / "offload")
-    )
-    torch.testing.assert_close(spread(**batch).logits, expected, atol=1e-5, rtol=1e-5)
-    written = write_reference(tmp_path / "reference", model, processor)
-    job = {"name": "it", "how": "model", "folder": str(tmp_path / "out"), "reference": str(tmp_path / "reference")}
-    found = run_worker([job], tmp_path / "work", with_package=False)["it"]  # the code of the folder alone
-    assert found["model"]["same"] and found["model"]["answer"] == written["answer"] and not found["model"]["info"]
-    assert not found["processor"]["different"] and found["processor"]["image_tokens"] == written["image_tokens"]
-    assert found["model"]["config"]["extra_towers"]["fine"]["model_type"] == "siglip_vision_model"
 
 
 @pytest.mark.parametrize(

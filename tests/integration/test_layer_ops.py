@@ -31,7 +31,18 @@ from builders import (
     tiny_text_config,
 )
 from hires_lmm.modeling.compat_hires_lmm import CACHE
-from reference_layers import exit_by_gates, keep_share, masked_model, over_thresholds, prompts_of, select_all, spans
+from hires_lmm.modeling.yopo_hires_lmm import vote_heads
+from hires_lmm.training import set_options
+from reference_layers import (
+    exit_by_gates,
+    keep_share,
+    masked_model,
+    over_thresholds,
+    prompts_of,
+    prune,
+    select_all,
+    spans,
+)
 
 
 NEW_TOKENS = 6
@@ -49,18 +60,17 @@ MODELS = {
     "mixed": ("gemma3_text", GEMMA, [0, 2]),
 }
 CAPPED = {"gemma2": {"attn_logit_softcapping": 1.0}}  # so low that the cap matters
-PARTS = {"keep_after": {"share": 0.4}, "dyvte": {"layers": "all"}, "atp": {}}
-GATES = {
-    "llama": 8,
-    "window": 4,
-    "mixed": 4,
-    "qwen2": 2,
-    "qwen3": 3,
-    "mistral": 3,
-}  # seeds: rows leave, apart where layers are many
-all_models = pytest.mark.parametrize(
-    "name", [*MODELS, "llama+dyvte", "window+dyvte", "mixed+dyvte", "llama+atp", "mixed+atp"]
-)
+HEADS = [[1, 1, 0, 1], [0, 1, 1, 0], [1, 0, 1, 1], [1, 1, 1, 0]]
+PARTS = {
+    "keep_after": {"share": 0.4},
+    "dyvte": {"layers": "all"},
+    "atp": {},
+    "yopo": {"layers": "all", "window": 3, "heads": HEADS, "drop_from": 3},
+}
+# seeds with which rows leave, apart where layers are many
+GATES = {"llama": 8, "window": 4, "mixed": 4, "qwen2": 2, "qwen3": 3, "mistral": 3}
+OTHERS = [f"{model}+{part}" for part in ("dyvte", "atp", "yopo") for model in ("llama", "mixed")]
+all_models = pytest.mark.parametrize("name", [*MODELS, *OTHERS, "window+dyvte"])
 families = pytest.mark.parametrize(
     "family", [f"{family}{part}" for family in TEXT_FAMILIES for part in ("", "+dyvte")]
 )
@@ -76,12 +86,15 @@ def settings_of(name):
 
 
 @torch.no_grad()
-def cells_of(model, processor, turn):
-    """Row and column of the visual tokens of a turn; None for separators."""
+def cells_of(model, processor, number, turn):
+    """Number of the turn, view, row and column of its visual tokens; None for separators."""
     if not turn[1]:
         return []
     placed = model(**make_batch(processor, [turn]), output_token_map=True).token_map
-    return [None if view < 0 else cell for view, cell in zip(placed.view, placed.cell.tolist(), strict=True)]
+    return [
+        None if view < 0 else (number, view, *cell)
+        for view, cell in zip(placed.view.tolist(), placed.cell.tolist(), strict=True)
+    ]
 
 
 def leave_of(name, *turns):
@@ -92,7 +105,8 @@ def leave_of(name, *turns):
         return keep_share(spec["layers"], 0.4)
     if spec["part"] == "dyvte":
         return exit_by_gates(op.gates[0])
-    return over_thresholds(op, [cell for turn in turns for cell in cells_of(model, processor, turn)])
+    cells = [cell for number, turn in enumerate(turns) for cell in cells_of(model, processor, number, turn)]
+    return over_thresholds(op, cells) if spec["part"] == "atp" else prune(cells, 3, HEADS, 0.5, 3)
 
 
 @functools.cache
@@ -360,6 +374,13 @@ def test_copies_reloads_and_threads_share_nothing(tmp_path):
         ({"share": 1.5}, "between 0 and 1"),
         ({"shares": 0.5}, "'shares'"),
         ({"of": "vision_tower"}, "works in the language model"),
+        ({"part": "dyvte", "of": "vision_tower"}, "works in the language model"),
+        ({"part": "dyvte", "middle": 0}, "middle=0"),
+        ({"part": "atp", "rates": [0.5, 2.0]}, "at most 1"),
+        ({"part": "atp", "temperature": 0.0}, "must be above 0"),
+        ({"part": "yopo", "window": 4}, "must be odd"),
+        ({"part": "yopo", "drop_from": 1, "layers": 1}, "drop_from=1"),
+        ({"part": "yopo", "heads": [[1, 1, 1, 1]]}, "one of equal length a layer, 2"),
     ],
 )
 def test_options_that_cannot_be_are_refused(spec, message):
@@ -379,6 +400,30 @@ def test_what_a_caller_tells_layer_ops_is_known_or_refused():
     for told, message in (({"exit_aft": 1}, "No layer op reads 'exit_aft'"), ({"exit_after": 4}, "exit_after=4")):
         with pytest.raises(ValueError, match=message):
             model(**batch, layer_options=told)
+
+
+@torch.no_grad()
+def test_a_calibration_call_says_what_heads_attend_to_and_the_vote_is_set():
+    spec = {"part": "yopo", "window": None, "neurons": 1.0}
+    config = tiny_config(text=tiny_text_config("llama", **DEEP), connector_config={"layer_ops": [spec]})
+    model, processor = tiny_model(config), tiny_processor(config)
+    batch = make_batch(processor, ROWS)
+    aux = model(**batch, layer_options={"head_ratios": True}).aux
+    ratios = torch.stack([aux[f"head_ratios/{layer}"] for layer in range(4)], dim=1)
+    for row in (0, 2):
+        weights = []
+        stand_in = masked_model(model, lambda *args, own=weights: own.append(args[2]) or [], prompts_of([[(True, 1)]]))
+        stand_in.model.language_model(reference.prompt_embeds(model, processor, *ROWS[row], select=select_all))
+        visual = batch["input_ids"][row][batch["attention_mask"][row].bool()] == config.image_token_id
+        given = torch.stack(weights).sum(dim=2)
+        wanted = given[..., visual].sum(-1) / given[..., ~visual].sum(-1)
+        torch.testing.assert_close(ratios[row], wanted, atol=1e-4, rtol=1e-4)
+    heads = vote_heads(ratios[:1], float(ratios[0].median()), first=1)
+    assert heads[0] == [1] * 4 and {0, 1} <= {head for row in heads for head in row}
+    before = model(**batch).logits
+    set_options(model, {"connector.layer_ops.0.heads": heads})
+    assert model.config.connector_config.layer_ops[0]["heads"] == heads
+    assert (model(**batch).logits - before).abs().max() > 1e-2
 
 
 def test_attention_that_cannot_be_masked_is_refused_by_name(monkeypatch):
@@ -422,7 +467,7 @@ def learned(name, rows=(0, 2)):
     return model, {**batch, "labels": labels}, loss.detach(), gradients
 
 
-@pytest.mark.parametrize("name", ["llama", "mixed"])
+@pytest.mark.parametrize("name", ["llama", "mixed", "llama+dyvte", "llama+yopo"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("prompt_mask", [False, True])
 def test_loss_and_gradients_are_those_of_masking(name, checkpointing, prompt_mask):

@@ -183,7 +183,7 @@ def test_the_tower_runs_once_an_image_for_all_budgets_and_thresholds():
     hook = model.model.vision_tower.register_forward_hook(lambda module, args, output: views.append(len(args[0])))
     settings = [SweepSetting(), SweepSetting(tokens=20), SweepSetting(gamma=0.3), SweepSetting(views="crops")]
     evaluate(model, processor, rows(), settings, batch_size=9)
-    plans = [processor.image_processor.num_views(image.height, image.width) for image in IMAGES.values()]
+    plans = [len(processor.image_processor.plan(image.height, image.width).views) for image in IMAGES.values()]
     assert sum(views) == sum(plans)
     views.clear()
     about_one = [row for row, (name, _) in zip(rows(), QUESTIONS, strict=True) if name == "a"]

@@ -121,7 +121,6 @@ def test_geometry_tensors_equal_the_plan(planner):
     assert batch["view_spans"].tolist() == [list(view.span) for view in views]
     sizes = [plan.view_pixels(view) for plan in plans for view in plan.views]
     assert batch["pixel_values"].shape == (len(views), 3, *map(max, zip(*sizes, strict=True)))
-    assert [processor.num_views(image.height, image.width) for image in images] == [len(plan.views) for plan in plans]
 
 
 def test_padding_colour_and_place():

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from hires_lmm.modeling.outputs_hires_lmm import TokenMap
-from hires_lmm.visualize import count_kept, draw_token_map
+from hires_lmm.visualize import count_kept, draw_token_map, heat_colors
 
 
 ORANGE, BLUE = (230, 140, 40), (40, 120, 230)
@@ -151,3 +151,19 @@ def test_the_source_may_be_a_path_with_orientation(tmp_path):
 def test_a_bad_width_is_named(width):
     with pytest.raises(ValueError, match="width="):
         draw_token_map(plain(), make_map(), width=width)
+
+
+def test_layers_are_drawn_in_place_of_scores():
+    """The upper half left behind layer 3, the lower behind 20; the right one stayed and keeps its colour."""
+    token_map = make_map(grid=(1, 1), scored=False)
+    crop = token_map.kind == 1
+    token_map.left_at[crop] = torch.where(token_map.cell[crop][:, 0] < 2, 3, 20)
+    token_map.left_at[crop & (token_map.cell[:, 1] >= 2)] = -1
+    plainly = draw_token_map(plain(), token_map, width=1000)
+    drawn = draw_token_map(plain(), token_map, width=1000, layers=True)
+    grey = np.mean(ORANGE)
+    for value in (0, 1):
+        color = 0.28 * grey + 0.72 * heat_colors(np.array([value]))[0]
+        assert pixels_near(drawn, color, 6) > 5000 > pixels_near(plainly, color, 6)
+    assert pixels_near(drawn, BLUE) > 1.5 * pixels_near(drawn, ORANGE)
+    assert pixels_near(plainly, BLUE) < 1.1 * pixels_near(plainly, ORANGE)

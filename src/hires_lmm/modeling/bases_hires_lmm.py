@@ -285,7 +285,6 @@ class LayerCall:
         attention (`LayerAttention`, *optional*): The attention of the layer, where the op sets `reads_attention`; None
             in conversations without images.
         is_prefill (`bool`): Whether the call holds images; elsewhere nothing may leave.
-        training (`bool`): Whether the model is in training.
         aux (`dict[str, torch.Tensor]`): Takes tensors for losses and logs; they come out as `outputs.aux`.
         options (`dict[str, Any]`): What the caller gave as `layer_options`; each op knows its own keys.
     """
@@ -322,7 +321,6 @@ class TowerCall:
         images (`list[ImageGeometry]`): The images; `first_view` is the row of an image's first view in the states.
         grid (`tuple[int, int]`): Patch rows and columns of a view.
         prefix (`int`): Tokens before the patches.
-        training (`bool`): Whether the model is in training.
     """
 
     images: list
@@ -334,15 +332,18 @@ class TowerCall:
 class HiResLmmLayerOp(HiResLmmPart):
     """Base of layer operations, which run behind chosen layers of the language model or of the vision tower.
 
-    `Options` of a subclass extend these. `reads_attention` asks for the attention of the layer, `masks_attention` has
-    `see` called before it, `reads_options` names keys of `layer_options`; `is_soft` says that in training it weighs
-    tokens that elsewhere leave.
+    `Options` of a subclass extend these. `reads_attention` asks for the attention of the layer; `masks_attention` has
+    `see` called before it; with `reads_attention`, `changes_attention` has `attend` called behind it and `splits_feed`
+    has `feed` called in its feed-forward. `reads_options` names keys of `layer_options`; `is_soft` says that in
+    training it weighs tokens that elsewhere leave.
     """
 
     reads_attention = False
     masks_attention = False
     reads_options: tuple[str, ...] = ()
     is_soft = False
+    changes_attention = False
+    splits_feed = False
 
     @strict
     @dataclass
@@ -372,6 +373,22 @@ class HiResLmmLayerOp(HiResLmmPart):
 
     def see(self, layer: int, seen: torch.Tensor, call: LayerCall) -> torch.Tensor:
         """Change which tokens see which in the coming layer: `(B, 1, m, m)`, query by key, or `(B, heads, m, m)`."""
+        raise NotImplementedError
+
+    def attend(self, layer: int, call: LayerCall) -> torch.Tensor | None:
+        """Put something in place of the attention of a layer, in calls without images too.
+
+        Args:
+            layer (`int`): The layer.
+            call (`LayerCall`): What belongs to it; `call.attention` has scores, keys and values.
+
+        Returns:
+            What its heads give `(B, heads, m, d)`, before the projection; None leaves it as it is.
+        """
+        raise NotImplementedError
+
+    def feed(self, layer: int, module: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """What the feed-forward of a layer gives for visual tokens `(N, D)`, in its place."""
         raise NotImplementedError
 
 

@@ -121,7 +121,6 @@ class ViewFeatures:
 
     Args:
         groups (`list[ViewGroup]`): One a kind and tower that is there.
-        images (`list[ImageGeometry]`): The geometry of each image.
         limits (`dict[int, list[int]]`): By kind, tokens of each view that a budget leaves, where a view op consumes
             it: the first ones enter the sequence. Kinds without a limit are missing.
         aux (`dict[str, torch.Tensor]`): Tensors for losses and logs, by name.
@@ -222,7 +221,6 @@ class VisualTokens:
         cell (`torch.Tensor` of shape `(N, 2)`): Row and column in the token grid of the view.
         kind (`torch.Tensor` of shape `(N,)`): See `Kind`.
         grids (`dict[int, Grid]`): Token grid of the views of each kind.
-        images (`list[ImageGeometry]`): The geometry of each image.
         kept (`torch.Tensor` of shape `(N,)`, *optional*): True where the token reaches the language model; None = all.
         scores (`dict[str, torch.Tensor]`): Scores `(N,)` by name, NaN where a token has none.
         score (`str`, *optional*): Name of the score that decided `kept`.

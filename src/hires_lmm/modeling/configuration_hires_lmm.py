@@ -233,17 +233,7 @@ class HiResLmmConnectorConfig(PreTrainedConfig):
         """
         from .parts_hires_lmm import resolve_chain
 
-        return resolve_chain(
-            self.view_ops or [],
-            self.adapter or {"part": "mlp"},
-            self.tower_adapters or {},
-            self.map_ops or [],
-            self.token_ops or [],
-            self.layout or {},
-            self.layer_ops or [],
-            self.position_plan,
-            self.heads or {},
-        )
+        return resolve_chain(self)
 
 
 @strict

@@ -19,10 +19,6 @@ class HiResLmmDualEnhancement(HiResLmmViewOp):
     Crops laid side by side make one map of the image, strided views interleaved another of the same size. Cut
     contiguously, the second reads the first; cut by strides, the first reads the second, with the same weights.
 
-    Args:
-        context (`PartContext`): Widths and grids around the part.
-        options (`Options`): Heads of the attention.
-
     Source: INF-LLaVA, huggingface.co/papers/2407.16198, and its released code (WeihuangLin/INF-LLaVA at ea3e986), of
     3 x 3 views. Ours: any grid, another one for each image; an image without crops keeps its global view.
     """
@@ -56,11 +52,7 @@ class HiResLmmDualEnhancement(HiResLmmViewOp):
 
     @classmethod
     def describe(cls, options: Any, context: PartContext) -> Traits:
-        """Crops and strided views leave.
-
-        Raises:
-            ValueError: If one of the three kinds of views does not reach it, or their grids differ.
-        """
+        """Crops and strided views leave."""
         names = ("global", "crops", "strided")
         keys = [(KINDS[name], MAIN_TOWER) for name in names]
         missing = [name for name, key in zip(names, keys, strict=True) if key not in context.grids]
@@ -75,14 +67,7 @@ class HiResLmmDualEnhancement(HiResLmmViewOp):
         return Traits({key: grid for key, grid in context.grids.items() if key not in keys[1:]}, context.width)
 
     def forward(self, views: ViewFeatures) -> ViewFeatures:
-        """Mix crops and strided views into the global views, whose shape stays.
-
-        Args:
-            views (`ViewFeatures`): The three kinds of views.
-
-        Raises:
-            ValueError: If an image lacks its global view, or has not as many strided views as crops.
-        """
+        """Mix crops and strided views into the global views, whose shape stays."""
         whole, crops, strided = (views.group(name) for name in ("global", "crops", "strided"))
         shapes = [image.grid(Kind.CROP) for image in views.images]
         if whole is None or len(whole.rows) != len(shapes):

@@ -176,7 +176,7 @@ class HiResLmmSliceRestore(HiResLmmLayerOp):
         sizes = [(-(-plane.shape[0] // step), -(-plane.shape[1] // step)) for plane in maps]
         pairs = zip(maps, sizes, strict=True)
         pooled = [adaptive_avg_pool2d(plane.permute(2, 0, 1), size).flatten(1).T for plane, size in pairs]
-        read = self.attend(self.global_norm(torch.cat(pooled)), [len(own) for own in pooled])
+        read = self.exchange(self.global_norm(torch.cat(pooled)), [len(own) for own in pooled])
         crops = []
         for plane, size, own in zip(maps, sizes, read, strict=True):
             small = own.T.unflatten(1, size)[None]
@@ -184,7 +184,7 @@ class HiResLmmSliceRestore(HiResLmmLayerOp):
             crops.append(to_tiles(large[0].permute(1, 2, 0), grid))
         return torch.cat(crops)
 
-    def attend(self, tokens: torch.Tensor, counts: list[int]) -> tuple[torch.Tensor, ...]:
+    def exchange(self, tokens: torch.Tensor, counts: list[int]) -> tuple[torch.Tensor, ...]:
         """Let the `counts` tokens of each image `(T, C)` read one another."""
         layer = self.attention
         name = layer.config._attn_implementation

@@ -56,20 +56,41 @@ class LayerAttention:
     Args:
         module (`nn.Module`): The attention module.
         inputs (`dict`): What it was called with.
-        keys (`torch.Tensor` of shape `(B, heads, K, d)`): Keys as it saw them.
+        keys, values (`torch.Tensor` of shape `(B, heads, K, d)`): Keys and values as it saw them.
         slots (`torch.Tensor` of shape `(B, m)`): Slots of the tokens of the call.
         columns (`torch.Tensor` of shape `(B, K)`): Slots of the keys; -1 for padding and what has left.
         start (`int`): Column of the first token of the call.
         window (`int`, *optional*): Slots that a query looks back.
+        visual (`torch.Tensor` of shape `(B, K)`): True at keys of visual tokens.
     """
 
     module: Any
     inputs: dict
     keys: torch.Tensor
+    values: torch.Tensor
     slots: torch.Tensor
     columns: torch.Tensor
     start: int
     window: int | None
+    visual: torch.Tensor
+
+    @property
+    def rows(self) -> torch.Tensor:
+        """Positions `(B, m)` of all tokens of the call."""
+        return torch.arange(self.slots.shape[1], device=self.slots.device).expand_as(self.slots)
+
+    def seen(self) -> torch.Tensor:
+        """Which keys the tokens of the call see: `(B, 1, m, K)`."""
+        return visible(self.slots, self.rows + self.start, self.columns, self.window)[:, None]
+
+    def all_logits(self) -> torch.Tensor:
+        """Scores before the softmax of all keys: `(B, heads, m, K)` float32."""
+        return self._logits(self.rows)
+
+    def mix(self, weights: torch.Tensor) -> torch.Tensor:
+        """What heads give with weights `(B, heads, m, K)`: `(B, heads, m, d)`."""
+        values = self.values.repeat_interleave(weights.shape[1] // self.values.shape[1], dim=1)
+        return weights.to(values.dtype) @ values
 
     def logits(self, rows: torch.Tensor) -> torch.Tensor:
         """Scores before the softmax of queries at `(B, r)` on all keys of this call: `(B, heads, r, m)` float32."""
@@ -111,16 +132,16 @@ def shown_columns(slots: torch.Tensor, length: int, offset: int) -> torch.Tensor
 
 
 class KeyNote:
-    """A cache that hands on what attention puts into it and notes the keys that it gets back."""
+    """A cache that hands on what attention puts into it and notes the keys and values that it gets back."""
 
-    def __init__(self, cache: Any, note: Callable[[torch.Tensor], None]):
+    def __init__(self, cache: Any, note: Callable[[torch.Tensor, torch.Tensor], None]):
         self.cache, self.note = cache, note
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, *args: Any, **kwargs: Any) -> tuple:
         """See `Cache.update`; without a cache, what comes in goes out."""
         if self.cache is not None:
             keys, values = self.cache.update(keys, values, *args, **kwargs)
-        self.note(keys)
+        self.note(keys, values)
         return keys, values
 
     def __getattr__(self, name: str) -> Any:

@@ -4,6 +4,7 @@ All that belongs to one call travels in the keyword `layer_call` of the language
 """
 
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -14,9 +15,9 @@ from transformers import AttentionInterface
 
 from .bases_hires_lmm import LayerCall, TowerCall
 from .carriers_hires_lmm import ImageGeometry, VisualTokens
-from .compat_hires_lmm import CACHE, attention_of, attention_window, layers_of
+from .compat_hires_lmm import CACHE, attention_of, attention_window, feed_forward_of, layers_of
 from .connector_hires_lmm import drop
-from .conversation_hires_lmm import Conversation, Record
+from .conversation_hires_lmm import Conversation
 from .layer_attention_hires_lmm import (
     QUERIES,
     KeyNote,
@@ -27,6 +28,7 @@ from .layer_attention_hires_lmm import (
     take_ids,
     visible,
 )
+from .layer_record_hires_lmm import Keys, LayerRecord
 from .packing_hires_lmm import Packing, expand, pack, plan_packing
 from .question_hires_lmm import PromptText
 
@@ -34,55 +36,9 @@ from .question_hires_lmm import PromptText
 LAYER_CALL = "layer_call"
 LAYER_OPTIONS = "layer_options"
 RECORD = "layer_ops"
+RUNNING: ContextVar[Any] = ContextVar("hires_lmm_layer_call", default=None)  # feed-forwards get no keywords
 # B = rows, n = positions of the call, m = those that are still there, K = keys of a layer. A slot is the place of a
 # token in the conversation, counted before anything left a layer.
-
-
-@dataclass(eq=False)
-class Keys:
-    """The keys that layers hold which hold the same ones.
-
-    Args:
-        slots (`torch.Tensor` of shape `(B, K)`): Slot of each; -1 for padding, and where masks hide what has left.
-        is_plain (`bool`): Known to hold no -1, so that order alone says what is seen.
-        is_whole (`bool`): Nothing has left.
-    """
-
-    slots: torch.Tensor
-    is_plain: bool = True
-    is_whole: bool = True
-
-
-class LayerRecord(Record):
-    """What generation remembers of layer ops: the keys of each layer."""
-
-    def __init__(self, keys: list[Keys], total: int):
-        self.keys, self.total, self.decided = keys, total, 0
-
-    def _change(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Change the slots of all layers; those that share keys go on sharing."""
-        new = {id(keys): Keys(change(keys.slots), keys.is_plain, keys.is_whole) for keys in self.keys}
-        self.keys = [new[id(keys)] for keys in self.keys]
-
-    def select(self, rows: list[int]) -> None:
-        """Gather rows of the batch."""
-        self._change(lambda slots: slots[torch.tensor(rows, device=slots.device)])
-
-    def follow(self, cache: Any, length: int) -> None:
-        """Forget what was cropped; the last tokens are in every layer.
-
-        Raises:
-            ValueError: If the cache was cropped to before tokens that left, or filled by another model.
-        """
-        if not self.decided <= length <= self.total:
-            raise ValueError(
-                f"The cache holds {length} positions, but visual tokens left the language model within the first "
-                f"{self.decided} of {self.total}; crop it to no less than {self.decided}, or start without cache."
-            )
-        if length < self.total:
-            cut = self.total - length
-            self._change(lambda slots: slots[:, :-cut])
-            self.total = length
 
 
 @dataclass(eq=False)
@@ -149,12 +105,10 @@ class LanguageCall:
 
     Args:
         ops (`list[HiResLmmLayerOp]`): All of the language model.
-        config (`PreTrainedConfig`): Of the language model.
         conversation (`Conversation`): What is remembered; None where there is nothing that could leave or has left.
         attention_mask (`torch.Tensor`, *optional*): As the language model gets it.
         placed (`Placed`): Visual tokens.
         can_pack (`bool`): False: tokens that leave are hidden by masks and stay where they are.
-        training (`bool`): Whether the model is in training.
         options (`dict[str, Any]`): What the caller says to layer ops.
     """
 
@@ -188,12 +142,15 @@ class LanguageCall:
                 raise ValueError("Layer ops need a two-dimensional attention_mask; pass (batch, length).")
             if found is None:
                 slots = torch.where(prefix, torch.arange(self.past, device=valid.device), -1)
-                found = LayerRecord([Keys(slots, not is_mask or not self.past)] * config.num_hidden_layers, self.past)
+                keys = [Keys(slots, not is_mask or not self.past)] * config.num_hidden_layers
+                found = LayerRecord(keys, self.past, torch.zeros_like(prefix))
             self.record = found
+            self.visual = torch.cat([found.visual, placed.visual], dim=1)
         self.levels = {self.first: Level(valid, is_plain=not is_mask)}
         self.extended: dict[int, Keys] = {}
         self.made: dict[tuple, Any] = {}
         self.attentions: dict[int, LayerAttention] = {}
+        self.feeds: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.left_at = torch.full_like(placed.token, -1)
         self.aux: dict[str, torch.Tensor] = {}
 
@@ -290,11 +247,42 @@ class LanguageCall:
         columns = shown_columns(columns, length, offset)
         start, window = total - count - offset, attention_window(self.config, layer)
 
-        def note(keys: torch.Tensor) -> None:
-            here = (slots.to(keys.device), columns.to(keys.device))
-            self.attentions[layer] = LayerAttention(module, inputs, keys, *here, start, window)
+        visual = self.visual.gather(1, columns.clamp(min=0)) & (columns >= 0)
+
+        def note(keys: torch.Tensor, values: torch.Tensor) -> None:
+            here = (part.to(keys.device) for part in (slots, columns, visual))
+            at, shown, seen = here
+            self.attentions[layer] = LayerAttention(module, inputs, keys, values, at, shown, start, window, seen)
 
         return args, {**kwargs, CACHE: KeyNote(cache, note)}
+
+    def attended(self, layer: int, module: Any, output: Any) -> Any:
+        """Behind the attention of a layer: what its ops put in place of it."""
+        for op in self.ops[layer] if self.record is not None else ():
+            hidden = output[0]
+            made = (
+                op.attend(layer, self.view(layer, self.level(layer), hidden.device)) if op.changes_attention else None
+            )
+            if made is not None:
+                output = (module.o_proj(made.transpose(1, 2).flatten(2)), *output[1:])
+        return output
+
+    def split_feed(self, layer: int, hidden: torch.Tensor) -> tuple | None:
+        """Before the feed-forward of a layer: visual tokens stay outside."""
+        if not self.placed.has_visual:
+            return None
+        visual = self.view(layer, self.level(layer), hidden.device).visual
+        self.feeds[layer] = visual, hidden
+        return (hidden[~visual][None],)
+
+    def join_feed(self, layer: int, module: Any, output: torch.Tensor) -> torch.Tensor:
+        """Behind it: visual tokens come back, from the op that splits."""
+        if layer not in self.feeds:
+            return output
+        visual, hidden = self.feeds.pop(layer)
+        part = next(op for op in self.ops[layer] if op.splits_feed).feed(layer, module, hidden[visual])
+        joined = output.new_zeros(hidden.shape).masked_scatter(~visual[..., None], output)
+        return joined.masked_scatter(visual[..., None], part.to(output.dtype))
 
     def leave(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
         """Behind a layer: run its ops, and pack what stays."""
@@ -351,7 +339,7 @@ class LanguageCall:
         record, count, depth = self.record, self.slots.shape[1], self.config.num_hidden_layers
         if record is not None and self.conversation is not None and cache is not None:
             record.keys = [self.extended.get(layer, keys) for layer, keys in enumerate(record.keys)]
-            record.total = self.past + count
+            record.total, record.visual = self.past + count, self.visual
             if self.level(depth).plan is not None:
                 record.decided = self.past + int(self.placed.last.max()) + 1
             self.conversation.records[RECORD] = record
@@ -377,7 +365,6 @@ class TowerPass:
         ops (`list[HiResLmmLayerOp]`): All of the tower.
         images (`list[ImageGeometry]`): The images, in the order of the views.
         grid (`tuple[int, int]`): Patch rows and columns of a view.
-        training (`bool`): Whether the model is in training.
     """
 
     ops: list
@@ -450,7 +437,27 @@ def enter_layer(layer: int, module: nn.Module, args: tuple, kwargs: dict) -> tup
 def enter_attention(layer: int, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
     """Hook before the attention of layers that an op reads."""
     call = kwargs.get(LAYER_CALL)
+    RUNNING.set(call)
     return None if call is None else call.attend(layer, module, args, kwargs)
+
+
+def leave_attention(layer: int, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+    """Hook behind the attention of layers that an op changes."""
+    call = kwargs.get(LAYER_CALL)
+    return output if call is None else call.attended(layer, module, output)
+
+
+def enter_feed(layer: int, module: nn.Module, args: tuple) -> tuple | None:
+    """Hook before the feed-forward of layers where an op splits it."""
+    call = RUNNING.get()
+    return None if call is None else call.split_feed(layer, args[0])
+
+
+def leave_feed(layer: int, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+    """Hook behind it."""
+    call = RUNNING.get()
+    RUNNING.set(None)
+    return output if call is None else call.join_feed(layer, module, output)
 
 
 def leave_layer(layer: int, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
@@ -483,6 +490,12 @@ def install_layer_ops(model: Any) -> None:
             layer.register_forward_hook(partial(leave_layer, number), with_kwargs=True)
         if any(op.reads_attention for op in own):
             attention_of(layer).register_forward_pre_hook(partial(enter_attention, number), with_kwargs=True)
+        if any(op.changes_attention for op in own):
+            attention_of(layer).register_forward_hook(partial(leave_attention, number), with_kwargs=True)
+        if any(op.splits_feed for op in own):
+            feed = feed_forward_of(layer)
+            feed.register_forward_pre_hook(partial(enter_feed, number))
+            feed.register_forward_hook(partial(leave_feed, number))
 
 
 def place(text: PromptText, placeholder: torch.Tensor, tokens: VisualTokens | None, num_drafted: int | None) -> Placed:

@@ -30,6 +30,7 @@ from .routers_hires_lmm import HiResLmmRouter
 from .sa_perceiver_hires_lmm import HiResLmmSaPerceiver
 from .sequence_hires_lmm import LayoutOptions
 from .uhd_hires_lmm import HiResLmmUhdResampler
+from .yopo_hires_lmm import HiResLmmYopo
 
 
 VIEW_OPS = {
@@ -61,6 +62,7 @@ LAYER_OPS = {
     "keep_after": HiResLmmKeepAfter,
     "dyvte": HiResLmmDyvte,
     "atp": HiResLmmAtp,
+    "yopo": HiResLmmYopo,
     "slice_restore": HiResLmmSliceRestore,
 }
 POSITION_PLANS: dict[str, Any] = {}
@@ -199,8 +201,6 @@ class FittedChain:
     """The parts of a connector with what surrounds each.
 
     Args:
-        steps (`list[Step]`): All parts in order.
-        layout (`LayoutOptions`): Order and separators.
         first, adapted (`PartContext`): What the towers give, and what the layout gets.
         width (`int`): Width of the tokens at the end.
     """
@@ -322,8 +322,6 @@ def build_options(cls: type, values: dict, where: str) -> Any:
         raise ValueError(f"Unknown option {unknown[0]!r} in {where}; known options: {', '.join(known) or 'none'}.")
     try:
         return cls(**values)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"Bad option in {where}: {error}") from error
     except Exception as error:  # the strict dataclasses raise their own type
         raise ValueError(f"Bad option in {where}: {' '.join(str(error).split())}") from error
 
@@ -345,32 +343,24 @@ def resolve_part(slot: str, spec: dict, where: str) -> ResolvedPart:
     return ResolvedPart(part, build_options(part.Options, options, f"{where} ({spec['part']})"))
 
 
-def resolve_chain(
-    view_ops: list,
-    adapter: dict,
-    tower_adapters: dict,
-    map_ops: list,
-    token_ops: list,
-    layout: dict,
-    layer_ops: list | None = None,
-    position_plan: dict | None = None,
-    heads: dict | None = None,
-) -> ResolvedChain:
-    """Look up all parts of a connector."""
+def resolve_chain(config: Any) -> ResolvedChain:
+    """Look up all parts of a connector by its configuration."""
 
-    def listed(slot: str, specs: list) -> list[ResolvedPart]:
-        return [resolve_part(slot, spec, f"{slot}[{i}]") for i, spec in enumerate(specs)]
+    def listed(slot: str) -> list[ResolvedPart]:
+        return [resolve_part(slot, spec, f"{slot}[{i}]") for i, spec in enumerate(getattr(config, slot))]
 
+    def named(slot: str, specs: dict[str, dict], where: str) -> dict[str, ResolvedPart]:
+        return {name: resolve_part(slot, spec, f"{where}.{name}") for name, spec in specs.items()}
+
+    plan = config.position_plan
     return ResolvedChain(
-        view_ops=listed("view_ops", view_ops),
-        adapter=resolve_part("adapter", adapter, "adapter"),
-        tower_adapters={
-            name: resolve_part("adapter", spec, f"tower_adapters.{name}") for name, spec in tower_adapters.items()
-        },
-        map_ops=listed("map_ops", map_ops),
-        token_ops=listed("token_ops", token_ops),
-        layer_ops=listed("layer_ops", layer_ops or []),
-        position_plan=None if position_plan is None else resolve_part("position_plan", position_plan, "position_plan"),
-        heads={name: resolve_part("heads", spec, f"heads.{name}") for name, spec in (heads or {}).items()},
-        layout=build_options(LayoutOptions, layout, "layout"),
+        view_ops=listed("view_ops"),
+        adapter=resolve_part("adapter", config.adapter, "adapter"),
+        tower_adapters=named("adapter", config.tower_adapters, "tower_adapters"),
+        map_ops=listed("map_ops"),
+        token_ops=listed("token_ops"),
+        layer_ops=listed("layer_ops"),
+        position_plan=None if plan is None else resolve_part("position_plan", plan, "position_plan"),
+        heads=named("heads", config.heads, "heads"),
+        layout=build_options(LayoutOptions, config.layout, "layout"),
     )

@@ -28,9 +28,7 @@ class Prompt:
         position_ids (`torch.Tensor` of shape `(B, P)`, *optional*): Positions; None = one after the other.
         packing (`Packing`, *optional*): How rows were packed.
         outputs (`dict`): Further fields of `HiResLmmModelOutputWithPast`.
-        conversation (`Conversation`, *optional*): What is remembered with the cache.
         placed (`Placed`, *optional*): Where visual tokens stand, for position plan and layer ops.
-        layers (`LanguageCall`, *optional*): What layer ops do with the call.
         chunk_size (`int`, *optional*): Most positions that the language model reads at once.
     """
 

@@ -33,10 +33,6 @@ class HiResLmmUhdResampler(HiResLmmViewOp):
 
     Projections run once on all patches of a batch, whatever the sizes of its views.
 
-    Args:
-        context (`PartContext`): Widths and grids around the part.
-        options (`Options`): How many queries, heads.
-
     Source: LLaVA-UHD, huggingface.co/papers/2403.11703, and its released code (thunlp/LLaVA-UHD at dd7f6cc). Differs:
         points beyond a map of less than nine patches a side show its border in place of zeros.
     """
@@ -73,11 +69,7 @@ class HiResLmmUhdResampler(HiResLmmViewOp):
 
     @classmethod
     def describe(cls, options: Any, context: PartContext) -> Traits:
-        """All views of the main tower become one grid of tokens, of the width of the language model.
-
-        Raises:
-            ValueError: If no views reach it.
-        """
+        """All views of the main tower become one grid of tokens, of the width of the language model."""
         side = square_side(options.num_queries, "num_queries")
         keys = context.keys("all")
         if not keys:

@@ -84,6 +84,20 @@ def attention_of(layer: nn.Module) -> nn.Module:
     return found
 
 
+def feed_forward_of(layer: Any) -> nn.Module:
+    """The feed-forward of a layer: gate, up and down projection.
+
+    Raises:
+        ValueError: If it has none of that form.
+    """
+    found: Any = getattr(layer, "mlp", None)
+    if not all(hasattr(found, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")):
+        raise ValueError(
+            f"{type(layer).__name__} has no gated feed-forward that layer ops can split; use another language model."
+        )
+    return found
+
+
 def attention_window(text_config: Any, layer: int) -> int | None:
     """Positions that a query looks back in a layer, itself included; None = all."""
     window = getattr(text_config, "sliding_window", None)

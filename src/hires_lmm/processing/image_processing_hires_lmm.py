@@ -317,10 +317,6 @@ class HiResLmmImageProcessor(HiResLmmOwnPartsMixin, PilBackend):
         budgets = [self.max_image_tokens if own is None else own for own in budgets]
         return [_num_tokens(*own, settings, index) for index, own in enumerate(zip(plans, budgets, strict=True))]
 
-    def num_views(self, height: int, width: int, **kwargs: Unpack[HiResLmmImageProcessorKwargs]) -> int:
-        """Count the rows of `pixel_values` of an image without its pixels. Args as in `plan`."""
-        return len(self.plan(height, width, **kwargs).views)
-
     def _fetch(self, images: Any, counter: list[int]) -> Any:
         if isinstance(images, (list, tuple)):
             return [self._fetch(entry, counter) for entry in images]
