@@ -151,7 +151,7 @@ class StepHooks:
             base.register_forward_hook(self._log, with_kwargs=True),
         ]
         if self.weights:
-            self.head = find_top(model, base).lm_head
+            self.head = find_entry(model).lm_head
             handles.append(find_entry(model).register_forward_hook(add_losses, with_kwargs=True))
         return handles
 
