@@ -214,12 +214,14 @@ def test_prompt_lookup(name):
 
 @all_models
 @pytest.mark.parametrize("with_image", [False, True])
-def test_a_second_turn_on_the_cache(name, with_image):
+@pytest.mark.parametrize("drafts", [{}, {"prompt_lookup_num_tokens": 3}], ids=str)
+def test_a_second_turn_on_the_cache(name, with_image, drafts):
+    """Also one from which drafts were cropped."""
     model, processor = build(name)
     text, images = ROWS[0]
     batch = make_batch(processor, [ROWS[0]])
     length = batch["input_ids"].shape[1]
-    first = model.generate(**batch, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
+    first = model.generate(**batch, **drafts, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
     later = " USER: <image>\nWhat is in it? ASSISTANT:" if with_image else " USER: What is in it? ASSISTANT:"
     new = [random_image(130, 60, 77)] if with_image else []
     second = make_batch(processor, [(later, new)])

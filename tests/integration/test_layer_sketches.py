@@ -11,7 +11,7 @@ from hires_lmm.modeling.compat_hires_lmm import layers_of
 from hires_lmm.modeling.inputs_hires_lmm import ImageInputs
 from hires_lmm.modeling.parts_hires_lmm import LAYER_OPS
 from hires_lmm.modeling.towers_hires_lmm import run_towers
-from reference_layers import keep_share, masked_model, prompts_of, select_all, spans
+from reference_layers import masked_model, prompts_of, select_all
 
 
 DEEP = {"num_hidden_layers": 4}
@@ -20,55 +20,6 @@ ROWS = [
     ("USER: Describe the image. ASSISTANT:", []),
     ("<image> and <image> How many?", [random_image(120, 100, 2), random_image(57, 150, 3)]),
 ]
-
-
-class Exit(HiResLmmLayerOp):
-    """All visual tokens of a row leave behind the first layer whose gate says so: DyVTE in small."""
-
-    def __init__(self, context, options):
-        super().__init__(context, options)
-        self.gates = nn.ModuleDict({str(layer): nn.Linear(2 * context.width, 2) for layer in context.layers})
-
-    def forward(self, layer, hidden, call):
-        if not call.is_prefill:
-            return hidden, None
-        behind = call.text & call.prompt & (call.visual.cumsum(1) == call.visual.sum(1, keepdim=True))
-        behind[range(len(hidden)), call.last] = False
-        mean = (hidden * behind[..., None]).sum(1) / behind.sum(1, keepdim=True).clamp(min=1)
-        logits = self.gates[str(layer)](torch.cat([mean, hidden[range(len(hidden)), call.last]], dim=-1))
-        call.aux[f"exit/{layer}"] = logits
-        return hidden, ~(call.visual & (logits[:, 1] > logits[:, 0])[:, None])
-
-
-@torch.no_grad()
-def test_an_exit_at_the_layer_that_a_gate_chooses_is_one_class_and_one_line(monkeypatch):
-    monkeypatch.setitem(LAYER_OPS, "exit", Exit)
-    text = tiny_text_config("llama", **DEEP)
-    config = tiny_config("llava_next", text=text, connector_config={"layer_ops": [{"part": "exit"}]})
-    model, processor = tiny_model(config, 1), tiny_processor(config)
-    gates = model.model.connector.layer_ops[0].gates
-
-    def leave(layer, candidates, weights, states, last):
-        mean = states[candidates[-1] + 1 : last].mean(0)
-        logits = gates[str(layer)](torch.cat([mean, states[last]]))
-        return candidates if logits[1] > logits[0] else []
-
-    batch, left_at = make_batch(processor, [ROWS[0], ROWS[2]], padding_side="left"), []
-    got = model.generate(**batch, max_new_tokens=6, do_sample=False)[:, batch["input_ids"].shape[1] :].tolist()
-    out = model(**batch, output_token_map=True)
-    assert [out.aux[f"exit/{layer}"].shape for layer in range(4)] == [(2, 2)] * 4
-    for row, (prompt, images) in enumerate([ROWS[0], ROWS[2]]):
-        lengths = [len(tokens) for tokens in reference.full_visual_tokens(model, processor, images)[0]]
-        embeds = reference.prompt_embeds(model, processor, prompt, images, select=select_all)
-        stand_in = masked_model(model, leave, prompts_of([spans(processor, prompt, lengths)]))
-        assert got[row] == reference.greedy(stand_in, embeds, 6)
-        stand_in.model.language_model(embeds)
-        layers = set(stand_in.model.language_model.left_at.values()) or {-1}
-        assert layers == set(
-            out.token_map.left_at[torch.isin(out.token_map.image, torch.tensor([[0], [1, 2]][row]))].tolist()
-        )
-        left_at += layers
-    assert len(set(left_at)) == 2, "rows leave at one layer: take another seed"
 
 
 class Soft(HiResLmmLayerOp):
@@ -185,51 +136,3 @@ def test_an_op_of_the_tower_sees_whole_images(monkeypatch, vision):
     torch.testing.assert_close(got, wanted, atol=1e-5, rtol=0)
     with pytest.raises(ValueError, match="whole images"):
         model.model.encode_pixels(pixels)
-
-
-class Neighbours(HiResLmmLayerOp):
-    """A visual token sees the visual tokens next to it alone, later ones too: YOPO's first part in small."""
-
-    masks_attention = True
-
-    def see(self, layer, seen, call):
-        cells = torch.cat([call.tokens.view[:, None], call.tokens.cell], dim=1)[call.token]
-        gap = (cells[:, None] - cells[:, :, None]).abs()
-        near = (gap[..., 0] == 0) & (gap[..., 1:].amax(-1) <= 1)
-        pairs = call.visual[:, :, None] & call.visual[:, None]
-        return torch.where(pairs, near, seen[:, 0])[:, None]
-
-    def forward(self, layer, hidden, call):
-        return hidden, None
-
-
-@torch.no_grad()
-def test_an_op_may_say_who_sees_whom(monkeypatch):
-    """Equal to explicit masks, with and without a cache, and with tokens that leave later."""
-    monkeypatch.setitem(LAYER_OPS, "neighbours", Neighbours)
-    text = tiny_text_config("llama", **DEEP)
-    ops = [{"part": "neighbours", "layers": [1, 3]}, {"part": "keep_after", "layers": 2, "share": 0.4}]
-    config = tiny_config("llava_hd", text=text, connector_config={"layer_ops": ops})
-    model, processor = tiny_model(config), tiny_processor(config)
-    batch = make_batch(processor, ROWS, padding_side="left")
-    got = model.generate(**batch, max_new_tokens=6, do_sample=False)[:, batch["input_ids"].shape[1] :].tolist()
-    token_map = model(**batch, output_token_map=True).token_map
-    for row, (prompt, images) in enumerate(ROWS):
-        tokens = reference.full_visual_tokens(model, processor, images)[0]
-        embeds = reference.prompt_embeds(model, processor, prompt, images, select=select_all)
-        parts = prompts_of([spans(processor, prompt, [len(part) for part in tokens])])
-        stand_in = masked_model(model, keep_share([2], 0.4), parts)
-        mine = torch.isin(token_map.image, torch.tensor([[0], [], [1, 2]][row], dtype=torch.long))
-        cells = [(int(v), *c) for v, c in zip(token_map.view[mine], token_map.cell[mine].tolist(), strict=True)]
-
-        def change(layer, mask, places=parts[0][0], cells=cells, plain=stand_in.model.language_model):
-            if layer not in (1, 3):
-                return mask
-            for query, one in zip(places, cells, strict=True):
-                for key, other in zip(places, cells, strict=True):
-                    near = one[0] == other[0] and max(abs(one[1] - other[1]), abs(one[2] - other[2])) <= 1
-                    mask[query, key] = near and (not plain.gone[key] or query == key)
-            return mask
-
-        stand_in.model.language_model.change = change
-        assert got[row] == reference.greedy(stand_in, embeds, 6)

@@ -73,3 +73,13 @@ def test_ours_and_the_peer_do_the_same_work_on_equal_views(load):
     theirs = cases.PEERS["llava_next"](shared).take([image])
     assert mine.tokens == theirs.tokens
     assert measure.count_work(mine.prefill)[0] == measure.count_work(theirs.prefill)[0]
+
+
+@torch.no_grad()
+def test_an_exit_is_measured_and_its_cache_counted(load):
+    """At a size at which times say nothing."""
+    module, shapes = load("layer_ops"), load("shapes").SHAPES["tiny"]
+    rows = module.measure("cpu", shapes, [1], 1, visual=40)
+    assert [row["layers"] for row in rows] == [2, 1] and all(row["bytes_as_counted"] for row in rows)
+    assert rows[1]["cache_mib"] / rows[0]["cache_mib"] == pytest.approx((104 + 64) / 208)
+    assert rows[1]["most"] == pytest.approx((1 + 64 / 104) / 2 + 0.03)
