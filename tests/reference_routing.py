@@ -20,6 +20,17 @@ SMALL_CONNECTORS = {
         "layout": {"separators": {"separator": {"place": "between_views", "value": [19]}}},
     },
     "monkey": {"view_ops": [{"part": "query_compressor", "on": "all", "num_queries": 9}]},
+    "llava_uhd": {
+        "view_ops": [{"part": "uhd_resampler", "num_queries": 9, "num_heads": 2}],
+        "layout": {
+            "order": ["crops", "global"],
+            "crop_order": "views",
+            "separators": {
+                "comma": {"place": "crop_column", "value": [18], "on": "crops"},
+                "newline": {"place": "crop_row_end", "value": [19], "on": "crops"},
+            },
+        },
+    },
 }
 
 

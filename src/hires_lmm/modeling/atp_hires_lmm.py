@@ -19,10 +19,10 @@ def spatial_scores(cells: torch.Tensor, rates: list[float], factor: float) -> to
 
     A lattice of rate R has every `round(sqrt(1 / R))`-th row and column from (0, 0) on and gives `1 - factor R`.
     """
-    found = torch.zeros(cells.shape[:-1], device=cells.device)
+    found = torch.zeros(cells.shape[:-1], dtype=torch.float32, device=cells.device)
     for rate in rates:
         on = (cells % round(math.sqrt(1 / rate)) == 0).all(dim=-1)
-        found = torch.maximum(found, on * max(0.0, 1 - factor * rate))
+        found = torch.maximum(found, on.float() * max(0.0, 1 - factor * rate))
     return found
 
 
@@ -37,7 +37,7 @@ def mean_over_queries(read: Any, queries: torch.Tensor) -> torch.Tensor:
         `(B, m)` float32; 0 in rows without queries.
     """
     rows = (~queries).to(torch.int8).argsort(dim=1, stable=True)[:, : int(queries.sum(dim=1).max())]
-    found = torch.zeros(queries.shape, device=queries.device)
+    found = torch.zeros(queries.shape, dtype=torch.float32, device=queries.device)
     for part in rows.split(QUERIES_AT_ONCE, dim=1) if rows.shape[1] else ():
         found += (read(part).mean(dim=1) * queries.gather(1, part)[..., None]).sum(dim=1)
     return found / queries.sum(dim=1, keepdim=True).clamp(min=1)

@@ -222,7 +222,7 @@ class HiResLmmGlobalCom2(HiResLmmTokenOp):
     def _weights(self, whole: torch.Tensor | None, crops: Crops) -> torch.Tensor:
         """How much of each crop is kept in terms of the mean; alike without a global view."""
         if whole is None:
-            return torch.ones(len(crops.sizes), device=crops.crop.device)
+            return torch.ones(len(crops.sizes), dtype=torch.float32, device=crops.crop.device)
         rows = strip_edges(crops.tops, whole.shape[0], self.release)
         sums = crop_sums(whole, rows, strip_edges(crops.lefts, whole.shape[1], self.release))
         return crop_weights(torch.stack([sums[cell] for cell in crops.cells]), self.temperature)
@@ -240,7 +240,7 @@ class HiResLmmGlobalCom2(HiResLmmTokenOp):
             return int(self.ratio * num_first), torch.tensor(shares, device=weights.device)
         total = total if surplus else max(int(self.ratio * every), 1)
         first = total if weights is None else num_first * total // every
-        return first, share_exactly(total - first, weights, sizes) if weights is not None else torch.zeros(0)
+        return first, share_exactly(total - first, weights, sizes) if weights is not None else torch.zeros(0, dtype=torch.long)
 
 
 def released_order(tokens: VisualTokens, image: int, crops: Crops | None, scores: torch.Tensor) -> torch.Tensor:

@@ -142,8 +142,9 @@ def cell_weights(length: int, side: int, bins: int, like: torch.Tensor) -> torch
     """
     cell = max(length / side, 1.0)
     number = math.ceil(cell / bins)
-    steps = (torch.arange(bins * number, device=like.device) + 0.5) * (cell / (bins * number))
-    starts = torch.arange(side, device=like.device) * (length / side)
+    places = torch.arange(max(length, bins * number, side), dtype=torch.float32, device=like.device)
+    steps = (places[: bins * number] + 0.5) * (cell / (bins * number))
+    starts = places[:side] * (length / side)
     points = (starts[:, None] + steps).flatten().clamp(max=length - 1)
-    weights = (1 - (points[:, None] - torch.arange(length, device=like.device)).abs()).clamp(min=0)
+    weights = (1 - (points[:, None] - places[:length]).abs()).clamp(min=0)
     return weights.unflatten(0, (-1, number)).mean(dim=1).to(like.dtype)
