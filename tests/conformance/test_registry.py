@@ -402,6 +402,19 @@ def test_half_precision_stays_near_single(case, dtype):
 
 
 @every_part
+def test_another_default_dtype_changes_nothing(case):
+    model, processor = built(case)
+    batch = batch_of(processor, *SIZES)
+    wanted = logits_of(model, batch)
+    torch.set_default_dtype(torch.float16)
+    try:
+        found = logits_of(model, batch)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, wanted)
+
+
+@every_part
 def test_eager_attention_is_sdpa(case):
     model, processor = built(case)
     batch = batch_of(processor, *SIZES)

@@ -240,7 +240,9 @@ class HiResLmmGlobalCom2(HiResLmmTokenOp):
             return int(self.ratio * num_first), torch.tensor(shares, device=weights.device)
         total = total if surplus else max(int(self.ratio * every), 1)
         first = total if weights is None else num_first * total // every
-        return first, share_exactly(total - first, weights, sizes) if weights is not None else torch.zeros(0, dtype=torch.long)
+        return first, share_exactly(total - first, weights, sizes) if weights is not None else torch.zeros(
+            0, dtype=torch.long
+        )
 
 
 def released_order(tokens: VisualTokens, image: int, crops: Crops | None, scores: torch.Tensor) -> torch.Tensor:
