@@ -180,6 +180,34 @@ def test_a_live_model_gets_no_untrained_weights():
     assert model.config.to_dict() == before
 
 
+@pytest.mark.parametrize("preset", ["fusion", "llava_mini"])
+def test_trained_operations_are_not_thrown_away(preset):
+    model = parts(preset)[0]
+    before = model.config.to_dict()
+    with pytest.raises(ValueError, match=r"have weights \(token_ops\.0\..*which would be lost"):
+        set_options(model, GLOBALCOM2)
+    assert model.config.to_dict() == before
+
+
+def test_a_live_model_gets_layer_ops_loses_them_and_keeps_them_when_saved(tmp_path):
+    model, processor = parts("llava_next")
+    batch, options = ask(processor, (90, 60)), {"max_new_tokens": 6, "do_sample": False}
+    plain = logits_of(model, batch)
+    for layers in (0, 1, 0):
+        ops = {"layer_ops": [{"part": "keep_after", "layers": layers, "share": 0.25}]}
+        set_options(model, ops)
+    built = tiny_model(tiny_config("llava_next", connector_config=ops))
+    assert not torch.allclose(logits_of(model, batch), plain, atol=1e-3)
+    torch.testing.assert_close(logits_of(model, batch), logits_of(built, batch))
+    assert model.generate(**batch, **options).tolist() == built.generate(**batch, **options).tolist()
+    model.save_pretrained(tmp_path)
+    again = HiResLmmForConditionalGeneration.from_pretrained(tmp_path)
+    torch.testing.assert_close(logits_of(again, batch), logits_of(built, batch))
+    set_options(model, {"layer_ops": []})
+    torch.testing.assert_close(logits_of(model, batch), plain)
+    assert not any(layer._forward_pre_hooks for layer in model.model.language_model.layers)
+
+
 # ---- mqt
 
 

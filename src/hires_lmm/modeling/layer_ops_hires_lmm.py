@@ -471,11 +471,15 @@ def leave_layer(layer: int, module: nn.Module, args: tuple, kwargs: dict, output
 
 
 def install_layer_ops(model: Any) -> None:
-    """Hang hooks on the layers that ops run behind, and on those where tokens may be missing then."""
+    """Hang hooks on the layers that ops run behind, and on those where tokens may be missing then, in place of those
+    that hang there."""
+    for handle in model.layer_hooks:
+        handle.remove()
+    model.layer_hooks = hooks = []
     inside = ops_of(model, "vision_tower")
     for number, layer in enumerate(layers_of(model.vision_tower) if inside else ()):
         if any(number in op.layers for op in inside):
-            layer.register_forward_hook(partial(leave_layer, number), with_kwargs=True)
+            hooks.append(layer.register_forward_hook(partial(leave_layer, number), with_kwargs=True))
     ops = ops_of(model, "language_model")
     if not ops:
         return
@@ -484,18 +488,20 @@ def install_layer_ops(model: Any) -> None:
     AttentionInterface.register(QUERIES, give_queries)
     for number, layer in enumerate(layers_of(model.language_model)):
         attention_window(config, number)
-        layer.register_forward_pre_hook(partial(enter_layer, number), with_kwargs=True)
+        hooks.append(layer.register_forward_pre_hook(partial(enter_layer, number), with_kwargs=True))
         own = [op for op in ops if number in op.layers]
         if own:
-            layer.register_forward_hook(partial(leave_layer, number), with_kwargs=True)
+            hooks.append(layer.register_forward_hook(partial(leave_layer, number), with_kwargs=True))
         if any(op.reads_attention for op in own):
-            attention_of(layer).register_forward_pre_hook(partial(enter_attention, number), with_kwargs=True)
+            before = partial(enter_attention, number)
+            hooks.append(attention_of(layer).register_forward_pre_hook(before, with_kwargs=True))
         if any(op.changes_attention for op in own):
-            attention_of(layer).register_forward_hook(partial(leave_attention, number), with_kwargs=True)
+            behind = partial(leave_attention, number)
+            hooks.append(attention_of(layer).register_forward_hook(behind, with_kwargs=True))
         if any(op.splits_feed for op in own):
             feed = feed_forward_of(layer)
-            feed.register_forward_pre_hook(partial(enter_feed, number))
-            feed.register_forward_hook(partial(leave_feed, number))
+            hooks.append(feed.register_forward_pre_hook(partial(enter_feed, number)))
+            hooks.append(feed.register_forward_hook(partial(leave_feed, number)))
 
 
 def place(text: PromptText, placeholder: torch.Tensor, tokens: VisualTokens | None, num_drafted: int | None) -> Placed:

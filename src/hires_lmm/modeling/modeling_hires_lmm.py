@@ -60,6 +60,7 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
         )
         self.language_model = AutoModel.from_config(config.text_config)
         check_fit(config, self.language_model)
+        self.layer_hooks: list[Any] = []
         install_layer_ops(self)
         self.post_init()
 

@@ -1,4 +1,4 @@
-"""Options of parts that may change in a live model, and its token operations."""
+"""Options of parts that may change in a live model, and its token and layer operations."""
 
 from copy import deepcopy
 from typing import Any, cast
@@ -7,9 +7,14 @@ import torch
 from torch import nn
 
 from ..modeling.connector_hires_lmm import HiResLmmConnector
+from ..modeling.layer_ops_hires_lmm import install_layer_ops
 from ..modeling.noise_hires_lmm import HiResLmmNoise
 from ..modeling.parts_hires_lmm import SLOTS
 from .parameters import find_base
+
+
+REPLACED = ("token_ops", "layer_ops")
+"""Slots whose whole list may change in a live model."""
 
 
 def set_options(model: nn.Module, options: dict[str, Any]) -> None:
@@ -19,17 +24,18 @@ def set_options(model: nn.Module, options: dict[str, Any]) -> None:
         model (`nn.Module`): A model of this package, bare or wrapped by PEFT.
         options (`dict[str, Any]`): Place of the part and name of the option -> value, such as
             `{"connector.adapter.forced_expert": "mlp", "connector.token_ops.0.question": False}`. What may change
-            is named by the class of the part, in `switches`. Or the whole list of token operations, where the new
-            ones have no weights: `{"token_ops": [{"part": "globalcom2"}]}`.
+            is named by the class of the part, in `switches`. Or the whole list of token or layer operations, where
+            neither the old nor the new ones have weights: `{"token_ops": [{"part": "globalcom2"}]}`,
+            `{"layer_ops": [{"part": "keep_after", "layers": 2}]}`.
 
     Raises:
-        ValueError: If there is no such switch, a value is wrong, token operations have weights or do not fit the
-            model, or a PEFT model would change, whose folder holds no configuration of the model. Nothing has changed
-            then.
+        ValueError: If there is no such switch, a value is wrong, operations have weights or do not fit the model, or a
+            PEFT model would change, whose folder holds no configuration of the model. Nothing has changed then.
     """
     base = find_base(model)
-    if "token_ops" in options:
-        return _set_token_ops(model, base, options)
+    for slot in REPLACED:
+        if slot in options:
+            return _replace(model, base, slot, options)
     config = deepcopy(base.config.connector_config)
     switches = find_switches(base, config)
     changes = {}
@@ -58,30 +64,31 @@ def _write(base: Any, config: Any) -> None:
             setattr(own, slot, getattr(config, slot))
 
 
-def _set_token_ops(model: nn.Module, base: Any, options: dict[str, Any]) -> None:
-    """Replace the token operations of a model by others without weights; all other modules stay the same objects."""
+def _replace(model: nn.Module, base: Any, slot: str, options: dict[str, Any]) -> None:
+    """Replace the operations of a slot by others, all without weights; other modules stay the same objects."""
     if len(options) > 1:
-        raise ValueError(f"Set token_ops in a call of its own, apart from {sorted(set(options) - {'token_ops'})}.")
+        raise ValueError(f"Set {slot} in a call of its own, apart from {sorted(set(options) - {slot})}.")
     if hasattr(model, "peft_config"):
-        raise ValueError("An adapter folder cannot hold token_ops; set them in the base model before get_peft_model.")
-    config = deepcopy(base.config)
-    config.connector_config.token_ops = deepcopy(list(options["token_ops"]))
+        raise ValueError(f"An adapter folder cannot hold {slot}; set them in the base model before get_peft_model.")
+    config, old = deepcopy(base.config), base.connector
+    setattr(config.connector_config, slot, deepcopy(list(options[slot])))
     config.fitted_chain()
-    old = base.connector
     with torch.device("meta"):
         new = HiResLmmConnector(config.connector_config, config.part_context())
-    weights = sorted(name for name, _ in new.token_ops.named_parameters())
-    if weights:
-        raise ValueError(
-            f"The token operations {options['token_ops']} have weights (token_ops.{weights[0]}, …), which this model "
-            "lacks; make a model with them (hires-lmm compose) and train it."
-        )
+    for connector, what in ((new, "which this model lacks"), (old, "which would be lost")):
+        weights = sorted(name for name, _ in getattr(connector, slot).named_parameters())
+        if weights:
+            raise ValueError(
+                f"{getattr(connector.config, slot)} of {slot} have weights ({slot}.{weights[0]}, …), {what}; make a "
+                "model with the parts that you want (hires-lmm compose) and train it."
+            )
     _write(base, config.connector_config)
     for name, module in old.named_children():
-        if name not in ("token_ops", "budget_router"):
+        if name not in (slot, "budget_router"):
             setattr(new, name, module)
     new.config, new.training_views = old.config, old.training_views
     base.connector = new.train(old.training)
+    install_layer_ops(base)
 
 
 def find_switches(base: Any, config: Any) -> dict[str, tuple[Any, str, dict]]:
