@@ -278,3 +278,11 @@ def test_the_card_names_the_heads(tmp_path):
     processor.save_pretrained(tmp_path)
     write_card(tmp_path, model.config, processor.image_processor, {"versions": {}})
     assert f"* heads: `{model.config.connector_config.heads}`\n" in (tmp_path / "README.md").read_text()
+
+
+def test_labels_of_no_head_are_refused_by_name():
+    model, processor = build()
+    with pytest.raises(
+        ValueError, match="labels_nunbers belongs to no head of this model; its heads read labels_numbers"
+    ):
+        model(**ask(processor, (90, 60)), labels_nunbers=torch.zeros(1, 6))

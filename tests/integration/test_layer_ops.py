@@ -399,7 +399,12 @@ def test_what_a_caller_tells_layer_ops_is_known_or_refused():
         for told in ({"exit_after": None}, {"exit_after": 2})
     ]
     assert len(set(lengths[0])) == 1 and lengths[1][:3] == lengths[0][:3] and lengths[1][3] < lengths[0][3]
-    for told, message in (({"exit_aft": 1}, "No layer op reads 'exit_aft'"), ({"exit_after": 4}, "exit_after=4")):
+    stay, go = (
+        model.generate(**batch, layer_options=told, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
+        for told in ({"exit_after": None}, {"exit_after": 2})
+    )
+    assert go[CACHE].layers[3].get_seq_length() < stay[CACHE].layers[3].get_seq_length()
+    for told, message in (({"exit_aft": 1}, "No layer op reads 'exit_aft'"), ({"exit_after": True}, "exit_after=True")):
         with pytest.raises(ValueError, match=message):
             model(**batch, layer_options=told)
 

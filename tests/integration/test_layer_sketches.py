@@ -136,3 +136,48 @@ def test_an_op_of_the_tower_sees_whole_images(monkeypatch, vision):
     torch.testing.assert_close(got, wanted, atol=1e-5, rtol=0)
     with pytest.raises(ValueError, match="whole images"):
         model.model.encode_pixels(pixels)
+
+
+class Odd(HiResLmmLayerOp):
+    """Returns what a test puts here."""
+
+    answer = staticmethod(lambda hidden: None)
+
+    def forward(self, layer, hidden, call):
+        return type(self).answer(hidden)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        lambda hidden: None,
+        lambda hidden: hidden,
+        lambda hidden: (hidden[:, :-1], None),
+        lambda hidden: (hidden, torch.ones(hidden.shape[:2], dtype=torch.long)),
+        lambda hidden: (hidden, torch.ones(1, 5, dtype=torch.bool)),
+        lambda hidden: (hidden, 1),
+    ],
+)
+@pytest.mark.parametrize("of", ["language_model", "vision_tower"])
+def test_an_op_that_returns_something_else_is_named(monkeypatch, answer, of):
+    monkeypatch.setattr(Odd, "answer", staticmethod(answer))
+    monkeypatch.setitem(LAYER_OPS, "odd", Odd)
+    config = tiny_config(connector_config={"layer_ops": [{"part": "odd", "of": of, "layers": 0}]})
+    model, batch = tiny_model(config), make_batch(tiny_processor(config), ROWS[:1])
+    with pytest.raises(ValueError, match="Odd must"):
+        model(**batch)
+
+
+def test_the_tower_offers_no_attention_and_no_layers_that_nobody_reads(monkeypatch):
+    monkeypatch.setitem(LAYER_OPS, "odd", Odd)
+    monkeypatch.setitem(LAYER_OPS, "soft", Soft)
+    of = {"of": "vision_tower"}
+    with pytest.raises(ValueError, match="Soft has reads_attention, which layers of the vision tower do not offer"):
+        tiny_model(tiny_config(connector_config={"layer_ops": [{"part": "soft", **of}]}))
+    config = tiny_config(connector_config={"layer_ops": [{"part": "odd", **of}]}, vision_feature_layer=-2)
+    assert tiny_model(config).model.connector.layer_ops[0].layers == tuple(
+        range(config.vision_config.num_hidden_layers - 1)
+    )
+    last = {"part": "odd", **of, "layers": config.vision_config.num_hidden_layers - 1}
+    with pytest.raises(ValueError, match="name layers of vision_tower from 0 to"):
+        tiny_config(connector_config={"layer_ops": [last]}, vision_feature_layer=-2)

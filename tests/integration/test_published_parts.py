@@ -208,6 +208,17 @@ def test_a_live_model_gets_layer_ops_loses_them_and_keeps_them_when_saved(tmp_pa
     assert not any(layer._forward_pre_hooks for layer in model.model.language_model.layers)
 
 
+@pytest.mark.parametrize("preset", ["mqt", "mg_llava", "slime"])
+def test_training_sees_the_views_of_the_checkpoint(preset):
+    processor = parts(preset)[1]
+    picture = random_image(130, 200)
+    image, text = {"type": "image", "image": picture}, {"type": "text", "text": "What is it?"}
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "A boat."}]}
+    batch = HiResLmmCollator(processor)([{"messages": [{"role": "user", "content": [image, text]}, answer]}])
+    own = processor.image_processor(picture, return_tensors="pt")
+    assert torch.equal(batch["pixel_values"], own["pixel_values"])
+
+
 # ---- mqt
 
 

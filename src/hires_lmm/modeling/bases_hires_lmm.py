@@ -329,6 +329,9 @@ class TowerCall:
     training: bool
 
 
+ATTENTION_TRAITS = ("reads_attention", "masks_attention", "changes_attention", "splits_feed")
+
+
 class HiResLmmLayerOp(HiResLmmPart):
     """Base of layer operations, which run behind chosen layers of the language model or of the vision tower.
 
@@ -361,6 +364,9 @@ class HiResLmmLayerOp(HiResLmmPart):
     def __init__(self, context: PartContext, options: Any):
         super().__init__(context, options)
         self.layers = context.layers
+        inside = [name for name in ATTENTION_TRAITS if getattr(self, name)]
+        if options.of == "vision_tower" and inside:
+            raise ValueError(f"{type(self).__name__} has {inside[0]}, which layers of the vision tower do not offer.")
 
     def forward(self, layer: int, hidden: torch.Tensor, call: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Run behind a layer.

@@ -139,7 +139,8 @@ class ViewFeatures:
     def patches(self, group: ViewGroup) -> list[tuple[int, int]]:
         """Patch rows and columns of each view of a group of the main tower: unequal ones are padded to its grid."""
         sizes = [ViewShape(*view)[5:7] for image in self.images for view in image.views]
-        return [sizes[row] for row in group.rows] + [group.grid] * (len(group.features) - len(group.rows))
+        own = [sizes[row] for row in group.rows if sizes]  # views of no image have the whole grid
+        return own + [group.grid] * (len(group.features) - len(own))
 
     def map(self, on: Any, function: Callable[[ViewGroup], ViewGroup]) -> "ViewFeatures":
         """Change the groups of the main tower that `on` names."""

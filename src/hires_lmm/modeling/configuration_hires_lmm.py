@@ -458,7 +458,11 @@ class HiResLmmConfig(HiResLmmOwnPartsMixin, PreTrainedConfig):
         """What the towers give and the language model takes, a `PartContext`."""
         from .bases_hires_lmm import PartContext
 
-        towers = self.extra_tower_configs()
+        towers, depth, layer = (
+            self.extra_tower_configs(),
+            self.vision_config.num_hidden_layers,
+            self.vision_feature_layer,
+        )
         kinds = self.connector_config.resolve().kinds
         grids = {(int(KINDS[name]), MAIN_TOWER): Grid(*self.patch_grid) for name in kinds if name != "detail"}
         for name, tower in towers.items():
@@ -473,7 +477,7 @@ class HiResLmmConfig(HiResLmmOwnPartsMixin, PreTrainedConfig):
             {name: tower_width(tower) for name, tower in towers.items()},
             {
                 "language_model": self.text_config.num_hidden_layers,
-                "vision_tower": self.vision_config.num_hidden_layers,
+                "vision_tower": layer if layer >= 0 else depth + 1 + layer,  # the layers whose result is used
             },
         )
 

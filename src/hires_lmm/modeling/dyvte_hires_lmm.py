@@ -103,7 +103,7 @@ class HiResLmmDyvte(HiResLmmLayerOp):
         leaves = logits[:, 1] > logits[:, 0]
         if EXIT_AFTER in call.options:
             chosen = call.options[EXIT_AFTER]
-            if chosen is not None and chosen not in self.layers:
+            if isinstance(chosen, bool) or (chosen is not None and chosen not in self.layers):
                 raise ValueError(f"exit_after={chosen!r} is no layer with a gate; they are {list(self.layers)}.")
             leaves = torch.full_like(leaves, layer == chosen)
         return hidden, ~(call.visual & leaves[:, None])

@@ -93,7 +93,7 @@ class HiResLmmGenerationMixin(GenerationMixin):
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         """As in the library; `forward` does not name all that speaks of images."""
-        known = [*IMAGE_ARGUMENTS, "output_token_map", *extra_arguments(self.config)]
+        known = [*IMAGE_ARGUMENTS, "output_token_map", "layer_options", *extra_arguments(self.config)]
         super()._validate_model_kwargs({key: value for key, value in model_kwargs.items() if key not in known})
 
     def _maybe_prepare_encoder_kwargs_for_generation(

@@ -12,7 +12,11 @@ from .splice_hires_lmm import find_placeholders
 def take_heads(model: Any, options: dict[str, Any], cache: Any) -> dict[str, torch.Tensor] | None:
     """Take what concerns heads out of the keyword arguments of a call: their labels by name, or None if none run."""
     wanted = options.pop("output_heads", None)
-    if not model.connector.heads:
+    heads = [f"labels_{name}" for name in model.connector.heads]
+    unknown = next((name for name in options if name.startswith("labels_") and name not in heads), None)
+    if unknown is not None:
+        raise ValueError(f"{unknown} belongs to no head of this model; its heads read {', '.join(heads) or 'none'}.")
+    if not heads:
         return None
     found = {name: options.pop(f"labels_{name}", None) for name in model.connector.heads}
     labels = {name: given for name, given in found.items() if given is not None}

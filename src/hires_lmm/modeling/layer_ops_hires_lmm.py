@@ -419,9 +419,23 @@ def open_tower(model: Any, images: list[ImageGeometry], used: tuple[int, ...]) -
     return TowerPass(ops, [image for image in seen if image.views], model.config.patch_grid, model.training)
 
 
+def check_answer(op: Any, answer: Any, shape: torch.Size) -> Any:
+    """What an op returned, if it is hidden states of the shape that came and, beside it, None or a mask."""
+    name = type(op).__name__
+    if not isinstance(answer, tuple) or len(answer) != 2 or getattr(answer[0], "shape", None) != shape:
+        raise ValueError(f"{name} must return hidden states of shape {tuple(shape)} and which tokens stay, or None.")
+    keep = answer[1]
+    is_mask = isinstance(keep, torch.Tensor) and (keep.dtype == torch.bool or keep.is_floating_point())
+    if keep is not None and not (is_mask and keep.shape == shape[:2]):
+        raise ValueError(
+            f"{name} must say which tokens stay by bool of shape {tuple(shape[:2])} (or floats), or None."
+        )
+    return answer
+
+
 def run_op(op: Any, layer: int, hidden: torch.Tensor, call: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Run an op; in training each of its parameters gets a gradient, on every process."""
-    hidden, keep = op(layer, hidden, call)
+    hidden, keep = check_answer(op, op(layer, hidden, call), hidden.shape)
     learned = [part for part in op.parameters() if part.requires_grad] if call.training else []
     for part in learned:
         hidden = hidden + 0.0 * part.reshape(-1)[0].to(hidden)
@@ -541,6 +555,7 @@ def open_layers(model: Any, prompt: Any, cache: Any, options: dict) -> LanguageC
     if not ops:
         return None
     config, placed, conversation = model.language_model.config, prompt.placed, prompt.conversation
+    check_attention(config._attn_implementation)  # it may have been set since
     if placed is None:
         nowhere = torch.zeros(prompt.embeds.shape[:2], dtype=torch.bool, device=prompt.embeds.device)
         conversation = conversation if RECORD in conversation.records else None

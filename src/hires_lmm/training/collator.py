@@ -31,7 +31,7 @@ class HiResLmmCollator:
 
     Args:
         processor (`HiResLmmProcessor`): Its chat template must mark answers with `{% generation %}`.
-        views (`str`): Views that are made: `"all"`, `"global"` or `"crops"`; that of the stage.
+        views (`str`): Views that are made: `"all"` of the checkpoint, `"global"` or `"crops"`; that of the stage.
         max_length (`int`, *optional*): Most tokens of a sample, placeholders included.
         too_long (`str`): What happens to longer samples. `"error"`: stop and name the sample. `"lower_budget"`: give
             its images the largest common `max_image_tokens` that fits, and count it. `"drop"`: leave it out and count
@@ -87,7 +87,7 @@ class HiResLmmCollator:
         self.max_image_tokens = max_image_tokens
         self.features = features
         self.pad_to_multiple_of = pad_to_multiple_of
-        self.images_kwargs = {**(images_kwargs or {}), "views": views}
+        self.images_kwargs = {**(images_kwargs or {}), **({} if views == "all" else {"views": views})}
         kind = "pixel_values" if features is None else "vision_features"
         self._sources = [kind, *(f"{kind}_{name}" for name in processor.image_processor.extra_towers or {})]
         self.columns = columns or []

@@ -47,7 +47,8 @@ class Stage:
         trainable (`dict[str, float]`): Pattern of parts -> learning rate; the first pattern that matches a parameter
             decides. A pattern is a dotted path below the model, such as `"connector.adapter.mlp"`, and may hold `*`.
             All other parameters are frozen. In a PEFT model only what PEFT trains can match.
-        views (`str`): Views that are used: `"all"`, `"global"` or `"crops"`. Modules of the others run nowhere.
+        views (`str`): Views that are used: `"all"` that the checkpoint makes, `"global"` or `"crops"`. Modules of the
+            others run nowhere.
         settings (`dict[str, Any]`): Options of parts that the stage sets, see `set_options`, such as
             `{"connector.adapter.forced_expert": "mlp"}`. Others stay as they are.
         loss_weights (`dict[str, float]`): Weights of the losses: names of `OBJECTIVES`, such as `gate_balance`, and
