@@ -485,10 +485,7 @@ def leave_layer(layer: int, module: nn.Module, args: tuple, kwargs: dict, output
 
 
 def install_layer_ops(model: Any) -> None:
-    """Hang hooks on the layers that ops run behind, and on those where tokens may be missing then, in place of those
-    that hang there."""
-    for handle in model.layer_hooks:
-        handle.remove()
+    """Hang hooks on the layers that ops run behind, and on those where tokens may be missing then."""
     model.layer_hooks = hooks = []
     inside = ops_of(model, "vision_tower")
     for number, layer in enumerate(layers_of(model.vision_tower) if inside else ()):

@@ -88,6 +88,8 @@ def _replace(model: nn.Module, base: Any, slot: str, options: dict[str, Any]) ->
             setattr(new, name, module)
     new.config, new.training_views = old.config, old.training_views
     base.connector = new.train(old.training)
+    for handle in base.layer_hooks:
+        handle.remove()
     install_layer_ops(base)
 
 
