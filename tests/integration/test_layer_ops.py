@@ -404,7 +404,10 @@ def test_what_a_caller_tells_layer_ops_is_known_or_refused():
         for told in ({"exit_after": None}, {"exit_after": 2})
     )
     assert go[CACHE].layers[3].get_seq_length() < stay[CACHE].layers[3].get_seq_length()
-    for told, message in (({"exit_aft": 1}, "No layer op reads 'exit_aft'"), ({"exit_after": True}, "exit_after=True")):
+    for told, message in (
+        ({"exit_aft": 1}, "No layer op reads 'exit_aft'"),
+        ({"exit_after": True}, "exit_after=True"),
+    ):
         with pytest.raises(ValueError, match=message):
             model(**batch, layer_options=told)
 
