@@ -244,12 +244,13 @@ def _tokens(
     pairs = [_parse_size(size) for size in sizes]
     with one_line_errors():
         from .accounting import PRESET_SETTINGS, account_image
-        from .folders import read_image_settings
+        from .folders import check_planner, read_image_settings
 
         if checkpoint in PRESET_SETTINGS and not Path(checkpoint).exists():
             settings = PRESET_SETTINGS[checkpoint]
         else:
             settings = read_image_settings(_existing(checkpoint, PRESET_SETTINGS))
+            check_planner(checkpoint, settings["planner"])
         options = _images_kwargs(max_crops, None)
         accounts = [account_image(settings, *pair, max_image_tokens, **options) for pair in pairs]
         if as_json:

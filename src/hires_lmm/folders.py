@@ -39,6 +39,17 @@ def read_image_settings(checkpoint: str) -> dict[str, Any]:
     )
 
 
+def check_planner(checkpoint: str, planner: Any) -> None:
+    """Refuse to count with a planner that only runs as code of the checkpoint."""
+    name = planner.get("name") if isinstance(planner, dict) else planner
+    if isinstance(name, str) and "." in name:
+        raise ValueError(
+            f"{checkpoint} has a planner of its author's own, {name}, whose code does not run to count from sizes; "
+            f"count in Python with AutoProcessor.from_pretrained({checkpoint!r}, trust_remote_code=True)"
+            ".image_tokens(height, width)."
+        )
+
+
 def _read_json(checkpoint: str, name: str) -> dict[str, Any] | None:
     """A JSON object from a folder or a repository; None where it has no such file."""
     path = Path(checkpoint) / name

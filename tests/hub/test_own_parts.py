@@ -102,7 +102,8 @@ def test_the_users_own_import_stands_in_where_nothing_is_trusted(with_package):
 
 def test_the_command_line_runs_and_exports_trusted_parts(with_package):
     package = with_package["package"]
-    assert "my_parts." in package["export False"] and "my_parts." in package["ask False"]
+    for refused in (package["export False"], package["ask False"]):
+        assert "my_parts." in refused and "on the command line with --trust-remote-code" in refused
     assert "my_parts.py" in package["export True"] and package["ask True"] == "answered"
 
 
@@ -177,6 +178,9 @@ FILES = {  # what stands in the file -> what the refusal says
     "def f():\n    from hires_lmm.training import Stage\n": "line 2 of .*from hires_lmm.training import Stage",
     "x = 1; from hires_lmm.modeling.geometry_hires_lmm import Kind\n": "on a line of its own",
     "import helper_of_test\n": "`import helper_of_test`; write `from file import name`",
+    "import package_of_test.helpers\n": r"line 1 of mine_of_test\.py has `import package_of_test\.helpers`; 'pack",
+    "from package_of_test import helpers\n": "'package_of_test' is no installed package.*`from .file import name`",
+    "from package_of_test.sub.h import f\n": "`from package_of_test.sub.h import f`; .* or install it as a package",
     '"""\nfrom .nowhere import x\n"""\n': r"a line `from \.nowhere import`, but there is no nowhere\.py",
 }
 
@@ -204,8 +208,11 @@ def config_of(*parts) -> HiResLmmConfig:
 
 @pytest.mark.parametrize("line", FILES)
 def test_a_file_that_could_not_be_read_elsewhere_is_refused(tmp_path, write, line):
-    write("helper_of_test", "")
-    module = write("mine_of_test", line + HEAD + CLASS)
+    for name in ("helper_of_test", "package_of_test.helpers", "package_of_test.sub.h"):
+        write(name, "f = 1\n")
+    module = write(
+        "package_of_test.mine_of_test" if "package_of_test" in line else "mine_of_test", line + HEAD + CLASS
+    )
     with pytest.raises(ValueError, match=r"The part mine_of_test\.Mine cannot be saved") as caught:
         config_of(module.Mine).save_pretrained(tmp_path / "new")
     assert caught.match(FILES[line]) and not (tmp_path / "new").exists()
@@ -221,6 +228,22 @@ def test_files_beside_the_part_come_along(tmp_path, write, package):
     )
     assert (tmp_path / "new" / "helper_of_test.py").read_text() == "from .geometry_hires_lmm import Kind\n"
     assert (tmp_path / "new" / "geometry_hires_lmm.py").is_file()
+
+
+def test_imports_of_installed_packages_stay(tmp_path, write):
+    lines = "import os.path, torch.nn\nfrom numpy import ndarray\nfrom huggingface_hub.dataclasses import strict\n"
+    config_of(write("mine_of_test", f"{lines}{HEAD}{CLASS}").Mine).save_pretrained(tmp_path / "new")
+    assert (tmp_path / "new" / "mine_of_test.py").read_text().startswith(lines)
+
+
+def test_a_class_whose_name_does_not_lead_to_its_file_is_refused(tmp_path, write, monkeypatch):
+    monkeypatch.setitem(sys.modules, "init_of_test", None)
+    del sys.modules["init_of_test"]
+    write("init_of_test.__init__", HEAD + CLASS)
+    module = sys.modules["init_of_test"]
+    with pytest.raises(ValueError, match=r"init_of_test\.Mine cannot be saved: its class stands in __init__\.py"):
+        config_of(module.Mine).save_pretrained(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 def test_two_files_of_one_name_are_refused(tmp_path, write):

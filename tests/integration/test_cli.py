@@ -300,12 +300,25 @@ def files(tmp_path):
     (tmp_path / "other" / "config.json").write_text('{"model_type": "gpt2"}')
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / "config.json").write_text('{"model_type": "hires_lmm"}')
+    (tmp_path / "planned").mkdir()
+    (tmp_path / "planned" / "config.json").write_text('{"model_type": "hires_lmm"}')
+    (tmp_path / "planned" / "processor_config.json").write_text('{"planner": {"name": "my_parts.Strips"}}')
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.json").write_text('{"model_type": "hires')
     return tmp_path
 
 
+SWEEP = ["sweep", "CKPT", "needle:validation", "--out", "FILES/sweep", "--data"]
 FAILURES = {
+    "a word for a number": ([*SWEEP, "scenes=x"], "'needle': scenes='x' is of type str; it must be of type int."),
+    "a word for a field": ([*SWEEP, "grid=x"], "grid='x' is of type str; it must be of type int."),
+    "no such list": ([*SWEEP, "kinds=[1]"], "The options {'kinds': [1]} do not fit NeedleOptions"),
+    "a tower too few": (
+        ["compose", "--vision", "V", "--text", "T", "--preset", "mg_llava", "FILES/new"],
+        "extra tower 'hires', which is missing: give its folder or Hub id as extra_towers={'hires': REPO}, on the "
+        "command line as --extra-tower hires=REPO.",
+    ),
+    "a planner of one's own": (["tokens", "FILES/planned", "30x30"], "my_parts.Strips, whose code does not run"),
     "no such image": (["ask", "CKPT", "nope.png", *QUESTION], "no existing file"),
     "not an image": (["ask", "CKPT", "FILES/text.png", *QUESTION], "is not an image"),
     "no such folder": (["ask", "./nowhere", BOARD, *QUESTION], "There is no folder ./nowhere"),

@@ -79,6 +79,12 @@ def read_pair(
     vision: str, text: str, preset: str, chat_template: str | None, changes: dict, extra_towers: dict[str, str]
 ) -> Source:
     """Read vision towers and a language model."""
+    asked = changes.get("extra_towers") or PRESETS.get(preset, {}).get("extra_towers", {})
+    if missing := [name for name in asked if name not in extra_towers]:
+        raise ConversionError(
+            f"The preset {preset!r} has the extra tower {missing[0]!r}, which is missing: give its folder or Hub id "
+            f"as extra_towers={{{missing[0]!r}: REPO}}, on the command line as --extra-tower {missing[0]}=REPO."
+        )
     tower, language = resolve_folder(vision, "The vision tower"), resolve_folder(text, "The language model")
     extra = {name: resolve_folder(source, f"The extra tower {name!r}") for name, source in extra_towers.items()}
     vision_config = tower_config(read_json(tower / "config.json"), tower.name)

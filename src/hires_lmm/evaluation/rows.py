@@ -2,13 +2,13 @@
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from importlib.metadata import entry_points
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from ..training.collator import find_image, read_messages
 from ..training.data.conversations import read_llava_record
@@ -65,7 +65,20 @@ def load_rows(dataset: str, options: dict[str, Any] | None = None) -> list[dict[
         signature(function).bind(**options)
     except TypeError as error:
         raise ValueError(f"The data set {name!r}: {error}; its options are {signature(function)}.") from error
+    _check_types(name, function, options)
     return list(function(**options))
+
+
+def _check_types(dataset: str, function: Callable, options: dict[str, Any]) -> None:
+    """Refuse an option of another type than the function declares, where that is a plain one."""
+    declared = get_type_hints(function)
+    for key, value in options.items():
+        kind: Any = declared.get(key)
+        if kind in (int, float, str, bool) and type(value) not in ((int, float) if kind is float else (kind,)):
+            raise ValueError(
+                f"The data set {dataset!r}: {key}={value!r} is of type {type(value).__name__}; it must be of type "
+                f"{kind.__name__}."
+            )
 
 
 def read_rows(file: str | Path, image_folder: str | Path | None = None) -> list[dict[str, Any]]:

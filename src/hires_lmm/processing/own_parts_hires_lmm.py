@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Callable
 from functools import partial
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
@@ -139,8 +140,8 @@ def refusal(name: str, source: str = "") -> str:
     file = name.partition(".")[0]
     return (
         f"The part {name} is no part of hires_lmm but code in {file}.py{f' of {source!r}' if source else ''}. Read "
-        "it, then load the model or AutoProcessor with from_pretrained(..., trust_remote_code=True); or import "
-        f"{file} first to use your own."
+        "it, then load the model or AutoProcessor with from_pretrained(..., trust_remote_code=True), on the command "
+        f"line with --trust-remote-code; or import {file} first to use your own."
     )
 
 
@@ -174,6 +175,11 @@ def collect_files(names: list[Any], folder: str | Path) -> dict[str, str]:
             raise ValueError(
                 f"The part {name} cannot be saved: its class stands in no file under its name. Move it to the top of "
                 "a file of its own, such as my_parts.py, and import it from there."
+            )
+        if Path(file).name != f"{name.partition('.')[0]}.py":
+            raise ValueError(
+                f"The part {name} cannot be saved: its class stands in {Path(file).name}, but its name asks for "
+                f"{name.partition('.')[0]}.py. Move it to a file of its own, such as my_parts.py, and import that."
             )
         try:
             _gather(Path(file), part.__module__.rpartition(".")[0], files)
@@ -227,7 +233,26 @@ def _fault(node: ast.AST, file: Path) -> str:
         return "write `from hires_lmm.modeling.file import name`, or hires_lmm.processing, on a line of its own"
     if not level and any(file.with_name(f"{module}.py").is_file() for module in modules):
         return "write `from file import name` on a line of its own for a file beside this one"
+    local = [] if level else [top for module in modules if _is_local(top := module.partition(".")[0])]
+    if local:
+        return (
+            f"{local[0]!r} is no installed package, so it is missing elsewhere: write `from .file import name` for a "
+            "file in the same folder, or install it as a package"
+        )
     return ""
+
+
+def _is_local(package: str) -> bool:
+    """Whether a package was imported from files that belong neither to Python nor to an installed distribution."""
+    module = sys.modules.get(package)
+    places = [getattr(module, "__file__", None), *getattr(module, "__path__", ())]
+    parts = {part for place in filter(None, places) for part in Path(place).parts}
+    if not parts or package in sys.stdlib_module_names or {"site-packages", "dist-packages"} & parts:
+        return False
+    try:
+        return distribution(package) is None  # installed from its sources, which stay where they are
+    except PackageNotFoundError:
+        return True
 
 
 def _find_file(file: Path, sibling: str) -> Path:

@@ -162,12 +162,23 @@ def needle_rows(
         constant answer to questions of the kind gets on training scenes.
 
     Raises:
-        ValueError: If the split or an option is unknown.
+        ValueError: If the split or an option is unknown, or a value of another type.
     """
     known = {entry.name for entry in fields(NeedleOptions)}
     if unknown := sorted(options.keys() - known):
         raise ValueError(f"NeedleOptions has no field {unknown[0]!r}; its fields are {', '.join(sorted(known))}.")
-    dataset = NeedleDataset(split, scenes, seed, NeedleOptions(**options), questions)
+    for name, value in options.items():
+        kind = list if isinstance(getattr(NeedleOptions, name), tuple) else type(getattr(NeedleOptions, name))
+        if type(value) is not kind and (kind is not list or not isinstance(value, tuple)):
+            raise ValueError(
+                f"{name}={value!r} is of type {type(value).__name__}; it must be of type {kind.__name__}."
+            )
+    try:
+        drawing = NeedleOptions(**options)
+        needle_scene(0, "train", seed, drawing)
+    except (TypeError, ZeroDivisionError) as error:
+        raise ValueError(f"The options {options} do not fit NeedleOptions: {error}.") from error
+    dataset = NeedleDataset(split, scenes, seed, drawing, questions)
     chance = chance_accuracy(dataset.options)
     drawn = (needle_scene(index, "train", seed, dataset.options) for index in range(CONSTANT_SCENES))
     constant = constant_accuracy([question for scene in drawn for question in ask_questions(scene)])

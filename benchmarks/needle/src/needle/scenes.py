@@ -45,7 +45,7 @@ class NeedleOptions:
         object_height (`tuple` of two `float`): Least and greatest height of an object, pixels of the *global* view.
             At 2.25 a reader of the isolated digit gets 41 %.
         num_objects (`tuple` of two `int`): Fewest and most objects.
-        kinds (`dict`): Kind -> weight.
+        kinds (`tuple` of pairs): Kinds and their weights.
         backgrounds (sequence of `str`): Names in `BACKGROUNDS`.
         fonts (sequence of `str`): Names in `FONTS`; all but `pillow` need matplotlib.
         placement (`str`): `free`: anywhere, objects may be cut by crop borders; `aligned`: on the patch lattice, never
