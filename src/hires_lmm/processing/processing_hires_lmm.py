@@ -58,7 +58,11 @@ class HiResLmmProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[ca
     _defaults = {"text_kwargs": {"padding": False, "verbose": False}}
 
 
-class HiResLmmProcessor(HiResLmmOwnPartsMixin, ProcessorMixin):
+class HiResLmmProcessorBase(HiResLmmOwnPartsMixin, ProcessorMixin):
+    """Both bases in one class: what a processor overrides is looked for in the first one alone."""
+
+
+class HiResLmmProcessor(HiResLmmProcessorBase):
     """Tokenizer and image processor in one: expands `<image>`, counts tokens, applies chat templates.
 
     Args:
