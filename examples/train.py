@@ -175,6 +175,7 @@ def main() -> None:
     for stage in read_stages(recipe):
         if options.stage is None or stage.name == options.stage:
             start = finished[stage.name] = train_stage(stage, finished.get(stage.after, start), recipe, options)
+    PartialState().destroy_process_group()  # else a process may abort while it ends
 
 
 if __name__ == "__main__":

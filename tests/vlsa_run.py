@@ -6,6 +6,7 @@ Saves checkpoints and the final model to the folder and writes losses and sums o
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -84,3 +85,4 @@ def main(settings: dict) -> None:
 
 if __name__ == "__main__":
     main(json.loads(sys.argv[1]))
+    os._exit(0)  # what is asked for is written; threads of gloo may abort a process that ends as usual
