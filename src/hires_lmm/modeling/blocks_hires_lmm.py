@@ -171,11 +171,13 @@ def stack_prefixes(prefixes: list[Prefix | None]) -> tuple[list[tuple[torch.Tens
 
 
 def cut_cache(cache: Any, row: int, start: int, stop: int) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
-    """Copy keys and values of some positions of one row, so that the rest of the batch is not held."""
-    return tuple(
-        (layer.keys[row : row + 1, :, start:stop].clone(), layer.values[row : row + 1, :, start:stop].clone())
-        for layer in cache.layers
-    )
+    """Keys and values of some positions of one row; copied, so that the rest of the batch is not held."""
+
+    def cut(states: torch.Tensor) -> torch.Tensor:
+        own = states[row : row + 1, :, start:stop]
+        return own if own.shape == states.shape else own.clone()
+
+    return tuple((cut(layer.keys), cut(layer.values)) for layer in cache.layers)
 
 
 def block_states(hidden: torch.Tensor, blocks: tuple[Block, ...]) -> torch.Tensor:
