@@ -21,10 +21,11 @@ RESULTS = Path(os.environ.get(FOLDER_VARIABLE) or Path(__file__).parent / "resul
 
 def surroundings() -> dict:
     """Device, versions, commit, date and command of this run."""
+    given = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]  # no path of a machine
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     has_gpu = torch.cuda.is_available()
     return {
-        "command": "python " + " ".join([Path(sys.argv[0]).parent.name + "/" + Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": "python " + " ".join([Path(sys.argv[0]).parent.name + "/" + Path(sys.argv[0]).name, *given]),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "commit": commit.stdout.strip(),
         "device": torch.cuda.get_device_name() if has_gpu else f"CPU, {platform.machine()}",
