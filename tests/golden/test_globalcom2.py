@@ -13,8 +13,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from builders import randomise
 from hires_lmm.modeling.bases_hires_lmm import Needs, PartContext
-from hires_lmm.modeling.carriers_hires_lmm import ImageGeometry, ViewFeatures, ViewGroup, VisualTokens
-from hires_lmm.modeling.connector_hires_lmm import drop
+from hires_lmm.modeling.carriers_hires_lmm import ImageGeometry, ViewFeatures, ViewGroup, VisualTokens, drop
 from hires_lmm.modeling.geometry_hires_lmm import MAIN_TOWER, Grid, Kind
 from hires_lmm.modeling.globalcom2_hires_lmm import (
     HiResLmmGlobalCom2,

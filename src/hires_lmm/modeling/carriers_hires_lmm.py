@@ -305,6 +305,27 @@ class VisualTokens:
         return result
 
 
+def drop(tokens: VisualTokens) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Remove the tokens that are not kept, where placeholders are fewer than tokens.
+
+    Returns:
+        Features `(M, D)`, exactly `num_tokens` an image, and `kept` `(M,)` of them (None = all). Tokens of images
+        without a budget stay in, kept or not.
+    """
+    if tokens.kept is None or tokens.lengths == tokens.num_tokens:
+        return tokens.features, tokens.kept
+    pieces, start = [], 0
+    for length, num_tokens in zip(tokens.lengths, tokens.num_tokens, strict=True):
+        index = torch.arange(start, start + length, device=tokens.kept.device)
+        if num_tokens < length:
+            order = torch.argsort((~tokens.kept[start : start + length]).to(torch.int8), stable=True)
+            index = index[order[:num_tokens]]
+        pieces.append(index)
+        start += length
+    index = torch.cat(pieces)
+    return tokens.features[index], tokens.kept[index]
+
+
 @dataclass
 class Question:
     """The text that a question-reading operation may see.

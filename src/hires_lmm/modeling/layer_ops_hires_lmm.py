@@ -14,9 +14,8 @@ from torch import nn
 from transformers import AttentionInterface
 
 from .bases_hires_lmm import LayerCall, TowerCall
-from .carriers_hires_lmm import ImageGeometry, VisualTokens
+from .carriers_hires_lmm import ImageGeometry, VisualTokens, drop
 from .compat_hires_lmm import CACHE, attention_of, attention_window, feed_forward_of, layers_of
-from .connector_hires_lmm import drop
 from .conversation_hires_lmm import Conversation
 from .layer_attention_hires_lmm import (
     QUERIES,

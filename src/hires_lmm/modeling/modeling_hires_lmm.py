@@ -11,10 +11,10 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 
-from .carriers_hires_lmm import ImageGeometry, ViewFeatures, read_geometry
+from .carriers_hires_lmm import ImageGeometry, ViewFeatures, drop, read_geometry
 from .compat_hires_lmm import CACHE, takes_cache
 from .configuration_hires_lmm import HiResLmmConfig, HiResLmmConnectorConfig, check_fit
-from .connector_hires_lmm import HiResLmmConnector, drop
+from .connector_hires_lmm import HiResLmmConnector
 from .conversation_hires_lmm import Conversation
 from .generation_hires_lmm import HiResLmmGenerationMixin
 from .heads_hires_lmm import add_head_losses, run_heads, take_heads

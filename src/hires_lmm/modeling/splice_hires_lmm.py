@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 
-from .carriers_hires_lmm import Question, VisualTokens
+from .carriers_hires_lmm import Question, VisualTokens, drop
 from .compat_hires_lmm import CACHE
-from .connector_hires_lmm import drop
 from .conversation_hires_lmm import Conversation
 from .inputs_hires_lmm import check_context, placeholders_per_image
 from .layer_ops_hires_lmm import LanguageCall, Placed, place
