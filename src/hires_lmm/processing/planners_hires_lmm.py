@@ -15,6 +15,7 @@ from .view_plans_hires_lmm import (
     Size,
     ViewPlan,
     assemble,
+    centre_on_square,
     checked_size,
     fit_inside,
 )
@@ -148,7 +149,10 @@ class Planner:
 
     def __call__(self, height: int, width: int, options: PlannerLimits) -> ViewPlan:
         """Plan one image."""
-        return self.plan(height, width, options)
+        if not options.pad_to_square:
+            return self.plan(height, width, options)
+        size = checked_size(height, width)
+        return centre_on_square(self.plan(max(size), max(size), options), size)
 
     def build_options(self, name: str, values: dict[str, Any]) -> PlannerLimits:
         """Check options by name; None leaves a choice to the planner."""

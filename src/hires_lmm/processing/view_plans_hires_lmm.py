@@ -7,7 +7,7 @@ whole image; the *canvas* is the padded enlargement of the image that is cut int
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 from .geometry_hires_lmm import Kind, ViewShape
@@ -39,6 +39,8 @@ class PlannerLimits:
         unpad (`bool`, *optional*): Whether only patches that show the image enter the sequence.
         global_view (`str`, *optional*): `"squeeze"` distorts the image to the square, `"pad"` keeps its aspect.
         views (`str`): `"all"`, `"global"` (no crops are made) or `"crops"` (the global view adds no tokens).
+        pad_to_square (`bool`): Whether the image is first put in the middle of a square of the tower's mean colour,
+            which is then planned and drawn in its place (LLaVA-1.5).
 
     Raises:
         ValueError: If a value has the wrong type or lies outside its range.
@@ -50,6 +52,7 @@ class PlannerLimits:
     unpad: bool | None = None
     global_view: str | None = None
     views: str = "all"
+    pad_to_square: bool = False
 
     def __post_init__(self) -> None:
         check_count("view_size", self.view_size)
@@ -62,6 +65,11 @@ class PlannerLimits:
                 raise ValueError(f"max_crops={self.max_crops} is more than {CROPS_LIMIT}; lower it.")
         if not (self.unpad is None or isinstance(self.unpad, bool)):
             raise ValueError(f"unpad={self.unpad!r} must be True, False or None.")
+        if not isinstance(self.pad_to_square, bool) or (self.pad_to_square and self.unpad):
+            raise ValueError(
+                f"pad_to_square={self.pad_to_square!r} must be True or False, and unpad={self.unpad!r} cannot leave out "
+                "the padding of the square."
+            )
         _check_choice("global_view", self.global_view, (None, "squeeze", "pad"))
         _check_choice("views", self.views, ("all", "global", "crops"))
 
@@ -122,6 +130,8 @@ class ViewPlan:
             where it takes the vision tower's own.
         transposed (`bool`): Whether the canvas is resized with rows and columns exchanged and turned back, which only
             changes how Pillow rounds.
+        square (`int`, *optional*): Side of the square on which the image is centred before all this; everything but
+            the boxes and `size` is said of that square.
     """
 
     size: Size
@@ -138,6 +148,7 @@ class ViewPlan:
     resample: tuple[int | None, int | None]
     transposed: bool = False
     global_square: int | None = None
+    square: int | None = None
 
     @property
     def grid(self) -> Size:
@@ -226,6 +237,14 @@ def _global_view(
     span = (0, 0, 0, 0) if limits.views == "crops" else (*spans[0], *spans[1])
     box = (edges[0][0], edges[1][0], edges[0][1], edges[1][1])
     return View(Kind.GLOBAL, *grid, 0, 0, box, span, (limits.patch_grid, limits.patch_grid))
+
+
+def centre_on_square(plan: ViewPlan, size: Size) -> ViewPlan:
+    """The plan of an image of a size, from the plan of the square that it is centred on."""
+    top, left = (BOX_UNIT * start for start in square_paste(size, plan.size[0]))
+    boxes = [(view.box[0] - top, view.box[1] - left, view.box[2] - top, view.box[3] - left) for view in plan.views]
+    views = tuple(replace(view, box=box) for view, box in zip(plan.views, boxes, strict=True))
+    return replace(plan, size=size, square=plan.size[0], views=views)
 
 
 def square_paste(size: Size, side: int) -> Size:
