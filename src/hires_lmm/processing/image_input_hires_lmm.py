@@ -149,11 +149,23 @@ def pad_to_square(picture: Image.Image, color: tuple[int, ...], pixel_limit: int
     if side**2 > pixel_limit:
         raise ValueError(
             f"Image {index} of {picture.height}x{picture.width} pixels would stand on a square of {side**2} pixels, "
-            f"more than pixel_limit={pixel_limit}; shrink it, or leave out pad_to_square."
+            f"more than pixel_limit={pixel_limit}; shrink it, or leave out square='pad'."
         )
     square = Image.new("RGB", (side, side), color)
     square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
     return square
+
+
+def crop_to_square(picture: Image.Image, side: int, resample: int | None) -> Image.Image:
+    """The middle of a picture whose short side is resized to a length, as CLIP's image processor cuts it."""
+    short = min(picture.size)
+    box: list[float] = [0.0, 0.0, *picture.size]
+    for axis, length in enumerate(picture.size):
+        resized = side * length // short
+        start = (resized - side) // 2
+        box[axis], box[axis + 2] = start * length / resized, (start + side) * length / resized
+    filtered = Image.Resampling.BICUBIC if resample is None else Image.Resampling(resample)
+    return picture.resize((side, side), filtered, box=tuple(box))
 
 
 def _read(source: str, shown: str, index: int) -> bytes:

@@ -24,6 +24,7 @@ from .compat_hires_lmm import warn_if_untested
 from .geometry_hires_lmm import Kind
 from .image_input_hires_lmm import (
     DEFAULT_PIXEL_LIMIT,
+    crop_to_square,
     flatten_budgets,
     flatten_images,
     mean_color,
@@ -256,9 +257,7 @@ class HiResLmmImageProcessor(HiResLmmOwnPartsMixin, PilBackend):
         plans = [settings.planner(picture.height, picture.width, settings.limits) for picture in pictures]
         counts = self._count(plans, settings, images)
         _check_views(plans)
-        if settings.limits.pad_to_square:
-            color = mean_color(settings.image_mean)
-            pictures = [pad_to_square(own, color, settings.pixel_limit, n) for n, own in enumerate(pictures)]
+        pictures = [_square(*own, settings, index) for index, own in enumerate(zip(pictures, plans, strict=True))]
         data = {"pixel_values": _render(pictures, plans, settings), **_geometry(plans, counts)}
         pairs = zip(pictures, plans, strict=True)
         whole = [picture for picture, plan in pairs if any(view.kind == Kind.GLOBAL for view in plan.views)]
@@ -467,6 +466,16 @@ def _geometry(plans: list[ViewPlan], counts: list[int]) -> dict[str, np.ndarray]
         "view_boxes": np.array([view.box for view in views], dtype=np.int64),
         "view_spans": np.array([view.span for view in views], dtype=np.int64),
     }
+
+
+def _square(picture: Image.Image, plan: ViewPlan, settings: _Settings, index: int) -> Image.Image:
+    """What is drawn in place of a picture: itself, or a square, cut at the largest size at which it will be drawn."""
+    if settings.limits.square == "pad":
+        return pad_to_square(picture, mean_color(settings.image_mean), settings.pixel_limit, index)
+    if settings.limits.square == "crop":
+        towers = [tower["size"] for tower in (settings.extra_towers or {}).values()]
+        return crop_to_square(picture, max(plan.view_size, *plan.canvas, *towers), settings.resample)
+    return picture
 
 
 def _render(pictures: list[Image.Image], plans: list[ViewPlan], settings: _Settings) -> np.ndarray:

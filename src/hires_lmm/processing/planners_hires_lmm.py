@@ -15,9 +15,9 @@ from .view_plans_hires_lmm import (
     Size,
     ViewPlan,
     assemble,
-    centre_on_square,
     checked_size,
     fit_inside,
+    place_square,
 )
 
 
@@ -149,10 +149,11 @@ class Planner:
 
     def __call__(self, height: int, width: int, options: PlannerLimits) -> ViewPlan:
         """Plan one image."""
-        if not options.pad_to_square:
+        if options.square is None:
             return self.plan(height, width, options)
         size = checked_size(height, width)
-        return centre_on_square(self.plan(max(size), max(size), options), size)
+        side = max(size) if options.square == "pad" else min(size)
+        return place_square(self.plan(side, side, options), size)
 
     def build_options(self, name: str, values: dict[str, Any]) -> PlannerLimits:
         """Check options by name; None leaves a choice to the planner."""

@@ -39,8 +39,8 @@ class PlannerLimits:
         unpad (`bool`, *optional*): Whether only patches that show the image enter the sequence.
         global_view (`str`, *optional*): `"squeeze"` distorts the image to the square, `"pad"` keeps its aspect.
         views (`str`): `"all"`, `"global"` (no crops are made) or `"crops"` (the global view adds no tokens).
-        pad_to_square (`bool`): Whether the image is first put in the middle of a square of the tower's mean colour,
-            which is then planned and drawn in its place (LLaVA-1.5).
+        square (`str`, *optional*): What is planned and drawn in place of the image, as in LLaVA-1.5: `"pad"`: a square
+            of the tower's mean colour with the image in its middle; `"crop"`: the middle square of the image.
 
     Raises:
         ValueError: If a value has the wrong type or lies outside its range.
@@ -52,7 +52,7 @@ class PlannerLimits:
     unpad: bool | None = None
     global_view: str | None = None
     views: str = "all"
-    pad_to_square: bool = False
+    square: str | None = None
 
     def __post_init__(self) -> None:
         check_count("view_size", self.view_size)
@@ -65,11 +65,9 @@ class PlannerLimits:
                 raise ValueError(f"max_crops={self.max_crops} is more than {CROPS_LIMIT}; lower it.")
         if not (self.unpad is None or isinstance(self.unpad, bool)):
             raise ValueError(f"unpad={self.unpad!r} must be True, False or None.")
-        if not isinstance(self.pad_to_square, bool) or (self.pad_to_square and self.unpad):
-            raise ValueError(
-                f"pad_to_square={self.pad_to_square!r} must be True or False, and unpad={self.unpad!r} cannot leave out "
-                "the padding of the square."
-            )
+        _check_choice("square", self.square, (None, "pad", "crop"))
+        if self.square is not None and self.unpad:
+            raise ValueError(f"unpad=True cannot leave out the padding of square={self.square!r}; leave out one of them.")
         _check_choice("global_view", self.global_view, (None, "squeeze", "pad"))
         _check_choice("views", self.views, ("all", "global", "crops"))
 
@@ -130,8 +128,6 @@ class ViewPlan:
             where it takes the vision tower's own.
         transposed (`bool`): Whether the canvas is resized with rows and columns exchanged and turned back, which only
             changes how Pillow rounds.
-        square (`int`, *optional*): Side of the square on which the image is centred before all this; everything but
-            the boxes and `size` is said of that square.
     """
 
     size: Size
@@ -148,7 +144,6 @@ class ViewPlan:
     resample: tuple[int | None, int | None]
     transposed: bool = False
     global_square: int | None = None
-    square: int | None = None
 
     @property
     def grid(self) -> Size:
@@ -239,12 +234,12 @@ def _global_view(
     return View(Kind.GLOBAL, *grid, 0, 0, box, span, (limits.patch_grid, limits.patch_grid))
 
 
-def centre_on_square(plan: ViewPlan, size: Size) -> ViewPlan:
-    """The plan of an image of a size, from the plan of the square that it is centred on."""
+def place_square(plan: ViewPlan, size: Size) -> ViewPlan:
+    """The plan of an image of a size, from the plan of the square around its middle."""
     top, left = (BOX_UNIT * start for start in square_paste(size, plan.size[0]))
     boxes = [(view.box[0] - top, view.box[1] - left, view.box[2] - top, view.box[3] - left) for view in plan.views]
     views = tuple(replace(view, box=box) for view, box in zip(plan.views, boxes, strict=True))
-    return replace(plan, size=size, square=plan.size[0], views=views)
+    return replace(plan, size=size, views=views)
 
 
 def square_paste(size: Size, side: int) -> Size:
