@@ -1,6 +1,6 @@
 """What the multimodal options of a released `config.json` of the LLaVA code mean; nothing is guessed."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .errors import ConversionError
@@ -52,12 +52,18 @@ class ReleasedOptions:
         fixed (`dict`): Options of which the parts here can express one value, and why.
         irrelevant (`dict`): Options without influence on what a converted model computes, and why.
         kinds (`dict`): Types of options where they are not that of the default.
+        choices (`dict`): Options of which the parts here can express some values, and why no other.
     """
 
     defaults: dict[str, Any]
     fixed: dict[str, tuple[Any, str]] = field(default_factory=dict)
     irrelevant: dict[str, str] = field(default_factory=dict)
     kinds: dict[str, tuple[type, ...]] = field(default_factory=dict)
+    choices: dict[str, tuple[tuple, str]] = field(default_factory=dict)
+
+    def only(self, name: str, value: Any, reason: str) -> "ReleasedOptions":
+        """The same options, of which one has a single value with a counterpart."""
+        return replace(self, fixed={**self.fixed, name: (value, reason)})
 
     def read(self, config: dict) -> dict:
         """The options of a configuration, defaults filled in.
@@ -80,11 +86,15 @@ class ReleasedOptions:
         for name, (value, reason) in {**FIXED, **self.fixed}.items():
             if options.get(name, value) != value:
                 raise refuse(name, options[name], reason)
+        for name, (values, reason) in self.choices.items():
+            if options[name] not in values:
+                raise refuse(name, options[name], reason)
         return options
 
     def notes(self, config: dict) -> dict[str, str]:
         """How each option was taken, for the report: `read`, `absent; …` or why it does not matter."""
-        notes = {key: "read" if key in config else f"absent; taken as {value!r}" for key, value in self.defaults.items()}
+        absent = {key: f"absent; taken as {value!r}" for key, value in self.defaults.items()}
+        notes = {key: "read" if key in config else text for key, text in absent.items()}
         others = {**ELSEWHERE, **IRRELEVANT, **self.irrelevant}
         return {**notes, **{key: text for key, text in others.items() if key in config}}
 

@@ -67,7 +67,7 @@ def read_llava(
     return Source(
         format=form.name,
         name=folder.name,
-        summary=f"A {form.title} model in the format of hires_lmm, converted from a checkpoint in the released format.",
+        summary=f"A {form.title} model in the format of hires_lmm, converted from the released format.",
         entries=entries,
         rules=form.rules(options),
         vision_config=tower,

@@ -40,9 +40,7 @@ def convert_to_llava(
         folder = resolve_folder(source, "The source")
         config = read_own_config(folder)
         if config.text_config.model_type != "llama" or config.vision_config.model_type != "clip_vision_model":
-            raise ConversionError(
-                f"The released {form.title} code runs Llama language models with CLIP towers only."
-            )
+            raise ConversionError(f"The released {form.title} code runs Llama models with CLIP towers only.")
         earlier = read_if_present(folder / REPORT_NAME)
         options = _options(form, config, earlier)
         rules, entries = form.rules(options), folder_entries(folder)
@@ -52,7 +50,7 @@ def convert_to_llava(
         _write_config(form, work, config, options, earlier, rows, common_dtype(entries))
         _write_prompt_assets(folder, work, config, earlier)
         report = back_report(f"to-{form.name}", folder, mapped)
-        _write_json(work / REPORT_NAME, report)
+        write_json(work / REPORT_NAME, report)
     return report
 
 
@@ -107,12 +105,13 @@ def _options(form: LlavaFormat, config: Any, earlier: dict) -> dict:
     with readable(f"As a {form.title} model this one"):
         settings = form.settings(form.options.read(options), config.text_config)
         halves = {"vision_config": config.vision_config, "text_config": config.text_config}
-        build = HiResLmmConfig if form.preset is None else HiResLmmConfig.from_preset
-        again = build(*([form.preset] if form.preset else []), **halves, image_token_id=config.image_token_id, **settings)
+        values = {**halves, **settings, "image_token_id": config.image_token_id}
+        again = HiResLmmConfig.from_preset(form.preset, **values) if form.preset else HiResLmmConfig(**values)
     for name, (ours, theirs) in _compared(form, config, again).items():
         if ours != theirs:
             raise ConversionError(
-                f"The released {form.title} code cannot express {name} of this model: {ours!r}; there it is {theirs!r}."
+                f"The released {form.title} code cannot express {name} of this model: {ours!r}; there it is "
+                f"{theirs!r}."
             )
     original = earlier.get("source_config", {})
     for name, groups in SYNONYMS.items():
@@ -126,7 +125,7 @@ def _compared(form: LlavaFormat, config: Any, again: Any) -> dict[str, tuple[Any
 
     def plain_planner(planner: dict) -> dict:
         given = {key: value for key, value in planner.items() if value is not None}
-        values = {"views": "all", "unpad": False, "pad_to_square": False, **form.planner, **given}
+        values = {"views": "all", "unpad": False, **form.planner, **given}
         return {key: value for key, value in values.items() if key != "max_crops" or values["views"] != "global"}
 
     ours, theirs = _plain(config.connector_config), _plain(again.connector_config)
@@ -176,7 +175,7 @@ def _write_config(
         "torch_dtype": original.get("torch_dtype") or str(dtype).removeprefix("torch."),
         "mm_vision_tower": original.get("mm_vision_tower", "vision_config.json"),
     }
-    _write_json(work / "config.json", {**fields, **original, **options, **names, "vocab_size": rows}, sort_keys=True)
+    write_json(work / "config.json", {**fields, **original, **options, **names, "vocab_size": rows}, sort_keys=True)
     (work / "vision_config.json").write_text(config.vision_config.to_json_string(), encoding="utf-8")
 
 
@@ -190,10 +189,11 @@ def _write_prompt_assets(folder: Path, work: Path, config: Any, earlier: dict) -
     if (folder / "generation_config.json").is_file():
         values = read_json(folder / "generation_config.json")
         kept = [token for token in as_list(values.pop("suppress_tokens", None)) if token != config.image_token_id]
-        _write_json(work / "generation_config.json", {**values, **({"suppress_tokens": kept} if kept else {})})
+        write_json(work / "generation_config.json", {**values, **({"suppress_tokens": kept} if kept else {})})
 
 
-def _write_json(path: Path, values: dict, sort_keys: bool = False) -> None:
+def write_json(path: Path, values: dict, sort_keys: bool = False) -> None:
+    """Write a JSON file as others of its kind look."""
     path.write_text(json.dumps(values, indent=2, sort_keys=sort_keys) + "\n", encoding="utf-8")
 
 

@@ -67,7 +67,7 @@ class PlannerLimits:
             raise ValueError(f"unpad={self.unpad!r} must be True, False or None.")
         _check_choice("square", self.square, (None, "pad", "crop"))
         if self.square is not None and self.unpad:
-            raise ValueError(f"unpad=True cannot leave out the padding of square={self.square!r}; leave out one of them.")
+            raise ValueError(f"unpad=True cannot leave out the padding of square={self.square!r}; leave out one.")
         _check_choice("global_view", self.global_view, (None, "squeeze", "pad"))
         _check_choice("views", self.views, ("all", "global", "crops"))
 
