@@ -27,10 +27,6 @@ def add_convert_commands(app: typer.Typer, convert: Callable[..., Any]) -> None:
     """Add all commands; `convert` calls a function of `hires_lmm.conversion`, by its name."""
     for name, title in RELEASED.items():
         app.command(name, help=f"Convert a released {title} checkpoint.")(_released(convert, name))
-    for name, title in {**RELEASED, "mg-llava": "MG-LLaVA"}.items():
-        app.command(f"to-{name}", help=f"Convert a checkpoint back to {title}'s released format.")(
-            _back(convert, name)
-        )
 
     @app.command("mg-llava")
     def mg_llava(
@@ -62,6 +58,11 @@ def add_convert_commands(app: typer.Typer, convert: Callable[..., Any]) -> None:
     def fusion(source: Source, destination: Destination, dtype: SaveDtype = None) -> None:
         """Convert a released checkpoint of the token-scaling paper."""
         convert("convert_fusion", source, destination=destination, dtype=dtype)
+
+    for name, title in {**RELEASED, "mg-llava": "MG-LLaVA"}.items():
+        app.command(f"to-{name}", help=f"Convert a checkpoint back to {title}'s released format.")(
+            _back(convert, name)
+        )
 
 
 def _released(convert: Callable[..., Any], name: str) -> Callable[..., None]:

@@ -146,9 +146,7 @@ def _read_weights(source: str | Path) -> tuple[Path, Entries]:
                 f"{path.name} has the files {', '.join(file.name for file in files)}; pass one of them as the source."
             )
         if not files and not weight_files(path)[0]:
-            raise ConversionError(
-                f"{path.name} has no *.pth and no model*.safetensors; download the file and pass it."
-            )
+            raise ConversionError(f"{path.name} has no *.pth nor model*.safetensors; download the file and pass it.")
         path = files[0] if files else path
     entries = file_entries(path) if path.is_file() else folder_entries(path)
     if not any(key.startswith("fuse_module.") for key in entries):
