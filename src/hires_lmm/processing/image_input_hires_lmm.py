@@ -158,14 +158,14 @@ def pad_to_square(picture: Image.Image, color: tuple[int, ...], pixel_limit: int
 
 def crop_to_square(picture: Image.Image, side: int, resample: int | None) -> Image.Image:
     """The middle of a picture whose short side is resized to a length, as CLIP's image processor cuts it."""
-    short = min(picture.size)
-    box: list[float] = [0.0, 0.0, *picture.size]
-    for axis, length in enumerate(picture.size):
-        resized = side * length // short
-        start = (resized - side) // 2
-        box[axis], box[axis + 2] = start * length / resized, (start + side) * length / resized
-    filtered = Image.Resampling.BICUBIC if resample is None else Image.Resampling(resample)
-    return picture.resize((side, side), filtered, box=tuple(box))
+    short, filtered = min(picture.size), Image.Resampling.BICUBIC if resample is None else Image.Resampling(resample)
+    width, height = (side * length // short for length in picture.size)
+    left, top = (width - side) // 2, (height - side) // 2
+    if width * height <= DEFAULT_PIXEL_LIMIT:
+        return picture.resize((width, height), filtered).crop((left, top, left + side, top + side))
+    across, down = picture.width / width, picture.height / height  # a strip, of which only the middle is resized
+    box = (left * across, top * down, (left + side) * across, (top + side) * down)
+    return picture.resize((side, side), filtered, box=box)
 
 
 def _read(source: str, shown: str, index: int) -> bytes:

@@ -474,7 +474,8 @@ def _square(picture: Image.Image, plan: ViewPlan, settings: _Settings, index: in
         return pad_to_square(picture, mean_color(settings.image_mean), settings.pixel_limit, index)
     if settings.limits.square == "crop":
         towers = [tower["size"] for tower in (settings.extra_towers or {}).values()]
-        return crop_to_square(picture, max(plan.view_size, *plan.canvas, *towers), settings.resample)
+        largest = max(plan.view_size, *plan.canvas, *towers)
+        return crop_to_square(picture, plan.global_square or largest, settings.resample)
     return picture
 
 
