@@ -1,4 +1,4 @@
-"""`square` of every planner: what LLaVA-1.5 makes of an image, compared with CLIP's image processor of transformers."""
+"""`square` of every planner: what LLaVA-1.5 makes of an image, compared with the image processor of CLIP."""
 
 import numpy as np
 import pytest
