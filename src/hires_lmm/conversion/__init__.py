@@ -7,8 +7,6 @@ from .fusion import convert_fusion
 from .llava_next import convert_llava_next
 from .random_model import compose_random, preset_processor
 from .released import convert_released, convert_to_released
-from .slime_source import convert_slime
-from .to_slime import convert_to_slime
 
 
 __all__ = [
@@ -18,9 +16,7 @@ __all__ = [
     "convert_fusion",
     "convert_llava_next",
     "convert_released",
-    "convert_slime",
     "convert_to_released",
-    "convert_to_slime",
     "export",
     "preset_processor",
 ]

@@ -17,7 +17,7 @@ from .llava_keys import (
 from .llava_options import COMMON, ReleasedOptions
 from .llava_templates import LLAMA3_VICUNA, LLAMA31_MINI
 from .prompts import released_template
-from .slime_source import SLIME
+from .slime_format import SLIME
 
 
 VIEW_OP = f"{OURS}view_ops.0."

@@ -35,6 +35,13 @@ XTUNER_VICUNA = (
 )
 """`PROMPT_TEMPLATE.vicuna` of xtuner: no system text unless one is given, a line break behind each answer."""
 
+RELEASED_TEMPLATES = {
+    LLAMA3_VICUNA: "`llama3` with the system text of INF-LLaVA",
+    LLAMA31_MINI: "`llama3` with the system text of LLaVA-Mini",
+    XTUNER_VICUNA: "`vicuna` as xtuner writes it, without a system text",
+}
+"""Template -> what the card says."""
+
 
 def template_of_xtuner(tokenizer: object) -> str:
     """The template that xtuner has for a tokenizer's family.

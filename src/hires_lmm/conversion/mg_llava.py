@@ -60,8 +60,6 @@ RULES: list[Rule] = [
 ]
 """The last rule's foreign names are ours alone: the released file never holds the second tower."""
 
-HALVES = ("llm.", "visual_encoder.")
-
 
 def convert_mg_llava(
     source: str | Path,
