@@ -418,6 +418,11 @@ def test_what_is_no_mg_llava_is_refused(tmp_path):
         ("inf-llava", {"planner": {"name": "dual", "square": "pad", "n": 2}}, "cannot express the planner"),
         ("llava-mini", {"vision_feature_layer": -1, "question_scope": "turn"}, "cannot express question_scope"),
         ("mg-llava", {"extra_towers": None, "connector_config": {"view_ops": []}}, "cannot express extra towers"),
+        (
+            "mg-llava",
+            {"planner": {"name": "multiple", "views": "global"}},
+            "cannot express square of the planner=None",
+        ),
     ],
 )
 def test_what_the_released_code_cannot_do_does_not_go_back(converted, tmp_path, name, change, message):

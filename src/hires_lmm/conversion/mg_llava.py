@@ -196,12 +196,15 @@ def _check_parts(config: Any) -> None:
     """Refuse a model with other parts than the released one."""
     connector = config.connector_config
     found = {
+        "square of the planner": config.planner.get("square"),
+        "vision_feature_layer": config.vision_feature_layer,
         "extra towers": list(config.extra_towers or {}),
         "view_ops": [op["part"] for op in connector.view_ops],
         "adapter": connector.adapter["part"],
         **{name: getattr(connector, name) for name in ("map_ops", "token_ops", "layer_ops", "position_plan", "heads")},
     }
-    wanted = {"extra towers": [TOWER], "view_ops": ["conv_gate"], "adapter": "mlp"}
+    wanted = {"square of the planner": "pad", "vision_feature_layer": -2, "extra towers": [TOWER]}
+    wanted |= {"view_ops": ["conv_gate"], "adapter": "mlp"}
     for name, value in found.items():
         if (value or None) != wanted.get(name):
             raise ConversionError(
