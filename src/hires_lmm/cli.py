@@ -21,6 +21,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from .convert_commands import Destination, SaveDtype, add_convert_commands
+
 
 app = typer.Typer(
     help="High-resolution multimodal models: ask about images, count and see their tokens, convert checkpoints.",
@@ -78,9 +80,6 @@ Json = Annotated[bool, typer.Option("--json", help="Write JSON to standard outpu
 Question = Annotated[
     str, typer.Option("--question", "-q", help="The question.", show_default=False, callback=_checked_question)
 ]
-SaveDtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. [default: as in the source]")]
-Source = Annotated[str, typer.Argument(help="Folder or Hub id.", show_default=False)]
-Destination = Annotated[Path, typer.Argument(help="A new folder.", show_default=False)]
 
 
 @contextmanager
@@ -390,46 +389,22 @@ def _show_choices(folder: Path) -> None:
         notes.print(f"[bold yellow]warning:[/] {_escape(str(error))}")
 
 
-def _convert(function: str, source: str, destination: Path, **options: str | None) -> None:
+def _convert(function: str, *arguments: str, destination: Path, **options: str | None) -> None:
     """Call a function of `hires_lmm.conversion`."""
     with _quiet_work():
         import hires_lmm.conversion
 
         with _progress() as progress:
-            getattr(hires_lmm.conversion, function)(source, destination, **options, progress=progress)
+            call = getattr(hires_lmm.conversion, function)
+            report = call(*arguments, destination, **options, progress=progress)
         output.print(f"wrote {_escape(str(destination))}")
-        if function != "convert_to_slime":
+        if unused := report["unused"]:
+            notes.print(f"not used: {_escape(', '.join(unused))}")
+        if report["conversion"].partition("-")[0] != "to":
             _show_choices(destination)
 
 
-@convert_app.command("slime")
-def _convert_slime(
-    source: Source,
-    destination: Destination,
-    vision_config: Annotated[str | None, typer.Option(help="Tower: folder, config file or Hub id.")] = None,
-    base: Annotated[str | None, typer.Option(help="Language model under a LoRA or stage folder.")] = None,
-    dtype: SaveDtype = None,
-) -> None:
-    """Convert a released SliME checkpoint."""
-    _convert("convert_slime", source, destination, vision_config=vision_config, base=base, dtype=dtype)
-
-
-@convert_app.command("llava-next")
-def _convert_llava_next(source: Source, destination: Destination, dtype: SaveDtype = None) -> None:
-    """Convert a LLaVA-NeXT checkpoint in transformers' format."""
-    _convert("convert_llava_next", source, destination, dtype=dtype)
-
-
-@convert_app.command("fusion")
-def _convert_fusion(source: Source, destination: Destination, dtype: SaveDtype = None) -> None:
-    """Convert a released checkpoint of the token-scaling paper."""
-    _convert("convert_fusion", source, destination, dtype=dtype)
-
-
-@convert_app.command("to-slime")
-def _convert_to_slime(source: Source, destination: Destination) -> None:
-    """Convert a checkpoint back to SliME's released format."""
-    _convert("convert_to_slime", source, destination)
+add_convert_commands(convert_app, _convert)
 
 
 def _parse_list(text: str | None, kind: Callable[[str], Any], name: str) -> list[Any]:

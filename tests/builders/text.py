@@ -23,17 +23,21 @@ SENTENCES = [
 ]
 
 
-def tiny_tokenizer(chat_template: str | None = "chatml", image_token: bool = True) -> PreTrainedTokenizerFast:
+def tiny_tokenizer(
+    chat_template: str | None = "chatml", image_token: bool = True, family: str | None = None
+) -> PreTrainedTokenizerFast:
     """Build a byte-level BPE tokenizer with pad token, left padding and (by name or as text) a chat template.
 
     Args:
         chat_template (`str`, *optional*): A name in `CHAT_TEMPLATES`, a Jinja text, or `None` for no template.
         image_token (`bool`): Whether `<image>` is a special token of the tokenizer.
+        family (`str`, *optional*): `"vicuna"`: without the special tokens of Llama-3 and ChatML.
 
     Returns:
         The tokenizer; `<image>` is id 3 where it exists.
     """
     special = [token for token in SPECIAL_TOKENS if image_token or token != "<image>"]
+    special = [token for token in special if family != "vicuna" or "|" not in token]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

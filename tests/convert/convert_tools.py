@@ -2,16 +2,20 @@
 
 import contextlib
 import json
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from builders.text import tiny_tokenizer
+from hires_lmm.conversion import convert_released, convert_to_released
 
 
 GOLDEN = Path(__file__).parents[1] / "fixtures" / "slime_tiny"
 TOWER = "model.vision_tower.vision_tower."
+
+convert_slime, convert_to_slime = partial(convert_released, "slime"), partial(convert_to_released, "slime")
 
 
 def golden_config(**changes) -> dict:

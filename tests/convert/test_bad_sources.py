@@ -9,6 +9,8 @@ import pytest
 import torch
 from convert_tools import (
     GOLDEN,
+    convert_slime,
+    convert_to_slime,
     golden_config,
     language_part,
     no_output,
@@ -23,13 +25,7 @@ from safetensors.torch import load_file, save_file
 from test_llava_next import save_source, their_model
 
 from builders.tiny import tiny_config, tiny_model, tiny_processor
-from hires_lmm.conversion import (
-    ConversionError,
-    convert_llava_next,
-    convert_slime,
-    convert_to_slime,
-    export,
-)
+from hires_lmm.conversion import ConversionError, convert_llava_next, export
 
 
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")

@@ -10,13 +10,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from convert_tools import GOLDEN
+from convert_tools import GOLDEN, convert_slime
 from PIL import Image
 from test_llava_next import save_source, their_model
 from typer.testing import CliRunner
 
 from hires_lmm.cli import app
-from hires_lmm.conversion import compose_random, convert_slime, export
+from hires_lmm.conversion import compose_random, export
 from hires_lmm.conversion.cards import carry_card
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from convert_tools import GOLDEN, no_output, tensors_of, tokenizer_without_image_token
+from convert_tools import GOLDEN, convert_slime, no_output, tensors_of, tokenizer_without_image_token
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -31,7 +31,7 @@ from builders import (
     tiny_vision_config,
 )
 from hires_lmm import PRESETS
-from hires_lmm.conversion import ConversionError, compose, convert_slime, export, preset_processor
+from hires_lmm.conversion import ConversionError, compose, export, preset_processor
 from hires_lmm.conversion.cards import TEMPLATE, token_table
 
 

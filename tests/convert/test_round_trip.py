@@ -4,11 +4,20 @@ import json
 
 import pytest
 import torch
-from convert_tools import GOLDEN, golden_config, tensors_of, tokenizer_without_image_token, write_json, write_released
+from convert_tools import (
+    GOLDEN,
+    convert_slime,
+    convert_to_slime,
+    golden_config,
+    tensors_of,
+    tokenizer_without_image_token,
+    write_json,
+    write_released,
+)
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
 from builders.tiny import random_image
-from hires_lmm.conversion import ConversionError, convert_slime, convert_to_slime
+from hires_lmm.conversion import ConversionError
 from hires_lmm.modeling.bases_hires_lmm import HiResLmmHead, HiResLmmPositionPlan
 from hires_lmm.modeling.parts_hires_lmm import HEADS, POSITION_PLANS
 

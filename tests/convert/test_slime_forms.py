@@ -11,6 +11,7 @@ import pytest
 import torch
 from convert_tools import (
     GOLDEN,
+    convert_slime,
     golden_config,
     language_part,
     save_bin_shards,
@@ -21,8 +22,6 @@ from convert_tools import (
     write_tower,
 )
 from safetensors.torch import save_file
-
-from hires_lmm.conversion import convert_slime
 
 
 @pytest.fixture(scope="module")

@@ -4,16 +4,11 @@ import json
 
 import pytest
 import torch
-from convert_tools import (
-    GOLDEN,
-    golden_config,
-    tensors_of,
-    write_released,
-)
+from convert_tools import GOLDEN, convert_slime, convert_to_slime, golden_config, tensors_of, write_released
 from torch import nn
 from transformers import AutoModelForImageTextToText
 
-from hires_lmm.conversion import ConversionError, convert_slime, convert_to_slime
+from hires_lmm.conversion import ConversionError
 from hires_lmm.conversion.slime_options import connector_settings
 
 

@@ -14,7 +14,7 @@ from transformers import CLIPVisionConfig, LlamaConfig
 
 from builders.tiny import random_image, randomise
 from hires_lmm import HiResLmmConfig, HiResLmmForConditionalGeneration, HiResLmmImageProcessor
-from hires_lmm.conversion import convert_slime
+from hires_lmm.conversion import convert_released
 from hires_lmm.conversion.mapping import map_backward, map_forward
 from hires_lmm.conversion.slime import key_table
 from hires_lmm.conversion.slime_options import connector_settings
@@ -129,7 +129,7 @@ def test_every_stage(number, model):
 
 
 def test_the_converted_checkpoint_gives_them_without_the_package(tmp_path):
-    convert_slime(GOLDEN.folder, tmp_path / "converted")
+    convert_released("slime", GOLDEN.folder, tmp_path / "converted")
     worker = Path(__file__).with_name("slime_worker.py")
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "HF_", "COV"))}
     environment = {**kept, "HF_HOME": str(tmp_path / "hf_home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}

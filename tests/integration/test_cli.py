@@ -214,16 +214,24 @@ def test_export_writes_a_folder_that_answers(checkpoint, tmp_path):
     ("function", "arguments", "expected"),
     [
         (
-            "convert_slime",
+            "convert_released",
             ["convert", "slime", "SRC", "DST", "--vision-config", "V", "--base", "B", "--dtype", "bfloat16"],
-            (("SRC", Path("DST")), {"vision_config": "V", "base": "B", "dtype": "bfloat16"}),
+            (("slime", "SRC", Path("DST")), {"vision_config": "V", "base": "B", "dtype": "bfloat16"}),
+        ),
+        (
+            "convert_released",
+            ["convert", "mg-llava", "SRC", "DST", "--base", "B", "--extra-tower", "C", "--chat-template", "llama3"],
+            (
+                ("mg-llava", "SRC", Path("DST")),
+                {"base": "B", "vision_config": None, "extra_tower": "C", "chat_template": "llama3", "dtype": None},
+            ),
         ),
         (
             "convert_llava_next",
             ["convert", "llava-next", "SRC", "DST"],
             (("SRC", Path("DST")), {"dtype": None}),
         ),
-        ("convert_to_slime", ["convert", "to-slime", "SRC", "DST"], (("SRC", Path("DST")), {})),
+        ("convert_to_released", ["convert", "to-slime", "SRC", "DST"], (("slime", "SRC", Path("DST")), {})),
         (
             "compose",
             ["compose", "--vision", "V", "--text", "T", "DST", "--preset", "monkey", "--extra-tower", "fine=F"],
@@ -242,12 +250,14 @@ def test_conversions_pass_their_arguments_on(function, arguments, expected, monk
     def stand_in(*args, progress, **kwargs):
         progress(1, 2, "tensors")
         calls.append((args, kwargs))
+        return {"conversion": args[0], "unused": ["a.key"]}
 
     monkeypatch.setattr(hires_lmm.conversion, function, stand_in)
     monkeypatch.setattr("hires_lmm.cli._show_choices", lambda folder: None)
     result = run(*arguments)
     assert result.exit_code == 0, result.output
     assert calls == [expected]
+    assert ("not used: a.key" in result.stderr) == ("convert" in arguments)
 
 
 def test_compose_random_writes_what_can_be_asked_and_repeated(checkpoint, tmp_path):

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 SCRIPT = """
 import json, sys, threading, time
 import psutil, torch
-from hires_lmm.conversion import convert_slime, convert_to_slime
+from hires_lmm.conversion import convert_released, convert_to_released
 
 process, peak, done = psutil.Process(), [0], []
 start = process.memory_info().rss
@@ -33,9 +33,9 @@ def watch():
 threading.Thread(target=watch, daemon=True).start()
 begin = time.time()
 if sys.argv[1] == "back":
-    convert_to_slime(sys.argv[2], sys.argv[3], max_shard_bytes=5 * 10**8)
+    convert_to_released("slime", sys.argv[2], sys.argv[3], max_shard_bytes=5 * 10**8)
 else:
-    convert_slime(sys.argv[2], sys.argv[3], max_shard_bytes=5 * 10**8)
+    convert_released("slime", sys.argv[2], sys.argv[3], max_shard_bytes=5 * 10**8)
 done.append(True)
 print(json.dumps({"start": start, "peak": peak[0], "seconds": time.time() - begin}))
 """

@@ -9,6 +9,8 @@ from hires_lmm.conversion.keys import (
     SplitRows,
     Squeeze,
     TakeRows,
+    Transpose,
+    Unsqueeze,
     Unused,
     match_sources,
     match_targets,
@@ -93,6 +95,22 @@ def test_squeeze():
     for shape in ((2, 1, 3), (1, 2, 3), (1,)):
         with pytest.raises(ValueError, match="its first 2 must be 1"):
             rule.forward(torch.ones(shape))
+
+
+def test_unsqueeze():
+    tensor, rule = torch.arange(6.0).reshape(2, 3), Unsqueeze("a", "b", axes=2)
+    (found,) = rule.forward(tensor)
+    assert rule.targets == ("b",) and found.shape == (2, 3, 1, 1) and found.flatten().tolist() == list(range(6))
+    assert torch.equal(rule.backward([found]), tensor)
+
+
+def test_transpose():
+    tensor, rule = torch.arange(6.0).reshape(2, 3), Transpose("a", "b")
+    (found,) = rule.forward(tensor)
+    assert rule.targets == ("b",) and found.tolist() == [[0, 3], [1, 4], [2, 5]]
+    assert torch.equal(rule.backward([found]), tensor)
+    with pytest.raises(ValueError, match=r"a has the shape \(2,\), but a matrix is expected"):
+        rule.forward(torch.ones(2))
 
 
 def test_take_rows():

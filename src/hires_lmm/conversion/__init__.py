@@ -6,8 +6,7 @@ from .exporting import export
 from .fusion import convert_fusion
 from .llava_next import convert_llava_next
 from .random_model import compose_random, preset_processor
-from .slime_source import convert_slime
-from .to_slime import convert_to_slime
+from .released import convert_released, convert_to_released
 
 
 __all__ = [
@@ -16,8 +15,8 @@ __all__ = [
     "compose_random",
     "convert_fusion",
     "convert_llava_next",
-    "convert_slime",
-    "convert_to_slime",
+    "convert_released",
+    "convert_to_released",
     "export",
     "preset_processor",
 ]

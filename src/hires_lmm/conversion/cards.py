@@ -11,6 +11,7 @@ from PIL import Image
 from ..folders import read_image_settings
 from ..modeling.configuration_hires_lmm import HiResLmmConfig
 from ..processing.chat_templates_hires_lmm import CHAT_TEMPLATES, add_queries
+from .llava_templates import RELEASED_TEMPLATES
 
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
@@ -56,7 +57,8 @@ def describe_choices(folder: Path) -> dict[str, str]:
     path = folder / "chat_template.jinja"
     text = path.read_text(encoding="utf-8") if path.is_file() else None
     known = {text: name for name, plain in CHAT_TEMPLATES.items() for text in (plain, add_queries(plain))}
-    named = f"`{known[text]}`" if text in known else "none" if text is None else "the source's own"
+    released = RELEASED_TEMPLATES.get(text or "", "none" if text is None else "the source's own")
+    named = f"`{known[text]}`" if text in known else released
     settings = read_image_settings(str(folder))
     mean, std = ([round(number, 4) for number in settings[name]] for name in ("image_mean", "image_std"))
     resample = settings.get("resample")

@@ -13,9 +13,9 @@ from transformers.dynamic_module_utils import custom_object_save
 from .. import __version__
 from ..modeling.modeling_hires_lmm import HiResLmmForConditionalGeneration
 from ..processing.image_processing_hires_lmm import HiResLmmImageProcessor
-from ..processing.processing_hires_lmm import HiResLmmProcessor
-from ..processing.tower_table_hires_lmm import known_stats
-from .errors import ConversionError, readable
+from ..processing.processing_hires_lmm import HiResLmmProcessor, image_options
+from ..processing.tower_table_hires_lmm import view_side
+from .errors import readable
 from .mapping import Mapped
 from .prompts import PromptAssets
 from .tensors import Entries
@@ -40,23 +40,19 @@ def save_assets(folder: Path, config: Any, assets: PromptAssets) -> HiResLmmImag
 
 def _processor(config: Any, assets: PromptAssets) -> Any:
     tokenizer, stats = assets.tokenizer, assets.image_stats
-    if tokenizer is not None:
-        config = copy(config)  # what could not be told of the template stays None in the model's own
-        config.answer_prefix_ids = config.answer_prefix_ids or []
-        config.question_prefix_ids = config.question_prefix_ids or []
-        template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
-        return HiResLmmProcessor.from_config(config, tokenizer, stats, template)
-    kind = config.vision_config.model_type
-    stats = known_stats(kind) if stats is None else stats
-    if stats is None:
-        raise ConversionError(f"Mean and deviation of {kind!r} towers are not known.")
-    return HiResLmmImageProcessor(
-        view_size=config.view_size,
-        patch_size=config.patch_size,
-        token_layout=config.token_layout(),
-        **{"planner" if key == "name" else key: value for key, value in config.planner.items()},
-        **stats,
-    )
+    changes = {} if assets.extra_stats is None else {"extra_towers": _extra_towers(config, assets.extra_stats)}
+    if tokenizer is None:
+        return HiResLmmImageProcessor(**image_options(config, stats, changes))
+    config = copy(config)  # what could not be told of the template stays None in the model's own
+    config.answer_prefix_ids = config.answer_prefix_ids or []
+    config.question_prefix_ids = config.question_prefix_ids or []
+    template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
+    return HiResLmmProcessor.from_config(config, tokenizer, stats, template, **changes)
+
+
+def _extra_towers(config: Any, stats: dict[str, dict]) -> dict[str, dict]:
+    """Sizes and numbers of the views of extra towers."""
+    return {name: {"size": view_side(tower), **stats[name]} for name, tower in config.extra_tower_configs().items()}
 
 
 def save_code(folder: Path, config: Any) -> None:

@@ -74,6 +74,49 @@ class Squeeze:
 
 
 @dataclass(frozen=True)
+class Unsqueeze:
+    """One tensor with further axes of length one behind its own, as a linear layer that is a convolution."""
+
+    source: str
+    target: str
+    axes: int
+
+    kind = "axes of length one added"
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        return (self.target,)
+
+    def forward(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        return [tensor[(..., *(None,) * self.axes)]]
+
+    def backward(self, tensors: list[torch.Tensor]) -> torch.Tensor:
+        return tensors[0].reshape(tensors[0].shape[: -self.axes])
+
+
+@dataclass(frozen=True)
+class Transpose:
+    """One matrix, rows and columns exchanged."""
+
+    source: str
+    target: str
+
+    kind = "transposed"
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        return (self.target,)
+
+    def forward(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        if tensor.ndim != 2:
+            raise ValueError(f"{self.source} has the shape {tuple(tensor.shape)}, but a matrix is expected.")
+        return [tensor.T]
+
+    def backward(self, tensors: list[torch.Tensor]) -> torch.Tensor:
+        return tensors[0].T
+
+
+@dataclass(frozen=True)
 class TakeRows:
     """One table that becomes a table and a second one of some of its rows; backwards these are written over it."""
 
@@ -117,9 +160,13 @@ class Constant:
 
 @dataclass(frozen=True)
 class Unused:
-    """A tensor that our model does not use; where there is a way back, a side file keeps it."""
+    """A tensor that our model does not use; where there is a way back, a side file keeps it.
+
+    `required`: the released code wants it, so there is no way back without the file.
+    """
 
     source: str
+    required: bool = False
 
     kind = "not used"
     targets = ()
@@ -131,7 +178,7 @@ class Unused:
         raise ValueError(f"{self.source} can only come from the side file of a conversion.")
 
 
-Rule = Rename | SplitRows | Squeeze | TakeRows | Constant | Unused
+Rule = Rename | SplitRows | Squeeze | Unsqueeze | Transpose | TakeRows | Constant | Unused
 """`targets` are names in ours; `forward` makes our tensors of a foreign one, or raises a ValueError where they do
 not fit, `backward` the foreign one of ours; both run on meta tensors too."""
 

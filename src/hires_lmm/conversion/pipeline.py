@@ -44,6 +44,8 @@ class Source:
         chat_template (`str`, *optional*): A name in `CHAT_TEMPLATES` or a Jinja text for it.
         image_token_id (`int`, *optional*): The id of the image token that its configuration names.
         image_stats (`dict`, *optional*): Mean, standard deviation and filter of the vision tower.
+        extra_stats (`dict`, *optional*): Name of an extra tower -> its mean and standard deviation, where they are not
+            those of its family.
         generation (`Path`, *optional*): Folder whose generation configuration is taken over.
         new_tensors (`Callable`, *optional*): Gives, for our configuration, tensors that the source does not have.
         keeps_unused (`bool`): Whether a side file keeps what our model does not use, for the way back.
@@ -67,6 +69,7 @@ class Source:
     chat_template: str | None = None
     image_token_id: int | None = None
     image_stats: dict | None = None
+    extra_stats: dict[str, dict] | None = None
     generation: Path | None = None
     new_tensors: Callable[[Any], Entries] | None = None
     keeps_unused: bool = False
@@ -108,16 +111,15 @@ def convert(
         if source.new_tensors is not None:
             add_tensors(mapped, source.new_tensors(config))
         check_complete(mapped, model_shapes(config), source.rules, f"the source {source.name}")
-        if not source.keeps_unused:
-            mapped.unused.clear()
         entries = cast(mapped.entries, config.dtype if source.one_dtype else wanted)
         write_tensors(work, entries, max_shard_bytes, progress)
-        if mapped.unused:
+        if mapped.unused and source.keeps_unused:
             write_tensors(work, mapped.unused, stem=UNUSED_STEM)
         for folder, tokenizer in source.tokenizers.items():
             tokenizer.save_pretrained(work / folder)
         generation = generation_defaults(source.generation, config, source.tokenizer, source.chat_template)
-        image_processor = save_assets(work, config, PromptAssets(source.tokenizer, source.image_stats, generation))
+        assets = PromptAssets(source.tokenizer, source.image_stats, generation, source.extra_stats)
+        image_processor = save_assets(work, config, assets)
         save_code(work, config)
         card = {"title": Path(destination).name, "summary": source.summary, "bases": source.bases}
         has_chat = source.tokenizer is not None

@@ -26,11 +26,12 @@ FALLBACK_PAD_TOKENS = ("<|end_of_text|>", "<|endoftext|>")
 
 @dataclass
 class PromptAssets:
-    """What belongs to a model besides its weights: tokenizer, numbers of the tower, generation defaults."""
+    """What belongs to a model besides its weights: tokenizer, numbers of the towers, generation defaults."""
 
     tokenizer: Any | None = None
     image_stats: dict | None = None
     generation: dict | None = None
+    extra_stats: dict[str, dict] | None = None
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -119,7 +120,8 @@ def generation_defaults(folder: Path | None, config: Any, tokenizer: Any | None,
             values[name] = getattr(config.text_config, name)
     if tokenizer is not None:
         ends = as_list(values["eos_token_id"]) or as_list(tokenizer.eos_token_id)
-        if chat_template == "llama3" and LLAMA3_END in tokenizer.get_vocab():
+        template = CHAT_TEMPLATES.get(chat_template or "", chat_template or "")
+        if LLAMA3_HEADER in template and LLAMA3_END in tokenizer.get_vocab():
             ends += [tokenizer.convert_tokens_to_ids(LLAMA3_END)]
         ends = sorted(set(ends))
         values["eos_token_id"] = ends[0] if len(ends) == 1 else ends

@@ -2,62 +2,29 @@
 
 from typing import Any
 
-from ..modeling.routers_hires_lmm import KeepOptions
-from .errors import ConversionError
+from .llava_keys import projector_part
+from .llava_options import COMMON, ReleasedOptions, refuse
 
 
-DEFAULTS: dict[str, Any] = {
-    "mm_projector_type": "linear",
-    "mm_learnable_gated": -1,
-    "mm_resampler_type": None,
-    "mm_resampler_dim": 64,
-    "mm_resampler_topp": 0.9,
-    "mm_resampler_temp": 0.5,
-    "mm_patch_merge_type": "flat",
-    "mm_vision_select_layer": -1,
-    "mm_vision_select_feature": "patch",
-    "mm_use_im_start_end": False,
-    "use_mm_proj": True,
-    "use_local_only": False,
-    "use_global_only": False,
-    "seperator": 1919,
-    "image_aspect_ratio": "square",
-}
-"""What the released code takes for an option that the configuration leaves out."""
-
-ELSEWHERE = {
-    "mm_vision_tower": "names the vision tower",
-    "mm_hidden_size": "compared with the width of the vision tower",
-}
-"""Options that the converter reads in other places."""
-
-IRRELEVANT = {
-    "image_grid_pinpoints": "written, but not read by the released slicing rule",
-    "freeze_mm_mlp_adapter": "training only",
-    "tune_mm_mlp_adapter": "training only",
-    "unfreeze_mm_vision_tower": "training only",
-    "mm_projector_lr": "training only",
-    "mm_use_im_patch_token": "only adds a token to the tokenizer that no prompt contains",
-    "tokenizer_model_max_length": "the released code cuts longer sequences silently; here they are an error or run",
-    "tokenizer_padding_side": "the processor pads on the left",
-}
-"""Options without influence on what a converted model computes, with the reason."""
-
-KINDS: dict[str, type | tuple[type, ...]] = {
-    **{key: type(value) for key, value in DEFAULTS.items()},
-    "mm_resampler_type": (str, type(None)),
-    "mm_resampler_topp": (float, int),
-    "mm_resampler_temp": (float, int),
-}
-
-FIXED = {
-    "mm_vision_select_feature": ("patch", "views are grids of patches here, without the class token"),
-    "image_aspect_ratio": ("anyres", "only 'anyres', the published rule, has a planner here"),
-    "mm_use_im_start_end": (False, "no published model was trained with tokens around the image"),
-    "use_mm_proj": (True, "a model without an adapter sees no images"),
-}
-"""Options of which the parts here can express one value, and why."""
-
+OPTIONS = ReleasedOptions(
+    defaults={
+        **COMMON,
+        "mm_learnable_gated": -1,
+        "mm_resampler_type": None,
+        "mm_resampler_dim": 64,
+        "mm_resampler_topp": 0.9,
+        "mm_resampler_temp": 0.5,
+        "use_local_only": False,
+        "use_global_only": False,
+        "seperator": 1919,
+    },
+    fixed={"image_aspect_ratio": ("anyres", "only 'anyres', the published rule, has a planner here")},
+    kinds={
+        "mm_resampler_type": (str, type(None)),
+        "mm_resampler_topp": (float, int),
+        "mm_resampler_temp": (float, int),
+    },
+)
 ROUTERS = {"cosine": "cosine", "qformer": "attention"}
 NO_ROUTER = (None, "identity")
 REFUSED_ADAPTERS = {
@@ -66,22 +33,9 @@ REFUSED_ADAPTERS = {
 }
 
 
-def refuse(option: str, value: Any, reason: str) -> ConversionError:
-    """The error for a value that has no counterpart here."""
-    return ConversionError(f"{option}={value!r} of the released configuration cannot be converted: {reason}.")
-
-
-def option_notes(config: dict) -> dict[str, str]:
-    """How each multimodal option was taken, for the report: `read`, `absent; …` or why it does not matter."""
-    notes = {key: "read" if key in config else f"absent; taken as {value!r}" for key, value in DEFAULTS.items()}
-    notes.update({key: text for key, text in {**ELSEWHERE, **IRRELEVANT}.items() if key in config})
-    return notes
-
-
 def connector_settings(config: dict) -> dict:
     """The options of a released `config.json` as fields of `HiResLmmConfig`; others are refused."""
-    options = {key: config.get(key, default) for key, default in DEFAULTS.items()}
-    _check_options(config, options)
+    options = OPTIONS.read(config)
     router = _router(options)
     compressor = {"part": "query_compressor", "on": "crops", "num_queries": options["mm_resampler_dim"]}
     return {
@@ -95,23 +49,6 @@ def connector_settings(config: dict) -> dict:
             "token_ops": [router] if router else [],
         },
     }
-
-
-def _check_options(config: dict, options: dict) -> None:
-    """Refuse options that nobody here knows, that are of another type, or that have no counterpart."""
-    known = {*DEFAULTS, *ELSEWHERE, *IRRELEVANT}
-    unknown = sorted(key for key in config if key.startswith("mm_") and key not in known)
-    if unknown:
-        raise ConversionError(
-            f"The released configuration has the unknown option {unknown[0]!r} (value {config[unknown[0]]!r}); the "
-            "converter does not guess what it means."
-        )
-    for name, value in options.items():
-        if not isinstance(value, KINDS[name]) or (isinstance(value, bool) and KINDS[name] is not bool):
-            raise refuse(name, value, f"a value such as {DEFAULTS[name]!r} is expected")
-    for name, (value, reason) in FIXED.items():
-        if options[name] != value:
-            raise refuse(name, options[name], reason)
 
 
 def _planner(options: dict) -> dict:
@@ -129,12 +66,8 @@ def _adapter(options: dict) -> dict:
     kind = options["mm_projector_type"]
     if kind in REFUSED_ADAPTERS:
         raise refuse("mm_projector_type", kind, REFUSED_ADAPTERS[kind])
-    plain = {"identity": "identity", "linear": "linear", "mlp1x_gelu": "linear", "mlp2x_gelu": "mlp"}
-    if kind in plain:
-        return {"part": plain[kind]}
     if kind != "gated":
-        known = ", ".join([*plain, "gated"])
-        raise refuse("mm_projector_type", kind, f"the known types are {known}")
+        return projector_part(kind, "gated")
     forced = options["mm_learnable_gated"]
     if forced not in (-1, 0, 1):
         raise refuse("mm_learnable_gated", forced, "-1 mixes, 0 and 1 name one of two experts")
@@ -173,7 +106,7 @@ def _separator(layout: dict) -> int:
     """The token between views; that of the released configuration without one."""
     separators = (layout.get("separators") or {}).values()
     ids = [each["value"][0] for each in separators if each["place"] == "between_views"]
-    return ids[0] if ids else DEFAULTS["seperator"]
+    return ids[0] if ids else OPTIONS.defaults["seperator"]
 
 
 def released_options(config: Any) -> dict:
@@ -186,8 +119,8 @@ def released_options(config: Any) -> dict:
     names = {"identity": "identity", "linear": "linear", "mlp": "mlp2x_gelu", "mixture": "gated"}
     experts = {None: -1, "mlp": 0, "query_former": 1}
     views = config.planner.get("views", "all")
-    options = {
-        **{key: DEFAULTS[key] for key in ("mm_vision_select_feature", "mm_use_im_start_end", "use_mm_proj")},
+    return {
+        **{key: OPTIONS.defaults[key] for key in ("mm_vision_select_feature", "mm_use_im_start_end", "use_mm_proj")},
         "mm_projector_type": names.get(adapter["part"]),
         "mm_learnable_gated": experts[adapter.get("forced_expert")],
         "mm_resampler_type": kinds.get(router["score"], "identity"),
@@ -201,48 +134,4 @@ def released_options(config: Any) -> dict:
         "use_local_only": views == "crops",
         "use_global_only": views == "global",
         "image_aspect_ratio": "anyres",
-    }
-    _check_way_back(config, options)
-    return options
-
-
-def _check_way_back(config: Any, options: dict) -> None:
-    """The options, read again, must give the configuration they came from."""
-    planner = {key: value for key, value in config.planner.items() if value is not None}
-    planner = {"global_view": "squeeze", "views": "all", "max_crops": 6, "unpad": False, **planner}
-    views = planner.pop("views")
-    if planner != {"name": "slime_release", "global_view": "squeeze", "max_crops": 6, "unpad": False}:
-        raise ConversionError(f"The released SliME code cannot cut images as this model does: {config.planner!r}.")
-    if options["mm_projector_type"] is None or config.question_scope != "prompt":
-        raise ConversionError(
-            "The released SliME code has no counterpart to the adapter "
-            f"{config.connector_config.adapter['part']!r} with question_scope={config.question_scope!r}."
-        )
-    again = type(config.connector_config)(**connector_settings(options)["connector_config"])
-    ours, theirs = _plain(config.connector_config), _plain(again)
-    for name, values in ours.items():
-        if values != theirs[name]:
-            raise ConversionError(
-                f"The released SliME code cannot express {name} of this model (views={views!r}): {values!r}."
-            )
-
-
-def _plain(connector: Any) -> dict[str, Any]:
-    """All options of a connector with their defaults filled in."""
-    chain = connector.resolve()
-
-    def options(part: Any) -> dict:
-        values = {"part": part.part.__name__, **vars(part.options)}
-        return {**values, "keep": vars(KeepOptions(**values["keep"]))} if "keep" in values else values
-
-    return {
-        "view_ops": [options(op) for op in chain.view_ops],
-        "adapter": options(chain.adapter),
-        "tower_adapters": {name: options(op) for name, op in chain.tower_adapters.items()},
-        "map_ops": [options(op) for op in chain.map_ops],
-        "token_ops": [options(op) for op in chain.token_ops],
-        "layer_ops": [options(op) for op in chain.layer_ops],
-        "position_plan": chain.position_plan and options(chain.position_plan),
-        "heads": {name: options(op) for name, op in chain.heads.items()},
-        "layout": vars(chain.layout),
     }

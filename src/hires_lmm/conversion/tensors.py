@@ -185,6 +185,8 @@ def _load_pickle(path: Path) -> dict[str, torch.Tensor]:
         ) from error
     except Exception as error:  # torch's reader of pickles lets any type pass
         raise ConversionError(f"{path.name} is damaged or cut off: {str(error).partition(chr(10))[0]}") from error
+    if path.suffix == ".pth" and isinstance(loaded, dict):  # as trainers of OpenMMLab save
+        loaded = loaded.get("state_dict", loaded)
     if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
         raise ConversionError(f"{path.name} holds no table of tensors.")
     return loaded

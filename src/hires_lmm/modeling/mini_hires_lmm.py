@@ -132,6 +132,8 @@ class HiResLmmPromptFuser(HiResLmmTokenOp):
             num_heads, num_key_value_heads (`int`, *optional*): Heads, one per 128 channels by default.
             intermediate_size (`int`, *optional*): Width of the perceptrons; four times the width by default.
             rms_norm_eps, rope_theta (`float`): As in Llama.
+            rope_scaling (`dict`, *optional*): How positions are scaled, as in the `rope_parameters` of transformers,
+                such as `{"rope_type": "llama3", ...}`; not at all by default.
             compat (`str`, *optional*): `"release"`: the token id 0 is not read, and no gradient reaches the word
                 embeddings through the layers.
         """
@@ -142,6 +144,7 @@ class HiResLmmPromptFuser(HiResLmmTokenOp):
         intermediate_size: int | None = None
         rms_norm_eps: float = 1e-5
         rope_theta: float | int = 500000.0
+        rope_scaling: dict | None = None
         compat: Literal["release"] | None = None
 
         def __post_init__(self) -> None:
@@ -158,6 +161,7 @@ class HiResLmmPromptFuser(HiResLmmTokenOp):
                 f"num_heads={heads} must cut the width {context.width} into heads of even size, and "
                 f"num_key_value_heads={options.num_key_value_heads} must divide it; use others."
             )
+        scaling = options.rope_scaling or {}
         config = LlamaConfig(
             vocab_size=1,
             hidden_size=context.width,
@@ -166,7 +170,7 @@ class HiResLmmPromptFuser(HiResLmmTokenOp):
             num_attention_heads=heads,
             num_key_value_heads=options.num_key_value_heads or heads,
             rms_norm_eps=options.rms_norm_eps,
-            rope_parameters={"rope_type": "default", "rope_theta": float(options.rope_theta)},
+            rope_parameters={"rope_type": "default", "rope_theta": float(options.rope_theta), **scaling},
             bos_token_id=None,
             eos_token_id=None,
             pad_token_id=None,

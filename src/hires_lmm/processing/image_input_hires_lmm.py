@@ -135,6 +135,39 @@ def to_rgb(
     return _pillow_to_rgb(Image.fromarray(eight_bit), index, background, unit_floats)
 
 
+def mean_color(image_mean: Any) -> tuple[int, ...]:
+    """The mean of a tower's pixels as a colour, rounded down as LLaVA does."""
+    channels = np.broadcast_to(np.asarray(image_mean, dtype=np.float64), (3,)).tolist()
+    return tuple(int(min(max(255 * channel, 0), 255)) for channel in channels)
+
+
+def pad_to_square(picture: Image.Image, color: tuple[int, ...], pixel_limit: int, index: int) -> Image.Image:
+    """A picture in the middle of a square of a colour; the error names its index."""
+    side = max(picture.size)
+    if picture.height == picture.width:
+        return picture
+    if side**2 > pixel_limit:
+        raise ValueError(
+            f"Image {index} of {picture.height}x{picture.width} pixels would stand on a square of {side**2} pixels, "
+            f"more than pixel_limit={pixel_limit}; shrink it, or leave out square='pad'."
+        )
+    square = Image.new("RGB", (side, side), color)
+    square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+    return square
+
+
+def crop_to_square(picture: Image.Image, side: int, resample: int | None) -> Image.Image:
+    """The middle of a picture whose short side is resized to a length, as CLIP's image processor cuts it."""
+    short, filtered = min(picture.size), Image.Resampling.BICUBIC if resample is None else Image.Resampling(resample)
+    width, height = (side * length // short for length in picture.size)
+    left, top = (width - side) // 2, (height - side) // 2
+    if width * height <= DEFAULT_PIXEL_LIMIT:
+        return picture.resize((width, height), filtered).crop((left, top, left + side, top + side))
+    across, down = picture.width / width, picture.height / height  # a strip, of which only the middle is resized
+    box = (left * across, top * down, (left + side) * across, (top + side) * down)
+    return picture.resize((side, side), filtered, box=box)
+
+
 def _read(source: str, shown: str, index: int) -> bytes:
     """The bytes of an address, a file or a base64 text."""
     try:

@@ -22,7 +22,16 @@ from transformers.processing_utils import ImagesKwargs, Unpack
 
 from .compat_hires_lmm import warn_if_untested
 from .geometry_hires_lmm import Kind
-from .image_input_hires_lmm import DEFAULT_PIXEL_LIMIT, flatten_budgets, flatten_images, open_image, to_rgb
+from .image_input_hires_lmm import (
+    DEFAULT_PIXEL_LIMIT,
+    crop_to_square,
+    flatten_budgets,
+    flatten_images,
+    mean_color,
+    open_image,
+    pad_to_square,
+    to_rgb,
+)
 from .own_parts_hires_lmm import HiResLmmOwnPartsMixin, as_name, map_planner, part_loader
 from .planners_hires_lmm import Planner, find_planner
 from .token_layout_hires_lmm import TokenLayout, apply_budget, count_tokens, min_budget
@@ -116,6 +125,7 @@ class _Settings:
     scale: np.ndarray
     shift: np.ndarray
     background: tuple[int, int, int]
+    image_mean: Any
     pixel_limit: int
     input_data_format: str | None
     do_rescale: bool
@@ -247,6 +257,7 @@ class HiResLmmImageProcessor(HiResLmmOwnPartsMixin, PilBackend):
         plans = [settings.planner(picture.height, picture.width, settings.limits) for picture in pictures]
         counts = self._count(plans, settings, images)
         _check_views(plans)
+        pictures = [_square(*own, settings, index) for index, own in enumerate(zip(pictures, plans, strict=True))]
         data = {"pixel_values": _render(pictures, plans, settings), **_geometry(plans, counts)}
         pairs = zip(pictures, plans, strict=True)
         whole = [picture for picture, plan in pairs if any(view.kind == Kind.GLOBAL for view in plan.views)]
@@ -364,6 +375,7 @@ class HiResLmmImageProcessor(HiResLmmOwnPartsMixin, PilBackend):
             extra_towers=options["extra_towers"],
             rescale_factor=options["rescale_factor"] if options["do_rescale"] else 1.0,
             background=tuple(options["background"]),
+            image_mean=options["image_mean"],
             input_data_format=options.get("input_data_format"),
         )
 
@@ -456,6 +468,17 @@ def _geometry(plans: list[ViewPlan], counts: list[int]) -> dict[str, np.ndarray]
     }
 
 
+def _square(picture: Image.Image, plan: ViewPlan, settings: _Settings, index: int) -> Image.Image:
+    """What is drawn in place of a picture: itself, or a square, cut at the largest size at which it will be drawn."""
+    if settings.limits.square == "pad":
+        return pad_to_square(picture, mean_color(settings.image_mean), settings.pixel_limit, index)
+    if settings.limits.square == "crop":
+        towers = [tower["size"] for tower in (settings.extra_towers or {}).values()]
+        largest = max(plan.view_size, *plan.canvas, *towers)
+        return crop_to_square(picture, plan.global_square or largest, settings.resample)
+    return picture
+
+
 def _render(pictures: list[Image.Image], plans: list[ViewPlan], settings: _Settings) -> np.ndarray:
     """Draw all views: two resizes of each source at most, and every pixel is normalised where it will stay."""
     sizes = [plan.view_pixels(view) for plan in plans for view in plan.views]
@@ -524,7 +547,8 @@ def _draw_global(
     side, square = plan.view_size, plan.global_square
     if square is None or asked is not None:
         return _draw(picture, plan.global_size, size, plan.global_paste, plan.global_fill, resample)
-    drawn = _draw(picture, plan.size, (square, square), square_paste(plan.size, square), plan.global_fill, resample)
+    own = (picture.height, picture.width)
+    drawn = _draw(picture, own, (square, square), square_paste(own, square), plan.global_fill, resample)
     planes = torch.tensor(drawn).permute(2, 0, 1)[None].float()
     return interpolate(planes, size=(side, side), mode="bicubic", align_corners=False)[0].permute(1, 2, 0).numpy()
 

@@ -17,6 +17,7 @@ from .view_plans_hires_lmm import (
     assemble,
     checked_size,
     fit_inside,
+    place_square,
 )
 
 
@@ -148,7 +149,11 @@ class Planner:
 
     def __call__(self, height: int, width: int, options: PlannerLimits) -> ViewPlan:
         """Plan one image."""
-        return self.plan(height, width, options)
+        if options.square is None:
+            return self.plan(height, width, options)
+        size = checked_size(height, width)
+        side = max(size) if options.square == "pad" else min(size)
+        return place_square(self.plan(side, side, options), size)
 
     def build_options(self, name: str, values: dict[str, Any]) -> PlannerLimits:
         """Check options by name; None leaves a choice to the planner."""

@@ -151,17 +151,7 @@ class HiResLmmProcessor(HiResLmmProcessorBase):
             ValueError: If the tokenizer's image token is not `config.image_token_id`, an option is unknown, or the
                 tower's numbers are not known.
         """
-        name, _, options = find_planner(config.planner)
-        shared = HiResLmmImageProcessorKwargs.__annotations__
-        own = {key: options.pop(key) for key in list(options) if key not in shared}
-        options["planner"] = {"name": name, **own} if own else name
-        options["extra_towers"] = _extra_towers(config)
-        options["token_layout"] = config.token_layout()
-        options["patch_size"] = config.vision_config.patch_size
-        if not {"view_size", "size"} & set(changes):
-            options["view_size"] = _view_size(config.vision_config)
-        planner = find_planner(changes.get("planner", options["planner"]))[0]
-        options.update(_tower_stats(config.vision_config.model_type, planner, image_stats))
+        options = image_options(config, image_stats, changes)
         image_token = _prepare_tokenizer(tokenizer, config.image_token_id)
         template = choose_template(tokenizer) if chat_template is None else chat_template
         template = CHAT_TEMPLATES.get(template, template)
@@ -170,7 +160,7 @@ class HiResLmmProcessor(HiResLmmProcessorBase):
         tokenizer.chat_template = template
         context = getattr(config.text_config, "max_position_embeddings", None)
         tokenizer.model_max_length = context or tokenizer.model_max_length
-        image_processor = HiResLmmImageProcessor(**{**options, **changes})
+        image_processor = HiResLmmImageProcessor(**options)
         processor = cls(image_processor, tokenizer, chat_template=tokenizer.chat_template, image_token=image_token)
         for name, read in (("answer_prefix_ids", answer_prefix_ids), ("question_prefix_ids", question_prefix_ids)):
             if getattr(config, name) is None:
@@ -533,6 +523,23 @@ def _view_size(vision_config: Any) -> int:
     if not isinstance(size, int):
         raise ValueError(f"vision_config.image_size={size!r} is no side of a square; pass view_size=… (pixels).")
     return size
+
+
+def image_options(config: Any, image_stats: Any = None, changes: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Options of the image processor that fits a model, some of them changed."""
+    changes = changes or {}
+    name, _, options = find_planner(config.planner)
+    shared = HiResLmmImageProcessorKwargs.__annotations__
+    own = {key: options.pop(key) for key in list(options) if key not in shared}
+    options["planner"] = {"name": name, **own} if own else name
+    options["extra_towers"] = _extra_towers(config)
+    options["token_layout"] = config.token_layout()
+    options["patch_size"] = config.vision_config.patch_size
+    if not {"view_size", "size"} & set(changes):
+        options["view_size"] = _view_size(config.vision_config)
+    planner = find_planner(changes.get("planner", options["planner"]))[0]
+    options.update(_tower_stats(config.vision_config.model_type, planner, image_stats))
+    return {**options, **changes}
 
 
 def _extra_towers(config: Any) -> dict[str, dict] | None:

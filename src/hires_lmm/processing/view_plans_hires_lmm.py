@@ -7,7 +7,7 @@ whole image; the *canvas* is the padded enlargement of the image that is cut int
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 from .geometry_hires_lmm import Kind, ViewShape
@@ -39,6 +39,8 @@ class PlannerLimits:
         unpad (`bool`, *optional*): Whether only patches that show the image enter the sequence.
         global_view (`str`, *optional*): `"squeeze"` distorts the image to the square, `"pad"` keeps its aspect.
         views (`str`): `"all"`, `"global"` (no crops are made) or `"crops"` (the global view adds no tokens).
+        square (`str`, *optional*): What is planned and drawn in place of the image, as in LLaVA-1.5: `"pad"`: a square
+            of the tower's mean colour with the image in its middle; `"crop"`: the middle square of the image.
 
     Raises:
         ValueError: If a value has the wrong type or lies outside its range.
@@ -50,6 +52,7 @@ class PlannerLimits:
     unpad: bool | None = None
     global_view: str | None = None
     views: str = "all"
+    square: str | None = None
 
     def __post_init__(self) -> None:
         check_count("view_size", self.view_size)
@@ -62,6 +65,9 @@ class PlannerLimits:
                 raise ValueError(f"max_crops={self.max_crops} is more than {CROPS_LIMIT}; lower it.")
         if not (self.unpad is None or isinstance(self.unpad, bool)):
             raise ValueError(f"unpad={self.unpad!r} must be True, False or None.")
+        _check_choice("square", self.square, (None, "pad", "crop"))
+        if self.square is not None and self.unpad:
+            raise ValueError(f"unpad=True cannot leave out the padding of square={self.square!r}; leave out one.")
         _check_choice("global_view", self.global_view, (None, "squeeze", "pad"))
         _check_choice("views", self.views, ("all", "global", "crops"))
 
@@ -226,6 +232,14 @@ def _global_view(
     span = (0, 0, 0, 0) if limits.views == "crops" else (*spans[0], *spans[1])
     box = (edges[0][0], edges[1][0], edges[0][1], edges[1][1])
     return View(Kind.GLOBAL, *grid, 0, 0, box, span, (limits.patch_grid, limits.patch_grid))
+
+
+def place_square(plan: ViewPlan, size: Size) -> ViewPlan:
+    """The plan of an image of a size, from the plan of the square around its middle."""
+    top, left = (BOX_UNIT * start for start in square_paste(size, plan.size[0]))
+    boxes = [(view.box[0] - top, view.box[1] - left, view.box[2] - top, view.box[3] - left) for view in plan.views]
+    views = tuple(replace(view, box=box) for view, box in zip(plan.views, boxes, strict=True))
+    return replace(plan, size=size, views=views)
 
 
 def square_paste(size: Size, side: int) -> Size:

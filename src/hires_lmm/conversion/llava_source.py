@@ -1,4 +1,4 @@
-"""`convert slime`: a released SliME checkpoint, in any of its three forms, becomes one of ours."""
+"""`convert FORMAT`: a released checkpoint built on the LLaVA code, in any of its three forms, becomes one of ours."""
 
 import math
 from dataclasses import dataclass
@@ -12,18 +12,16 @@ from ..modeling.attention_hires_lmm import sincos_positions
 from .configs import text_config_of
 from .errors import ConversionError
 from .hub import is_repository, resolve_folder
+from .llava_format import LlavaFormat
+from .llava_keys import TOWER_PREFIX
 from .lora import ADAPTER_CONFIG, adapter_entries, merge_adapter, plain_key, read_adapter_config
 from .pipeline import Source, convert
-from .prompts import image_stats_of, load_tokenizer, released_template
-from .slime import key_table
-from .slime_options import connector_settings, option_notes
+from .prompts import image_stats_of, load_tokenizer
 from .tensors import Entries, entry_of, file_entries, folder_entries, read_json, weight_files
 from .towers import find_tower, tower_entries
 
 
-RELEASED_TYPES = ("llava_llama", "llava")
-TOWER_PREFIX = "model.vision_tower.vision_tower.vision_model."
-PROJECTOR_FILE, SAMPLER_FILE, TRAINED_FILE = "mm_projector.bin", "sampler.bin", "non_lora_trainables.bin"
+TRAINED_FILE = "non_lora_trainables.bin"
 
 
 @dataclass
@@ -36,64 +34,58 @@ class Released:
     base_name: str | None = None
 
 
-def convert_slime(
+def convert_llava(
+    form: LlavaFormat,
     source: str | Path,
     destination: str | Path,
     vision_config: str | Path | None = None,
     base: str | Path | None = None,
     **options: Any,
 ) -> dict:
-    """Convert a released SliME checkpoint.
-
-    Args:
-        source (`str` or `Path`): A folder or a Hub repository: a full checkpoint, a LoRA folder, or stage files.
-        destination (`str` or `Path`): The folder to make; it appears only when it is whole.
-        vision_config (`str` or `Path`, *optional*): The vision tower: a `config.json`, a folder or a repository; the
-            latter two also give the weights where the checkpoint has none. By default the tower it names.
-        base (`str` or `Path`, *optional*): The language model under a LoRA or stage files; by default the one named.
-        options: `dtype`, `progress` and `max_shard_bytes`, as in `convert`, which also says what comes back.
-
-    Raises:
-        ConversionError: If anything is unknown, absent or does not fit; the destination is not made then.
-    """
-    return convert(partial(read_slime, source, vision_config, base), destination, **options)
+    """Convert a released checkpoint of a format; arguments as in `convert_released`."""
+    return convert(partial(read_llava, form, source, vision_config, base), destination, **options)
 
 
-def read_slime(source: str | Path, vision_config: str | Path | None, base: str | Path | None) -> Source:
+def read_llava(
+    form: LlavaFormat, source: str | Path, vision_config: str | Path | None, base: str | Path | None
+) -> Source:
     """Read a released checkpoint."""
     folder = resolve_folder(source, "The source")
     config = read_json(folder / "config.json")
-    if config.get("model_type") not in RELEASED_TYPES or "mm_projector_type" not in config:
+    if config.get("model_type") not in form.model_types or form.marker not in config:
         raise ConversionError(
-            f"config.json describes a model of type {config.get('model_type')!r} without mm_projector_type or of "
-            f"another family; released SliME checkpoints are {' or '.join(RELEASED_TYPES)}."
+            f"config.json describes a model of type {config.get('model_type')!r} without {form.marker} or of another "
+            f"family; released {form.title} checkpoints are {' or '.join(form.model_types)}."
         )
-    settings = connector_settings(config)
-    released = read_released(folder, config, base)
+    options, text_config = form.options.read(config), text_config_of(config, "llama")
+    settings = form.settings(options, text_config)
+    released = read_released(form, folder, config, base)
     tower, tower_folder, entries = add_tower(released.entries, config, vision_config, folder)
     tokenizer = load_tokenizer(folder) or (load_tokenizer(released.base) if released.base else None)
     base_name = released.base_name or (released.base.name if released.base else None)
     bases = {"language model": released.base_name, "vision tower": config.get("mm_vision_tower")}
     return Source(
-        format="slime",
+        format=form.name,
         name=folder.name,
-        summary="A SliME model in the format of hires_lmm, converted from a checkpoint in the released format.",
+        summary=f"A {form.title} model in the format of hires_lmm, converted from the released format.",
         entries=entries,
-        rules=key_table(config["mm_projector_type"], config.get("mm_resampler_type")),
+        rules=form.rules(options),
         vision_config=tower,
-        text_config=text_config_of(config, "llama"),
+        text_config=text_config,
         settings=settings,
+        preset=form.preset,
         dtype=config.get("torch_dtype"),
         tokenizer=tokenizer,
-        chat_template=released_template(tokenizer) if tokenizer is not None else None,
+        chat_template=form.template(tokenizer) if tokenizer is not None else None,
         image_stats=image_stats_of(tower_folder),
         generation=folder if (folder / "generation_config.json").is_file() else released.base,
         keeps_unused=True,
         bases=[{"part": part, "name": name} for part, name in bases.items() if is_repository(name)],
         report={
             "form": released.form,
+            "keys_from": form.origin,
             "base": base_name,
-            "options": option_notes(config),
+            "options": form.options.notes(config),
             "source_config": config,
         },
     )
@@ -106,7 +98,7 @@ def add_tower(
     name = config.get("mm_vision_tower")
     vision_config, tower = find_tower(choice, name, folder)
     if vision_config.model_type != "clip_vision_model":
-        raise ConversionError(f"Released SliME models have CLIP towers, not {vision_config.model_type!r}.")
+        raise ConversionError(f"Models of the LLaVA code have CLIP towers here, not {vision_config.model_type!r}.")
     if config.get("mm_hidden_size") not in (None, vision_config.hidden_size):
         raise ConversionError(
             f"mm_hidden_size={config['mm_hidden_size']} of the released configuration is not the width "
@@ -122,25 +114,25 @@ def add_tower(
     return vision_config, tower, {**entries, **found}
 
 
-def read_released(folder: Path, config: dict, base: str | Path | None) -> Released:
+def read_released(form: LlavaFormat, folder: Path, config: dict, base: str | Path | None) -> Released:
     """The tensors of a released checkpoint of any form; `base` is the language model under a LoRA or stage files."""
     if (folder / ADAPTER_CONFIG).is_file():
-        return _read_lora(folder, config, base)
+        return _read_lora(form, folder, config, base)
     if weight_files(folder)[0]:
         if base is not None:
             raise ConversionError(
                 f"{folder.name} is a full checkpoint; a base is only for LoRA folders and stage files."
             )
         return Released("full", folder_entries(folder))
-    if (folder / PROJECTOR_FILE).is_file() or (folder / SAMPLER_FILE).is_file():
-        return _read_stage(folder, config, base)
+    if any((folder / name).is_file() for name in form.stage_files):
+        return _read_stage(form, folder, config, base)
     raise ConversionError(
-        f"{folder.name} is no released SliME checkpoint: it has neither model weights, nor {ADAPTER_CONFIG}, nor "
-        f"{PROJECTOR_FILE}."
+        f"{folder.name} is no released {form.title} checkpoint: it has neither model weights, nor {ADAPTER_CONFIG}, "
+        f"nor {form.stage_files[0]}."
     )
 
 
-def _read_lora(folder: Path, config: dict, base: str | Path | None) -> Released:
+def _read_lora(form: LlavaFormat, folder: Path, config: dict, base: str | Path | None) -> Released:
     settings = read_adapter_config(folder)
     base_folder, base_name = _base(base, settings.get("base_model_name_or_path"), config.get("_name_or_path"))
     entries = folder_entries(base_folder)
@@ -149,22 +141,22 @@ def _read_lora(folder: Path, config: dict, base: str | Path | None) -> Released:
     elif not any("mm_projector" in key for key in entries):
         raise ConversionError(f"{folder.name} has no {TRAINED_FILE}, which holds the adapter of a LoRA checkpoint.")
     merged = merge_adapter(entries, adapter_entries(folder), settings)
-    return Released("lora", with_positions(merged), base_folder, base_name)
+    return Released("lora", with_positions(form, merged), base_folder, base_name)
 
 
-def _read_stage(folder: Path, config: dict, base: str | Path | None) -> Released:
-    projector, sampler = (
-        _plain_entries(folder / name) if (folder / name).is_file() else {} for name in (PROJECTOR_FILE, SAMPLER_FILE)
-    )
-    if any(".sampler." in f".{key}" for key in projector):
+def _read_stage(form: LlavaFormat, folder: Path, config: dict, base: str | Path | None) -> Released:
+    found = [_plain_entries(folder / name) if (folder / name).is_file() else {} for name in form.stage_files]
+    if len(found) > 1 and any(".sampler." in f".{key}" for key in found[0]):
         raise ConversionError(
-            f"{PROJECTOR_FILE} of {folder.name} holds tensors of the sampler. In the middle of a run (checkpoint-N) "
-            "the released trainer overwrites the adapter's weights with the sampler's before it saves them, so the "
-            "adapter is lost. Use the files written at the end of the run."
+            f"{form.stage_files[0]} of {folder.name} holds tensors of the sampler. In the middle of a run "
+            "(checkpoint-N) the released trainer overwrites the adapter's weights with the sampler's before it saves "
+            "them, so the adapter is lost. Use the files written at the end of the run."
         )
     base_folder, base_name = _base(base, config.get("_name_or_path"))
-    entries = {**folder_entries(base_folder), **projector, **sampler}
-    return Released("stage files", with_positions(entries), base_folder, base_name)
+    entries = folder_entries(base_folder)
+    for each in found:
+        entries.update(each)
+    return Released("stage files", with_positions(form, entries), base_folder, base_name)
 
 
 def _base(choice: str | Path | None, *named: str | None) -> tuple[Path, str | None]:
@@ -180,14 +172,15 @@ def _plain_entries(path: Path) -> Entries:
     return {plain_key(key): entry for key, entry in file_entries(path).items()}
 
 
-def with_positions(entries: Entries) -> Entries:
-    """Add every query former's position table, which the released trainer leaves out of partial files."""
+def with_positions(form: LlavaFormat, entries: Entries) -> Entries:
+    """Add each table of positions that partial files of the released trainer leave out."""
     added: Entries = {}
     for key, entry in entries.items():
-        if key.endswith(("mm_projector.attn.query", "sampler.post_qformer.query")):
-            name = key.removesuffix("query") + "pos_embed"
-            side = math.isqrt(entry.shape[0])
-            if name not in entries and side * side == entry.shape[0]:
-                table = sincos_positions(entry.shape[1], side).to(torch.float16)
+        for end, rounded in form.positions.items():
+            name, side = key.removesuffix("query") + "pos_embed", math.isqrt(entry.shape[0] if entry.shape else 0)
+            if key.endswith(end) and name not in entries and side * side == entry.shape[0]:
+                table = sincos_positions(entry.shape[1], side, rounded=rounded).to(
+                    torch.float16 if rounded else entry.dtype
+                )
                 added[name] = entry_of(table, note="computed, as the partial file does not hold it")
     return {**entries, **added}
