@@ -1,7 +1,7 @@
 """Ask a server that `hires-lmm serve CHECKPOINT` started about a picture; the answer streams.
 
-    pip install openai
-    python examples/ask_server.py examples/images/needle_1.jpg "which digit is blue ?" [--budget 150]
+pip install openai
+python examples/ask_server.py examples/images/needle_1.jpg "which digit is blue ?" [--budget 150]
 """
 
 import argparse

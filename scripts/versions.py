@@ -199,7 +199,7 @@ def main(arguments: list[str]) -> int:
         passed = [run_tests("upstream", python, sorted((ROOT / "tests/upstream").glob("suite_*.py")), *rest)]
     elif options.task == "vllm":
         rest = (pytest_arguments, 0)  # an engine uses all cores
-        passed = [run_tests("vllm", prepare_vllm(), [ROOT / "tests" / "vllm"], *rest)]
+        passed = [run_tests("vllm", prepare_vllm(), [ROOT / "tests" / "serving"], *rest)]
     else:
         latest = options.task == LATEST
         names = [LATEST] if latest else options.names or supported_minors()

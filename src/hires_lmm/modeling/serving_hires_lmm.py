@@ -58,9 +58,7 @@ def check_engine(config: Any) -> None:
         )
 
 
-def asked_question(
-    model: Any, routing_ids: torch.Tensor, view_positions: torch.Tensor, counts: list[int]
-) -> Question:
+def asked_question(model: Any, routing_ids: torch.Tensor, view_positions: torch.Tensor, counts: list[int]) -> Question:
     """The question of each image as a row of its own: its placeholders, then the text that it is asked about.
 
     Args:

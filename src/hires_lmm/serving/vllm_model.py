@@ -31,8 +31,8 @@ class Info(MultiModalProcessingInfo):
     """What vLLM asks about images before there are any."""
 
     def get_hf_processor(self, **kwargs: object) -> Any:
-        """The processor, which now knows that the question is shown."""
-        processor = super().get_hf_processor(**_without(kwargs))
+        """The processor, which now knows that the question is shown; options go to its calls, not to a new one."""
+        processor = super().get_hf_processor()
         processor.hears_question = True
         return processor
 
@@ -58,8 +58,11 @@ class Processor(MultiModalProcessor):
         """Ids of the text that each image is routed by, as the model itself finds it."""
         config, ids = self.info.get_hf_config(), torch.tensor([prompt])
         placeholder = ids == config.image_token_id
-        if int(placeholder.sum()) != number:  # vLLM refuses it a little later, by name
-            return [[] for _ in range(number)]
+        if int(placeholder.sum()) != number:
+            raise ValueError(
+                f"The prompt has {int(placeholder.sum())} image tokens and {number} images; write one for each image, "
+                "and none within a text."
+            )
         question = build_question(
             PromptText(ids, ids[..., None].float()),
             placeholder,
@@ -81,7 +84,11 @@ class Processor(MultiModalProcessor):
         return options
 
     def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, Any]) -> Any:
-        inputs = super()._apply_hf_processor_main(mm_items, _without(hf_kwargs))
+        options = {name: value for name, value in hf_kwargs.items() if name != ROUTING_IDS}
+        try:
+            inputs = super()._apply_hf_processor_main(mm_items, options)
+        except ValueError as error:  # vLLM tells the client the outer one of two errors
+            raise ValueError(str(error.__cause__ or error)) from error
         if "num_image_patches" in inputs:
             views = torch.as_tensor(inputs["num_image_patches"])
             asked = hf_kwargs.get(ROUTING_IDS) or [[] for _ in views]
@@ -99,7 +106,7 @@ class Processor(MultiModalProcessor):
     def _get_prompt_updates(
         self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, object], out_mm_kwargs: Any
     ) -> Sequence[Any]:
-        return super()._get_prompt_updates(mm_items, _without(hf_processor_mm_kwargs), out_mm_kwargs)
+        return super()._get_prompt_updates(mm_items, {}, out_mm_kwargs)
 
     def _get_num_image_patches(self, hf_inputs: Any, mm_data: Mapping[str, object], num_images: int) -> torch.Tensor:
         starts = torch.as_tensor(hf_inputs["view_positions"])[:, Column.STARTS_IMAGE].nonzero()[:, 0]
@@ -113,8 +120,3 @@ class HiResLmmForVllm(TransformersMultiModalForCausalLM):
     def _patch_config(self) -> None:
         super()._patch_config()
         setattr(self.config, PLUGIN_FLAG, True)
-
-
-def _without(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a request without those that this file added."""
-    return {name: value for name, value in options.items() if name != ROUTING_IDS}

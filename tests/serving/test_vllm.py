@@ -10,7 +10,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed here; make test-vllm i
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from vllm_cases import (
+from builders.serving import (
     BUDGETS,
     NEEDLE,
     chat,
@@ -25,9 +25,7 @@ from vllm_cases import (
 
 
 TOKENS = 8
-SERVED = (
-    "llava_next llava_hd monkey slime slime_release vlsa mqt mg_llava llava_uhd hires_llava inf_llava".split()
-)
+SERVED = "llava_next llava_hd monkey slime slime_release vlsa mqt mg_llava llava_uhd hires_llava inf_llava".split()
 THRESHOLDS = ("slime", "slime_release")
 
 
@@ -63,7 +61,17 @@ def test_a_threshold_keeps_all_and_nothing_else_changes(needle, tmp_path, plain)
     assert cut(given, processor.tokenizer.eos_token_id) == cut(wanted, processor.tokenizer.eos_token_id)
 
 
-@pytest.mark.parametrize("changes", [{}, {"enforce_eager": False}, {"max_num_batched_tokens": 256}, {"enable_prefix_caching": False}, {"mm_processor_cache_gb": 0}], ids=lambda value: next(iter(value), "usual"))
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"enforce_eager": False},
+        {"max_num_batched_tokens": 256},
+        {"enable_prefix_caching": False},
+        {"mm_processor_cache_gb": 0},
+    ],
+    ids=lambda value: next(iter(value), "usual"),
+)
 def test_a_budget_that_the_question_decides_is_exact_with_the_plugin(needle, tmp_path, changes):
     folder, requests, processor = needle
     end = processor.tokenizer.eos_token_id
@@ -113,3 +121,48 @@ def test_a_preset_answers_as_in_transformers_under_a_budget(tiny, tmp_path):
 def test_fusion_answers_as_in_transformers_with_the_plugin(tiny, tmp_path):
     folder, requests, _ = tiny
     assert serve(folder, requests, tmp_path / "run", TOKENS, ignore_eos=True) == expected(folder, requests, TOKENS)
+
+
+REFUSED = {
+    "fusion": ("fusion", {}, True, "reads the question"),
+    "llava_mini": ("llava_mini", {}, False, "works inside the language model or on the text"),
+    "layer op": ("llava_next", {"layer_ops": [{"part": "keep_after", "layers": 1, "share": 0.5}]}, False, "KeepAfter"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_right_is_refused_at_load_by_name(tmp_path, name):
+    preset, connector, plain, words = REFUSED[name]
+    folder = save_tiny(preset, tmp_path / "checkpoint", **connector)
+    done = run_engine(folder, [], tmp_path / "run", TOKENS, plain=plain)
+    assert done.returncode == 1 and words in done.stderr, done.stderr[-3000:]
+
+
+def test_a_budget_that_the_question_decides_is_refused_without_the_plugin(needle, tmp_path):
+    folder, requests, _ = needle
+    asked = [{**request, "options": {"max_image_tokens": 150}} for request in requests[:2]]
+    given = serve(folder, [*asked, requests[2]], tmp_path, TOKENS, plain=True, one_by_one=True)
+    assert all("HiResLmmProcessor" in answer for answer in given[:2])  # the reason is in the log
+    assert isinstance(given[2], list)
+
+
+def test_another_number_of_crops_for_one_request_is_refused_without_the_plugin(needle, tmp_path):
+    folder, requests, _ = needle
+    asked = [{**requests[0], "options": {"max_crops": 2}}, requests[1]]
+    refused, answered = serve(folder, asked, tmp_path, TOKENS, plain=True, one_by_one=True)
+    assert "cannot be split" in refused and isinstance(answered, list)
+
+
+@pytest.mark.parametrize("tiny", ["llava_next"], indirect=True)
+def test_an_adapter_of_the_language_model_answers_as_in_transformers(tiny, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    folder, requests, _ = tiny
+    model = AutoModelForImageTextToText.from_pretrained(folder)
+    config = LoraConfig(r=8, target_modules=r".*language_model.*\.(q_proj|v_proj|o_proj)", init_lora_weights=False)
+    adapted = get_peft_model(model, config)
+    adapted.save_pretrained(tmp_path / "adapter")
+    wanted = expected(folder, requests, TOKENS, lambda plain: plain.load_adapter(str(tmp_path / "adapter")))
+    assert wanted != expected(folder, requests, TOKENS)
+    spec = {"lora": str(tmp_path / "adapter"), "engine": {"enable_lora": True, "max_lora_rank": 8}}
+    assert serve(folder, requests, tmp_path / "run", TOKENS, ignore_eos=True, **spec) == wanted

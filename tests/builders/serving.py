@@ -25,7 +25,7 @@ from hires_lmm import HiResLmmForConditionalGeneration
 ROOT = Path(__file__).parents[2]
 NEEDLE = ROOT / "checkpoints" / "needle-slime"
 SCENES = ROOT / "examples" / "images"
-ENGINE = Path(__file__).with_name("engine.py")
+ENGINE = ROOT / "tests" / "serving" / "engine.py"
 SIZES = [(100, 130), (60, 300), (200, 56), (56, 56), (300, 310), (33, 90), (150, 75), (120, 121)]
 QUESTIONS = ["How many cats?", "which one is red", "Tell me more.", "where is it", "What is written on the sign?"]
 BUDGETS = {"slime": 22, "llava_next": 60, "monkey": 30, "mqt": 9, "llava_uhd": 40}
@@ -84,7 +84,7 @@ def save_tiny(preset: str, folder: Path, tie: bool = False, **connector) -> Path
         changes["connector_config"] = {**changes.get("connector_config", {}), **connector}
     vision = tiny_vision_config("clip", hidden_size=64, num_attention_heads=2)
     config = tiny_config(preset, vision, text, **changes)
-    processor = tiny_processor(config, TEMPLATE)
+    processor = tiny_processor(config, "chatml" if preset == "fusion" else TEMPLATE)
     settings = {name: value for name, value in SETTINGS[preset].items() if name in ("max_crops",)}
     for name, value in settings.items():
         setattr(processor.image_processor, name, value)

@@ -46,7 +46,9 @@ def main() -> None:
         return made
 
     def ask(requests: list[dict]) -> list[list[int]]:
-        answers = engine.generate([prompt(request) for request in requests], sampling, use_tqdm=False, lora_request=adapter)
+        answers = engine.generate(
+            [prompt(request) for request in requests], sampling, use_tqdm=False, lora_request=adapter
+        )
         return [list(answer.outputs[0].token_ids) for answer in answers]
 
     given = []
