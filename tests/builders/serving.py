@@ -12,8 +12,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from builders.reload import CHANGES, SETTINGS, TEMPLATE
 from builders.tiny import (
     plain_tokenizer,
-    randomise,
     random_image,
+    randomise,
     tiny_config,
     tiny_processor,
     tiny_text_config,

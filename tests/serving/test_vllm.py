@@ -1,7 +1,5 @@
 """The engine answers what transformers answers, or refuses by name; `make test-vllm`."""
 
-import json
-
 import pytest
 
 
@@ -25,7 +23,10 @@ from builders.serving import (
 
 
 TOKENS = 8
-SERVED = "llava_next llava_hd monkey slime slime_release vlsa mqt mg_llava llava_uhd hires_llava inf_llava".split()
+SERVED = [
+    *("llava_next", "llava_hd", "monkey", "slime", "slime_release", "vlsa"),
+    *("mqt", "mg_llava", "llava_uhd", "hires_llava", "inf_llava"),
+]
 THRESHOLDS = ("slime", "slime_release")
 
 
@@ -85,7 +86,7 @@ def test_a_budget_that_the_question_decides_is_exact_with_the_plugin(needle, tmp
 
 def test_requests_have_budgets_views_and_crops_of_their_own_and_caches_keep_questions_apart(needle, tmp_path):
     folder, _, processor = needle
-    image = [request["images"] for request in needle[1] if request["images"]][0]
+    image = needle[1][0]["images"]
     options = [{}, {"max_image_tokens": 120}, {"max_image_tokens": 150}, {"views": "global"}, {"max_crops": 4}]
     questions = ["which digit is blue ?", "which shape is cyan ?", "where is the blue object ?"]
     requests = [

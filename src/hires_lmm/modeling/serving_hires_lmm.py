@@ -19,7 +19,7 @@ PLUGIN_FLAG = "_reads_routing_ids"
 
 
 def check_engine(config: Any) -> None:
-    """Refuse at load what an engine would answer wrongly; it runs the language model itself, from embeddings of its own.
+    """Refuse at load what an engine would answer wrongly: it runs the language model itself, from own embeddings.
 
     Raises:
         ValueError: If the model has a part that the engine leaves out.
@@ -27,7 +27,7 @@ def check_engine(config: Any) -> None:
     if config.text_config._attn_implementation != ENGINE_ATTENTION:
         return
     chain = config.fitted_chain()
-    has_plugin = getattr(config, PLUGIN_FLAG, False)
+    has_plugin = PLUGIN_FLAG in vars(config)
     never = {
         "layer_ops": [step for step in chain.of("layer_ops") if step.options.of == "language_model"],
         "position_plan": chain.of("position_plan"),

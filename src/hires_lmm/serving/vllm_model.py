@@ -1,4 +1,4 @@
-"""vLLM's Transformers backend, with the question in the image branch and options of a request that change the views."""
+"""vLLM's Transformers backend, with the question in the image branch and requests that change the views."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
