@@ -28,13 +28,13 @@ TORCH_STAMP := $(VENV)/.torch-$(call key,grep ^torch= constraints.txt)
 CORE_STAMP := $(VENV)/.core-$(call key,cat constraints.txt pyproject.toml)
 SETUP_STAMP := $(VENV)/.setup-$(call key,cat constraints.txt pyproject.toml benchmarks/needle/pyproject.toml)
 
-.PHONY: help setup demo docs lock test test-slow test-gpu test-versions test-latest test-upstream coverage mutation \
+.PHONY: help setup demo docs lock test test-slow test-gpu test-versions test-latest test-upstream test-vllm coverage mutation \
 	quality format clean distclean
 .NOTPARALLEL:
 
 help:
 	@echo "make setup | demo | docs | lock | test | test-slow | test-gpu | test-versions | test-latest | test-upstream"
-	@echo "     coverage | mutation | quality | format | clean | distclean"
+	@echo "     test-vllm | coverage | mutation | quality | format | clean | distclean"
 
 setup: $(SETUP_STAMP)
 
@@ -102,6 +102,10 @@ test-latest: | $(BIN)/pytest
 # transformers' own common tests on our classes; its source distribution is downloaded once into .cache/upstream
 test-upstream: | $(BIN)/pytest
 	$(VERSIONS) upstream $(TRANSFORMERS) -- $(PYTEST_ARGS)
+
+# Serving, in .cache/vllm with a vLLM for CPUs: 3 minutes and 3.4 GB the first time.
+test-vllm: | $(BIN)/pytest
+	$(VERSIONS) vllm -- $(PYTEST_ARGS)
 
 coverage: | $(BIN)/pytest
 	$(PY) -m coverage erase

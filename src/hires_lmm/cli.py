@@ -564,5 +564,35 @@ def _demo(
         page.launch(server_name=host, server_port=port, quiet=True, show_error=True)
 
 
+@app.command("serve")
+def _serve(
+    checkpoint: Checkpoint,
+    more: Annotated[
+        list[str] | None, typer.Argument(metavar="-- OPTIONS", help="Further arguments of vLLM.", show_default=False)
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
+    max_image_tokens: Budget = None,
+    max_crops: MaxCrops = None,
+    images: Annotated[int, typer.Option(min=1, help="Most images of a request.")] = 4,
+    request_options: Annotated[bool, typer.Option(help="Let requests have budgets and views of their own.")] = False,
+    dtype: DtypeOption = Dtype.auto,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Serve a checkpoint with vLLM, by the OpenAI API.
+
+    Needs the extra `vllm`. Stop with Ctrl-C.
+    """
+    with one_line_errors():
+        from .serving.command import curl_line, run_server, server_command
+
+        given = {"max_image_tokens": max_image_tokens, "max_crops": max_crops, "images": images, "dtype": dtype.value}
+        trust = {"request_options": request_options, "trust_remote_code": trust_remote_code}
+        command = server_command(_existing(checkpoint), host, port, **given, **trust, more=more or ())
+        url = f"http://{host}:{port}"
+        ready = f"the server is at {url} (stop with Ctrl-C); ask it:\n{curl_line(checkpoint, url)}"
+        raise typer.Exit(run_server(command, url, lambda: notes.print(_escape(ready))))
+
+
 if __name__ == "__main__":
     app()

@@ -91,7 +91,7 @@ def taken_beyond(tree: ast.AST) -> set[str]:
 def own_classes() -> Iterator[type]:
     """Classes of this package that have a base in one of the libraries."""
     for found in pkgutil.walk_packages(hires_lmm.__path__, "hires_lmm."):
-        if "kernels" not in found.name:  # they need triton
+        if not any(name in found.name for name in ("kernels", "vllm")):  # they need triton and vLLM
             for thing in vars(importlib.import_module(found.name)).values():
                 if inspect.isclass(thing) and thing.__module__ == found.name and _library_bases(thing):
                     yield thing

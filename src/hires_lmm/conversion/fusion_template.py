@@ -13,15 +13,15 @@ LLAMA2_VISION = (
 {%- macro words(content) -%}
     {%- if content is string -%}
         {{- content -}}
-    {%- else -%}
-        {%- for part in content | default([], true) if part and part['type'] == 'text' -%}
+    {%- elif content -%}
+        {%- for part in content if part and part['type'] == 'text' -%}
             {{- part['text'] | default('', true) -}}
         {%- endfor -%}
     {%- endif -%}
 {%- endmacro -%}
 {%- macro images(content) -%}
-    {%- if content is not string -%}
-        {%- for part in content | default([], true) if part and part['type'] == 'image' -%}
+    {%- if content and content is not string -%}
+        {%- for part in content if part and part['type'] == 'image' -%}
             {{- image_token | default('<image>') -}}
         {%- endfor -%}
     {%- endif -%}

@@ -38,6 +38,7 @@ from .outputs_hires_lmm import (
 from .positions_hires_lmm import plan_positions
 from .pretrained_hires_lmm import HiResLmmPreTrainedModel
 from .question_hires_lmm import PromptText
+from .serving_hires_lmm import asked_question, check_engine
 from .splice_hires_lmm import Prompt, find_placeholders, splice_images
 from .towers_hires_lmm import blank_groups, run_tower, run_towers
 
@@ -51,6 +52,7 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
 
     def __init__(self, config: HiResLmmConfig):
         super().__init__(config)
+        check_engine(config)
         self.vision_tower = AutoModel.from_config(config.vision_config)
         self.extra_towers = nn.ModuleDict(
             {name: AutoModel.from_config(tower) for name, tower in config.extra_tower_configs().items()}
@@ -83,6 +85,7 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
         vision_feature_layer: int | None = None,
         vision_features: torch.Tensor | None = None,
         vision_chunk_size: int | None = None,
+        routing_ids: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | BaseModelOutputWithPooling:
         """Encode images up to the first operation that reads the question or whose count depends on content.
@@ -97,6 +100,8 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
                 place of `pixel_values`; the tower does not run.
             vision_chunk_size (`int`, *optional*): Most views that pass the tower at once; `config.vision_chunk_size`
                 by default.
+            routing_ids (`torch.Tensor` of shape `(V, L)`, *optional*): Text that each image is routed by, see
+                `asked_question`; all operations run then, and what they drop is gone.
             kwargs: `pixel_values_<name>` `(R, 3, H, W)`: views of an extra tower. `output_hidden_states`,
                 `output_attentions`: keep those of the tower; others are not read.
 
@@ -120,7 +125,12 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
         if images is None:
             raise ValueError("There is nothing to encode: pass pixel_values or vision_features with their geometry.")
         wanted = {name: options.get(name) for name in TOWER_OUTPUTS}
-        return self.encode_images(images, vision_feature_layer, vision_chunk_size, **wanted)
+        features = self.encode_images(images, vision_feature_layer, vision_chunk_size, **wanted)
+        if routing_ids is not None and view_positions is not None and not self.connector.is_done_early:
+            question = asked_question(self, routing_ids, view_positions, features.tokens.num_tokens)
+            placed = drop(self.connector.finish(features.tokens, question)[0])[0]
+            features.pooler_output = list(placed.split(features.tokens.num_tokens))
+        return features
 
     def encode_images(
         self, images: ImageInputs, layer: int | None = None, chunk_size: int | None = None, **wanted: Any

@@ -284,7 +284,8 @@ class FittedChain:
         own, consumer = self.own, self.consumer
         budget: dict[str, Any] | None = {"on": BUDGET_ROUTER["on"]} if own is None else None
         if consumer is not None:
-            budget = {"on": consumer.traits.budget_on, **({"elastic": True} if self.elastic else {})}
+            said = {"elastic": bool(self.elastic), "reads_question": consumer.traits.reads_question}
+            budget = {"on": consumer.traits.budget_on, **{name: True for name, holds in said.items() if holds}}
         return {
             "patch_grid": list(self.first.patch_grid),
             "grids": {names[kind]: grid.to_dict() for kind, grid in self.grids.items()},

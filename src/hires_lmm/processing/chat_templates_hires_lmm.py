@@ -19,9 +19,8 @@ _CONTENT = """
 {%- macro render(content) -%}
     {%- if content is string -%}
         {{- content -}}
-    {%- else -%}
-        {%- for part in content | default([], true)
-            if part and not (part['type'] == 'text' and part['text'] is none) -%}
+    {%- elif content -%}
+        {%- for part in content if part and not (part['type'] == 'text' and part['text'] is none) -%}
             {%- if part['type'] == 'image' -%}
                 {{- image_token | default('<image>') -}}
                 {%- if not loop.last and not (loop.nextitem['text'] | default('', true)).startswith('\\n') -%}

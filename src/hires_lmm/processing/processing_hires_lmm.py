@@ -78,6 +78,7 @@ class HiResLmmProcessor(HiResLmmProcessorBase):
 
     valid_processor_kwargs = HiResLmmProcessorKwargs
     on_saved: Any = None  # called with processor and folder after saving; the package writes the card there
+    hears_question = False  # set by the plugin of an engine that shows prompts to the image branch
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         """See `ProcessorMixin.save_pretrained`."""
@@ -178,11 +179,26 @@ class HiResLmmProcessor(HiResLmmProcessorBase):
         Tokenizers keep padding and truncation of a call as a state of their own. So one thread tokenises at a time,
         while others may cut images, and the state is put back.
         """
+        if kwargs.get("return_text_replacement_offsets") and not self.hears_question:
+            self._refuse_unheard(text, kwargs)
         with _tokenizer_alone(self.tokenizer):
             inputs = super().__call__(images=images, text=text, videos=videos, audio=audio, **kwargs)
         if text is not None and not self._has_warned:
             self._warn_beyond_context(inputs)
         return inputs
+
+    def _refuse_unheard(self, text: Any, options: dict[str, Any]) -> None:
+        """Refuse a budget that the question decides, for an engine that shows no more than the image tokens."""
+        layout = self.image_processor.token_layout or {}
+        given = {**options, **options.get("images_kwargs", {})}.get("max_image_tokens")
+        given = self.image_processor.max_image_tokens if given is None else given
+        samples = [text] if isinstance(text, str) else text or []
+        is_shown = any(sample.replace(self.image_token, "").strip() for sample in samples)
+        if given is not None and not is_shown and (layout.get("budget") or {}).get("reads_question"):
+            raise ValueError(
+                f"max_image_tokens={given!r} keeps what the question asks about, and this engine does not show the "
+                "question: pip install 'hires-lmm[vllm]' and leave model_impl at 'auto', or leave the budget out."
+            )
 
     def _warn_beyond_context(self, inputs: Any) -> None:
         """Say once that a text is longer than the language model reads."""

@@ -25,7 +25,8 @@ class TokenLayout:
         own_tokens (`int`, *optional*): The image has exactly that many tokens, whatever its size.
         later_tokens (`int`, *optional*): Tokens of the turns after the first, where a model uses some there.
         budget (`dict`, *optional*): `{"on": "all", a kind, a list of kinds or "own"}`: which tokens `max_image_tokens`
-            may take away, and `"elastic": True` where the part makes fewer from the start; `None` = no part does.
+            may take away; `"elastic": True` where the part makes fewer from the start, `"reads_question": True` where
+            the question says which; `None` = no part does.
 
     Raises:
         ValueError: If a value has the wrong type or is unknown.
