@@ -293,18 +293,19 @@ def write_evidence(folder: Path, docs: Path, split: str) -> None:
     plot_sweep(sweeps, ("gamma-free", "tokens-free", "image_size-free"), docs / "images" / "needle_sweeps.png")
 
 
-def put(text: str, name: str, table: str) -> str:
+def put(text: str, name: str, table: str, script: str = "needle_evidence.py") -> str:
     """A text with the table between `<!-- name: ... -->` and `<!-- end of name -->`.
 
     Args:
         text (`str`): Of a page.
         name (`str`): Name in the markers.
         table (`str`): The table.
+        script (`str`): The benchmark that writes it.
 
     Raises:
         ValueError: If the markers are missing.
     """
-    start, end = f"<!-- {name}: benchmarks/needle_evidence.py report -->", f"<!-- end of {name} -->"
+    start, end = f"<!-- {name}: benchmarks/{script} report -->", f"<!-- end of {name} -->"
     pattern = re.compile(re.escape(start) + ".*?" + re.escape(end), re.DOTALL)
     if not pattern.search(text):
         raise ValueError(f"docs/evidence.md has no lines {start} and {end}.")
