@@ -5,7 +5,7 @@
     python benchmarks/needle_exits.py report     JSON, picture and the table of docs/evidence.md
 
 Training takes minutes of one core. The model is the shipped checkpoint with its router off: 208 visual tokens, four
-layers. Its own weights stay as they are. The share that `keep_after` keeps behind a layer, to save what the gates save,
+layers. Its own weights stay as they are. The share that `keep_after` keeps behind a layer, to save what gates save,
 is found on validation scenes (`score --split validation` first). Operations are those of a prompt in the layers of the
 language model, without what the ops themselves need. An interrupted command goes on when it is started again.
 """
