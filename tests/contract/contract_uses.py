@@ -45,6 +45,11 @@ USES = [
         "views of extra towers have names that only the configuration knows",
     ),
     Use(
+        f"{GENERATION}.init_continuous_batching",
+        "self, generation_config",
+        "continuous batching, which comes here however it is asked for, is refused",
+    ),
+    Use(
         f"{GENERATION}._expand_multimodal_outputs",
         "self, input_ids, mm_encoder_output, expand_size, inputs_embeds",
         "beams and returned sequences repeat images, whose features hold more than one list",
