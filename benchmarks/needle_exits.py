@@ -30,7 +30,7 @@ from hires_lmm.extras import import_pyplot
 from hires_lmm.files import write_text
 from hires_lmm.training import Stage, get_plan
 from hires_lmm.training.objectives import TokenBudget
-from needle.runs import RunOptions, SceneSet, cache_scenes, grade, score_names, small_rates, train
+from needle.runs import RunOptions, SceneSet, cache_scenes, encode_once, grade, score_names, small_rates, train
 from needle.runs.collator import SceneCollator
 from needle.runs.run import LOG, MODEL
 
@@ -41,7 +41,7 @@ LAYERS = [0, 1, 2]
 """Behind which something may leave; behind the last of the four nothing is saved."""
 
 DYVTE, ATP = {"part": "dyvte", "layers": LAYERS}, {"part": "atp", "layers": [0, 1]}
-VISITS, SCENES, TRAIN_QUESTIONS, QUESTIONS = 1_600, 2_000, 4, 8
+VISITS, BATCH_SIZE, SCENES, TRAIN_QUESTIONS, QUESTIONS = 480, 4, 2_000, 4, 8
 TARGET = 104
 """Tokens that `atp` should keep on average: half."""
 
@@ -97,29 +97,23 @@ class Asked:
     batch: Any
 
 
-def ask(model: Any, processor: Any, scenes: SceneSet, cache: Path, size: int = 8) -> list[Asked]:
+def ask(model: Any, processor: Any, scenes: SceneSet, cache: Path | None, size: int = 8) -> list[Asked]:
     """All questions about some scenes, one a row, with the features of their pictures.
 
     Args:
         model (`HiResLmmForConditionalGeneration`): Encodes the pictures.
         processor (`HiResLmmProcessor`): Its processor.
         scenes (`SceneSet`): The scenes.
-        cache (`Path`): Parent of tower features.
+        cache (`Path`, *optional*): Parent of tower features; None: pictures pass the tower.
         size (`int`): Scenes at once.
     """
-    store = cache_scenes(model, processor, scenes, cache)
+    store = None if cache is None else cache_scenes(model, processor, scenes, cache)
     collator = SceneCollator(processor, scenes, store, "all", QUESTIONS, packed=False)
     found = []
     for start in range(0, scenes.count, size):
-        numbers = list(range(start, min(start + size, scenes.count)))
-        batch = collator.build([{"scene": number} for number in numbers])
-        views = len(batch.inputs["view_positions"]) // len(batch.scenes)
-        geometry = {name: batch.inputs[name][: views * len(numbers)] for name in batch.inputs if name[:5] == "view_"}
-        features = model.model.get_image_features(vision_features=store.first_views(numbers, views), **geometry)
-        features = features.select_images([numbers.index(scene) for scene in batch.scenes])
-        inputs = {name: batch.inputs[name] for name in ("input_ids", "attention_mask", "prompt_mask")}
-        inputs["mm_encoder_outputs"] = {"image": features}
-        found.append(Asked(inputs, batch.inputs["labels"], batch))
+        batch = collator.build([{"scene": number} for number in range(start, min(start + size, scenes.count))])
+        labels = batch.inputs.pop("labels")
+        found.append(Asked(encode_once(model, batch.inputs, batch.scenes), labels, batch))
     return found
 
 
@@ -168,6 +162,7 @@ def train_models(options: argparse.Namespace) -> None:
                 cache=str(options.work / "cache"),
                 visits=(VISITS,),
                 scenes=SCENES,
+                batch_size=BATCH_SIZE,
                 questions=TRAIN_QUESTIONS,
                 seed=seed,
                 note="1 of 2 CPU cores",
@@ -257,12 +252,12 @@ def mean_saving(options: argparse.Namespace, records: list[dict[str, Any]]) -> f
 
 
 def score_models(options: argparse.Namespace) -> None:
-    """Ask the same questions of every method; one file each."""
+    """Ask the same questions of every method, on validation scenes of the gates alone; one file each."""
     scenes = SceneSet(options.split, options.scenes)
     asked: list[Asked] = []
     for name, (source, told) in methods(options).items():
         file = answers_file(options, name, options.split)
-        if file.is_file():
+        if file.is_file() or (options.split == "validation" and not name.startswith("dyvte")):
             continue
         if isinstance(source, Path):
             model = AutoModelForImageTextToText.from_pretrained(source / MODEL)
@@ -420,7 +415,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=ROOT / "outputs" / "needle")
     parser.add_argument("--checkpoint", type=Path, default=ROOT / "checkpoints" / "needle-slime")
     parser.add_argument("--split", default="test", choices=("validation", "test"))
-    parser.add_argument("--scenes", type=int, default=150)
+    parser.add_argument("--scenes", type=int, default=100)
     parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[0, 1, 2])
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")

@@ -1,6 +1,6 @@
 """Runs on the needle task: join the pretrained halves, train the model through a plan, score it."""
 
-from .evaluate import Graded, answer_scenes, can_pack, evaluate_packed, grade, score_names
+from .evaluate import Graded, answer_scenes, can_pack, encode_once, evaluate_packed, grade, score_names
 from .join import join_halves, with_token_ops
 from .run import Rates, RunOptions, small_rates, train
 from .scenes import SceneFeatures, SceneSet, cache_scenes, near_options
@@ -15,6 +15,7 @@ __all__ = [
     "answer_scenes",
     "cache_scenes",
     "can_pack",
+    "encode_once",
     "evaluate_packed",
     "grade",
     "join_halves",

@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from hires_lmm.training.collator import GEOMETRY
+
 from ..questions import QUESTION_KINDS as KINDS
 from ..questions import Question
 from .collator import NO_IMAGE, PackedBatch, SceneCollator
@@ -47,6 +49,25 @@ def grade(batch: PackedBatch, labels: torch.Tensor, logits: torch.Tensor) -> lis
         [not wrong[row][number[row] == place].any() for place in range(1, len(group) + 1)]
         for row, group in enumerate(batch.questions)
     ]
+
+
+def encode_once(model: Any, inputs: dict[str, Any], scenes: list[int]) -> dict[str, Any]:
+    """Inputs of a batch of one question a row with the features of its pictures, each encoded once.
+
+    Args:
+        model (`HiResLmmForConditionalGeneration`): Encodes them.
+        inputs (`dict`): Of the batch; square pictures, as many views in each row.
+        scenes (`list[int]`): The scene of each row.
+    """
+    first = [scenes.index(scene) for scene in dict.fromkeys(scenes)]
+    views = {name: inputs[name] for name in inputs if name in (*GEOMETRY, "vision_features", "pixel_values")}
+    if not views:
+        return inputs
+    own = {name: value.unflatten(0, (len(scenes), -1))[first].flatten(0, 1) for name, value in views.items()}
+    features = model.model.get_image_features(**own)
+    chosen = features.select_images([first.index(scenes.index(scene)) for scene in scenes])
+    rest = {name: value for name, value in inputs.items() if name not in views}
+    return {**rest, "mm_encoder_outputs": {"image": chosen}}
 
 
 @torch.inference_mode()
@@ -95,6 +116,7 @@ def answer_scenes(
         batch = collator.build([{"scene": i} for i in range(start, min(start + batch_size, scenes.count))])
         inputs = {name: value.to(model.device) for name, value in batch.inputs.items()}
         labels = inputs.pop("labels")
+        inputs = inputs if collator.packed else encode_once(model, inputs, batch.scenes)
         rights = grade(batch, labels, model(**inputs).logits)
         for number, group, right in zip(batch.scenes, batch.questions, rights, strict=True):
             found += [Graded(number, *pair) for pair in zip(group, right, strict=True)]
