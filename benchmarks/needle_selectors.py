@@ -140,21 +140,24 @@ def score_model(options: argparse.Namespace) -> None:
     model = AutoModelForImageTextToText.from_pretrained(folder / MODEL)
     processor = AutoProcessor.from_pretrained(folder / MODEL)
     (folder / "answers").mkdir(exist_ok=True)
-    asked = [("none", [], 1.0)] + [(name, [op], share) for share in SHARES for name, op in selectors().items()]
-    for seed in options.seeds:
+    ops = selectors()
+    names = sorted(ops, key=lambda name: name.endswith("crops"))
+    asked = [("none", 1.0, seed) for seed in options.seeds]
+    asked += [(name, share, seed) for seed in options.seeds for name in names for share in SHARES]
+    asked.sort(key=lambda case: case[0].endswith("crops"))  # those among all tokens come first
+    for name, share, seed in asked:
+        file = folder / "answers" / f"{options.split}-{seed}-{name.replace(' ', '_')}-{share:g}.json"
+        if file.is_file():
+            continue
+        changed = with_token_ops(model, [ops[name]] if name in ops else [])
+        processor.image_processor.token_layout = changed.config.token_layout()
+        cache = None if name == "globalcom2" else options.work / "cache"
+        budget = round(share * TOKENS) if name in ops else None
         scenes = SceneSet(options.split, options.scenes, seed)
-        for name, ops, share in asked:
-            file = folder / "answers" / f"{options.split}-{seed}-{name.replace(' ', '_')}-{share:g}.json"
-            if file.is_file():
-                continue
-            changed = with_token_ops(model, ops)
-            processor.image_processor.token_layout = changed.config.token_layout()
-            cache = None if name == "globalcom2" else options.work / "cache"
-            budget = round(share * TOKENS) if ops else None
-            answers = answer_scenes(changed, processor, scenes, cache, questions=QUESTIONS, budget=budget)
-            rows = [[f"{seed}/{scene}", score_names(question), right] for scene, question, right in answers]
-            write_text(file, json.dumps({"selector": name, "share": share, "seed": seed, "answers": rows}))
-            logger.info("%s: %.3f", file.stem, sum(row[2] for row in rows) / len(rows))
+        answers = answer_scenes(changed, processor, scenes, cache, questions=QUESTIONS, budget=budget)
+        rows = [[f"{seed}/{scene}", score_names(question), right] for scene, question, right in answers]
+        write_text(file, json.dumps({"selector": name, "share": share, "seed": seed, "answers": rows}))
+        logger.info("%s: %.3f", file.stem, sum(row[2] for row in rows) / len(rows))
 
 
 def summarise(files: list[dict[str, Any]]) -> list[dict[str, Any]]:
