@@ -274,12 +274,8 @@ def write_evidence(folder: Path, docs: Path, split: str) -> None:
     routers = ("router_off", "router_noise", "router_quiet")
     tables = {
         "shipped": kinds_table(sweeps),
-        "twin": run_table(results, ("twin",)),
-        "plans": run_table(results, plans),
-        "views": run_table(results, views),
+        "runs": run_table(results, (*plans, *views[:2], *single[1:], *routers, "twin")),
         "views off": views_table(results, "alternating"),
-        "queries": run_table(results, single),
-        "router": run_table(results, routers),
         "gamma": sweep_table(sweeps, "gamma-free", "gamma"),
         "tokens": sweep_table(sweeps, "tokens-free", "tokens"),
         "image size": sweep_table(sweeps, "image_size-free", "image_size"),
