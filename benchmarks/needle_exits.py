@@ -1,6 +1,6 @@
 """Tokens that leave inside the language model: trained exits against attention, thresholds and a fixed layer.
 
-    python benchmarks/needle_exits.py train      gates of `dyvte`, three seeds, and thresholds of `atp`
+    python benchmarks/needle_exits.py train      gates of `dyvte`, two seeds, and thresholds of `atp`
     python benchmarks/needle_exits.py score      every method that is not scored, on test scenes
     python benchmarks/needle_exits.py report     JSON, picture and the table of docs/evidence.md
 
@@ -415,8 +415,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=ROOT / "outputs" / "needle")
     parser.add_argument("--checkpoint", type=Path, default=ROOT / "checkpoints" / "needle-slime")
     parser.add_argument("--split", default="test", choices=("validation", "test"))
-    parser.add_argument("--scenes", type=int, default=100)
-    parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[0, 1, 2])
+    parser.add_argument("--scenes", type=int, default=64)
+    parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[0, 1])
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     library_logging.disable_progress_bar()

@@ -251,7 +251,7 @@ def main() -> None:
     parser.add_argument("action", choices=("train", "score", "report"))
     parser.add_argument("--work", type=Path, default=ROOT / "outputs" / "needle")
     parser.add_argument("--split", default="test", choices=("validation", "test"))
-    parser.add_argument("--scenes", type=int, default=64, help="a seed")
+    parser.add_argument("--scenes", type=int, default=32, help="a seed")
     parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[0, 1, 2])
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
