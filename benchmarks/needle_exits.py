@@ -2,7 +2,7 @@
 
     python benchmarks/needle_exits.py train      gates of `dyvte`, two seeds, and thresholds of `atp`
     python benchmarks/needle_exits.py score      every method that is not scored, on test scenes
-    python benchmarks/needle_exits.py report     JSON, picture and the table of docs/evidence.md
+    python benchmarks/needle_exits.py report     JSON, picture and the table of docs/fewer-tokens.md
 
 Training takes minutes of one core. The model is the shipped checkpoint with its router off: 208 visual tokens, four
 layers. Its own weights stay as they are. The share that `keep_after` keeps behind a layer, to save what gates save,
@@ -307,7 +307,7 @@ def summarise(config: Any, name: str, records: list[dict[str, Any]]) -> dict[str
 
 
 def report(options: argparse.Namespace) -> None:
-    """Write the JSON, draw it, and fill the table of docs/evidence.md."""
+    """Write the JSON, draw it, and fill the table of docs/fewer-tokens.md."""
     files = {name: answers_file(options, name, options.split) for name in methods(options)}
     if all(file.is_file() for file in files.values()):
         found = {name: json.loads(file.read_text()) for name, file in files.items()}
@@ -335,7 +335,7 @@ def report(options: argparse.Namespace) -> None:
         record = {**surroundings(), **facts, "equal_shares": shares, "training": training, "rows": rows}
         write_text(FILE, json.dumps(record, indent=1) + "\n")
     rows = json.loads(FILE.read_text())["rows"]
-    page = ROOT / "docs" / "evidence.md"
+    page = ROOT / "docs" / "fewer-tokens.md"
     page.write_text(put(page.read_text(), "exits", table(rows), "needle_exits.py"))
     plot(rows, ROOT / "docs" / "images" / "needle_exits.png")
 

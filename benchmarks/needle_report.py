@@ -304,5 +304,5 @@ def put(text: str, name: str, table: str, script: str = "needle_evidence.py") ->
     start, end = f"<!-- {name}: benchmarks/{script} report -->", f"<!-- end of {name} -->"
     pattern = re.compile(re.escape(start) + ".*?" + re.escape(end), re.DOTALL)
     if not pattern.search(text):
-        raise ValueError(f"docs/evidence.md has no lines {start} and {end}.")
+        raise ValueError(f"The page has no lines {start} and {end}.")
     return pattern.sub(lambda _: f"{start}\n{table}\n{end}", text)

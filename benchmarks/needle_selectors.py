@@ -2,7 +2,7 @@
 
     python benchmarks/needle_selectors.py train      the model: minutes of one core
     python benchmarks/needle_selectors.py score      every selector, share and seed that is not scored, on test scenes
-    python benchmarks/needle_selectors.py report     JSON, picture and the table of docs/evidence.md
+    python benchmarks/needle_selectors.py report     JSON, picture and the table of docs/fewer-tokens.md
 
 The model joins the committed halves by a perceptron; crops pass `conv_merge` first, so an image has 64 tokens of the
 global view and 16 of each of its 36 crops, each with a place. It is trained with all tokens, captions first, then
@@ -14,6 +14,7 @@ command goes on when it is started again.
 import argparse
 import json
 import logging
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -184,17 +185,20 @@ def summarise(files: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def report(options: argparse.Namespace) -> None:
-    """Write the JSON, draw it, and fill the table of docs/evidence.md."""
+    """Write the JSON, draw it, and fill the table of docs/fewer-tokens.md."""
     folder = options.work / "selectors"
     if list((folder / "answers").glob(f"{options.split}-*.json")):
         files = [json.loads(file.read_text()) for file in sorted((folder / "answers").glob(f"{options.split}-*.json"))]
+        counts = Counter(file["selector"] for file in files)
+        whole = {name for name, count in counts.items() if count == len(options.seeds) * len(SHARES)}
+        files = [file for file in files if file["selector"] in {*whole, "none"}]
         log = json.loads((folder / LOG).read_text())
         training = {key: log[key] for key in ("command", "machine", "versions", "options", "seconds", "parameters")}
         facts = {"split": options.split, "scenes": options.scenes, "seeds": options.seeds, "questions": QUESTIONS}
         record = {**surroundings(), **facts, "training": training, "rows": summarise(files)}
         write_text(FILE, json.dumps(record, indent=1) + "\n")
     rows = json.loads(FILE.read_text())["rows"]
-    page = ROOT / "docs" / "evidence.md"
+    page = ROOT / "docs" / "fewer-tokens.md"
     page.write_text(put(page.read_text(), "selectors", table(rows), "needle_selectors.py"))
     plot(rows, ROOT / "docs" / "images" / "needle_selectors.png")
 
