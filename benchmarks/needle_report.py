@@ -274,12 +274,8 @@ def write_evidence(folder: Path, docs: Path, split: str) -> None:
     routers = ("router_off", "router_noise", "router_quiet")
     tables = {
         "shipped": kinds_table(sweeps),
-        "twin": run_table(results, ("twin",)),
-        "plans": run_table(results, plans),
-        "views": run_table(results, views),
+        "runs": run_table(results, (*plans, *views[:2], *single[1:], *routers, "twin")),
         "views off": views_table(results, "alternating"),
-        "queries": run_table(results, single),
-        "router": run_table(results, routers),
         "gamma": sweep_table(sweeps, "gamma-free", "gamma"),
         "tokens": sweep_table(sweeps, "tokens-free", "tokens"),
         "image size": sweep_table(sweeps, "image_size-free", "image_size"),
@@ -293,19 +289,20 @@ def write_evidence(folder: Path, docs: Path, split: str) -> None:
     plot_sweep(sweeps, ("gamma-free", "tokens-free", "image_size-free"), docs / "images" / "needle_sweeps.png")
 
 
-def put(text: str, name: str, table: str) -> str:
+def put(text: str, name: str, table: str, script: str = "needle_evidence.py") -> str:
     """A text with the table between `<!-- name: ... -->` and `<!-- end of name -->`.
 
     Args:
         text (`str`): Of a page.
         name (`str`): Name in the markers.
         table (`str`): The table.
+        script (`str`): The benchmark that writes it.
 
     Raises:
         ValueError: If the markers are missing.
     """
-    start, end = f"<!-- {name}: benchmarks/needle_evidence.py report -->", f"<!-- end of {name} -->"
+    start, end = f"<!-- {name}: benchmarks/{script} report -->", f"<!-- end of {name} -->"
     pattern = re.compile(re.escape(start) + ".*?" + re.escape(end), re.DOTALL)
     if not pattern.search(text):
-        raise ValueError(f"docs/evidence.md has no lines {start} and {end}.")
+        raise ValueError(f"The page has no lines {start} and {end}.")
     return pattern.sub(lambda _: f"{start}\n{table}\n{end}", text)

@@ -45,6 +45,11 @@ USES = [
         "views of extra towers have names that only the configuration knows",
     ),
     Use(
+        f"{GENERATION}.init_continuous_batching",
+        "self, generation_config, continuous_batching_config, workload_hints",
+        "continuous batching, which comes here however it is asked for, is refused",
+    ),
+    Use(
         f"{GENERATION}._expand_multimodal_outputs",
         "self, input_ids, mm_encoder_output, expand_size, inputs_embeds",
         "beams and returned sequences repeat images, whose features hold more than one list",
@@ -296,6 +301,11 @@ MENTIONS = [
         "transformers.models.llama.modeling_llama:LlamaMLP.forward",
         "self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))",
         "visual tokens pass some of its neurons",
+    ),
+    Mention(
+        f"{MODEL}._set_gradient_checkpointing",
+        "_gradient_checkpointing_func",
+        "whether checkpointing is reentrant, which layer ops that learn refuse",
     ),
     Mention(f"{GENERATION}.prepare_inputs_for_generation", '"create_masks_for_generate"', "our hook is asked"),
     Mention(

@@ -390,6 +390,15 @@ def test_options_that_cannot_be_are_refused(spec, message):
         tiny_config(connector_config={"layer_ops": [{"part": "keep_after", **spec}]})
 
 
+@pytest.mark.parametrize(
+    "options, message",
+    [({"cache_implementation": "paged"}, "reads no images"), ({"assistant_early_exit": 1}, "assistant_early_exit=1")],
+)
+def test_modes_of_generate_that_cannot_be_are_refused_by_name(options, message):
+    with pytest.raises(ValueError, match=message):
+        generate("llama", (0,), **options)
+
+
 @torch.no_grad()
 def test_what_a_caller_tells_layer_ops_is_known_or_refused():
     model, processor = build("llama+dyvte")

@@ -117,6 +117,23 @@ def test_answers_are_those_of_generate_one_by_one(parts):
     assert len(texts) > 10 and ended == {True, False}  # the comparison can fail
 
 
+@pytest.mark.parametrize(
+    "preset, ops", [("llava_next", [{"part": "globalcom2"}]), ("mg_llava", []), ("hires_llava", [])]
+)
+def test_parts_that_read_more_of_the_towers_see_pixels(preset, ops):
+    """Scores of the class token, a second tower, a layer op of the tower."""
+    config = tiny_config(preset, connector_config={"token_ops": ops} if ops else {})
+    model, processor = tiny_model(config), tiny_processor(config, "chatml")
+    model.generation_config.eos_token_id = list(range(0, config.text_config.vocab_size, 4))
+    asked, options = rows()[:3], {SweepSetting(tokens=20): {"max_image_tokens": 20}} if ops else {SweepSetting(): {}}
+    result = evaluate(model, processor, asked, list(options))
+    for answer, (name, question) in zip(result.answers, QUESTIONS, strict=False):
+        expected = reference(
+            model, processor, name, question, limit_of(model, processor, asked), **options[answer.setting]
+        )
+        assert (answer.prediction, answer.ended, answer.tokens) == expected
+
+
 def test_batches_of_any_size_give_the_same_answers(parts):
     model, processor = parts
     settings = [SweepSetting(), SweepSetting(tokens=20), SweepSetting(views="none")]

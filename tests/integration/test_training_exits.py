@@ -80,6 +80,29 @@ def test_a_token_budget_lowers_what_atp_keeps(tmp_path, checkpointing):
     assert losses(trainer)[-1] < 0.9 * losses(trainer)[0]
 
 
+def test_checkpointing_gives_thresholds_their_gradients_or_is_refused_by_name():
+    """Soft masks come out of hooks behind layers that run twice: where it is reentrant, first without graph."""
+    model, processor = parts({"part": "atp", "layers": [0], "temperature": 2.0})
+    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    enable, found = getattr(model, f"{kind}_checkpointing_enable"), []
+    batch = HiResLmmCollator(processor)(conversations(2))
+    for checkpointing in (False, True):
+        if checkpointing:
+            enable({"use_reentrant": False})
+        model.zero_grad()
+        output = model(**batch)
+        (output.loss + 1e-2 * output.aux["token_budget/0"][:, 0].sum()).backward()
+        found.append([part.grad.clone() for part in model.model.connector.layer_ops.parameters()])
+    assert max(grad.abs().max() for grad in found[0]) > 1e-4
+    for plain, checkpointed in zip(*found, strict=True):
+        torch.testing.assert_close(checkpointed, plain, atol=1e-6, rtol=1e-4)
+    enable({"use_reentrant": True})
+    with pytest.raises(ValueError, match="use_reentrant=False"):
+        model(**batch)
+    model.model.connector.layer_ops.requires_grad_(False)
+    model(**batch).loss.backward()
+
+
 def test_a_token_budget_without_atp_is_refused_by_name(tmp_path):
     model, processor = parts({"part": "keep_after"})
     stage = Stage("x", {"connector": 1e-3}, loss_weights={"token_budget": 1.0})

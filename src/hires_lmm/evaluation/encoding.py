@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from PIL import Image
 
+from ..modeling.bases_hires_lmm import Needs
+from ..modeling.layer_ops_hires_lmm import ops_of
 from ..modeling.outputs_hires_lmm import HiResLmmImageFeatures
 from ..processing.image_input_hires_lmm import open_image, to_rgb
 from .rows import source_key
@@ -56,11 +58,10 @@ class ImageEncoder:
         inputs = self.processor.image_processor(pictures, return_tensors="pt", **options)
         device = self.base.device
         features = self.base.get_image_features(
-            None,
-            inputs["view_positions"].to(device),
-            inputs["view_spans"].to(device),
-            inputs["view_boxes"].to(device),
-            vision_features=self._tower(setting, inputs["pixel_values"]),
+            view_positions=inputs["view_positions"].to(device),
+            view_spans=inputs["view_spans"].to(device),
+            view_boxes=inputs["view_boxes"].to(device),
+            **self._sources(setting, inputs),
             return_dict=True,
         )
         placeholders = [
@@ -82,12 +83,18 @@ class ImageEncoder:
         options = self.processor.image_processor
         return to_rgb(open_image(source, index), index, tuple(options.background), options.pixel_limit)
 
-    def _tower(self, setting: SweepSetting, pixel_values: torch.Tensor) -> torch.Tensor:
+    def _sources(self, setting: SweepSetting, inputs: Any) -> dict[str, torch.Tensor]:
+        """What the towers gave, kept for other settings; pixels, where parts read more of the towers than that."""
+        pixels = {name: inputs[name].to(self.base.device) for name in inputs if name.startswith("pixel_values")}
+        if len(pixels) > 1 or self.base.connector.needs != Needs() or ops_of(self.base, "vision_tower"):
+            return pixels
+        return {"vision_features": self._tower(setting, pixels["pixel_values"])}
+
+    def _tower(self, setting: SweepSetting, pixels: torch.Tensor) -> torch.Tensor:
         """Patch features `(V, L, C)` of all views; the views do not depend on the budget."""
         has_crops = setting.views != "global"
         key = (setting.max_crops, setting.image_size, has_crops)
         if key not in self._seen:
-            pixels = pixel_values.to(self.base.device)
             parts = [self.base.encode_pixels(part, None) for part in pixels.split(VIEWS_PER_PASS)]
             self._seen[key] = torch.cat(parts)
         return self._seen[key]

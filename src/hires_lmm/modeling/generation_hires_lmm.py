@@ -91,6 +91,13 @@ class HiResLmmGenerationMixin(GenerationMixin):
         output["token_map"] = found[0] if found else None
         return output
 
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse it: it passes token ids alone, and its cache knows no rows; `generate_batch` comes here, too."""
+        raise ValueError(
+            "Continuous batching (generate_batch, cache_implementation='paged') reads no images and cannot run this "
+            "model; call generate without it."
+        )
+
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         """As in the library; `forward` does not name all that speaks of images."""
         known = [*IMAGE_ARGUMENTS, "output_token_map", "layer_options", *extra_arguments(self.config)]
@@ -104,6 +111,11 @@ class HiResLmmGenerationMixin(GenerationMixin):
         generation_config: GenerationConfig,
     ) -> dict[str, Any]:
         """Encode images once; work on a copy of the caller's features and note where the prompt ends."""
+        if generation_config.assistant_early_exit is not None:
+            raise ValueError(
+                f"assistant_early_exit={generation_config.assistant_early_exit} drafts with the first layers of a "
+                "language model alone; leave it out, and pass an assistant_model or prompt_lookup_num_tokens."
+            )
         token_maps = model_kwargs.pop("output_token_map", None)  # here, or an assistant would get it too
         ids = inputs_tensor if inputs_tensor.ndim == 2 else model_kwargs.get("input_ids")
         placeholder = self.model.get_placeholder_mask(ids if ids is not None and ids.shape[1] else None, inputs_tensor)

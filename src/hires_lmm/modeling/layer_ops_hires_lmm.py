@@ -15,7 +15,14 @@ from transformers import AttentionInterface
 
 from .bases_hires_lmm import LayerCall, TowerCall
 from .carriers_hires_lmm import ImageGeometry, VisualTokens, drop
-from .compat_hires_lmm import CACHE, attention_of, attention_window, feed_forward_of, layers_of
+from .compat_hires_lmm import (
+    CACHE,
+    attention_of,
+    attention_window,
+    feed_forward_of,
+    layers_of,
+    runs_twice_without_graph,
+)
 from .conversation_hires_lmm import Conversation
 from .layer_attention_hires_lmm import (
     QUERIES,
@@ -552,6 +559,12 @@ def open_layers(model: Any, prompt: Any, cache: Any, options: dict) -> LanguageC
         return None
     config, placed, conversation = model.language_model.config, prompt.placed, prompt.conversation
     check_attention(config._attn_implementation)  # it may have been set since
+    learns = model.training and any(part.requires_grad for op in ops for part in op.parameters())
+    if learns and runs_twice_without_graph(model.language_model):
+        raise ValueError(
+            "A layer op learns, and what it says of a layer gets no gradient under reentrant checkpointing; pass "
+            "use_reentrant=False, the default."
+        )
     if placed is None:
         nowhere = torch.zeros(prompt.embeds.shape[:2], dtype=torch.bool, device=prompt.embeds.device)
         conversation = conversation if RECORD in conversation.records else None

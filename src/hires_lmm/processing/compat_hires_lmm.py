@@ -74,6 +74,15 @@ def layers_of(model: Any) -> nn.ModuleList:
     return next(part for part in model.modules() if isinstance(part, nn.ModuleList) and len(part) == depth)
 
 
+def runs_twice_without_graph(model: nn.Module) -> bool:
+    """Whether checkpointing of a layer is reentrant: its first pass makes no graph."""
+    for part in model.modules():
+        options = getattr(getattr(part, "_gradient_checkpointing_func", None), "keywords", {})
+        if getattr(part, "gradient_checkpointing", False) and options.get("use_reentrant"):
+            return True
+    return False
+
+
 def attention_of(layer: nn.Module) -> nn.Module:
     """The attention of a layer: what has groups of key heads, which every attention function asks for."""
     found = next((part for part in layer.modules() if hasattr(part, "num_key_value_groups")), None)

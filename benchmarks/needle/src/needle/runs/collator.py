@@ -44,12 +44,13 @@ class _Frame(NamedTuple):
 @dataclass
 class PackedBatch:
     """inputs for the model; number (B, S) of the question a token belongs to: 0 picture, from 1, -1 padding; the
-    questions of each row; the views of the batch."""
+    questions of each row; the views of the batch; the scene of each row."""
 
     inputs: dict[str, torch.Tensor]
     number: torch.Tensor
     questions: list[list[Question]]
     views: str
+    scenes: list[int]
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ class SceneCollator(HiResLmmCollator):
         if frame.geometry:
             inputs.update(self._pixels(scenes, store, numbers, views, len(frame.geometry["view_positions"])))
             inputs.update(self._column_values(scenes, numbers))
-        return PackedBatch(inputs, number, asked, views)
+        return PackedBatch(inputs, number, asked, views, numbers)
 
     def _text_inputs(self, frame: _Frame, asked: list[list[Question]]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """Everything but what the views show, and the number of the question of each token."""

@@ -28,6 +28,7 @@ from hires_lmm.training.stages import Stage
 from ..scenes import NeedleOptions
 from .captions import CaptionCollator, CaptionTrainer, SceneCaptions, can_learn_captions
 from .collator import Near, SceneCollator
+from .evaluate import can_pack
 from .scenes import SceneFeatures, SceneSet, cache_scenes, near_options
 
 
@@ -327,7 +328,6 @@ def _arguments(folder: Path, visits: int, batch_size: int, options: RunOptions) 
 
 def _collator(model: Any, processor: Any, stage: Stage, options: RunOptions, columns: Sequence[Any]) -> SceneCollator:
     """The collator of a stage, over cached features where the tower is frozen."""
-    connector = model.model.connector
     scenes = SceneSet("train", options.scenes, options=options.options)
     learns = any(matches(TOWER, pattern) or matches(pattern, TOWER) for pattern in stage.trainable)
     store: SceneFeatures | None = None if learns else cache_scenes(model, processor, scenes, options.cache)
@@ -337,7 +337,7 @@ def _collator(model: Any, processor: Any, stage: Stage, options: RunOptions, col
         store,
         stage.views,
         options.questions,
-        packed=connector.is_count_static and not connector.reads_question,
+        packed=can_pack(model),
         mix=options.mix if stage.views == "all" else None,
         near=_near(model, processor, stage, options, store is not None),
         kinds=options.kinds,
