@@ -17,11 +17,14 @@ FOLDER = ROOT / ".cache" / "harnesses"
 PACKAGES = ("lmms-eval==0.7.3", "ms-vlmeval==0.0.20", "torchvision==0.28.0")
 """The torchvision is that of the torch in constraints.txt."""
 
-SCHEMAS = '''import torch as _torch  # written by scripts/harnesses.py: the build for CUDA, beside a torch for CPUs
+OLDER = "filelock==3.29.7"
+"""lmms-eval imports a module that filelock 4 does not have."""
+
+SCHEMAS = """import torch as _torch  # written by scripts/harnesses.py: the build for CUDA, beside a torch for CPUs
 _SCHEMAS = _torch.library.Library("torchvision", "DEF")
 for _name in ("nms", "qnms"):
     _SCHEMAS.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-'''
+"""
 
 
 def prepare() -> Path:
@@ -30,6 +33,7 @@ def prepare() -> Path:
     pip = [python, "-m", "pip", "--disable-pip-version-check"]
     print(f"{FOLDER.relative_to(ROOT)}: installing {', '.join(PACKAGES)}", flush=True)
     subprocess.run([*pip, "install", "-qq", "--constraint", ROOT / "constraints.txt", *PACKAGES], check=True)
+    subprocess.run([*pip, "install", "-qq", OLDER], check=True)
     # The metadata beneath may be of an earlier state, without the entry point of lmms-eval.
     subprocess.run([*pip, "install", "-qq", "--no-deps", "--editable", ROOT], check=True)
     mend_torchvision(site, python)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
 from PIL import Image
@@ -78,8 +78,8 @@ class HarnessOptions:
         return cls(**{name: value for name, value in given.items() if value is not None})
 
     def __post_init__(self) -> None:
-        for entry in fields(self):
-            _check_option(entry.name, str(entry.type), getattr(self, entry.name))
+        for name, declared in get_type_hints(type(self)).items():
+            _check_option(name, declared, getattr(self, name))
         if self.views is not None and self.views not in VIEWS[:3]:
             raise ValueError(f"views={self.views!r} is unknown; choose one of {', '.join(VIEWS[:3])}.")
         if self.gamma is not None and not 0 < self.gamma <= 1:
@@ -96,13 +96,12 @@ class HarnessOptions:
         return {name: value for name, value in chosen.items() if value is not None}
 
 
-def _check_option(name: str, declared: str, value: Any) -> None:
-    if value is None and "None" in declared:
-        return
-    kind: Any = {"str": str, "int": int, "flo": (int, float), "boo": bool}[declared[:3]]
-    if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
-        raise ValueError(f"{name}={value!r} is of type {type(value).__name__}; it must be {declared}.")
-    if kind is int and value < 1:
+def _check_option(name: str, declared: Any, value: Any) -> None:
+    kinds = get_args(declared) or (declared,)
+    if type(value) not in (*kinds, *([int] if float in kinds else [])):
+        shown = " or ".join(kind.__name__ for kind in kinds if kind is not type(None))
+        raise ValueError(f"{name}={value!r} is of type {type(value).__name__}; it must be of type {shown}.")
+    if type(value) is int and value < 1:
         raise ValueError(f"{name}={value} must be at least 1.")
 
 
