@@ -96,8 +96,8 @@ def tasks(tmp_path_factory) -> Path:
             }
             for row in base
         ],
-        "lmms_eval_specific_kwargs: {default: {prompt_type: format, multiple_choice_prompt: '', open_ended_prompt: ''}}"
-        f"\n{SCORE}",
+        "lmms_eval_specific_kwargs:\n"
+        f"  default: {{prompt_type: format, multiple_choice_prompt: '', open_ended_prompt: ''}}\n{SCORE}",
     )
     return folder
 
