@@ -54,11 +54,7 @@ class HiResLmm(lmms):
             options["system_prompt"] = self._resolve_system_prompt(options["system_prompt"])
         self.options = HarnessOptions.read(options)
         self.asker = HarnessAsker(str(pretrained), self.options, self._rank)
-
-    @property
-    def device(self) -> Any:
-        """Where the model is."""
-        return self.asker.model.device
+        self.device = self.asker.model.device  # the harness gathers there, also when the model is gone
 
     def generate_until(self, requests: list) -> list:
         """Answer the requests of this rank."""
