@@ -37,7 +37,7 @@ MATH = 'Please solve the problem step by step and put your answer in one "\\boxe
 
 STOCK = {
     "textvqa_val": ("validation", OCR, "Which one?" + WORD),
-    "gqa": ("testdev", {**Q, "imageId": "1", "image": None}, "Which one?" + WORD),
+    "gqa": ("testdev", {**Q, "imageId": "1", "image": "of another table"}, "Which one?" + WORD),
     "vqav2_val": ("validation", Q, "Which one?" + WORD),
     "vqav2_test": ("test", Q, "Which one?" + WORD),
     "mmbench_en_dev": (
@@ -64,11 +64,13 @@ STOCK = {
     "mathvista_testmini_format": (
         "testmini",
         VISTA,
-        "Hint: Please answer the question requiring an integer answer and provide the final value, e.g., 1, 2, 3, at "
-        "the end.\nQuestion: Which one?",
+        "Which one?\nAnswer the question using a single integer number.",
     ),
     "mathverse_testmini": ("testmini", VERSE, "Directly: which one?"),
-    "pope": ("test", {**Q, "category": "random"}, "Which one?" + WORD),
+    "pope": ("test", Q, "Which one?" + WORD),
+    "pope_random": ("random", Q, "Which one?" + WORD),
+    "pope_pop": ("popular", Q, "Which one?" + WORD),
+    "pope_adv": ("adversarial", Q, "Which one?" + WORD),
     "vizwiz_vqa_val": (
         "val",
         Q,
@@ -83,7 +85,7 @@ STOCK = {
         {**Q, **{f"choice_{name}": text for name, text in zip("ABCD", ("red", "blue", "pink", "cyan"), strict=True)}},
         CHOSEN + LETTER,
     ),
-    "ai2d": ("test", {**Q, "options": ["red", "blue"]}, f"Which one?\nA. red\nB. blue{LETTER}"),
+    "ai2d": ("test", {**Q, "answer": "0", "options": ["red", "blue"]}, f"Which one?\nA. red\nB. blue{LETTER}"),
     "chartqa": ("test", Q, "Which one?\nAnswer the question with a single word."),
     "docvqa_val": ("validation", Q, "Which one?" + WORD),
     "hallusion_bench_image": ("image", Q, "Which one?"),
@@ -101,10 +103,7 @@ OURS = {
     "mmvet_slime": ("mmvet", "Which one?"),
     "mathvision_test_slime": ("mathvision_test", "Which one?" + WORD),
     "mme_hallucination": ("mme", "Is it red?" + WORD),
-    "pope_random": ("pope", "Which one?" + WORD),
 }
-SAME = sorted(set(STOCK) - {stock for name, (stock, _) in OURS.items() if STOCK[stock][2] != OURS[name][1]})
-"""Tasks that ask as the papers do."""
 
 
 @pytest.fixture(scope="session")
@@ -125,9 +124,10 @@ def load(manager, tmp_path, monkeypatch):
         held = [{**columns, **row} for row in rows]
         if held[0]["image"] == []:
             held = [{**row, "image": [image]} for row in held]
+        held = [{name: value for name, value in row.items() if value != "of another table"} for row in held]
         table = datasets.Dataset.from_list(held)
         for column in columns:
-            if held[0][column] is not None:
+            if held[0].get(column) is not None:
                 kind = datasets.List(datasets.Image()) if isinstance(held[0][column], list) else datasets.Image()
                 table = table.cast_column(column, kind)
         table.to_parquet(tmp_path / "rows.parquet")
@@ -166,8 +166,7 @@ def test_what_our_variants_ask(load, name):
 
 
 def test_all_variants_are_tested():
-    rest = {"pope_adversarial", "pope_popular", "seedbench_2_hires"}
-    assert {variant.name for variant in VARIANTS} == set(OURS) | rest
+    assert {variant.name for variant in VARIANTS} == {*OURS, "seedbench_2_hires"}
 
 
 def test_seedbench_2_fails_as_it_is_and_works_as_a_variant(load):
@@ -177,10 +176,7 @@ def test_seedbench_2_fails_as_it_is_and_works_as_a_variant(load):
     assert asked(load("seedbench_2_hires", "test", row), "test") == CHOSEN + LETTER
 
 
-def test_subsets_keep_their_categories(load):
+def test_hallucination_is_four_categories_of_mme(load):
     kinds = ["existence", "count", "position", "color", "OCR", "celebrity"]
     task = load("mme_hallucination", "test", *({**Q, "category": kind} for kind in kinds))
     assert [row["category"] for row in task.test_docs()] == kinds[:4]
-    for name in ("adversarial", "popular", "random"):
-        rows = [{**Q, "category": kind} for kind in ("random", "popular", "adversarial", "random")]
-        assert {row["category"] for row in load(f"pope_{name}", "test", *rows).test_docs()} == {name}

@@ -87,10 +87,6 @@ VARIANTS = (
         {"process_docs": Function("keep_mme_hallucination")},
         "existence, count, position and color; their sum is mme_perception_score",
     ),
-    *(
-        TaskVariant(f"pope_{name}", "pope/pope.yaml", {"process_docs": Function(f"keep_{name}")}, f"{name} alone")
-        for name in ("adversarial", "popular", "random")
-    ),
     TaskVariant(
         "seedbench_2_hires",
         "seedbench_2/seedbench_2.yaml",

@@ -52,18 +52,3 @@ def math_vision(doc: dict[str, Any], lmms_eval_specific_kwargs: Any = None) -> s
 def keep_mme_hallucination(dataset: Any) -> Any:
     """The questions of MME that the paper adds up as hallucination."""
     return dataset.filter(lambda category: category in MME_HALLUCINATION, input_columns="category")
-
-
-def keep_adversarial(dataset: Any) -> Any:
-    """POPE's adversarial questions."""
-    return dataset.filter(lambda category: category == "adversarial", input_columns="category")
-
-
-def keep_popular(dataset: Any) -> Any:
-    """POPE's popular questions."""
-    return dataset.filter(lambda category: category == "popular", input_columns="category")
-
-
-def keep_random(dataset: Any) -> Any:
-    """POPE's random questions."""
-    return dataset.filter(lambda category: category == "random", input_columns="category")

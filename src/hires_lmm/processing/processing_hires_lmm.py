@@ -183,7 +183,7 @@ class HiResLmmProcessor(HiResLmmProcessorBase):
     def __call__(
         self, images: Any = None, text: Any = None, videos: Any = None, audio: Any = None, **kwargs: Any
     ) -> Any:
-        """As in transformers; several threads may share the processor, and empty lists of videos or `audios` mean none.
+        """As in transformers; several threads may share the processor. Empty lists of videos or `audios` mean none.
 
         Tokenizers keep padding and truncation of a call as a state of their own. So one thread tokenises at a time,
         while others may cut images, and the state is put back.
