@@ -53,7 +53,8 @@ def main(arguments: list[str]) -> int:
     """Do what the command line asks for; returns the exit status of pytest."""
     given = arguments[arguments.index("--") + 1 :] if "--" in arguments else []
     python = prepare()
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment["HF_DATASETS_CACHE"] = str(FOLDER / "datasets")
     command = [python, "-m", "pytest", "tests/harnesses", "-m", "not gpu", "-q", *given]
     return subprocess.run(command, cwd=ROOT, env=environment).returncode
 

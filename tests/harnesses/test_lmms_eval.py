@@ -183,7 +183,7 @@ def test_sixty_questions_on_fifteen_images_encode_fifteen(ask):
 
 def test_the_generic_model_of_the_harness_loads_no_head(ask, deprecations):
     """It looks for the name of a model among classes of configs, and so takes `AutoModel` for every model."""
-    assert "llava" not in AutoModelForImageTextToText._model_mapping.keys()  # noqa: SIM118: as the harness asks
+    assert "llava" not in AutoModelForImageTextToText._model_mapping.keys()  # noqa: SIM118
     with pytest.raises(AttributeError, match="'HiResLmmModel' object has no attribute 'generate'"):
         ask("needle_plain", model="huggingface", device_map="cpu")
     deprecations.clear()

@@ -2,13 +2,16 @@
 
 import json
 from functools import partial
+from importlib.util import find_spec
 from itertools import takewhile
 
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
 from builders.tiny import random_image, tiny_config, tiny_model, tiny_processor
 from builders.training import COMPRESS
+from hires_lmm.cli import app
 from hires_lmm.evaluation.batching import Prompt, plan_batches
 from hires_lmm.evaluation.harness import HarnessAsker, HarnessOptions, generation_options
 from hires_lmm.evaluation.harness_tasks import VARIANTS, write_tasks
@@ -16,7 +19,6 @@ from hires_lmm.evaluation.store import AnswerStore, HarnessAnswer
 from hires_lmm.evaluation.task_prompts import ask_choices, ask_word, math_vision, mmbench_cn
 from hires_lmm.inference import load_model, load_processor, prepare
 from hires_lmm.processing.chat_templates_hires_lmm import answer_prefix_ids, question_prefix_ids
-from hires_lmm_command import lmms_eval_models
 
 
 NEW_TOKENS = 6
@@ -237,6 +239,7 @@ def test_wrong_options_are_refused(given, words):
 
 def test_none_leaves_an_option_out():
     assert HarnessOptions.read({"views": None, "dtype": None, "gamma": 1}) == HarnessOptions(gamma=1)
+    assert HarnessOptions.read({"revision": 12}) == HarnessOptions(revision="12")
 
 
 def test_a_device_and_a_map_of_devices_exclude_each_other(checkpoint):
@@ -312,15 +315,17 @@ def test_tasks_include_those_of_the_harness(tmp_path):
         write_tasks(tmp_path / "mine", stock)
 
 
-def test_without_the_harness_its_tasks_and_model_say_what_to_install(tmp_path):
-    pytest.importorskip("hires_lmm.evaluation")
-    try:
-        import lmms_eval  # noqa: F401
-    except ImportError:
-        with pytest.raises(ImportError, match="lmms-eval"):
-            write_tasks(tmp_path)
-        with pytest.raises(ImportError):
-            lmms_eval_models()
+@pytest.mark.skipif(find_spec("lmms_eval") is not None, reason="the harnesses are installed")
+def test_without_the_harnesses_the_commands_say_what_to_install(tmp_path):
+    asked = CliRunner().invoke(app, ["harness-tasks", str(tmp_path)])
+    assert asked.exit_code == 1 and "pip install lmms-eval==0.7.3" in asked.stderr
+    asked = CliRunner().invoke(app, ["vlmeval", str(tmp_path), "--", "--data", "MME"])
+    assert asked.exit_code == 1 and "pip install 'hires-lmm[vlmeval]'" in " ".join(asked.stderr.split())
+
+
+def test_an_option_of_vlmeval_has_a_key_and_a_value(tmp_path):
+    asked = CliRunner().invoke(app, ["vlmeval", str(tmp_path), "--option", "fast", "--", "--data", "MME"])
+    assert asked.exit_code == 2 and "write KEY=VALUE, such as max_image_tokens=600" in asked.stderr
 
 
 # --- the processor

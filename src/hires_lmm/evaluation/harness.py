@@ -24,7 +24,11 @@ GENERATE_OPTIONS = ("max_new_tokens", "num_beams", "repetition_penalty")
 SAMPLING_OPTIONS = ("temperature", "top_p", "top_k")
 DEFAULT_NEW_TOKENS = 1024
 LOADING = ("device", "device_map", "trust_remote_code")
+TEXTS = ("revision", "system_prompt", "answers")
+"""Harnesses turn what looks like a number into one."""
+
 NOT_THE_ANSWER = (*LOADING, "share_images", "cached_images", "answers", "vision_chunk_size")
+"""Options that change no answer."""
 
 Ask = Callable[[], list[dict]]
 """Gives a conversation, with `{"type": "image", "image": source}` for its images."""
@@ -75,7 +79,9 @@ class HarnessOptions:
         unknown = sorted(set(given) - set(known))
         if unknown:
             raise ValueError(f"hires_lmm has no option {unknown[0]!r}; its options are {', '.join(known)}.")
-        return cls(**{name: value for name, value in given.items() if value is not None})
+        chosen = {name: value for name, value in given.items() if value is not None}
+        texts = {name: str(chosen[name]) for name in TEXTS if name in chosen}
+        return cls(**{**chosen, **texts})
 
     def __post_init__(self) -> None:
         for name, declared in get_type_hints(type(self)).items():

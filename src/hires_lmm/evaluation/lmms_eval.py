@@ -48,10 +48,8 @@ class HiResLmm(lmms):
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise ValueError(f"batch_size={batch_size!r} must be a whole number of at least 1.")
         self.batch_size = int(batch_size)
-        texts = ("revision", "system_prompt", "answers")  # the harness turns what looks like a number into one
-        options |= {name: str(options[name]) for name in texts if options.get(name) is not None}
-        if "system_prompt" in options:
-            options["system_prompt"] = self._resolve_system_prompt(options["system_prompt"])
+        if options.get("system_prompt") is not None:
+            options["system_prompt"] = self._resolve_system_prompt(str(options["system_prompt"]))
         self.options = HarnessOptions.read(options)
         self.asker = HarnessAsker(str(pretrained), self.options, self._rank)
         self.device = self.asker.model.device  # the harness gathers there, also when the model is gone

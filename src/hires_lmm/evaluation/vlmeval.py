@@ -42,8 +42,7 @@ class HiResLmm(BaseModel):
 
     def __init__(self, model_path: str, prompt: str = "harness", **options: Any) -> None:
         super().__init__()
-        if prompt not in PROMPTS:
-            raise ValueError(f"prompt={prompt!r} is unknown; choose one of {', '.join(PROMPTS)}.")
+        _check_prompt(prompt)
         self.prompt = prompt
         self.options = HarnessOptions.read({"cached_images": CACHED_IMAGES, **options})
         self.asker = HarnessAsker(model_path, self.options, int(os.environ.get("RANK", "0")))
@@ -88,6 +87,7 @@ def run_vlmeval(checkpoint: str, name: str, prompt: str, options: dict[str, Any]
     """
     if "--model" in arguments or "--config" in arguments:
         raise ValueError("The model is the checkpoint; leave out --model and --config.")
+    _check_prompt(prompt)
     HarnessOptions.read(options)
     from vlmeval import run
     from vlmeval.config import supported_VLM
@@ -104,6 +104,11 @@ def run_vlmeval(checkpoint: str, name: str, prompt: str, options: dict[str, Any]
         run.logger.removeHandler(failures)
     if failures.texts:
         raise ValueError(f"VLMEvalKit went on without what failed: {'; '.join(failures.texts)}")
+
+
+def _check_prompt(prompt: str) -> None:
+    if prompt not in PROMPTS:
+        raise ValueError(f"prompt={prompt!r} is unknown; choose one of {', '.join(PROMPTS)}.")
 
 
 class _Failures(logging.Handler):
