@@ -20,11 +20,11 @@ def find_ends(model: Any, tokenizer: Any) -> torch.Tensor:
 
 def encode_prompts(processor: Any, texts: Sequence[str], placeholders: Sequence[str]) -> dict[str, torch.Tensor]:
     """Ids and mask, padded on the left, of texts from a chat template; one text of placeholders an image."""
-    texts, _ = processor.get_text_with_replacements(list(texts), list(placeholders))
+    whole, _ = processor.get_text_with_replacements(list(texts), list(placeholders))
     tokenizer = processor.tokenizer
-    adds = tokenizer.bos_token is None or not texts[0].startswith(tokenizer.bos_token)
-    encoded = tokenizer(texts, padding=True, padding_side="left", add_special_tokens=adds)
-    drop_marks(texts, encoded, processor.image_token, tokenizer)
+    adds = tokenizer.bos_token is None or not whole[0].startswith(tokenizer.bos_token)
+    encoded = tokenizer(whole, padding=True, padding_side="left", add_special_tokens=adds)
+    drop_marks(whole, encoded, processor.image_token, tokenizer)
     encoded.convert_to_tensors("pt")
     return {name: encoded[name] for name in ("input_ids", "attention_mask")}
 

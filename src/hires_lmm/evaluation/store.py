@@ -89,7 +89,7 @@ class AnswerStore(Generic[Kept]):
     def __init__(self, file: str | Path, identity: dict[str, Any], kind: type[Kept] = Answer):  # type: ignore[assignment]
         self.file = Path(file)
         self.identity = json.loads(json.dumps(identity))
-        self.kind = kind
+        self.kind: type[Kept] = kind
 
     def begin(self, **more: Any) -> list[Kept]:
         """The answers so far; `more` belongs to the identity too. A last line that was cut off is removed."""
@@ -128,7 +128,7 @@ class AnswerStore(Generic[Kept]):
     def _check(self, line: str) -> None:
         try:
             head = json.loads(line)
-            found = head["identity"]
+            found: dict[str, Any] = head["identity"]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(f"{str(self.file)!r} holds no answers; name another folder.") from error
         if head["format"] != FORMAT:
