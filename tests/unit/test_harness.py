@@ -1,6 +1,7 @@
 """What both harnesses share: options, batches, images encoded once, kept answers, tasks; no harness is needed."""
 
 import json
+import shutil
 from functools import partial
 from importlib.util import find_spec
 from itertools import takewhile
@@ -173,6 +174,20 @@ def test_answers_of_other_weights_options_and_prompts_are_not_taken(checkpoint, 
     assert known() == 1
 
 
+def test_answers_of_other_settings_of_the_image_processor_are_not_taken(checkpoint, tmp_path):
+    copied = shutil.copytree(checkpoint, tmp_path / "copy")
+    file = copied / "processor_config.json"
+    options = HarnessOptions(device="cpu", answers=str(tmp_path / "answers"))
+    asked = [partial(ask, [PICTURES[0]], WORDS[0])]
+    counts = []
+    for text in (file.read_text(), file.read_text().replace('"max_crops": 4', '"max_crops": 2')):
+        file.write_text(text)
+        asker = HarnessAsker(str(copied), options)
+        asker.answer(asked, [OPTIONS])
+        counts.append((asker.processor.image_processor.max_crops, asker.counts["known_answers"]))
+    assert counts == [(4, 0), (2, 0)]
+
+
 def test_an_answer_may_hold_any_character(tmp_path):
     said = [HarnessAnswer("a", "one\u2028two\x85three\nfour", 3), HarnessAnswer("b", "", 0)]
     AnswerStore(tmp_path / "answers.jsonl", {}, HarnessAnswer).append(said)
@@ -228,6 +243,7 @@ def test_the_count_of_a_prompt_is_exact(checkpoint):
         ({"max_crops": True}, "max_crops=True is of type bool"),
         ({"share_images": "yes"}, "share_images='yes' is of type str; it must be of type bool"),
         ({"views": "none"}, "views='none' is unknown; choose one of all, global, crops"),
+        ({"gamma": 0}, r"gamma=0 must lie in \(0, 1\]"),
         ({"gamma": 2}, r"gamma=2 must lie in \(0, 1\]"),
         ({"gamma": 0.5, "max_image_tokens": 9}, "exclude each other"),
     ],

@@ -107,7 +107,7 @@ def _check_option(name: str, declared: Any, value: Any) -> None:
     if type(value) not in (*kinds, *([int] if float in kinds else [])):
         shown = " or ".join(kind.__name__ for kind in kinds if kind is not type(None))
         raise ValueError(f"{name}={value!r} is of type {type(value).__name__}; it must be of type {shown}.")
-    if type(value) is int and value < 1:
+    if int in kinds and value is not None and value < 1:
         raise ValueError(f"{name}={value} must be at least 1.")
 
 
@@ -156,8 +156,10 @@ class HarnessAsker:
     def _open_answers(self, folder: Path, checkpoint: str, rank: int) -> None:
         """Read what all processes of all runs with the same weights and options have answered."""
         chosen = {name: value for name, value in asdict(self.options).items() if name not in NOT_THE_ANSWER}
+        settings = (self.processor.image_processor.to_json_string(), self.model.generation_config.to_json_string())
         identity = {
             "checkpoint": checkpoint_fingerprint(checkpoint),
+            "settings": blake2b("".join(settings).encode(), digest_size=16).hexdigest(),
             **chosen,
             "dtype": str(self.model.dtype).removeprefix("torch."),
         }
