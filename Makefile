@@ -28,13 +28,13 @@ TORCH_STAMP := $(VENV)/.torch-$(call key,grep ^torch= constraints.txt)
 CORE_STAMP := $(VENV)/.core-$(call key,cat constraints.txt pyproject.toml)
 SETUP_STAMP := $(VENV)/.setup-$(call key,cat constraints.txt pyproject.toml benchmarks/needle/pyproject.toml)
 
-.PHONY: help setup demo docs lock test test-slow test-gpu test-versions test-latest test-upstream test-vllm coverage mutation \
-	quality format clean distclean
+.PHONY: help setup demo docs lock test test-slow test-gpu test-versions test-latest test-upstream test-vllm \
+	test-harnesses coverage mutation quality format clean distclean
 .NOTPARALLEL:
 
 help:
 	@echo "make setup | demo | docs | lock | test | test-slow | test-gpu | test-versions | test-latest | test-upstream"
-	@echo "     test-vllm | coverage | mutation | quality | format | clean | distclean"
+	@echo "     test-vllm | test-harnesses | coverage | mutation | quality | format | clean | distclean"
 
 setup: $(SETUP_STAMP)
 
@@ -107,6 +107,10 @@ test-upstream: | $(BIN)/pytest
 test-vllm: | $(BIN)/pytest
 	$(VERSIONS) vllm -- $(PYTEST_ARGS)
 
+# lmms-eval and VLMEvalKit, in .cache/harnesses: two minutes and 1.2 GB the first time.
+test-harnesses: | $(BIN)/pytest
+	$(PY) scripts/harnesses.py -- $(PYTEST_ARGS)
+
 coverage: | $(BIN)/pytest
 	$(PY) -m coverage erase
 	$(PYTEST) tests -m "not slow and not gpu" -n $(WORKERS) --cov --cov-report= $(PYTEST_ARGS)
@@ -134,4 +138,4 @@ clean:
 	find src tests scripts -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean
-	rm -rf $(VENV) .cache/versions .cache/lock
+	rm -rf $(VENV) .cache/versions .cache/harnesses .cache/lock

@@ -81,17 +81,22 @@ def supported_minors() -> list[str]:
     return [f"5.{minor}" for minor in range(int(found[1]), int(found[2]))]
 
 
+def create(folder: Path) -> Path:
+    """Make an environment on top of the one that runs this script; its own packages come first. Returns where they
+    lie."""
+    site = folder / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
+    if not site.is_dir():
+        venv.create(folder, clear=True, symlinks=True)
+    (site / "beneath.pth").write_text(f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n")
+    return site
+
+
 def prepare(name: str) -> Path:
     """Make or mend the environment of a minor, or the one with the newest of all; returns its interpreter."""
     if name != LATEST and name not in supported_minors():
         raise SystemExit(f"{name} is no supported minor of transformers: {', '.join(supported_minors())}, or {LATEST}")
-    folder = CACHE / name
-    site = folder / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
-    if not site.is_dir():
-        venv.create(folder, clear=True, symlinks=True)
-    # Its own packages come first in the path.
-    (site / "beneath.pth").write_text(f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n")
-    torch = CACHE / "torch.txt"
+    folder, torch = CACHE / name, CACHE / "torch.txt"
+    create(folder)
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     torch.write_text("\n".join(line for line in lines if re.match("(torch|triton)==", line)) + "\n")
     wanted = [f"transformers=={name}.*"]

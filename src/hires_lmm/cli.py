@@ -4,24 +4,41 @@ Nothing heavy is imported before a command runs: `hires_lmm_command` loads this 
 So imports inside commands are absolute, but for what needs no torch, which is imported from beside this file.
 """
 
-import json
 import re
-import shlex
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from enum import Enum
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from .convert_commands import Destination, SaveDtype, add_convert_commands
+from . import cli_evaluation
+from .cli_convert import add_convert_commands
+from .cli_shared import (
+    Budget,
+    Checkpoint,
+    Destination,
+    Device,
+    Dtype,
+    DtypeOption,
+    Json,
+    MaxCrops,
+    Question,
+    SaveDtype,
+    Trust,
+    escape,
+    existing,
+    images_kwargs,
+    notes,
+    one_line_errors,
+    output,
+    progress_bar,
+    quiet_work,
+    warn_unknown,
+    write_json,
+)
 
 
 app = typer.Typer(
@@ -33,8 +50,6 @@ app = typer.Typer(
 )
 convert_app = typer.Typer(help="Convert to and from other formats.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(convert_app, name="convert")
-
-output, notes = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def _show_versions(wanted: bool) -> None:
@@ -51,118 +66,6 @@ def _main(
     ] = False,
 ) -> None:
     pass
-
-
-def _checked_question(text: str) -> str:
-    if not text.strip():
-        raise typer.BadParameter("The question is empty.")
-    return text
-
-
-class Dtype(str, Enum):
-    """Number formats of the weights."""
-
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-Checkpoint = Annotated[str, typer.Argument(help="Folder or Hub id of a hires_lmm checkpoint.", show_default=False)]
-Budget = Annotated[int | None, typer.Option(min=1, help="Budget: visual tokens kept of one image, exactly.")]
-MaxCrops = Annotated[
-    int | None, typer.Option(min=1, help="Most crops of one image. [default: as the checkpoint has it]")
-]
-DtypeOption = Annotated[Dtype, typer.Option(help="Number format of the weights; auto = as saved.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... [default: CUDA where there is one]")]
-Trust = Annotated[bool, typer.Option(help="Run code of the checkpoint that hires_lmm does not have.")]
-Json = Annotated[bool, typer.Option("--json", help="Write JSON to standard output.")]
-Question = Annotated[
-    str, typer.Option("--question", "-q", help="The question.", show_default=False, callback=_checked_question)
-]
-
-
-@contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Turn what a user can mend into one line on standard error and exit status 1; a bug keeps its traceback."""
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, StrictDataclassError
-    from jinja2 import TemplateError
-
-    library = (HfHubHTTPError, HFValidationError, StrictDataclassError, TemplateError)
-    try:
-        yield
-    except (ValueError, OSError, ImportError, *library) as error:
-        _fail(error)
-    except RuntimeError as error:
-        if "out of memory" not in str(error):
-            raise
-        _fail(f"{str(error).splitlines()[0]} Lower --max-crops or --max-image-tokens, or use --dtype bfloat16.")
-    except KeyboardInterrupt:
-        notes.print("stopped")
-        raise typer.Exit(130) from None
-
-
-def _fail(reason: object) -> None:
-    notes.print(f"[bold red]error:[/] {_escape(' '.join(str(reason).split()))}")
-    raise typer.Exit(1)
-
-
-def _escape(text: str) -> str:
-    return text.replace("[", r"\[")
-
-
-@contextmanager
-def _quiet_work() -> Iterator[None]:
-    """`one_line_errors`, with the library's own bars and notes kept off the terminal."""
-    with one_line_errors():
-        from huggingface_hub.utils import logging as hub_logging
-        from transformers.utils import logging
-
-        hub_logging.set_verbosity_error()
-        logging.set_verbosity_error()
-        if not sys.stderr.isatty():
-            logging.disable_progress_bar()
-        yield
-
-
-def _existing(checkpoint: str, presets: Iterable[str] = ()) -> str:
-    """A folder that exists, or something that may be a Hub id."""
-    path = Path(checkpoint)
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ValueError(f"{checkpoint} has no config.json, so it is no checkpoint; name another folder.")
-        return checkpoint
-    if path.exists() or path.is_absolute() or checkpoint.count("/") > 1 or checkpoint.startswith((".", "~")):
-        raise ValueError(f"There is no folder {checkpoint}; name a checkpoint folder or a Hub id (owner/name).")
-    if "/" not in checkpoint:
-        hint = f"; known presets: {', '.join(presets)}" if presets else ""
-        raise ValueError(f"There is no folder {checkpoint}, and a Hub id has the form owner/name{hint}.")
-    return checkpoint
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[int, int, str], None]]:
-    """A bar on standard error, as a function of (done, total, description)."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=notes) as progress:
-        task = progress.add_task("starting", total=None)
-
-        def update(done: int, total: int, description: str) -> None:
-            progress.update(task, completed=done, total=total, description=description)
-
-        yield update
-
-
-def _images_kwargs(max_crops: int | None, max_image_tokens: int | None) -> dict[str, int]:
-    options = {"max_crops": max_crops, "max_image_tokens": max_image_tokens}
-    return {name: value for name, value in options.items() if value is not None}
-
-
-def _warn_unknown(words: list[str]) -> None:
-    from hires_lmm.inference import describe_unknown
-
-    if words:
-        notes.print(f"[bold yellow]warning:[/] {_escape(describe_unknown(words))}")
 
 
 @app.command("ask")
@@ -182,13 +85,13 @@ def _ask(
 
     The answer streams to standard output; what was kept goes to standard error.
     """
-    with _quiet_work():
+    with quiet_work():
         from hires_lmm.inference import AnswerStream, load_model, load_processor, prepare
         from hires_lmm.visualize import count_kept
 
-        processor = load_processor(_existing(checkpoint), trust_remote_code)
-        prepared = prepare(processor, images, question, **_images_kwargs(max_crops, max_image_tokens))
-        _warn_unknown(prepared.unknown_words)
+        processor = load_processor(existing(checkpoint), trust_remote_code)
+        prepared = prepare(processor, images, question, **images_kwargs(max_crops, max_image_tokens))
+        warn_unknown(prepared.unknown_words)
         model = load_model(checkpoint, dtype.value, device, trust_remote_code)
         pieces, answer = AnswerStream(model, processor, prepared, max_new_tokens), ""
         for piece in pieces:
@@ -203,18 +106,14 @@ def _ask(
             records.append({"image": name, **sizes})
         if as_json:
             said = {"question": question, "unknown_words": prepared.unknown_words, "answer": answer}
-            _write_json({**said, "images": records})
+            write_json({**said, "images": records})
             return
         sys.stdout.write("\n")
         sys.stdout.flush()
         for each in records:
             size = f"{each['width']} x {each['height']} pixels (width x height)"
             kept = f"{each['kept_tokens']} of {each['visual_tokens']} visual tokens kept"
-            notes.print(f"[dim]{_escape(str(each['image']))}: {size}, {kept}[/]")
-
-
-def _write_json(value: Any) -> None:
-    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+            notes.print(f"[dim]{escape(str(each['image']))}: {size}, {kept}[/]")
 
 
 def _parse_size(text: str) -> tuple[int, int]:
@@ -248,12 +147,12 @@ def _tokens(
         if checkpoint in PRESET_SETTINGS and not Path(checkpoint).exists():
             settings = PRESET_SETTINGS[checkpoint]
         else:
-            settings = read_image_settings(_existing(checkpoint, PRESET_SETTINGS))
+            settings = read_image_settings(existing(checkpoint, PRESET_SETTINGS))
             check_planner(checkpoint, settings["planner"])
-        options = _images_kwargs(max_crops, None)
+        options = images_kwargs(max_crops, None)
         accounts = [account_image(settings, *pair, max_image_tokens, **options) for pair in pairs]
         if as_json:
-            _write_json([{**account.to_dict(), **options} for account in accounts])
+            write_json([{**account.to_dict(), **options} for account in accounts])
             return
         output.print(_token_table(accounts), crop=False, overflow="ignore")
 
@@ -298,24 +197,24 @@ def _show(
     """
     if out.suffix.lower() != ".png":
         raise typer.BadParameter(f"{out} must end in .png.", param_hint="--out")
-    with _quiet_work():
+    with quiet_work():
         if not out.absolute().parent.is_dir():
             raise ValueError(f"There is no folder {out.parent}; create it first.")
         from hires_lmm.inference import load_model, load_processor, map_tokens, prepare
         from hires_lmm.visualize import count_kept, draw_token_map
 
-        processor = load_processor(_existing(checkpoint), trust_remote_code)
-        prepared = prepare(processor, [image], question, **_images_kwargs(max_crops, max_image_tokens))
-        _warn_unknown(prepared.unknown_words)
+        processor = load_processor(existing(checkpoint), trust_remote_code)
+        prepared = prepare(processor, [image], question, **images_kwargs(max_crops, max_image_tokens))
+        warn_unknown(prepared.unknown_words)
         model = load_model(checkpoint, dtype.value, device, trust_remote_code)
         token_map = map_tokens(model, prepared)
         draw_token_map(prepared.images[0], token_map, title=question, width=width, layers=layers).save(out)
         kept, total = count_kept(token_map)
         if as_json:
             record = {"picture": str(out), "visual_tokens": total, "kept_tokens": kept}
-            _write_json({**record, "unknown_words": prepared.unknown_words})
+            write_json({**record, "unknown_words": prepared.unknown_words})
             return
-        output.print(f"{_escape(str(out))}: {kept} of {total} visual tokens kept")
+        output.print(f"{escape(str(out))}: {kept} of {total} visual tokens kept")
 
 
 @app.command("export")
@@ -324,12 +223,12 @@ def _export(checkpoint: Checkpoint, destination: Destination, trust_remote_code:
 
     It holds weights, code, processor and model card, and loads where this package is not installed.
     """
-    with _quiet_work():
+    with quiet_work():
         from hires_lmm.conversion import export
 
-        with _progress() as progress:
-            export(_existing(checkpoint), destination, progress=progress, trust_remote_code=trust_remote_code)
-        output.print(f"wrote {_escape(str(destination))}")
+        with progress_bar() as progress:
+            export(existing(checkpoint), destination, progress=progress, trust_remote_code=trust_remote_code)
+        output.print(f"wrote {escape(str(destination))}")
 
 
 @app.command("compose")
@@ -359,7 +258,7 @@ def _compose(
     towers = dict(each.partition("=")[::2] for each in extra_tower or [])
     if not all(towers.values()) or (random and towers):
         raise typer.BadParameter("write NAME=SOURCE, and no --random.", param_hint="--extra-tower")
-    with _quiet_work():
+    with quiet_work():
         from hires_lmm import PRESETS
         from hires_lmm.conversion import compose, compose_random
 
@@ -367,12 +266,12 @@ def _compose(
             raise typer.BadParameter(f"{preset!r} is none of {', '.join(PRESETS)}.", param_hint="--preset")
         if vision is None or text is None:
             compose_random(destination, preset, seed)
-            output.print(f"wrote {_escape(str(destination))}; its weights are random")
+            output.print(f"wrote {escape(str(destination))}; its weights are random")
             return
         build = partial(compose, vision, text, preset, destination, dtype=dtype, chat_template=chat_template)
-        with _progress() as progress:
+        with progress_bar() as progress:
             build(extra_towers=towers, progress=progress)
-        output.print(f"wrote {_escape(str(destination))}; its new parts are untrained")
+        output.print(f"wrote {escape(str(destination))}; its new parts are untrained")
         _show_choices(destination)
 
 
@@ -382,24 +281,24 @@ def _show_choices(folder: Path) -> None:
     from hires_lmm.folders import check_tokenizer
 
     for name, choice in describe_choices(folder).items():
-        notes.print(f"{name}: {_escape(choice)}")
+        notes.print(f"{name}: {escape(choice)}")
     try:
         check_tokenizer(str(folder))
     except ValueError as error:
-        notes.print(f"[bold yellow]warning:[/] {_escape(str(error))}")
+        notes.print(f"[bold yellow]warning:[/] {escape(str(error))}")
 
 
 def _convert(function: str, *arguments: str, destination: Path, **options: str | None) -> None:
     """Call a function of `hires_lmm.conversion`."""
-    with _quiet_work():
+    with quiet_work():
         import hires_lmm.conversion
 
-        with _progress() as progress:
+        with progress_bar() as progress:
             call = getattr(hires_lmm.conversion, function)
             report = call(*arguments, destination, **options, progress=progress)
-        output.print(f"wrote {_escape(str(destination))}")
+        output.print(f"wrote {escape(str(destination))}")
         if unused := report["unused"]:
-            notes.print(f"not used: {_escape(', '.join(unused))}")
+            notes.print(f"not used: {escape(', '.join(unused))}")
         if report["conversion"].partition("-")[0] != "to":
             _show_choices(destination)
 
@@ -407,104 +306,9 @@ def _convert(function: str, *arguments: str, destination: Path, **options: str |
 add_convert_commands(convert_app, _convert)
 
 
-def _parse_list(text: str | None, kind: Callable[[str], Any], name: str) -> list[Any]:
-    """Values between commas; `default` leaves the choice to the checkpoint."""
-    values = []
-    for word in (text or "default").split(","):
-        try:
-            values.append(None if word.strip() == "default" else kind(word.strip()))
-        except ValueError:
-            raise typer.BadParameter(
-                f"{word!r} is no value; write numbers between commas, such as 8,64,default.", param_hint=name
-            ) from None
-    return values
-
-
-def _parse_option(text: str) -> tuple[str, Any]:
-    """`scenes=300` -> `("scenes", 300)`; what is no JSON stays text."""
-    name, sign, value = text.partition("=")
-    if not name or not sign:
-        raise typer.BadParameter(f"{text!r} is no option; write KEY=VALUE, such as scenes=300.", param_hint="--data")
-    try:
-        return name, json.loads(value)
-    except ValueError:
-        return name, value
-
-
-def _parse_names(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",")]
-
-
-@app.command("sweep")
-def _sweep(
-    checkpoint: Checkpoint,
-    dataset: Annotated[
-        str,
-        typer.Argument(help="A .json or .jsonl file, or NAME[:SPLIT] of a registered set.", show_default=False),
-    ],
-    out: Annotated[Path, typer.Option(help="Folder of answers and results; goes on there.", show_default=False)],
-    tokens: Annotated[str | None, typer.Option(help="Budgets, such as 100,150,default (default = no budget).")] = None,
-    gamma: Annotated[str | None, typer.Option(help="Thresholds of the router, such as 0.5,0.75,1.")] = None,
-    max_crops: Annotated[str | None, typer.Option(help="Most crops, such as 4,16,default.")] = None,
-    image_size: Annotated[str | None, typer.Option(help="Longest sides of images, pixels.")] = None,
-    views: Annotated[str, typer.Option(help="Of all,global,crops,none.")] = "all",
-    response_format: Annotated[str, typer.Option("--format", help="Of plain,word,letter.")] = "plain",
-    data: Annotated[
-        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Option of a registered data set; may be repeated.")
-    ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first questions.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Questions answered at once.")] = 16,
-    seed: Annotated[int, typer.Option(help="Seed of options to choose from and of the intervals.")] = 0,
-    plot: Annotated[bool, typer.Option(help="Draw pictures (needs matplotlib).")] = True,
-    dtype: DtypeOption = Dtype.auto,
-    device: Device = None,
-    trust_remote_code: Trust = False,
-    as_json: Json = False,
-) -> None:
-    """Measure accuracy over a grid of settings.
-
-    Accuracy by kind of question with 95 % intervals, for all combinations of the lists given. Run again, it goes on.
-    """
-    data_options = dict(_parse_option(text) for text in data or ())
-    grid: dict[str, list[Any]] = {
-        "tokens": _parse_list(tokens, int, "--tokens"),
-        "gamma": _parse_list(gamma, float, "--gamma"),
-        "max_crops": _parse_list(max_crops, int, "--max-crops"),
-        "image_size": _parse_list(image_size, int, "--image-size"),
-        "views": _parse_names(views),
-        "format": _parse_names(response_format),
-    }
-    with _quiet_work():
-        from hires_lmm.evaluation import build_tables, expand_grid
-        from hires_lmm.evaluation.command import SweepRun, run_sweep
-        from hires_lmm.evaluation.laws import build_law_table, fit_budgets
-
-        run = SweepRun(
-            checkpoint=_existing(checkpoint),
-            dataset=dataset,
-            folder=out,
-            settings=expand_grid(**grid),
-            data_options=data_options,
-            limit=limit,
-            batch_size=batch_size,
-            seed=seed,
-            dtype=dtype.value,
-            device=device,
-            trust_remote_code=trust_remote_code,
-            command=shlex.join(["hires-lmm", *sys.argv[1:]]),
-            plot=plot,
-        )
-        with _progress() as progress:
-            result, record, files = run_sweep(run, progress)
-        if as_json:
-            _write_json(record)
-        else:
-            wide = Console(highlight=False, width=max(output.width, 200))  # a table is as wide as it needs to be
-            for table in build_tables(result):
-                wide.print(table, crop=False, overflow="ignore")
-            if laws := fit_budgets(result):
-                wide.print(build_law_table(laws), crop=False, overflow="ignore")
-        notes.print(f"wrote {_escape(', '.join(map(str, files)))}")
+app.command("sweep")(cli_evaluation.sweep)
+app.command("vlmeval")(cli_evaluation.vlmeval)
+app.command("harness-tasks")(cli_evaluation.harness_tasks)
 
 
 @app.command("reconstruct")
@@ -526,18 +330,18 @@ def _reconstruct(
 
     For checkpoints of training with the objective 'reconstruction'; needs the extra 'reconstruction'.
     """
-    with _quiet_work():
+    with quiet_work():
         from hires_lmm.inference import load_model, load_processor
         from hires_lmm.training.objectives.painting import find_reconstruction, paint, write_png
 
-        objective = find_reconstruction(_existing(checkpoint), objectives)
+        objective = find_reconstruction(existing(checkpoint), objectives)
         model = load_model(checkpoint, dtype.value, device, trust_remote_code)
         processor = load_processor(checkpoint, trust_remote_code)
-        kwargs = _images_kwargs(max_crops, None)
-        with _progress() as progress:
+        kwargs = images_kwargs(max_crops, None)
+        with progress_bar() as progress:
             painted = paint(model, processor, objective, image, steps, seed, images_kwargs=kwargs, progress=progress)
         write_png(painted, out)
-    notes.print(f"wrote {_escape(str(out))}")
+    notes.print(f"wrote {escape(str(out))}")
 
 
 @app.command("demo")
@@ -553,11 +357,11 @@ def _demo(
 
     Image, question and budget go in; answer and picture of the kept tokens come out. Needs the extra `demo`.
     """
-    with _quiet_work():
+    with quiet_work():
         from hires_lmm.inference import load_model, load_processor
         from hires_lmm.page import build_page
 
-        processor = load_processor(_existing(checkpoint), trust_remote_code)
+        processor = load_processor(existing(checkpoint), trust_remote_code)
         model = load_model(checkpoint, dtype.value, device, trust_remote_code)
         page = build_page(model, processor, Path(checkpoint).name)
         notes.print(f"the page is at http://{host}:{port} (stop with Ctrl-C)")
@@ -588,10 +392,10 @@ def _serve(
 
         given = {"max_image_tokens": max_image_tokens, "max_crops": max_crops, "images": images, "dtype": dtype.value}
         trust = {"request_options": request_options, "trust_remote_code": trust_remote_code}
-        command = server_command(_existing(checkpoint), host, port, **given, **trust, more=more or ())
+        command = server_command(existing(checkpoint), host, port, **given, **trust, more=more or ())
         url = f"http://{host}:{port}"
         ready = f"the server is at {url} (stop with Ctrl-C); ask it:\n{curl_line(checkpoint, url)}"
-        raise typer.Exit(run_server(command, url, lambda: notes.print(_escape(ready))))
+        raise typer.Exit(run_server(command, url, lambda: notes.print(escape(ready))))
 
 
 if __name__ == "__main__":

@@ -28,20 +28,21 @@ class Prepared:
     unknown_words: list[str]
 
 
-def load_processor(checkpoint: str, trust_remote_code: bool = False) -> Any:
+def load_processor(checkpoint: str, trust_remote_code: bool = False, revision: str | None = None) -> Any:
     """Load the processor of a checkpoint through `AutoProcessor`.
 
     Args:
         trust_remote_code (`bool`): Whether code that comes with the checkpoint may run.
+        revision (`str`, *optional*): Branch, tag or commit of a Hub id.
 
     Raises:
         ValueError: If the checkpoint is of another kind of model, damaged, or has no tokenizer.
         OSError: If it does not exist.
     """
     with _clear_errors(checkpoint):
-        _check_kind(checkpoint, trust_remote_code)
+        _check_kind(checkpoint, trust_remote_code, revision)
         check_tokenizer(checkpoint)
-        return AutoProcessor.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
+        return AutoProcessor.from_pretrained(checkpoint, trust_remote_code=trust_remote_code, revision=revision)
 
 
 @contextmanager
@@ -60,8 +61,8 @@ def _clear_errors(checkpoint: str) -> Iterator[None]:
         ) from error
 
 
-def _check_kind(checkpoint: str, trust_remote_code: bool) -> None:
-    config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
+def _check_kind(checkpoint: str, trust_remote_code: bool, revision: str | None) -> None:
+    config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=trust_remote_code, revision=revision)
     if config.model_type != "hires_lmm":
         raise ValueError(
             f"{checkpoint} holds a {config.model_type!r} model; this command needs a 'hires_lmm' checkpoint."
@@ -69,7 +70,12 @@ def _check_kind(checkpoint: str, trust_remote_code: bool) -> None:
 
 
 def load_model(
-    checkpoint: str, dtype: str = "auto", device: str | None = None, trust_remote_code: bool = False
+    checkpoint: str,
+    dtype: str = "auto",
+    device: str | None = None,
+    trust_remote_code: bool = False,
+    device_map: str | None = None,
+    **options: Any,
 ) -> torch.nn.Module:
     """Load a model through `AutoModelForImageTextToText`, in evaluation mode.
 
@@ -77,6 +83,8 @@ def load_model(
         dtype (`str`): One of `DTYPES`; `"auto"` = as saved.
         device (`str`, *optional*): `"cpu"`, `"cuda"`, `"cuda:1"`, ...; default CUDA where there is one.
         trust_remote_code (`bool`): Whether code that comes with the checkpoint may run.
+        device_map (`str`, *optional*): Spreads the model over devices, in place of `device`.
+        options: Others of `from_pretrained`: `revision`, `attn_implementation`.
 
     Raises:
         ValueError: If dtype or device is unknown or not there, or the checkpoint is damaged.
@@ -84,13 +92,15 @@ def load_model(
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} is unknown; choose one of {', '.join(DTYPES)}.")
+    if device is not None and device_map is not None:
+        raise ValueError(f"device={device!r} and device_map={device_map!r} exclude each other; pass one.")
     target = _checked_device(device)
     kind = dtype if dtype == "auto" else getattr(torch, dtype)
     with _clear_errors(checkpoint):
         model = AutoModelForImageTextToText.from_pretrained(
-            checkpoint, dtype=kind, trust_remote_code=trust_remote_code
+            checkpoint, dtype=kind, trust_remote_code=trust_remote_code, device_map=device_map, **options
         )
-    return model.to(target).eval()
+    return model.eval() if device_map is not None else model.to(target).eval()
 
 
 def open_images(sources: list[Any]) -> list[Image.Image]:

@@ -22,8 +22,8 @@ import hires_lmm
 SOURCE = Path(hires_lmm.__file__).parent
 LIBRARIES = ("transformers", "huggingface_hub", "accelerate", "peft", "trl")
 DOCUMENTED = {  # modules with a page of their own
-    "huggingface_hub", "huggingface_hub.errors", "huggingface_hub.utils", "peft", "transformers.image_utils",
-    "transformers.modeling_outputs",
+    "accelerate", "huggingface_hub", "huggingface_hub.errors", "huggingface_hub.utils", "peft",
+    "transformers.image_utils", "transformers.modeling_outputs",
 }  # fmt: skip
 DOCUMENTED_NAMES = {
     "ModelOutput", "apply_chat_template", "from_pretrained", "generate", "get", "logging", "save_pretrained",
@@ -31,7 +31,10 @@ DOCUMENTED_NAMES = {
 EVENTS = {name for name in dir(transformers.TrainerCallback) if name.startswith("on_")}
 SET_BY_DECORATORS = {"_auto_class", "config_class", "validate"}
 MODULES = {"transformers.initialization"}  # imported as a whole
-NOT_THEIRS = {"_modules", "_replace", "_weights_info"}  # of torch; of named tuples; of ours, on a model
+NOT_THEIRS = {  # of torch; of named tuples; of ours, on a model; of lmms-eval
+    "_modules", "_replace", "_weights_info", "_resolve_system_prompt",
+}  # fmt: skip
+NOT_HERE = ("kernels", "vllm", "evaluation.lmms_eval", "evaluation.vlmeval")  # need triton, vLLM or a harness
 
 
 def find(place: str) -> Any:
@@ -91,7 +94,7 @@ def taken_beyond(tree: ast.AST) -> set[str]:
 def own_classes() -> Iterator[type]:
     """Classes of this package that have a base in one of the libraries."""
     for found in pkgutil.walk_packages(hires_lmm.__path__, "hires_lmm."):
-        if not any(name in found.name for name in ("kernels", "vllm")):  # they need triton and vLLM
+        if not any(name in found.name for name in NOT_HERE):
             for thing in vars(importlib.import_module(found.name)).values():
                 if inspect.isclass(thing) and thing.__module__ == found.name and _library_bases(thing):
                     yield thing

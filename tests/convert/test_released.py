@@ -32,9 +32,9 @@ from typer.testing import CliRunner
 from golden import test_inf_llava, test_llava_mini, test_llava_uhd, test_mg_convgate, test_mqt
 from hires_lmm import HiResLmmConfig
 from hires_lmm.cli import app
+from hires_lmm.cli_convert import RELEASED as COMMANDS
 from hires_lmm.conversion import ConversionError, convert_released, convert_to_released
 from hires_lmm.conversion.llava_formats import FORMATS
-from hires_lmm.convert_commands import RELEASED as COMMANDS
 
 
 NAMES = list(RELEASED)

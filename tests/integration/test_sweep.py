@@ -234,7 +234,7 @@ def test_gamma_is_that_of_a_router_built_with_it():
 
 def test_gamma_needs_a_threshold():
     model, processor = build("budget")
-    with pytest.raises(ValueError, match=r"gamma=0.5, but no part .* keeps tokens by a threshold; sweep budgets"):
+    with pytest.raises(ValueError, match=r"gamma=0.5, but no part .* keeps tokens by a threshold; set budgets"):
         evaluate(model, processor, rows(), [SweepSetting(gamma=0.5)])
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -13,27 +12,7 @@ from .laws import fit_budgets
 from .report import ANSWERS_FILE, LAWS_FILE, build_record, write_report
 from .rows import load_rows
 from .settings import SweepSetting
-from .store import AnswerStore
-
-
-WEIGHT_FILES = ("*.safetensors", "*.bin")
-SAMPLED_BYTES = 1 << 20
-
-
-def checkpoint_fingerprint(checkpoint: str) -> str:
-    """A hash of `config.json` and of name, size and both ends of every weight file; for a Hub id, the id."""
-    folder = Path(checkpoint)
-    if not folder.is_dir():
-        return checkpoint
-    digest = blake2b((folder / "config.json").read_bytes(), digest_size=16)
-    for file in sorted(file for pattern in WEIGHT_FILES for file in folder.glob(pattern)):
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size}".encode())
-        with open(file, "rb") as stream:
-            digest.update(stream.read(SAMPLED_BYTES))
-            stream.seek(max(0, size - SAMPLED_BYTES))
-            digest.update(stream.read(SAMPLED_BYTES))
-    return digest.hexdigest()
+from .store import AnswerStore, checkpoint_fingerprint
 
 
 @dataclass(frozen=True)
@@ -80,7 +59,7 @@ def run_sweep(run: SweepRun, progress: Progress | None = None) -> tuple[SweepRes
         "data_options": {**run.data_options, "limit": run.limit},
         "dtype": str(model.dtype).removeprefix("torch."),
     }
-    store = AnswerStore(Path(run.folder) / ANSWERS_FILE, identity)
+    store: AnswerStore = AnswerStore(Path(run.folder) / ANSWERS_FILE, identity)
     result = evaluate(model, processor, rows, run.settings, run.batch_size, run.seed, store, progress)
     facts = {"checkpoint_name": run.checkpoint, **identity, "device": str(model.device), "command": run.command}
     laws = fit_budgets(result)

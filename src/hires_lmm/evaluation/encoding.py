@@ -18,6 +18,12 @@ from .settings import SweepSetting
 VIEWS_PER_PASS = 64
 
 
+def open_picture(processor: Any, source: Any, index: int) -> Image.Image:
+    """An image as the image processor reads it: upright, in RGB."""
+    options = processor.image_processor
+    return to_rgb(open_image(source, index), index, tuple(options.background), options.pixel_limit)
+
+
 @dataclass(frozen=True)
 class EncodedImages:
     """Features of some images under one setting, numbers by `source_key`, and the texts that stand for them."""
@@ -73,15 +79,13 @@ class ImageEncoder:
     def _resized(self, image_size: int | None) -> list[Image.Image]:
         """The pictures with a longest side of `image_size`."""
         if None not in self._pictures:
-            self._pictures[None] = [self._open(index, source) for index, source in enumerate(self.sources)]
+            self._pictures[None] = [
+                open_picture(self.processor, source() if callable(source) else source, index)
+                for index, source in enumerate(self.sources)
+            ]
         if image_size not in self._pictures:
             self._pictures[image_size] = [_resize(picture, image_size) for picture in self._pictures[None]]
         return self._pictures[image_size]
-
-    def _open(self, index: int, source: Any) -> Image.Image:
-        source = source() if callable(source) else source
-        options = self.processor.image_processor
-        return to_rgb(open_image(source, index), index, tuple(options.background), options.pixel_limit)
 
     def _sources(self, setting: SweepSetting, inputs: Any) -> dict[str, torch.Tensor]:
         """What the towers gave, kept for other settings; pixels, where parts read more of the towers than that."""

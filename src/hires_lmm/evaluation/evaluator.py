@@ -2,13 +2,13 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ..processing.messages_hires_lmm import drop_marks
 from ..training.parameters import find_base
+from .asking import encode_prompts, find_ends, read_answers, use_threshold
 from .encoding import EncodedImages, ImageEncoder
 from .prompts import AskedQuestion, ask, draw_options, normalise_answer
 from .rows import SweepRow, digest_rows, prepare_rows, source_key
@@ -172,9 +172,7 @@ class _Asker:
     def __init__(self, model: Any, processor: Any, batch_size: int, asked: Asked):
         self.model, self.processor, self.batch_size, self.asked = model, processor, batch_size, asked
         tokenizer = processor.tokenizer
-        ends = model.generation_config.eos_token_id
-        ends = tokenizer.eos_token_id if ends is None else ends
-        self.ends = torch.tensor(ends if isinstance(ends, list) else [ends], device=model.device)
+        self.ends = find_ends(model, tokenizer)
         answers = {question.answer for question in asked.values()}
         lengths = [len(tokenizer(answer, add_special_tokens=False)["input_ids"]) for answer in answers]
         self.max_new_tokens = max(lengths) + SPARE_TOKENS
@@ -182,7 +180,7 @@ class _Asker:
     def check(self, settings: Sequence[SweepSetting]) -> None:
         """Refuse thresholds that nothing in the model reads."""
         for setting in settings:
-            with _threshold(self.model, setting.gamma):
+            with use_threshold(self.model, setting.gamma):
                 pass
 
     @torch.inference_mode()
@@ -190,7 +188,7 @@ class _Asker:
         """Ask some questions under one setting."""
         images = encoder.encode(setting) if setting.views != "none" and encoder.sources else None
         answers = []
-        with _threshold(self.model, setting.gamma):
+        with use_threshold(self.model, setting.gamma):
             for start in range(0, len(rows), self.batch_size):
                 answers += self._batch(setting, rows[start : start + self.batch_size], images)
         return answers
@@ -203,7 +201,8 @@ class _Asker:
             options["mm_encoder_outputs"] = {"image": images.features.select_images(chosen)}
         with _count_tokens(self.model, self.processor.image_token_id) as counts:
             generated = self.model.generate(**options)
-        texts, ended = self._read(generated[:, inputs["input_ids"].shape[1] :])
+        new = generated[:, inputs["input_ids"].shape[1] :]
+        texts, ended, _ = read_answers(self.processor.tokenizer, new, self.ends)
         answers = []
         for row, question, text, end, tokens in zip(rows, asked, texts, ended, counts, strict=True):
             num_options = question.num_options
@@ -238,22 +237,8 @@ class _Asker:
         if images is not None:
             chosen = [images.order[source_key(source)] for row in rows for source in row.images]
         placeholders = [images.placeholders[index] for index in chosen] if images is not None else []
-        texts, _ = self.processor.get_text_with_replacements(list(texts), placeholders)
-        tokenizer = self.processor.tokenizer
-        adds = tokenizer.bos_token is None or not texts[0].startswith(tokenizer.bos_token)
-        encoded = tokenizer(texts, padding=True, padding_side="left", add_special_tokens=adds)
-        drop_marks(texts, encoded, self.processor.image_token, tokenizer)
-        encoded.convert_to_tensors("pt")
-        names = ("input_ids", "attention_mask")
-        return {name: encoded[name].to(self.model.device) for name in names}, chosen
-
-    def _read(self, generated: torch.Tensor) -> tuple[list[str], list[bool]]:
-        """Texts up to the first end token, and whether it came."""
-        is_end = torch.isin(generated, self.ends)
-        ended = is_end.any(dim=1).tolist()
-        before = is_end.long().cumsum(dim=1) == 0
-        rows = [ids[mask].tolist() for ids, mask in zip(generated.cpu(), before.cpu(), strict=True)]
-        return [self.processor.tokenizer.decode(ids, skip_special_tokens=True) for ids in rows], ended
+        encoded = encode_prompts(self.processor, texts, placeholders)
+        return {name: tensor.to(self.model.device) for name, tensor in encoded.items()}, chosen
 
 
 def _conversation(row: SweepRow, suffix: str, with_images: bool) -> list[dict]:
@@ -268,28 +253,6 @@ def _conversation(row: SweepRow, suffix: str, with_images: bool) -> list[dict]:
     if suffix:
         turns[-1]["content"].append({"type": "text", "text": suffix})
     return turns
-
-
-@contextmanager
-def _threshold(model: Any, gamma: float | None) -> Iterator[None]:
-    """Another gamma for the parts whose count depends on content."""
-    if gamma is None:
-        yield
-        return
-    parts = [op for op in find_base(model).connector.token_ops if op.traits.count == "content"]
-    if not parts:
-        raise ValueError(
-            f"gamma={gamma}, but no part of this checkpoint keeps tokens by a threshold; sweep budgets (tokens) "
-            'instead, or load it with a router whose keep is {"rule": "threshold"}.'
-        )
-    kept = [part.keep for part in parts]
-    try:
-        for part in parts:
-            part.keep = replace(part.keep, gamma=gamma)
-        yield
-    finally:
-        for part, keep in zip(parts, kept, strict=True):
-            part.keep = keep
 
 
 @contextmanager

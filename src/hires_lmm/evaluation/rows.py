@@ -98,7 +98,7 @@ def read_rows(file: str | Path, image_folder: str | Path | None = None) -> list[
         raise ValueError(f"There is no file {str(file)!r}; correct the path.")
     text = file.read_text(encoding="utf-8")
     try:
-        lines = [line for line in text.splitlines() if line.strip()] if file.suffix == ".jsonl" else []
+        lines = [line for line in text.split("\n") if line.strip()] if file.suffix == ".jsonl" else []
         records = [json.loads(line) for line in lines] if file.suffix == ".jsonl" else json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{str(file)!r} is no JSON: {error}.") from error

@@ -174,13 +174,14 @@ class HiResLmmProcessor(HiResLmmProcessorBase):
     def __call__(
         self, images: Any = None, text: Any = None, videos: Any = None, audio: Any = None, **kwargs: Any
     ) -> Any:
-        """As in transformers; several threads may share the processor.
+        """As in transformers; several threads may share the processor. Empty lists of videos or `audios` mean none.
 
         Tokenizers keep padding and truncation of a call as a state of their own. So one thread tokenises at a time,
         while others may cut images, and the state is put back.
         """
         if kwargs.get("return_text_replacement_offsets") and not self.hears_question:
             self._refuse_unheard(text, kwargs)
+        audio = kwargs.pop("audios", None) if audio is None else audio  # the name that harnesses use
         with _tokenizer_alone(self.tokenizer):
             inputs = super().__call__(images=images, text=text, videos=videos, audio=audio, **kwargs)
         if text is not None and not self._has_warned:
@@ -238,9 +239,9 @@ class HiResLmmProcessor(HiResLmmProcessorBase):
     def prepare_inputs_layout(
         self, images: Any = None, text: Any = None, videos: Any = None, audio: Any = None, **kwargs: Any
     ) -> tuple:
-        """As in transformers; videos and audio are refused, and an empty list of images means none."""
+        """As in transformers; videos and audio are refused, and an empty list of them or of images means none."""
         for name, value in (("videos", videos), ("audio", audio)):
-            if value is not None:
+            if value is not None and not (isinstance(value, (list, tuple)) and not value):
                 raise ValueError(
                     f"{name}={type(value).__name__} was passed, but this processor reads images and text."
                 )

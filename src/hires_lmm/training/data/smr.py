@@ -92,7 +92,7 @@ def read_json(file: Path) -> Any:
     """Read a JSON or JSON-lines file."""
     text = file.read_text(encoding="utf-8")
     if file.suffix == ".jsonl":
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
+        return [json.loads(line) for line in text.split("\n") if line.strip()]
     return json.loads(text)
 
 

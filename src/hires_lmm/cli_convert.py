@@ -1,15 +1,13 @@
 """The commands `hires-lmm convert …`; nothing heavy is imported here."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from .cli_shared import Destination, SaveDtype, Source
 
-Source = Annotated[str, typer.Argument(help="Folder or Hub id.", show_default=False)]
-Destination = Annotated[Path, typer.Argument(help="A new folder.", show_default=False)]
-SaveDtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. [default: as in the source]")]
+
 Tower = Annotated[str | None, typer.Option(help="Tower: folder, config file or Hub id.")]
 Base = Annotated[str | None, typer.Option(help="Language model under a LoRA or stage folder.")]
 

@@ -1,0 +1,106 @@
+"""Needle questions as tasks of both harnesses, in the formats of TextVQA, POPE, MMBench and MMMU."""
+
+import base64
+import json
+from io import BytesIO
+from pathlib import Path
+
+import pandas as pd
+from PIL import Image
+
+
+ROOT = Path(__file__).parents[2]
+CHECKPOINT = ROOT / "checkpoints" / "needle-slime"
+IMAGES = ROOT / "examples" / "images"
+SCENES = json.loads((IMAGES / "needle_scenes.json").read_text(encoding="utf-8"))
+WORD = "\nAnswer the question using a single word or phrase."
+LETTER = "Answer with the option's letter from the given choices directly."
+
+UTILS = """
+def text(doc, lmms_eval_specific_kwargs=None):
+    return doc["question"] + (lmms_eval_specific_kwargs or {}).get("post_prompt", "")
+
+
+def visual(doc):
+    return [doc["image"].convert("RGB")]
+
+
+def interleaved(doc):
+    before, behind = doc["question"].split("<image 1>")
+    content = [{"type": "text", "text": before}] * bool(before)
+    content += [{"type": "image", "url": doc["image"]}, {"type": "text", "text": behind}]
+    return [{"role": "user", "content": content}]
+
+
+def score(doc, results):
+    return {"right": float(results[0].strip() == doc["answer"])}
+
+
+def fail(doc, results):
+    raise RuntimeError("this metric always fails")
+"""
+
+TASK = """task: {name}
+dataset_path: parquet
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: generate_until
+doc_to_visual: !function needle_utils.visual
+doc_to_text: !function needle_utils.text
+doc_to_target: answer
+process_results: !function needle_utils.score
+metric_list: [{{metric: right, aggregation: mean, higher_is_better: true}}]
+"""
+
+
+def image_bytes(name: str, side: int | None = None) -> bytes:
+    """The file of an image, or a smaller one."""
+    if side is None:
+        return (IMAGES / name).read_bytes()
+    stream = BytesIO()
+    with Image.open(IMAGES / name) as picture:
+        picture.convert("RGB").resize((side, side)).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def write_task(folder: Path, name: str, rows: list[dict], extra: str = "") -> None:
+    """A task of lmms-eval, its file of rows and its functions; `image` of a row is the bytes of a file."""
+    from datasets import Dataset, Features, Value
+    from datasets import Image as ImageColumn
+
+    features = Features({"image": ImageColumn(), "question": Value("string"), "answer": Value("string")})
+    rows = [{**row, "image": {"bytes": row["image"], "path": None}} for row in rows]
+    Dataset.from_list(rows, features=features).to_parquet(folder / f"{name}.parquet")
+    (folder / "needle_utils.py").write_text(UTILS)
+    (folder / f"{name}.yaml").write_text(TASK.format(name=name, file=folder / f"{name}.parquet") + extra)
+
+
+def needle_rows(form: str = "") -> list[dict]:
+    """The five committed scenes, with what a format puts behind the question."""
+    rows = [{"image": image_bytes(s["image"]), "question": s["question"], "answer": s["answer"]} for s in SCENES]
+    return [{**row, "question": row["question"] + form} for row in rows]
+
+
+def many_rows(images: int = 15, side: int = 192) -> list[dict]:
+    """Four questions on each of some images, the questions of an image not beside each other."""
+    pictures = []
+    for number in range(images):
+        stream = BytesIO()
+        with Image.open(IMAGES / SCENES[number % 5]["image"]) as picture:
+            turned = picture.convert("RGB").resize((side + 16 * number, side)).rotate(90 * (number // 5))
+        turned.save(stream, "PNG")
+        pictures.append(stream.getvalue())
+    questions = [scene["question"] for scene in SCENES[:4]]
+    return [{"image": image, "question": question, "answer": "?"} for question in questions for image in pictures]
+
+
+def write_tsv(folder: Path, name: str, rows: list[dict], **columns: list) -> None:
+    """A table of VLMEvalKit."""
+    table = {
+        "index": list(range(len(rows))),
+        "image": [base64.b64encode(row["image"]).decode() for row in rows],
+        "question": [row["question"] for row in rows],
+        "answer": [row["answer"] for row in rows],
+        **columns,
+    }
+    pd.DataFrame(table).to_csv(folder / f"{name}.tsv", sep="\t", index=False)
