@@ -8,7 +8,7 @@ import torch
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .carriers_hires_lmm import ImageGeometry, read_geometry
-from .geometry_hires_lmm import KINDS, Column, Kind
+from .geometry_hires_lmm import DENSE_PARTS, KINDS, Column, Kind
 from .outputs_hires_lmm import HiResLmmImageFeatures
 from .question_hires_lmm import PromptText
 from .tower_table_hires_lmm import tower_grid, tower_width, view_side
@@ -22,6 +22,7 @@ NUM_COLUMNS = 9
 
 IMAGE_ARGUMENTS = (
     "pixel_values",
+    "pixel_attention_mask",
     "vision_features",
     "view_positions",
     "view_spans",
@@ -128,7 +129,10 @@ def check_views(model: Any, source: torch.Tensor | None, is_encoded: bool, posit
             f"(views, {', '.join(map(str, wanted))}). Use the image processor that belongs to this checkpoint."
         )
     if positions is None or spans is None:
-        raise ValueError(f"{name} came without view_positions and view_spans; pass all that the processor gives.")
+        raise ValueError(
+            f"{name} came without view_positions and view_spans; pass all that the processor gives. Trainers that cut "
+            'batches by sample drop them: give their processor image_layout="dense".'
+        )
     if tuple(positions.shape) != (given[0], NUM_COLUMNS):
         raise ValueError(
             f"view_positions has the shape {tuple(positions.shape)}, expected ({given[0]}, {NUM_COLUMNS}): one row a "
@@ -246,11 +250,41 @@ def check_extra(model: Any, extra: dict[str, torch.Tensor], images: list[ImageGe
             )
 
 
+def unpack_samples(config: Any, mask: torch.Tensor, given: dict[str, Any], extra: dict[str, Any]) -> None:
+    """Put the rows of the dense layout, see `pack_samples` of the processor, into the arguments of the flat one."""
+    pixels, width = given["pixel_values"], 1 + sum(columns for _, columns in DENSE_PARTS)
+    if pixels is None or pixels.ndim != 5 or tuple(mask.shape) != (*pixels.shape[:2], width):
+        raise ValueError(
+            f"pixel_attention_mask has the shape {tuple(mask.shape)} and pixel_values "
+            f"{None if pixels is None else tuple(pixels.shape)}; expected (samples, views, {width}) and (samples, views, "
+            "3, height, width), as the processor gives them in the dense layout."
+        )
+    if given["view_positions"] is not None or any(views is not None for views in extra.values()):
+        raise ValueError("pixel_attention_mask holds the geometry of all views; pass no view_positions beside it.")
+    pixels, mask, (shown,) = pixels.flatten(0, 1), mask.flatten(0, 1), copy_to_host(mask.flatten(0, 1))
+    for number, name in enumerate(config.tower_names, 2):
+        side = view_side(config.extra_tower_configs()[name])
+        rows = (shown[:, 0] == number).nonzero()[:, 0].to(mask.device)
+        extra[f"pixel_values_{name}"] = pixels[rows.to(pixels.device), :, :side, :side]
+    is_view = shown[:, 0] == 1
+    sides = [config.view_size] * 2
+    if config.unequal_views and is_view.any():
+        patches = shown[is_view][:, 1 + Column.PATCH_ROWS : 2 + Column.PATCH_COLS].amax(dim=0)
+        sides = (patches * config.patch_size).tolist()
+    rows = is_view.nonzero()[:, 0]
+    given["pixel_values"] = pixels[rows.to(pixels.device), :, : sides[0], : sides[1]]
+    parts = mask[rows.to(mask.device), 1:].split([columns for _, columns in DENSE_PARTS], dim=1)
+    given.update({name: part for (name, _), part in zip(DENSE_PARTS, parts, strict=True)})
+
+
 def take_images(config: Any, options: dict[str, Any], **named: Any) -> ImageArguments:
     """Take what a call says of its images out of its keyword arguments."""
     given = {name: named[name] if name in named else options.pop(name, None) for name in IMAGE_ARGUMENTS}
-    features = read_encoder_outputs(given.pop("mm_encoder_outputs"))
     found = {argument: options.pop(argument, None) for argument in extra_arguments(config)}
+    mask = given.pop("pixel_attention_mask")
+    if mask is not None:
+        unpack_samples(config, mask, given, found)
+    features = read_encoder_outputs(given.pop("mm_encoder_outputs"))
     extra = {argument: views for argument, views in found.items() if views is not None}
     images = ImageArguments(**given, features=features, extra=extra)
     if sum(source is not None for source in (images.pixel_values, images.vision_features, images.features)) > 1:

@@ -21,6 +21,7 @@ from transformers.image_utils import (
 from transformers.processing_utils import ImagesKwargs, Unpack
 
 from .compat_hires_lmm import warn_if_untested
+from .dense_layout_hires_lmm import CROP_TO_PATCHES, check_cuts, count_samples, pack_samples
 from .geometry_hires_lmm import Kind
 from .image_input_hires_lmm import DEFAULT_PIXEL_LIMIT, flatten_budgets, flatten_images, open_image, to_rgb
 from .own_parts_hires_lmm import HiResLmmOwnPartsMixin, as_name, map_planner, part_loader
@@ -46,6 +47,10 @@ class HiResLmmImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[c
             sees every image whole, as `pixel_values_<name>`.
         max_image_tokens (`int` or `list[int]`, *optional*): Most placeholders of one image: global view, crops and
             marks together. In a call also one number an image: a list in their order, or nested as they are.
+        image_layout (`str`, *optional*): What the processor gives. `"flat"`: one row a view. `"dense"`: one row a
+            sample, see `pack_samples`, for trainers and wrappers that cut batches by sample. `None`: dense where a call
+            of the processor passes one list of images a text, as such trainers do, and flat in `apply_chat_template`
+            and all else. The image processor alone is flat unless a call says `"dense"`, with one list a sample.
         background (`list[int]`): Colour under transparent pixels, RGB.
         pixel_limit (`int`): Most pixels of a source image.
     """
@@ -61,6 +66,7 @@ class HiResLmmImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[c
     token_layout: dict | None
     extra_towers: dict | None
     max_image_tokens: int | list | tuple | None
+    image_layout: str | None
     rescale_factor: float | int | None
     image_mean: float | int | list | tuple | None
     image_std: float | int | list | tuple | None
@@ -149,6 +155,7 @@ class HiResLmmImageProcessor(HiResLmmOwnPartsMixin, PilBackend):
     token_layout = None
     extra_towers = None
     max_image_tokens = None
+    image_layout = None
     background = (255, 255, 255)
     pixel_limit = DEFAULT_PIXEL_LIMIT
 
@@ -224,12 +231,13 @@ class HiResLmmImageProcessor(HiResLmmOwnPartsMixin, PilBackend):
             views of unequal size padded at bottom and right; int64 `view_positions` `(views, 9)` (see `Column`),
             `view_boxes` `(views, 4)` (top, left, bottom, right in 1/256 source pixel) and `view_spans` `(views, 4)`
             (first and past-last row and column of patches that enter). For each extra tower `pixel_values_<name>`
-            `(images with a global view, 3, size, size)`.
+            `(images with a global view, 3, size, size)`. With `image_layout="dense"` see `pack_samples`.
 
         Raises:
             ValueError: If an image or option is wrong; the message names the image's index.
         """
         settings = self._settings(kwargs)
+        samples = _samples(images) if kwargs.get("image_layout") == "dense" else None
         sources = flatten_images(self.fetch_images(images))
         if not sources:
             raise ValueError("There is no image: the list is empty; pass at least one image or leave images out.")
@@ -254,6 +262,8 @@ class HiResLmmImageProcessor(HiResLmmOwnPartsMixin, PilBackend):
             views = [_draw_whole(picture, tower, settings) for picture in whole]
             empty = np.zeros((0, 3, tower["size"], tower["size"]), dtype=np.float32)
             data[f"pixel_values_{name}"] = np.stack(views) if views else empty
+        if samples is not None:
+            data = pack_samples(data, samples)
         batch = BatchFeature(data=data, tensor_type=kwargs.get("return_tensors"))
         return batch if kwargs.get("device") is None else batch.to(kwargs["device"])
 
@@ -334,6 +344,8 @@ class HiResLmmImageProcessor(HiResLmmOwnPartsMixin, PilBackend):
     @classmethod
     def _refuse_unknown(cls, names: set[str]) -> None:
         known = set(cls.valid_kwargs.__annotations__)
+        if "crop_to_patches" in names:
+            raise ValueError(CROP_TO_PATCHES)
         if names - known:
             shown = ", ".join(sorted(known - set(FIXED_OPTIONS)))
             raise ValueError(f"Unknown image options {sorted(names - known)}; the known ones are {shown}.")
@@ -361,6 +373,7 @@ class HiResLmmImageProcessor(HiResLmmOwnPartsMixin, PilBackend):
             scale=scale,
             shift=shift,
             **{name: options[name] for name in ("max_image_tokens", "resample", "pixel_limit", "do_rescale")},
+
             extra_towers=options["extra_towers"],
             rescale_factor=options["rescale_factor"] if options["do_rescale"] else 1.0,
             background=tuple(options["background"]),
@@ -383,6 +396,7 @@ def _check_values(options: dict[str, Any]) -> None:
         "background": (_is_color(color), "three integers from 0 to 255 (RGB)"),
         "pixel_limit": (limit is not None and limit >= 1, "an integer of at least 1"),
         "input_data_format": (order in (None, *FORMATS), f"'{FORMATS[0]}' or '{FORMATS[1]}'"),
+        "image_layout": (options["image_layout"] in (None, "flat", "dense"), "'flat', 'dense' or None"),
         "max_image_tokens": (_is_budget(budget), "an integer of at least 1 (in a call also a list), or None"),
     }
     for name, (is_right, words) in rules.items():
@@ -410,6 +424,18 @@ def _is_budget(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return all(map(_is_budget, value))
     return value is None or (type(value) is int and value >= 1)
+
+
+def _samples(images: Any) -> list[int]:
+    """Images of each sample, for the dense layout."""
+    counts = count_samples(images)
+    if counts is None:
+        raise ValueError(
+            f'image_layout="dense" needs images as one list a sample, not {type(images).__name__} of images; nest them, '
+            'or pass image_layout="flat".'
+        )
+    check_cuts(counts)
+    return counts
 
 
 def _num_tokens(plan: ViewPlan, budget: int | None, settings: _Settings, index: int) -> int:

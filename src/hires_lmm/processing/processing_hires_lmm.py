@@ -22,6 +22,7 @@ from .chat_templates_hires_lmm import (
     answer_prefix_ids,
     question_prefix_ids,
 )
+from .dense_layout_hires_lmm import count_samples, is_cut_by_image, nest_images, read_positions
 from .geometry_hires_lmm import Column
 from .image_input_hires_lmm import flatten_images
 from .image_processing_hires_lmm import HiResLmmImageProcessor, HiResLmmImageProcessorKwargs, is_loading_name
@@ -188,11 +189,31 @@ class HiResLmmProcessor(HiResLmmProcessorBase):
         Tokenizers keep padding and truncation of a call as a state of their own. So one thread tokenises at a time,
         while others may cut images, and the state is put back.
         """
+        images, kwargs = self._choose_layout(images, text, kwargs)
         with _tokenizer_alone(self.tokenizer):
             inputs = super().__call__(images=images, text=text, videos=videos, audio=audio, **kwargs)
         if text is not None and not self._has_warned:
             self._warn_beyond_context(inputs)
         return inputs
+
+    def _choose_layout(self, images: Any, text: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """The images of a call, as one list a text where the layout is dense, and its options with that layout.
+
+        Trainers that cut batches by sample pass one list a text and leave the layout open.
+        """
+        texts = [text] if isinstance(text, str) else text
+        if images is None or not isinstance(texts, (list, tuple)) or not all(isinstance(own, str) for own in texts):
+            return images, kwargs
+        group = kwargs.get("images_kwargs")
+        asked = [kwargs.get("image_layout"), group.get("image_layout") if isinstance(group, dict) else None]
+        layout = next((own for own in asked if own is not None), self.image_processor.image_layout)
+        counts = count_samples(images)
+        is_nested = counts is not None and len(counts) == len(texts)
+        if layout is None:
+            layout = "dense" if is_nested and any(counts) and not is_cut_by_image(counts) else "flat"
+        elif layout == "dense" and not is_nested:
+            images = nest_images(images, [sample.count(self.image_token) for sample in texts])
+        return images, {**kwargs, "image_layout": layout}
 
     def _warn_beyond_context(self, inputs: Any) -> None:
         """Say once that a text is longer than the language model reads."""
@@ -216,6 +237,8 @@ class HiResLmmProcessor(HiResLmmProcessorBase):
         for name in ("tools", "documents"):
             if kwargs.get(name):
                 kwargs[name] = protect(kwargs[name], token)
+        layout = {"image_layout": self.image_processor.image_layout or "flat"}
+        kwargs["processor_kwargs"] = {**layout, **(kwargs.get("processor_kwargs") or {})}
         chats = conversation if _is_batch(conversation) else [conversation]
         chats = [protect_messages(getattr(chat, "messages", chat), token) for chat in chats]
         conversation = chats if _is_batch(conversation) else chats[0]
@@ -277,7 +300,7 @@ class HiResLmmProcessor(HiResLmmProcessorBase):
 
     def replace_image_token(self, image_inputs: Any, image_idx: int, **kwargs: Any) -> str:
         """The placeholders of one image, from the counts its views carry."""
-        positions = np.asarray(image_inputs["view_positions"])
+        positions = read_positions(image_inputs)
         first_rows = np.flatnonzero(positions[:, Column.STARTS_IMAGE])
         return self.image_token * int(positions[first_rows[image_idx], Column.NUM_TOKENS])
 
