@@ -9,9 +9,9 @@ from .image_input_hires_lmm import flatten_images
 
 
 CROP_TO_PATCHES = (
-    "crop_to_patches is asked by trainers that cut image tensors by sample (GRPO, RLOO, distillation) when they meet "
-    'views one after another, which they would cut wrongly. Set image_layout="dense" (AutoProcessor.from_pretrained('
-    '..., image_layout="dense")) and give the samples of a batch equal numbers of images, see `check_cuts`.'
+    "crop_to_patches is asked by trainers that cut image tensors by sample (GRPO, RLOO, distillation) where they meet "
+    'the flat layout, which they would cut wrongly: set image_layout="dense", as in AutoProcessor.from_pretrained(..., '
+    'image_layout="dense").'
 )
 
 
@@ -24,14 +24,9 @@ def count_samples(images: Any) -> list[int] | None:
     return [len(flatten_images(entry)) for entry in images]
 
 
-def is_cut_by_image(counts: list[int]) -> bool:
-    """Whether a trainer would take the rows of samples for images: there are as many, but not one each."""
-    return sum(counts) == len(counts) and set(counts) != {1}
-
-
 def check_cuts(counts: list[int]) -> None:
-    """Refuse a batch that trainers cut by image although it has one row a sample."""
-    if is_cut_by_image(counts):
+    """Refuse a batch with as many images as samples, but not one each: trainers would take its rows for images."""
+    if sum(counts) == len(counts) and set(counts) != {1}:
         raise ValueError(
             f"The {len(counts)} samples have {counts} images, as many as samples but not one each: trainers that cut "
             'batches by sample would take the rows of image_layout="dense" for images. Give all samples of a batch '

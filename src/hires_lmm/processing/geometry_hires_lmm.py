@@ -22,7 +22,7 @@ class Column(IntEnum):
     STARTS_IMAGE = 8
 
 
-DENSE_PARTS = (("view_positions", len(Column)), ("view_boxes", 4), ("view_spans", 4))
+DENSE_PARTS = (("view_positions", 9), ("view_boxes", 4), ("view_spans", 4))
 """What a row of `pixel_attention_mask` of the dense layout holds behind its first number, with the columns of each."""
 
 

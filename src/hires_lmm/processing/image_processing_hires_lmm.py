@@ -49,8 +49,9 @@ class HiResLmmImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[c
             marks together. In a call also one number an image: a list in their order, or nested as they are.
         image_layout (`str`, *optional*): What the processor gives. `"flat"`: one row a view. `"dense"`: one row a
             sample, see `pack_samples`, for trainers and wrappers that cut batches by sample. `None`: dense where a call
-            of the processor passes one list of images a text, as such trainers do, and flat in `apply_chat_template`
-            and all else. The image processor alone is flat unless a call says `"dense"`, with one list a sample.
+            of the processor asks for one padded tensor and passes equally long lists of images, one a text, as such
+            trainers do; else, and in `apply_chat_template`, flat. The image processor alone is flat unless a call says
+            `"dense"`, with one list a sample.
         background (`list[int]`): Colour under transparent pixels, RGB.
         pixel_limit (`int`): Most pixels of a source image.
     """

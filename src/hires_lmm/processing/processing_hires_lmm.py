@@ -22,7 +22,7 @@ from .chat_templates_hires_lmm import (
     answer_prefix_ids,
     question_prefix_ids,
 )
-from .dense_layout_hires_lmm import count_samples, is_cut_by_image, nest_images, read_positions
+from .dense_layout_hires_lmm import count_samples, nest_images, read_positions
 from .geometry_hires_lmm import Column
 from .image_input_hires_lmm import flatten_images
 from .image_processing_hires_lmm import HiResLmmImageProcessor, HiResLmmImageProcessorKwargs, is_loading_name
@@ -199,7 +199,8 @@ class HiResLmmProcessor(HiResLmmProcessorBase):
     def _choose_layout(self, images: Any, text: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """The images of a call, as one list a text where the layout is dense, and its options with that layout.
 
-        Trainers that cut batches by sample pass one list a text and leave the layout open.
+        Trainers that cut batches by sample leave the layout open and ask for one tensor of padded texts, with one list
+        of images for each; where these are equally long, no other layout could be meant to be cut.
         """
         texts = [text] if isinstance(text, str) else text
         if images is None or not isinstance(texts, (list, tuple)) or not all(isinstance(own, str) for own in texts):
@@ -210,7 +211,9 @@ class HiResLmmProcessor(HiResLmmProcessorBase):
         counts = count_samples(images)
         is_nested = counts is not None and len(counts) == len(texts)
         if layout is None:
-            layout = "dense" if is_nested and any(counts) and not is_cut_by_image(counts) else "flat"
+            is_even = is_nested and counts is not None and len(set(counts)) == 1 and counts[0] > 0
+            is_tensor = kwargs.get("padding") is True and kwargs.get("return_tensors") is not None
+            layout = "dense" if is_even and is_tensor else "flat"
         elif layout == "dense" and not is_nested:
             images = nest_images(images, [sample.count(self.image_token) for sample in texts])
         return images, {**kwargs, "image_layout": layout}
