@@ -109,29 +109,24 @@ def check_finite(is_finite: torch.Tensor, source: torch.Tensor, name: str) -> No
         )
 
 
-def check_views(model: Any, source: torch.Tensor | None, is_encoded: bool, positions: Any, spans: Any) -> None:
+def check_views(model: Any, source: torch.Tensor, is_encoded: bool, positions: Any) -> None:
     """Compare the shapes of views, or of their features, with the geometry that came with them and with the model."""
     config = model.config
     rows, cols = config.patch_grid
     name: str = "pixel_values"
     wanted: tuple[int, ...] = (config.vision_config.num_channels, config.view_size, config.view_size)
-    given = None if source is None else tuple(source.shape)
-    fits = given is not None and given[1:] == wanted
+    given = tuple(source.shape)
+    fits = given[1:] == wanted
     if is_encoded:
         name, wanted = "vision_features", (rows * cols, config.vision_width)
-        fits = given is not None and given[1:] == wanted
-    elif given is not None and config.unequal_views:
+        fits = given[1:] == wanted
+    elif config.unequal_views:
         side = config.patch_size
         fits = len(given) == 4 and given[1] == wanted[0] and not given[2] % side and not given[3] % side
-    if given is None or not fits:
+    if not fits:
         raise ValueError(
             f"{name} has the shape {given}, but this model reads views of shape "
             f"(views, {', '.join(map(str, wanted))}). Use the image processor that belongs to this checkpoint."
-        )
-    if positions is None or spans is None:
-        raise ValueError(
-            f"{name} came without view_positions and view_spans; pass all that the processor gives. Trainers that cut "
-            'batches by sample drop them: give their processor image_layout="dense".'
         )
     if tuple(positions.shape) != (given[0], NUM_COLUMNS):
         raise ValueError(
@@ -182,9 +177,8 @@ def compare_counts(num_placeholders: int, num_tokens: int) -> None:
 
 def check_placeholders(num_placeholders: Any, positions: Any, has_turns: bool = False) -> None:
     """Compare placeholders with the tokens that `view_positions` promises; later turns may have more of their own."""
-    if positions is None or positions.ndim != 2 or positions.shape[1] != NUM_COLUMNS:
-        shape = None if positions is None else tuple(positions.shape)
-        raise ValueError(f"view_positions has the shape {shape}, expected (views, {NUM_COLUMNS}).")
+    if positions.ndim != 2 or positions.shape[1] != NUM_COLUMNS:
+        raise ValueError(f"view_positions has the shape {tuple(positions.shape)}, expected (views, {NUM_COLUMNS}).")
     promised = int((positions[:, Column.NUM_TOKENS] * (positions[:, Column.STARTS_IMAGE] != 0)).sum())
     if not has_turns or int(num_placeholders) < promised:
         compare_counts(int(num_placeholders), promised)
@@ -324,7 +318,12 @@ def read_images(
     if given.image_geometry is not None:
         check_extra(model, given.extra, given.image_geometry, name)
         return ImageInputs(source, given.image_geometry, given.extra, is_encoded, given.view_boxes)
-    is_here = placeholder is not None or view_positions is None or view_positions.device == source.device
+    if view_positions is None or given.view_spans is None:
+        raise ValueError(
+            f"{name} came without view_positions and view_spans; pass all that the processor gives. Trainers that cut "
+            'batches by sample drop them: give their processor image_layout="dense".'
+        )
+    is_here = placeholder is not None or view_positions.device == source.device
     sources = {name: source, **given.extra} if is_here else {}  # elsewhere looking would wait for it once more
     flags = [all_finite(each) for each in sources.values()]
     count = None if placeholder is None else placeholder.sum()
@@ -333,7 +332,7 @@ def read_images(
     )
     if placeholder is not None:
         check_placeholders(count, positions, model.connector.has_turns)
-    check_views(model, source, is_encoded, positions, spans)
+    check_views(model, source, is_encoded, positions)
     for argument, each in sources.items():
         check_finite(flags.pop(0), each, argument)
     images = read_geometry(positions.tolist(), spans.tolist())

@@ -62,7 +62,9 @@ def pack_samples(data: dict[str, np.ndarray], counts: list[int]) -> dict[str, np
     sample_of = np.repeat(np.arange(len(counts)), counts)
     samples = {name: sample_of[[image - 1 for image in sorted(has_global)]] for name in names[1:]}
     samples["pixel_values"] = sample_of[starts - 1]
-    rows = [[(name, row) for name in names for row in np.flatnonzero(samples[name] == own)] for own in range(len(counts))]
+    rows = [
+        [(name, row) for name in names for row in np.flatnonzero(samples[name] == own)] for own in range(len(counts))
+    ]
     size = [max(data[name].shape[axis] for name in names) for axis in (2, 3)]
     longest = max(map(len, rows))
     pixels = np.zeros((len(rows), longest, 3, *size), dtype=np.float32)

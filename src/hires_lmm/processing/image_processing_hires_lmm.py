@@ -374,7 +374,6 @@ class HiResLmmImageProcessor(HiResLmmOwnPartsMixin, PilBackend):
             scale=scale,
             shift=shift,
             **{name: options[name] for name in ("max_image_tokens", "resample", "pixel_limit", "do_rescale")},
-
             extra_towers=options["extra_towers"],
             rescale_factor=options["rescale_factor"] if options["do_rescale"] else 1.0,
             background=tuple(options["background"]),
