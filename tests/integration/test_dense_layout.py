@@ -1,4 +1,4 @@
-"""The dense layout in whole models: the same logits and tokens as the flat one, also in rows cut out as trainers do."""
+"""The dense layout in whole models: logits and tokens of the flat one, also in rows cut out as trainers do."""
 
 import pytest
 import torch

@@ -250,8 +250,8 @@ def unpack_samples(config: Any, mask: torch.Tensor, given: dict[str, Any], extra
     if pixels is None or pixels.ndim != 5 or tuple(mask.shape) != (*pixels.shape[:2], width):
         raise ValueError(
             f"pixel_attention_mask has the shape {tuple(mask.shape)} and pixel_values "
-            f"{None if pixels is None else tuple(pixels.shape)}; expected (samples, views, {width}) and (samples, views, "
-            "3, height, width), as the processor gives them in the dense layout."
+            f"{None if pixels is None else tuple(pixels.shape)}; expected (samples, views, {width}) and (samples, "
+            "views, 3, height, width), as the processor gives them in the dense layout."
         )
     if given["view_positions"] is not None or any(views is not None for views in extra.values()):
         raise ValueError("pixel_attention_mask holds the geometry of all views; pass no view_positions beside it.")

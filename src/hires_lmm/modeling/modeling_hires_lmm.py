@@ -195,9 +195,10 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
             use_cache (`bool`, *optional*): Return a cache.
             mm_encoder_outputs (`dict`, *optional*): `{"image": features}` from `get_image_features`.
             output_token_map (`bool`): Return a record of every visual token.
-            kwargs: `pixel_attention_mask`: geometry of the dense layout, where `pixel_values` are `(B, Vmax, 3, H, W)`,
-                see `pack_samples` of the processor. `vision_features` `(V, L, C)`: cached output of the tower in place of `pixel_values`, for training;
-                with no rows it says that the tower runs on no process. `pixel_values_<name>`: views of an extra tower.
+            kwargs: `pixel_attention_mask` `(B, Vmax, 18)`: geometry of the dense layout, where `pixel_values` are
+                `(B, Vmax, 3, H, W)`; see `pack_samples` of the processor. `vision_features` `(V, L, C)`: cached output
+                of the tower in place of `pixel_values`, for training; with no rows it says that the tower runs on no
+                process. `pixel_values_<name>`: views of an extra tower.
                 `image_geometry`: what `read_images` returned, in place of `view_positions` and `view_spans`; nothing
                 is then read back from the device, so the call can be compiled whole (once a grid, `dynamic=False`) and
                 captured, and numbers of placeholders are not compared. `prompt_mask` `(B, S)`: true where parts may

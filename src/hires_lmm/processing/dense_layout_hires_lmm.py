@@ -1,4 +1,4 @@
-"""The dense layout: image tensors with one row a sample, for trainers that cut, shuffle and repeat batches by sample."""
+"""The dense layout: image tensors with one row a sample, for trainers that cut and repeat batches by sample."""
 
 from typing import Any
 
@@ -10,8 +10,8 @@ from .image_input_hires_lmm import flatten_images
 
 CROP_TO_PATCHES = (
     "crop_to_patches is asked by trainers that cut image tensors by sample (GRPO, RLOO, distillation) where they meet "
-    'the flat layout, which they would cut wrongly: set image_layout="dense", as in AutoProcessor.from_pretrained(..., '
-    'image_layout="dense").'
+    'the flat layout, which they would cut wrongly: set image_layout="dense", as in '
+    'AutoProcessor.from_pretrained(..., image_layout="dense").'
 )
 
 

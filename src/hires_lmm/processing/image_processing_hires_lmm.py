@@ -48,10 +48,10 @@ class HiResLmmImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[c
         max_image_tokens (`int` or `list[int]`, *optional*): Most placeholders of one image: global view, crops and
             marks together. In a call also one number an image: a list in their order, or nested as they are.
         image_layout (`str`, *optional*): What the processor gives. `"flat"`: one row a view. `"dense"`: one row a
-            sample, see `pack_samples`, for trainers and wrappers that cut batches by sample. `None`: dense where a call
-            of the processor asks for one padded tensor and passes equally long lists of images, one a text, as such
-            trainers do; else, and in `apply_chat_template`, flat. The image processor alone is flat unless a call says
-            `"dense"`, with one list a sample.
+            sample, see `pack_samples`, for trainers and wrappers that cut batches by sample. `None`: dense where a
+            call of the processor asks for one padded tensor and passes equally long lists of images, one a text, as
+            such trainers do; else, and in `apply_chat_template`, flat. The image processor alone is flat unless a call
+            says `"dense"`, with one list a sample.
         background (`list[int]`): Colour under transparent pixels, RGB.
         pixel_limit (`int`): Most pixels of a source image.
     """
@@ -431,8 +431,8 @@ def _samples(images: Any) -> list[int]:
     counts = count_samples(images)
     if counts is None:
         raise ValueError(
-            f'image_layout="dense" needs images as one list a sample, not {type(images).__name__} of images; nest them, '
-            'or pass image_layout="flat".'
+            f'image_layout="dense" needs images as one list a sample, not {type(images).__name__} of images; nest '
+            'them, or pass image_layout="flat".'
         )
     check_cuts(counts)
     return counts

@@ -125,11 +125,12 @@ def model_reward(model: Any, processor: Any, facts: bool = True, batch_size: int
     """
     if model.config.num_labels != 1:
         raise ValueError(
-            f"A reward is one number, but the model has num_labels={model.config.num_labels}; load it with num_labels=1."
+            f"A reward is one number, but the model has num_labels={model.config.num_labels}; load it with "
+            "num_labels=1."
         )
 
     @torch.no_grad()
-    def reward(prompts: list, completions: list, **columns: Any) -> list[float]:
+    def reward_model(prompts: list, completions: list, **columns: Any) -> list[float]:
         rows = [
             {name: values[row] for name, values in columns.items() if name in COLUMNS} for row in range(len(prompts))
         ]
@@ -144,7 +145,7 @@ def model_reward(model: Any, processor: Any, facts: bool = True, batch_size: int
             scores += model(**inputs).logits[:, 0].float().tolist()
         return scores
 
-    return reward
+    return reward_model
 
 
 def text_of(completion: Any) -> str:
