@@ -55,7 +55,7 @@ def log_probs_of(model, inputs: dict, labels: torch.Tensor) -> torch.Tensor:
 
 
 # ---- preferences ----------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("preset, images", [("slime", (1, 2)), ("fusion", (1, 0))])
+@pytest.mark.parametrize("preset, images", [("slime", (1, 2)), pytest.param("fusion", (1, 0), marks=pytest.mark.slow)])
 def test_the_first_step_of_dpo_has_the_loss_ln_2(preset, images, tmp_path):
     assert first_loss(dpo_trainer(tmp_path, preset, images)) == pytest.approx(LN2, abs=1e-4)
 
@@ -102,7 +102,14 @@ def test_trl_reads_our_log_probabilities_and_both_answers_see_the_same_tokens(pr
         torch.testing.assert_close(scores[0], scores[2], equal_nan=True)
 
 
-@pytest.mark.parametrize("kinds, weights", [(["sigmoid", "sft"], [1.0, 0.5]), (["ipo"], None), (["hinge"], None)])
+@pytest.mark.parametrize(
+    "kinds, weights",
+    [
+        (["sigmoid", "sft"], [1.0, 0.5]),
+        pytest.param(["ipo"], None, marks=pytest.mark.slow),
+        pytest.param(["hinge"], None, marks=pytest.mark.slow),
+    ],
+)
 def test_other_losses_of_dpo_start_where_they_must(kinds, weights, tmp_path):
     trainer = dpo_trainer(tmp_path, "llava_next", (1, 2), loss_type=kinds, loss_weights=weights, beta=0.1)
     batch = dict(next(iter(trainer.get_train_dataloader())))
@@ -178,6 +185,7 @@ def test_grpo_cuts_batches_of_pictures_rightly(tmp_path):
     torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_rloo_starts_with_no_loss(tmp_path):
     """Advantages of a group sum to zero, and policy and sampler agree."""
     trainer = online_trainer("RLOO", tmp_path, beta=0.0)
@@ -185,11 +193,15 @@ def test_rloo_starts_with_no_loss(tmp_path):
     assert trainer.state.log_history[0]["grad_norm"] > 0
 
 
+@pytest.mark.slow
 def test_distillation_from_itself_has_no_loss(tmp_path):
     assert first_loss(online_trainer("Distillation", tmp_path)) == pytest.approx(0, abs=1e-5)
 
 
-@pytest.mark.parametrize("layout, words", [("flat", 'set image_layout="dense"'), ("dense", "not one each")])
+@pytest.mark.parametrize(
+    "layout, words",
+    [("flat", 'set image_layout="dense"'), pytest.param("dense", "not one each", marks=pytest.mark.slow)],
+)
 def test_what_grpo_would_cut_wrongly_stops_it(layout, words, tmp_path):
     trainer = online_trainer("GRPO", tmp_path, layout=layout)
     rows = prompts(4, 2)
