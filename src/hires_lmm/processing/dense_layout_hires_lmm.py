@@ -24,6 +24,18 @@ def count_samples(images: Any) -> list[int] | None:
     return [len(flatten_images(entry)) for entry in images]
 
 
+def require_samples(images: Any) -> list[int]:
+    """Images of each sample; refused where they do not say whose they are, or trainers would cut them wrongly."""
+    counts = count_samples(images)
+    if counts is None:
+        raise ValueError(
+            f'image_layout="dense" needs images as one list a sample, not {type(images).__name__} of images; nest '
+            'them, or pass image_layout="flat".'
+        )
+    check_cuts(counts)
+    return counts
+
+
 def check_cuts(counts: list[int]) -> None:
     """Refuse a batch with as many images as samples, but not one each: trainers would take its rows for images."""
     if sum(counts) == len(counts) and set(counts) != {1}:

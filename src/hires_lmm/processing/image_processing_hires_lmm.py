@@ -21,7 +21,7 @@ from transformers.image_utils import (
 from transformers.processing_utils import ImagesKwargs, Unpack
 
 from .compat_hires_lmm import warn_if_untested
-from .dense_layout_hires_lmm import CROP_TO_PATCHES, check_cuts, count_samples, pack_samples
+from .dense_layout_hires_lmm import CROP_TO_PATCHES, pack_samples, require_samples
 from .geometry_hires_lmm import Kind
 from .image_input_hires_lmm import DEFAULT_PIXEL_LIMIT, flatten_budgets, flatten_images, open_image, to_rgb
 from .own_parts_hires_lmm import HiResLmmOwnPartsMixin, as_name, map_planner, part_loader
@@ -51,7 +51,7 @@ class HiResLmmImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[c
             sample, see `pack_samples`, for trainers and wrappers that cut batches by sample. `None`: dense where a
             call of the processor asks for one padded tensor and passes equally long lists of images, one a text, as
             such trainers do; else, and in `apply_chat_template`, flat. The image processor alone is flat unless a call
-            says `"dense"`, with one list a sample.
+            says `"dense"`, with one list a sample. It is not saved.
         background (`list[int]`): Colour under transparent pixels, RGB.
         pixel_limit (`int`): Most pixels of a source image.
     """
@@ -215,6 +215,11 @@ class HiResLmmImageProcessor(HiResLmmOwnPartsMixin, PilBackend):
             image_processor_dict = {key: value for key, value in image_processor_dict.items() if key != "view_size"}
         return super().from_dict(image_processor_dict, **kwargs)
 
+    def to_dict(self) -> dict[str, Any]:
+        """As in transformers, without the layout: that is a matter of the run, and who loads the checkpoint next may
+        not know it."""
+        return {name: value for name, value in super().to_dict().items() if name != "image_layout"}
+
     def fetch_images(self, images: Any) -> Any:
         """Open paths, URLs, base64 texts and bytes in a (nested) list; images and arrays are passed on."""
         flatten_images(images)  # refuses what is nested too deeply
@@ -238,7 +243,7 @@ class HiResLmmImageProcessor(HiResLmmOwnPartsMixin, PilBackend):
             ValueError: If an image or option is wrong; the message names the image's index.
         """
         settings = self._settings(kwargs)
-        samples = _samples(images) if kwargs.get("image_layout") == "dense" else None
+        samples = require_samples(images) if kwargs.get("image_layout") == "dense" else None
         sources = flatten_images(self.fetch_images(images))
         if not sources:
             raise ValueError("There is no image: the list is empty; pass at least one image or leave images out.")
@@ -424,18 +429,6 @@ def _is_budget(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return all(map(_is_budget, value))
     return value is None or (type(value) is int and value >= 1)
-
-
-def _samples(images: Any) -> list[int]:
-    """Images of each sample, for the dense layout."""
-    counts = count_samples(images)
-    if counts is None:
-        raise ValueError(
-            f'image_layout="dense" needs images as one list a sample, not {type(images).__name__} of images; nest '
-            'them, or pass image_layout="flat".'
-        )
-    check_cuts(counts)
-    return counts
 
 
 def _num_tokens(plan: ViewPlan, budget: int | None, settings: _Settings, index: int) -> int:
