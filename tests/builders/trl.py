@@ -26,7 +26,7 @@ def saved_parts(preset: str, folder, seed: int = 0, **image_options):
     model, processor = trl_parts(preset, seed, **image_options)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
-    return AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+    return AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder, **image_options)
 
 
 def pictures(number: int, count: int = 1) -> list:
