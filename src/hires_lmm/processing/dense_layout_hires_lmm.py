@@ -55,6 +55,30 @@ def nest_images(images: Any, placeholders: list[int]) -> list[list]:
     return [*nested, *([flat] if flat else [])]
 
 
+def choose_layout(processor: Any, images: Any, text: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The images of a call of a processor, as one list a text where the layout is dense, and its options with that
+    layout.
+
+    Trainers that cut batches by sample leave the layout open and ask for one tensor of padded texts, with one list of
+    images for each; where these are equally long, no other layout could be meant to be cut.
+    """
+    texts = [text] if isinstance(text, str) else text
+    if images is None or not isinstance(texts, (list, tuple)) or not all(isinstance(own, str) for own in texts):
+        return images, options
+    group = options.get("images_kwargs")
+    asked = [options.get("image_layout"), group.get("image_layout") if isinstance(group, dict) else None]
+    layout = next((own for own in asked if own is not None), processor.image_processor.image_layout)
+    counts = count_samples(images)
+    is_nested = counts is not None and len(counts) == len(texts)
+    if layout is None:
+        is_even = is_nested and counts is not None and len(set(counts)) == 1 and counts[0] > 0
+        is_tensor = options.get("padding") is True and options.get("return_tensors") is not None
+        layout = "dense" if is_even and is_tensor else "flat"
+    elif layout == "dense" and not is_nested:
+        images = nest_images(images, [sample.count(processor.image_token) for sample in texts])
+    return images, {**options, "image_layout": layout}
+
+
 def pack_samples(data: dict[str, np.ndarray], counts: list[int]) -> dict[str, np.ndarray]:
     """Put the views of each sample into a row of their own.
 

@@ -22,10 +22,11 @@ from .chat_templates_hires_lmm import (
     answer_prefix_ids,
     question_prefix_ids,
 )
-from .dense_layout_hires_lmm import count_samples, nest_images, read_positions
+from .dense_layout_hires_lmm import choose_layout, read_positions
 from .geometry_hires_lmm import Column
 from .image_input_hires_lmm import flatten_images
-from .image_processing_hires_lmm import HiResLmmImageProcessor, HiResLmmImageProcessorKwargs, is_loading_name
+from .image_processing_hires_lmm import HiResLmmImageProcessor, HiResLmmImageProcessorKwargs
+from .loading_names_hires_lmm import is_loading_name
 from .messages_hires_lmm import QUERY_TOKEN, clean_messages, drop_marks, protect, protect_messages
 from .own_parts_hires_lmm import HiResLmmOwnPartsMixin
 from .planners_hires_lmm import find_planner
@@ -189,34 +190,12 @@ class HiResLmmProcessor(HiResLmmProcessorBase):
         Tokenizers keep padding and truncation of a call as a state of their own. So one thread tokenises at a time,
         while others may cut images, and the state is put back.
         """
-        images, kwargs = self._choose_layout(images, text, kwargs)
+        images, kwargs = choose_layout(self, images, text, kwargs)
         with _tokenizer_alone(self.tokenizer):
             inputs = super().__call__(images=images, text=text, videos=videos, audio=audio, **kwargs)
         if text is not None and not self._has_warned:
             self._warn_beyond_context(inputs)
         return inputs
-
-    def _choose_layout(self, images: Any, text: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """The images of a call, as one list a text where the layout is dense, and its options with that layout.
-
-        Trainers that cut batches by sample leave the layout open and ask for one tensor of padded texts, with one list
-        of images for each; where these are equally long, no other layout could be meant to be cut.
-        """
-        texts = [text] if isinstance(text, str) else text
-        if images is None or not isinstance(texts, (list, tuple)) or not all(isinstance(own, str) for own in texts):
-            return images, kwargs
-        group = kwargs.get("images_kwargs")
-        asked = [kwargs.get("image_layout"), group.get("image_layout") if isinstance(group, dict) else None]
-        layout = next((own for own in asked if own is not None), self.image_processor.image_layout)
-        counts = count_samples(images)
-        is_nested = counts is not None and len(counts) == len(texts)
-        if layout is None:
-            is_even = is_nested and counts is not None and len(set(counts)) == 1 and counts[0] > 0
-            is_tensor = kwargs.get("padding") is True and kwargs.get("return_tensors") is not None
-            layout = "dense" if is_even and is_tensor else "flat"
-        elif layout == "dense" and not is_nested:
-            images = nest_images(images, [sample.count(self.image_token) for sample in texts])
-        return images, {**kwargs, "image_layout": layout}
 
     def _warn_beyond_context(self, inputs: Any) -> None:
         """Say once that a text is longer than the language model reads."""
