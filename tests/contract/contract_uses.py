@@ -283,6 +283,26 @@ USES = [
 
 MENTIONS = [
     Mention(
+        "trl.trainer.grpo_trainer:GRPOTrainer._get_per_token_logps_and_entropies",
+        "pixel_attention_mask[start:end]",
+        "the geometry of the dense layout is cut by sample",
+    ),
+    Mention(
+        "trl.trainer.grpo_trainer:GRPOTrainer._get_per_token_logps_and_entropies",
+        "pixel_values.size(0) == sum(num_images)",
+        "batches with as many images as samples, but not one each, are refused",
+    ),
+    Mention(
+        "trl.trainer.grpo_trainer:GRPOTrainer._generate_and_score_completions",
+        'images=images, text=prompts_text, padding=True, return_tensors="pt"',
+        "by such a call a processor that was told no layout knows that it will be cut",
+    ),
+    Mention(
+        "trl.trainer.grpo_trainer:GRPOTrainer._generate_and_score_completions",
+        "crop_to_patches=True",
+        "the flat layout is refused there, with the remedy",
+    ),
+    Mention(
         "transformers.models.llama.modeling_llama:LlamaAttention.__init__",
         "self.num_key_value_groups",
         "by it the attention of a layer is found",

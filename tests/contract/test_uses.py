@@ -69,6 +69,8 @@ def fault_of(use: Use | Mention) -> str | None:
 
 @pytest.mark.parametrize("use", [*USES, *MENTIONS], ids=lambda use: use.place.partition(":")[2])
 def test_the_name_is_there_with_its_signature(use: Use | Mention):
+    if use.place.startswith("trl"):
+        pytest.importorskip("trl")  # not for Python 3.10
     assert fault_of(use) is None, fault_of(use)
 
 

@@ -29,6 +29,7 @@ from transformers import (  # noqa: E402
     AutoModel,
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
+    AutoModelForSequenceClassification,
     AutoProcessor,
     AutoTokenizer,
     pipeline,
@@ -121,6 +122,17 @@ def check_models(folder, expected, out):
         "class": type(base).__name__,
         "same": [torch.equal(hidden, tensors["hidden"])],
         "info": {key: sorted(map(str, value)) for key, value in info.items() if value and "unexpected" not in key},
+    }
+    judge, info = AutoModelForSequenceClassification.from_pretrained(
+        folder, num_labels=1, **TRUST, output_loading_info=True
+    )
+    with torch.no_grad():
+        hidden = judge.model(**tensors["batch"]).last_hidden_state
+    result["AutoModelForSequenceClassification"] = {
+        "module": module_of(judge),
+        "class": type(judge).__name__,
+        "same": [torch.equal(hidden, tensors["hidden"])],
+        "info": {key: sorted(map(str, value)) for key, value in info.items() if value},
     }
     return result
 

@@ -22,6 +22,7 @@ AUTO_CLASSES = {
     "AutoModel": "HiResLmmModel",
     "AutoModelForImageTextToText": "HiResLmmForConditionalGeneration",
     "AutoModelForMultimodalLM": "HiResLmmForConditionalGeneration",
+    "AutoModelForSequenceClassification": "HiResLmmForSequenceClassification",
     "AutoProcessor": "HiResLmmProcessor",
     "AutoImageProcessor": "HiResLmmImageProcessor",
 }
@@ -169,7 +170,7 @@ def test_processors_and_tokenizer_give_the_same_batch(results, checkpoint):
     assert found["image_tokens"] == checkpoint[2]["image_tokens"]
 
 
-@pytest.mark.parametrize("auto", ["AutoModel", "AutoModelForImageTextToText", "AutoModelForMultimodalLM"])
+@pytest.mark.parametrize("auto", [name for name in AUTO_CLASSES if name.startswith("AutoModel")])
 def test_models_give_the_same_numbers_bit_for_bit(results, auto):
     found = value_of(results, "models")[auto]
     assert found["module"].startswith("transformers_modules.")

@@ -29,6 +29,7 @@ AUTO_MAP = {
     "AutoModel": "modeling_hires_lmm.HiResLmmModel",
     "AutoModelForImageTextToText": "modeling_hires_lmm.HiResLmmForConditionalGeneration",
     "AutoModelForMultimodalLM": "modeling_hires_lmm.HiResLmmForConditionalGeneration",
+    "AutoModelForSequenceClassification": "modeling_hires_lmm.HiResLmmForSequenceClassification",
     "AutoProcessor": "processing_hires_lmm.HiResLmmProcessor",
     "AutoImageProcessor": "image_processing_hires_lmm.HiResLmmImageProcessor",
 }

@@ -8,7 +8,7 @@ import torch
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .carriers_hires_lmm import ImageGeometry, read_geometry
-from .geometry_hires_lmm import KINDS, Column, Kind
+from .geometry_hires_lmm import DENSE_PARTS, KINDS, Column, Kind
 from .outputs_hires_lmm import HiResLmmImageFeatures
 from .question_hires_lmm import PromptText
 from .tower_table_hires_lmm import tower_grid, tower_width, view_side
@@ -22,6 +22,7 @@ NUM_COLUMNS = 9
 
 IMAGE_ARGUMENTS = (
     "pixel_values",
+    "pixel_attention_mask",
     "vision_features",
     "view_positions",
     "view_spans",
@@ -108,27 +109,25 @@ def check_finite(is_finite: torch.Tensor, source: torch.Tensor, name: str) -> No
         )
 
 
-def check_views(model: Any, source: torch.Tensor | None, is_encoded: bool, positions: Any, spans: Any) -> None:
+def check_views(model: Any, source: torch.Tensor, is_encoded: bool, positions: Any) -> None:
     """Compare the shapes of views, or of their features, with the geometry that came with them and with the model."""
     config = model.config
     rows, cols = config.patch_grid
     name: str = "pixel_values"
     wanted: tuple[int, ...] = (config.vision_config.num_channels, config.view_size, config.view_size)
-    given = None if source is None else tuple(source.shape)
-    fits = given is not None and given[1:] == wanted
+    given = tuple(source.shape)
+    fits = given[1:] == wanted
     if is_encoded:
         name, wanted = "vision_features", (rows * cols, config.vision_width)
-        fits = given is not None and given[1:] == wanted
-    elif given is not None and config.unequal_views:
+        fits = given[1:] == wanted
+    elif config.unequal_views:
         side = config.patch_size
         fits = len(given) == 4 and given[1] == wanted[0] and not given[2] % side and not given[3] % side
-    if given is None or not fits:
+    if not fits:
         raise ValueError(
             f"{name} has the shape {given}, but this model reads views of shape "
             f"(views, {', '.join(map(str, wanted))}). Use the image processor that belongs to this checkpoint."
         )
-    if positions is None or spans is None:
-        raise ValueError(f"{name} came without view_positions and view_spans; pass all that the processor gives.")
     if tuple(positions.shape) != (given[0], NUM_COLUMNS):
         raise ValueError(
             f"view_positions has the shape {tuple(positions.shape)}, expected ({given[0]}, {NUM_COLUMNS}): one row a "
@@ -178,9 +177,8 @@ def compare_counts(num_placeholders: int, num_tokens: int) -> None:
 
 def check_placeholders(num_placeholders: Any, positions: Any, has_turns: bool = False) -> None:
     """Compare placeholders with the tokens that `view_positions` promises; later turns may have more of their own."""
-    if positions is None or positions.ndim != 2 or positions.shape[1] != NUM_COLUMNS:
-        shape = None if positions is None else tuple(positions.shape)
-        raise ValueError(f"view_positions has the shape {shape}, expected (views, {NUM_COLUMNS}).")
+    if positions.ndim != 2 or positions.shape[1] != NUM_COLUMNS:
+        raise ValueError(f"view_positions has the shape {tuple(positions.shape)}, expected (views, {NUM_COLUMNS}).")
     promised = int((positions[:, Column.NUM_TOKENS] * (positions[:, Column.STARTS_IMAGE] != 0)).sum())
     if not has_turns or int(num_placeholders) < promised:
         compare_counts(int(num_placeholders), promised)
@@ -246,11 +244,41 @@ def check_extra(model: Any, extra: dict[str, torch.Tensor], images: list[ImageGe
             )
 
 
+def unpack_samples(config: Any, mask: torch.Tensor, given: dict[str, Any], extra: dict[str, Any]) -> None:
+    """Put the rows of the dense layout, see `pack_samples` of the processor, into the arguments of the flat one."""
+    pixels, width = given["pixel_values"], 1 + sum(columns for _, columns in DENSE_PARTS)
+    if pixels is None or pixels.ndim != 5 or tuple(mask.shape) != (*pixels.shape[:2], width):
+        raise ValueError(
+            f"pixel_attention_mask has the shape {tuple(mask.shape)} and pixel_values "
+            f"{None if pixels is None else tuple(pixels.shape)}; expected (samples, views, {width}) and (samples, "
+            "views, 3, height, width), as the processor gives them in the dense layout."
+        )
+    if given["view_positions"] is not None or any(views is not None for views in extra.values()):
+        raise ValueError("pixel_attention_mask holds the geometry of all views; pass no view_positions beside it.")
+    pixels, mask, (shown,) = pixels.flatten(0, 1), mask.flatten(0, 1), copy_to_host(mask.flatten(0, 1))
+    for number, name in enumerate(config.tower_names, 2):
+        side = view_side(config.extra_tower_configs()[name])
+        rows = (shown[:, 0] == number).nonzero()[:, 0].to(mask.device)
+        extra[f"pixel_values_{name}"] = pixels[rows.to(pixels.device), :, :side, :side]
+    is_view = shown[:, 0] == 1
+    sides = [config.view_size] * 2
+    if config.unequal_views and is_view.any():
+        patches = shown[is_view][:, 1 + Column.PATCH_ROWS : 2 + Column.PATCH_COLS].amax(dim=0)
+        sides = (patches * config.patch_size).tolist()
+    rows = is_view.nonzero()[:, 0]
+    given["pixel_values"] = pixels[rows.to(pixels.device), :, : sides[0], : sides[1]]
+    parts = mask[rows.to(mask.device), 1:].split([columns for _, columns in DENSE_PARTS], dim=1)
+    given.update({name: part for (name, _), part in zip(DENSE_PARTS, parts, strict=True)})
+
+
 def take_images(config: Any, options: dict[str, Any], **named: Any) -> ImageArguments:
     """Take what a call says of its images out of its keyword arguments."""
     given = {name: named[name] if name in named else options.pop(name, None) for name in IMAGE_ARGUMENTS}
-    features = read_encoder_outputs(given.pop("mm_encoder_outputs"))
     found = {argument: options.pop(argument, None) for argument in extra_arguments(config)}
+    mask = given.pop("pixel_attention_mask")
+    if mask is not None:
+        unpack_samples(config, mask, given, found)
+    features = read_encoder_outputs(given.pop("mm_encoder_outputs"))
     extra = {argument: views for argument, views in found.items() if views is not None}
     images = ImageArguments(**given, features=features, extra=extra)
     if sum(source is not None for source in (images.pixel_values, images.vision_features, images.features)) > 1:
@@ -290,7 +318,12 @@ def read_images(
     if given.image_geometry is not None:
         check_extra(model, given.extra, given.image_geometry, name)
         return ImageInputs(source, given.image_geometry, given.extra, is_encoded, given.view_boxes)
-    is_here = placeholder is not None or view_positions is None or view_positions.device == source.device
+    if view_positions is None or given.view_spans is None:
+        raise ValueError(
+            f"{name} came without view_positions and view_spans; pass all that the processor gives. Trainers that cut "
+            'batches by sample drop them: give their processor image_layout="dense".'
+        )
+    is_here = placeholder is not None or view_positions.device == source.device
     sources = {name: source, **given.extra} if is_here else {}  # elsewhere looking would wait for it once more
     flags = [all_finite(each) for each in sources.values()]
     count = None if placeholder is None else placeholder.sum()
@@ -299,7 +332,7 @@ def read_images(
     )
     if placeholder is not None:
         check_placeholders(count, positions, model.connector.has_turns)
-    check_views(model, source, is_encoded, positions, spans)
+    check_views(model, source, is_encoded, positions)
     for argument, each in sources.items():
         check_finite(flags.pop(0), each, argument)
     images = read_geometry(positions.tolist(), spans.tolist())

@@ -23,6 +23,14 @@ def select_positions(hidden: torch.Tensor, logits_to_keep: int | torch.Tensor) -
     return hidden[:, logits_to_keep]
 
 
+def last_positions(hidden: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """The last position `(B,)` of each row of `(B, S, D)` that is no padding, whichever side that is on."""
+    if attention_mask is None:
+        return torch.full(hidden.shape[:1], hidden.shape[1] - 1, device=hidden.device)
+    places = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    return (places * (attention_mask != 0)).argmax(dim=1).to(hidden.device)
+
+
 def select_learned(
     hidden: torch.Tensor, labels: torch.Tensor, shift_labels: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,9 +6,9 @@ import torch
 from torch import nn
 from transformers import AutoModel
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_outputs import BaseModelOutputWithPooling, SequenceClassifierOutputWithPast
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs
+from transformers.utils import TransformersKwargs, logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 
 from .carriers_hires_lmm import ImageGeometry, ViewFeatures, drop, read_geometry
@@ -28,7 +28,7 @@ from .inputs_hires_lmm import (
     take_text,
 )
 from .layer_ops_hires_lmm import install_layer_ops, open_layers, ops_of
-from .logits_hires_lmm import scale_logits, select_learned, select_positions
+from .logits_hires_lmm import last_positions, scale_logits, select_learned, select_positions
 from .outputs_hires_lmm import (
     HiResLmmCausalLMOutputWithPast,
     HiResLmmImageFeatures,
@@ -42,6 +42,8 @@ from .serving_hires_lmm import asked_question, check_engine
 from .splice_hires_lmm import Prompt, find_placeholders, splice_images
 from .towers_hires_lmm import blank_groups, run_tower, run_towers
 
+
+logger = logging.get_logger(__name__)
 
 TOWER_OUTPUTS = ("output_hidden_states", "output_attentions")
 """Keyword arguments that the tower reads as well as the language model."""
@@ -203,8 +205,10 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
             use_cache (`bool`, *optional*): Return a cache.
             mm_encoder_outputs (`dict`, *optional*): `{"image": features}` from `get_image_features`.
             output_token_map (`bool`): Return a record of every visual token.
-            kwargs: `vision_features` `(V, L, C)`: cached output of the tower in place of `pixel_values`, for training;
-                with no rows it says that the tower runs on no process. `pixel_values_<name>`: views of an extra tower.
+            kwargs: `pixel_attention_mask` `(B, Vmax, 18)`: geometry of the dense layout, where `pixel_values` are
+                `(B, Vmax, 3, H, W)`; see `pack_samples` of the processor. `vision_features` `(V, L, C)`: cached output
+                of the tower in place of `pixel_values`, for training; with no rows it says that the tower runs on no
+                process. `pixel_values_<name>`: views of an extra tower.
                 `image_geometry`: what `read_images` returned, in place of `view_positions` and `view_spans`; nothing
                 is then read back from the device, so the call can be compiled whole (once a grid, `dynamic=False`) and
                 captured, and numbers of placeholders are not compared. `prompt_mask` `(B, S)`: true where parts may
@@ -375,4 +379,64 @@ class HiResLmmForConditionalGeneration(HiResLmmPreTrainedModel, HiResLmmGenerati
         return HiResLmmCausalLMOutputWithPast(loss=loss, logits=logits, **fields)
 
 
-__all__ = ["HiResLmmForConditionalGeneration", "HiResLmmModel", "HiResLmmPreTrainedModel"]
+class HiResLmmForSequenceClassification(HiResLmmPreTrainedModel):
+    """The model with a linear head on the last token of each row: rewards (`num_labels=1`) or classes."""
+
+    def __init__(self, config: HiResLmmConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = HiResLmmModel(config)
+        self.score = nn.Linear(config.text_config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+    def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
+        """A checkpoint of the generating model has another head; this one starts anew, with a warning."""
+        super()._adjust_missing_and_unexpected_keys(loading_info)
+        loading_info.unexpected_keys = {key for key in loading_info.unexpected_keys if not key.startswith("lm_head.")}
+        if "score.weight" in loading_info.missing_keys:
+            logger.warning(f"The head `score` of {type(self).__name__} is not in the checkpoint and starts anew.")
+            loading_info.missing_keys = loading_info.missing_keys - {"score.weight"}
+
+    def get_image_features(self, *args: Any, **kwargs: Any) -> tuple | BaseModelOutputWithPooling:
+        """See `HiResLmmModel.get_image_features`."""
+        return self.model.get_image_features(*args, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = False,
+        **kwargs: Any,
+    ) -> tuple | SequenceClassifierOutputWithPast:
+        """Run the model and score the last token of each row that is no padding.
+
+        Args:
+            labels (`torch.Tensor` of shape `(B,)` or `(B, num_labels)`, *optional*): Classes, or numbers to regress.
+            kwargs: See `HiResLmmModel.forward`.
+
+        Returns:
+            `SequenceClassifierOutputWithPast` with `logits` `(B, num_labels)`.
+
+        Raises:
+            ValueError: If inputs contradict each other.
+        """
+        kwargs |= {"use_cache": use_cache, "return_dict": True}
+        outputs = self.model(input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
+        last = last_positions(outputs.last_hidden_state, attention_mask)
+        logits = self.score(outputs.last_hidden_state[torch.arange(len(last), device=last.device), last])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
+        fields = {name: outputs.get(name) for name in ("hidden_states", "attentions", CACHE) if name in outputs}
+        return SequenceClassifierOutputWithPast(loss=loss, logits=logits, **fields)
+
+
+__all__ = [
+    "HiResLmmForConditionalGeneration",
+    "HiResLmmForSequenceClassification",
+    "HiResLmmModel",
+    "HiResLmmPreTrainedModel",
+]

@@ -22,6 +22,10 @@ class Column(IntEnum):
     STARTS_IMAGE = 8
 
 
+DENSE_PARTS = (("view_positions", 9), ("view_boxes", 4), ("view_spans", 4))
+"""What a row of `pixel_attention_mask` of the dense layout holds behind its first number, with the columns of each."""
+
+
 class Kind(IntEnum):
     """What a view shows; a separator between tokens is no view."""
 

@@ -21,6 +21,7 @@ from transformers.image_utils import (
 from transformers.processing_utils import ImagesKwargs, Unpack
 
 from .compat_hires_lmm import warn_if_untested
+from .dense_layout_hires_lmm import CROP_TO_PATCHES, pack_samples, require_samples
 from .geometry_hires_lmm import Kind
 from .image_input_hires_lmm import (
     DEFAULT_PIXEL_LIMIT,
@@ -32,6 +33,7 @@ from .image_input_hires_lmm import (
     pad_to_square,
     to_rgb,
 )
+from .loading_names_hires_lmm import is_loading_name, is_service_name
 from .own_parts_hires_lmm import HiResLmmOwnPartsMixin, as_name, map_planner, part_loader
 from .planners_hires_lmm import Planner, find_planner
 from .token_layout_hires_lmm import TokenLayout, apply_budget, count_tokens, min_budget
@@ -55,6 +57,11 @@ class HiResLmmImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[c
             sees every image whole, as `pixel_values_<name>`.
         max_image_tokens (`int` or `list[int]`, *optional*): Most placeholders of one image: global view, crops and
             marks together. In a call also one number an image: a list in their order, or nested as they are.
+        image_layout (`str`, *optional*): What the processor gives. `"flat"`: one row a view. `"dense"`: one row a
+            sample, see `pack_samples`, for trainers and wrappers that cut batches by sample. `None`: dense where a
+            call of the processor asks for one padded tensor and passes equally long lists of images, one a text, as
+            such trainers do; else, and in `apply_chat_template`, flat. The image processor alone is flat unless a call
+            says `"dense"`, with one list a sample. It is not saved.
         background (`list[int]`): Colour under transparent pixels, RGB.
         pixel_limit (`int`): Most pixels of a source image.
     """
@@ -70,6 +77,7 @@ class HiResLmmImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[c
     token_layout: dict | None
     extra_towers: dict | None
     max_image_tokens: int | list | tuple | None
+    image_layout: str | None
     rescale_factor: float | int | None
     image_mean: float | int | list | tuple | None
     image_std: float | int | list | tuple | None
@@ -91,26 +99,6 @@ FIXED_OPTIONS = {
 FORMATS = (ChannelDimension.FIRST.value, ChannelDimension.LAST.value)
 TOKENS_LIMIT = 1_000_000
 """Most placeholders of one image."""
-
-LOADING_NAMES = """
-adapter_kwargs adapter_name allow_all_kernels attn_implementation backend cache_dir code_revision config device_map
-device_mesh disable_mmap distributed_config dtype experts_implementation force_download from_tf fusion_config
-generation_config gguf_file ignore_mismatched_sizes image_processor_filename kernel_config key_mapping
-local_files_only low_cpu_mem_usage max_memory mirror offload_buffers offload_folder offload_state_dict
-output_loading_info proxies quantization_config resume_download return_unused_kwargs revision state_dict subfolder
-token torch_dtype tp_plan tp_size tqdm_class trust_remote_code use_auth_token use_fast use_kernels use_safetensors
-user_agent variant weights_only
-"""
-"""Options of `from_pretrained` itself; pipelines hand those of a model to all its parts."""
-
-SERVICE_NAMES = {
-    "auto_map",
-    "feature_extractor_type",
-    "image_processor_type",
-    "processor_class",
-    "transformers_version",
-}
-"""Keys of saved files that are no options."""
 
 
 @dataclass(frozen=True)
@@ -159,6 +147,7 @@ class HiResLmmImageProcessor(HiResLmmOwnPartsMixin, PilBackend):
     token_layout = None
     extra_towers = None
     max_image_tokens = None
+    image_layout = None
     background = (255, 255, 255)
     pixel_limit = DEFAULT_PIXEL_LIMIT
 
@@ -172,7 +161,7 @@ class HiResLmmImageProcessor(HiResLmmOwnPartsMixin, PilBackend):
 
     def __init__(self, **kwargs: Unpack[HiResLmmImageProcessorKwargs]):
         warn_if_untested()
-        options = {name: value for name, value in kwargs.items() if not _is_service_name(name)}
+        options = {name: value for name, value in kwargs.items() if not is_service_name(name)}
         self._check_types(options)
         super().__init__(**_with_view_size(kwargs))
         self._settings({})
@@ -217,6 +206,11 @@ class HiResLmmImageProcessor(HiResLmmOwnPartsMixin, PilBackend):
             image_processor_dict = {key: value for key, value in image_processor_dict.items() if key != "view_size"}
         return super().from_dict(image_processor_dict, **kwargs)
 
+    def to_dict(self) -> dict[str, Any]:
+        """As in transformers, without the layout: that is a matter of the run, and who loads the checkpoint next may
+        not know it."""
+        return {name: value for name, value in super().to_dict().items() if name != "image_layout"}
+
     def fetch_images(self, images: Any) -> Any:
         """Open paths, URLs, base64 texts and bytes in a (nested) list; images and arrays are passed on."""
         flatten_images(images)  # refuses what is nested too deeply
@@ -234,12 +228,13 @@ class HiResLmmImageProcessor(HiResLmmOwnPartsMixin, PilBackend):
             views of unequal size padded at bottom and right; int64 `view_positions` `(views, 9)` (see `Column`),
             `view_boxes` `(views, 4)` (top, left, bottom, right in 1/256 source pixel) and `view_spans` `(views, 4)`
             (first and past-last row and column of patches that enter). For each extra tower `pixel_values_<name>`
-            `(images with a global view, 3, size, size)`.
+            `(images with a global view, 3, size, size)`. With `image_layout="dense"` see `pack_samples`.
 
         Raises:
             ValueError: If an image or option is wrong; the message names the image's index.
         """
         settings = self._settings(kwargs)
+        samples = require_samples(images) if kwargs.get("image_layout") == "dense" else None
         sources = flatten_images(self.fetch_images(images))
         if not sources:
             raise ValueError("There is no image: the list is empty; pass at least one image or leave images out.")
@@ -265,6 +260,8 @@ class HiResLmmImageProcessor(HiResLmmOwnPartsMixin, PilBackend):
             views = [_draw_whole(picture, tower, settings) for picture in whole]
             empty = np.zeros((0, 3, tower["size"], tower["size"]), dtype=np.float32)
             data[f"pixel_values_{name}"] = np.stack(views) if views else empty
+        if samples is not None:
+            data = pack_samples(data, samples)
         batch = BatchFeature(data=data, tensor_type=kwargs.get("return_tensors"))
         return batch if kwargs.get("device") is None else batch.to(kwargs["device"])
 
@@ -345,6 +342,8 @@ class HiResLmmImageProcessor(HiResLmmOwnPartsMixin, PilBackend):
     @classmethod
     def _refuse_unknown(cls, names: set[str]) -> None:
         known = set(cls.valid_kwargs.__annotations__)
+        if "crop_to_patches" in names:
+            raise ValueError(CROP_TO_PATCHES)
         if names - known:
             shown = ", ".join(sorted(known - set(FIXED_OPTIONS)))
             raise ValueError(f"Unknown image options {sorted(names - known)}; the known ones are {shown}.")
@@ -395,6 +394,7 @@ def _check_values(options: dict[str, Any]) -> None:
         "background": (_is_color(color), "three integers from 0 to 255 (RGB)"),
         "pixel_limit": (limit is not None and limit >= 1, "an integer of at least 1"),
         "input_data_format": (order in (None, *FORMATS), f"'{FORMATS[0]}' or '{FORMATS[1]}'"),
+        "image_layout": (options["image_layout"] in (None, "flat", "dense"), "'flat', 'dense' or None"),
         "max_image_tokens": (_is_budget(budget), "an integer of at least 1 (in a call also a list), or None"),
     }
     for name, (is_right, words) in rules.items():
@@ -586,15 +586,6 @@ def _square_side(size: Any) -> int:
     if set(sides) != {"height", "width"} or sides["height"] != sides["width"]:
         raise ValueError(f"size={size!r} must be one side of a square view, as {{'height': 336, 'width': 336}}.")
     return sides["height"]
-
-
-def _is_service_name(name: str) -> bool:
-    return name in SERVICE_NAMES or name.startswith("_")
-
-
-def is_loading_name(name: str) -> bool:
-    """Whether an option of `from_pretrained` says how to load, not what is loaded."""
-    return name in LOADING_NAMES.split() or _is_service_name(name)
 
 
 __all__ = ["HiResLmmImageProcessor"]

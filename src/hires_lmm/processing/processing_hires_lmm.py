@@ -22,9 +22,11 @@ from .chat_templates_hires_lmm import (
     answer_prefix_ids,
     question_prefix_ids,
 )
+from .dense_layout_hires_lmm import choose_layout, read_positions
 from .geometry_hires_lmm import Column
 from .image_input_hires_lmm import flatten_images
-from .image_processing_hires_lmm import HiResLmmImageProcessor, HiResLmmImageProcessorKwargs, is_loading_name
+from .image_processing_hires_lmm import HiResLmmImageProcessor, HiResLmmImageProcessorKwargs
+from .loading_names_hires_lmm import is_loading_name
 from .messages_hires_lmm import QUERY_TOKEN, clean_messages, drop_marks, protect, protect_messages
 from .own_parts_hires_lmm import HiResLmmOwnPartsMixin
 from .planners_hires_lmm import find_planner
@@ -182,6 +184,7 @@ class HiResLmmProcessor(HiResLmmProcessorBase):
         if kwargs.get("return_text_replacement_offsets") and not self.hears_question:
             self._refuse_unheard(text, kwargs)
         audio = kwargs.pop("audios", None) if audio is None else audio  # the name that harnesses use
+        images, kwargs = choose_layout(self, images, text, kwargs)
         with _tokenizer_alone(self.tokenizer):
             inputs = super().__call__(images=images, text=text, videos=videos, audio=audio, **kwargs)
         if text is not None and not self._has_warned:
@@ -223,6 +226,8 @@ class HiResLmmProcessor(HiResLmmProcessorBase):
         for name in ("tools", "documents"):
             if kwargs.get(name):
                 kwargs[name] = protect(kwargs[name], token)
+        layout = {"image_layout": self.image_processor.image_layout or "flat"}
+        kwargs["processor_kwargs"] = {**layout, **(kwargs.get("processor_kwargs") or {})}
         chats = conversation if _is_batch(conversation) else [conversation]
         chats = [protect_messages(getattr(chat, "messages", chat), token) for chat in chats]
         conversation = chats if _is_batch(conversation) else chats[0]
@@ -284,7 +289,7 @@ class HiResLmmProcessor(HiResLmmProcessorBase):
 
     def replace_image_token(self, image_inputs: Any, image_idx: int, **kwargs: Any) -> str:
         """The placeholders of one image, from the counts its views carry."""
-        positions = np.asarray(image_inputs["view_positions"])
+        positions = read_positions(image_inputs)
         first_rows = np.flatnonzero(positions[:, Column.STARTS_IMAGE])
         return self.image_token * int(positions[first_rows[image_idx], Column.NUM_TOKENS])
 

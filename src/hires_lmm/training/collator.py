@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.utils.data import get_worker_info
 
+from ..processing.dense_layout_hires_lmm import pack_samples
 from ..processing.geometry_hires_lmm import Column
 from .columns import BatchColumn
 from .data.conversations import attach_images
@@ -38,7 +39,8 @@ class HiResLmmCollator:
             it; a batch that loses all its samples becomes one row of two end tokens, so that every process has one.
         max_image_tokens (`int` or `list[int]`, *optional*): Budget of every image; from a list, one is drawn for each
             optimizer step, the same on all processes, for models whose number of tokens is to stay a choice.
-        features (`VisionFeatureStore`, *optional*): Cached features of all towers that replace the pixels.
+        features (`VisionFeatureStore`, *optional*): Cached features of all towers that replace the pixels; not in the
+            dense layout.
         pad_to_multiple_of (`int`, *optional*): Round the length of the batch up.
         images_kwargs (`dict`, *optional*): More options for the images, such as `max_crops`.
         seed (`int`): Of the draws from a list of budgets.
@@ -76,6 +78,8 @@ class HiResLmmCollator:
                 "The chat template of the processor does not mark answers with {% generation %}, so labels cannot be "
                 "made; pass chat_template='llama3', 'vicuna', 'chatml' or 'plain' to HiResLmmProcessor.from_config."
             )
+        if features is not None and processor.image_processor.image_layout == "dense":
+            raise ValueError('Cached features come one row a view; set image_layout="flat" beside features.')
         if features is not None:
             features.check_processor(processor)
         if isinstance(max_image_tokens, (list, tuple)) and not max_image_tokens:
@@ -206,7 +210,7 @@ class HiResLmmCollator:
             tokenize=True,
             return_dict=True,
             return_assistant_tokens_mask=True,
-            processor_kwargs={"images_kwargs": images_kwargs} if has_images else {},
+            processor_kwargs={"images_kwargs": images_kwargs, "image_layout": "flat"} if has_images else {},
         )
         ids = torch.as_tensor(encoded["input_ids"][0], dtype=torch.long)
         answer = torch.as_tensor(encoded["assistant_masks"][0], dtype=torch.bool)
@@ -282,6 +286,8 @@ class HiResLmmCollator:
             parts = [sample[name] for sample in samples if name in sample]
             if parts:
                 batch[name] = torch.cat(parts)
+        if self.processor.image_processor.image_layout == "dense" and "pixel_values" in batch:
+            batch |= pack_batch(batch, samples)
         if self.features is not None and "vision_features" not in batch:
             batch |= self.features.empty()
         for column in self.columns:
@@ -289,6 +295,16 @@ class HiResLmmCollator:
             if values:
                 batch[column.name] = column.join(values)
         return batch
+
+
+def pack_batch(batch: dict[str, torch.Tensor], samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Take the views out of a batch and give them as the dense layout, one row a sample."""
+    names = [name for name in batch if name.startswith("pixel_values")]
+    views = {name: batch.pop(name).numpy() for name in (*names, *GEOMETRY)}
+    counts = [
+        int(own["view_positions"][:, Column.STARTS_IMAGE].sum()) if "view_positions" in own else 0 for own in samples
+    ]
+    return {name: torch.from_numpy(values) for name, values in pack_samples(views, counts).items()}
 
 
 def _slot(worker: Any) -> int:

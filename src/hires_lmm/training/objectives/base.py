@@ -51,7 +51,9 @@ class StepValues:
         ids = self.inputs["input_ids"]
         if not self.has_images:
             return torch.zeros(1, dtype=torch.long, device=ids.device)
-        positions = self.inputs["view_positions"].to(ids.device)
+        mask = self.inputs.get("pixel_attention_mask")  # dense layout
+        positions = self.inputs["view_positions"] if mask is None else mask[mask[..., 0] == 1][:, 1 : 1 + len(Column)]
+        positions = positions.to(ids.device)
         lengths = positions[positions[:, Column.STARTS_IMAGE] != 0, Column.NUM_TOKENS]
         rows = torch.nonzero(ids == self.model.config.image_token_id)[:, 0]
         return rows[lengths.cumsum(0) - lengths]
