@@ -177,6 +177,12 @@ def test_a_live_model_gets_no_untrained_weights():
         set_options(model, {"token_ops": [{"part": "router", "score": "attention"}]})
     with pytest.raises(ValueError, match="Unknown option 'rate'"):
         set_options(model, {"token_ops": [{"part": "globalcom2", "rate": 0.25}]})
+    for slot in ("token_ops", "layer_ops"):
+        for given in ({"part": "globalcom2"}, "globalcom2", 3):
+            with pytest.raises(ValueError, match=rf"{slot}=.*globalcom2|3.* must be a list of parts"):
+                set_options(model, {slot: given})
+    with pytest.raises(ValueError, match="set_options takes a dict, place -> value, not None"):
+        set_options(model, None)
     assert model.config.to_dict() == before
 
 
@@ -203,8 +209,9 @@ def test_a_live_model_gets_layer_ops_loses_them_and_keeps_them_when_saved(tmp_pa
     model.save_pretrained(tmp_path)
     again = HiResLmmForConditionalGeneration.from_pretrained(tmp_path)
     torch.testing.assert_close(logits_of(again, batch), logits_of(built, batch))
-    set_options(model, {"layer_ops": []})
+    set_options(model, {"layer_ops": None})
     torch.testing.assert_close(logits_of(model, batch), plain)
+    assert model.config.connector_config.layer_ops == []
     assert not any(layer._forward_pre_hooks for layer in model.model.language_model.layers)
 
 

@@ -335,10 +335,8 @@ def resolve_part(slot: str, spec: dict, where: str) -> ResolvedPart:
     if part is None and is_own(name):
         raise ValueError(refusal(name))
     if part is None or not isinstance(spec, dict):
-        raise ValueError(
-            f"{where} names the unknown part {name!r}; known parts of this slot: {', '.join(known)}, or a class of "
-            "your own."
-        )
+        parts = f"known parts of this slot: {', '.join(known)}, or" if known else "no part is built in for this slot, so give"
+        raise ValueError(f"{where} names the unknown part {name!r}; {parts} a class of your own.")
     options = {key: value for key, value in spec.items() if key != "part"}
     return ResolvedPart(part, build_options(part.Options, options, f"{where} ({spec['part']})"))
 

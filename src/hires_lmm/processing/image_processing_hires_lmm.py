@@ -23,6 +23,7 @@ from transformers.processing_utils import ImagesKwargs, Unpack
 from .compat_hires_lmm import warn_if_untested
 from .geometry_hires_lmm import Kind
 from .image_input_hires_lmm import DEFAULT_PIXEL_LIMIT, flatten_budgets, flatten_images, open_image, to_rgb
+from .objects_hires_lmm import read_objects, write_objects
 from .own_parts_hires_lmm import HiResLmmOwnPartsMixin, as_name, map_planner, part_loader
 from .planners_hires_lmm import Planner, find_planner
 from .token_layout_hires_lmm import TokenLayout, apply_budget, count_tokens, min_budget
@@ -46,6 +47,8 @@ class HiResLmmImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[c
             sees every image whole, as `pixel_values_<name>`.
         max_image_tokens (`int` or `list[int]`, *optional*): Most placeholders of one image: global view, crops and
             marks together. In a call also one number an image: a list in their order, or nested as they are.
+        image_boxes (`list`, *optional*): In a call, the objects of each image, see `read_objects`, for models that
+            make tokens of them.
         background (`list[int]`): Colour under transparent pixels, RGB.
         pixel_limit (`int`): Most pixels of a source image.
     """
@@ -61,6 +64,7 @@ class HiResLmmImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[c
     token_layout: dict | None
     extra_towers: dict | None
     max_image_tokens: int | list | tuple | None
+    image_boxes: Any
     rescale_factor: float | int | None
     image_mean: float | int | list | tuple | None
     image_std: float | int | list | tuple | None
@@ -168,6 +172,8 @@ class HiResLmmImageProcessor(HiResLmmOwnPartsMixin, PilBackend):
         self._settings({})
         if isinstance(self.max_image_tokens, (list, tuple)):
             raise ValueError(f"max_image_tokens={self.max_image_tokens!r} must be one number; pass lists in a call.")
+        if self.__dict__.pop("image_boxes", None) is not None:
+            raise ValueError("image_boxes belong to images; pass them in a call.")
 
     @property
     def size(self) -> dict[str, int]:
@@ -224,7 +230,8 @@ class HiResLmmImageProcessor(HiResLmmOwnPartsMixin, PilBackend):
             views of unequal size padded at bottom and right; int64 `view_positions` `(views, 9)` (see `Column`),
             `view_boxes` `(views, 4)` (top, left, bottom, right in 1/256 source pixel) and `view_spans` `(views, 4)`
             (first and past-last row and column of patches that enter). For each extra tower `pixel_values_<name>`
-            `(images with a global view, 3, size, size)`.
+            `(images with a global view, 3, size, size)`. With objects int64 `image_boxes` `(images, objects, 4)`: top,
+            left, bottom, right in 1/65536 of a side of the global view, zeros behind the last object of an image.
 
         Raises:
             ValueError: If an image or option is wrong; the message names the image's index.
@@ -245,15 +252,18 @@ class HiResLmmImageProcessor(HiResLmmOwnPartsMixin, PilBackend):
             for index, source in enumerate(sources)
         ]
         plans = [settings.planner(picture.height, picture.width, settings.limits) for picture in pictures]
-        counts = self._count(plans, settings, images)
+        boxes = read_objects(kwargs.get("image_boxes"), [plan.size for plan in plans])
+        counts = self._count(plans, settings, images, list(map(len, boxes)))
         _check_views(plans)
         data = {"pixel_values": _render(pictures, plans, settings), **_geometry(plans, counts)}
         pairs = zip(pictures, plans, strict=True)
-        whole = [picture for picture, plan in pairs if any(view.kind == Kind.GLOBAL for view in plan.views)]
+        whole = [(*pair,) for pair in pairs if any(view.kind == Kind.GLOBAL for view in pair[1].views)]
         for name, tower in (settings.extra_towers or {}).items():
-            views = [_draw_whole(picture, tower, settings) for picture in whole]
+            views = [_draw_whole(picture, plan, tower, settings) for picture, plan in whole]
             empty = np.zeros((0, 3, tower["size"], tower["size"]), dtype=np.float32)
             data[f"pixel_values_{name}"] = np.stack(views) if views else empty
+        if any(map(len, boxes)):
+            data["image_boxes"] = write_objects(boxes, plans)
         batch = BatchFeature(data=data, tensor_type=kwargs.get("return_tensors"))
         return batch if kwargs.get("device") is None else batch.to(kwargs["device"])
 
@@ -270,17 +280,23 @@ class HiResLmmImageProcessor(HiResLmmOwnPartsMixin, PilBackend):
         settings = self._settings(kwargs)
         return settings.planner(height, width, settings.limits)
 
-    def image_tokens(self, height: int, width: int, **kwargs: Unpack[HiResLmmImageProcessorKwargs]) -> int:
+    def image_tokens(
+        self, height: int, width: int, num_objects: int = 0, **kwargs: Unpack[HiResLmmImageProcessorKwargs]
+    ) -> int:
         """Count the placeholders of an image without its pixels; exactly what a call gives. Args as in `plan`."""
-        return self.count_images([(height, width)], **kwargs)[0][0]
+        return self.count_images([(height, width)], [num_objects], **kwargs)[0][0]
 
     def count_images(
-        self, image_sizes: list[tuple[int, int]], **kwargs: Unpack[HiResLmmImageProcessorKwargs]
+        self,
+        image_sizes: list[tuple[int, int]],
+        num_objects: list[int] | None = None,
+        **kwargs: Unpack[HiResLmmImageProcessorKwargs],
     ) -> tuple[list[int], list[int]]:
         """Count placeholders and views of several images without their pixels.
 
         Args:
             image_sizes (`list[tuple[int, int]]`): (height, width) of each upright image, pixels.
+            num_objects (`list[int]`, *optional*): Objects of each image; by default as many as `image_boxes` holds.
             kwargs: Options as in a call.
 
         Returns:
@@ -291,13 +307,19 @@ class HiResLmmImageProcessor(HiResLmmOwnPartsMixin, PilBackend):
         """
         settings = self._settings(kwargs)
         plans = [settings.planner(height, width, settings.limits) for height, width in image_sizes]
-        return self._count(plans, settings, list(range(len(plans)))), [len(plan.views) for plan in plans]
+        if num_objects is None:
+            num_objects = list(map(len, read_objects(kwargs.get("image_boxes"), [plan.size for plan in plans])))
+        counts = self._count(plans, settings, list(range(len(plans))), num_objects)
+        return counts, [len(plan.views) for plan in plans]
 
-    def min_image_tokens(self, height: int, width: int, **kwargs: Unpack[HiResLmmImageProcessorKwargs]) -> int:
+    def min_image_tokens(
+        self, height: int, width: int, num_objects: int = 0, **kwargs: Unpack[HiResLmmImageProcessorKwargs]
+    ) -> int:
         """Tell the smallest `max_image_tokens` that an image allows.
 
         Args:
             height, width (`int`): The upright image (after EXIF orientation), pixels.
+            num_objects (`int`): Objects of it that become tokens.
             kwargs: Options as in a call; a budget among them changes nothing.
 
         Returns:
@@ -308,14 +330,17 @@ class HiResLmmImageProcessor(HiResLmmOwnPartsMixin, PilBackend):
         """
         settings = self._settings({**kwargs, "max_image_tokens": None})
         plan = settings.planner(height, width, settings.limits)
-        _num_tokens(plan, None, settings, 0)
-        return min_budget(count_tokens(plan, settings.layout))
+        _num_tokens(plan, None, num_objects, settings, 0)
+        return min_budget(count_tokens(plan, settings.layout, num_objects))
 
-    def _count(self, plans: list[ViewPlan], settings: _Settings, images: Any) -> list[int]:
+    def _count(self, plans: list[ViewPlan], settings: _Settings, images: Any, num_objects: list[int]) -> list[int]:
         """Placeholders of each image; the budgets are one for all, or stand as the images do."""
+        if any(num_objects) and not settings.layout.reads_objects:
+            raise ValueError("image_boxes were passed, but no part of this model makes tokens of objects; leave them out.")
         budgets = flatten_budgets(settings.max_image_tokens, images)
         budgets = [self.max_image_tokens if own is None else own for own in budgets]
-        return [_num_tokens(*own, settings, index) for index, own in enumerate(zip(plans, budgets, strict=True))]
+        of_images = zip(plans, budgets, num_objects, strict=True)
+        return [_num_tokens(*own, settings, index) for index, own in enumerate(of_images)]
 
     def _fetch(self, images: Any, counter: list[int]) -> Any:
         if isinstance(images, (list, tuple)):
@@ -412,8 +437,8 @@ def _is_budget(value: Any) -> bool:
     return value is None or (type(value) is int and value >= 1)
 
 
-def _num_tokens(plan: ViewPlan, budget: int | None, settings: _Settings, index: int) -> int:
-    number = apply_budget(count_tokens(plan, settings.layout), settings.layout, budget, index)
+def _num_tokens(plan: ViewPlan, budget: int | None, num_objects: int, settings: _Settings, index: int) -> int:
+    number = apply_budget(count_tokens(plan, settings.layout, num_objects), settings.layout, budget, index)
     if number < 1:
         padded = settings.planner(*plan.size, replace(settings.limits, unpad=False))
         remedy = ", or unpad=False" if count_tokens(padded, settings.layout).total else ""
@@ -488,12 +513,13 @@ def _cut(canvas: np.ndarray, view: View, size: tuple[int, int]) -> np.ndarray:
     return canvas[top : top + size[0], left : left + size[1]]
 
 
-def _draw_whole(picture: Image.Image, tower: dict[str, Any], settings: _Settings) -> np.ndarray:
-    """The whole image squeezed to the square of an extra tower, with the numbers of that tower."""
+def _draw_whole(picture: Image.Image, plan: ViewPlan, tower: dict[str, Any], settings: _Settings) -> np.ndarray:
+    """What the global view shows on the square of an extra tower, with the numbers of that tower."""
     side = tower["size"]
     factor = settings.rescale_factor
     scale, shift = _scale_and_shift(factor, tower["image_mean"], tower["image_std"])
-    drawn = _draw(picture, (side, side), (side, side), (0, 0), settings.background, PILImageResampling.BICUBIC)
+    resized, paste = plan.whole(side)
+    drawn = _draw(picture, resized, (side, side), paste, plan.global_fill, PILImageResampling.BICUBIC)
     return drawn.transpose(2, 0, 1).astype(np.float32) * scale + shift
 
 
