@@ -23,7 +23,7 @@ from transformers.processing_utils import ImagesKwargs, Unpack
 from .compat_hires_lmm import warn_if_untested
 from .geometry_hires_lmm import Kind
 from .image_input_hires_lmm import DEFAULT_PIXEL_LIMIT, flatten_budgets, flatten_images, open_image, to_rgb
-from .objects_hires_lmm import read_objects, write_objects
+from .objects_hires_lmm import check_objects, read_objects, write_objects
 from .own_parts_hires_lmm import HiResLmmOwnPartsMixin, as_name, map_planner, part_loader
 from .planners_hires_lmm import Planner, find_planner
 from .token_layout_hires_lmm import TokenLayout, apply_budget, count_tokens, min_budget
@@ -47,8 +47,7 @@ class HiResLmmImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[c
             sees every image whole, as `pixel_values_<name>`.
         max_image_tokens (`int` or `list[int]`, *optional*): Most placeholders of one image: global view, crops and
             marks together. In a call also one number an image: a list in their order, or nested as they are.
-        image_boxes (`list`, *optional*): In a call, the objects of each image, see `read_objects`, for models that
-            make tokens of them.
+        image_boxes (`list`, *optional*): In a call, the objects of each image that become tokens, see `read_objects`.
         background (`list[int]`): Colour under transparent pixels, RGB.
         pixel_limit (`int`): Most pixels of a source image.
     """
@@ -257,7 +256,7 @@ class HiResLmmImageProcessor(HiResLmmOwnPartsMixin, PilBackend):
         _check_views(plans)
         data = {"pixel_values": _render(pictures, plans, settings), **_geometry(plans, counts)}
         pairs = zip(pictures, plans, strict=True)
-        whole = [(*pair,) for pair in pairs if any(view.kind == Kind.GLOBAL for view in pair[1].views)]
+        whole = [pair for pair in pairs if any(view.kind == Kind.GLOBAL for view in pair[1].views)]
         for name, tower in (settings.extra_towers or {}).items():
             views = [_draw_whole(picture, plan, tower, settings) for picture, plan in whole]
             empty = np.zeros((0, 3, tower["size"], tower["size"]), dtype=np.float32)
@@ -330,13 +329,12 @@ class HiResLmmImageProcessor(HiResLmmOwnPartsMixin, PilBackend):
         """
         settings = self._settings({**kwargs, "max_image_tokens": None})
         plan = settings.planner(height, width, settings.limits)
-        _num_tokens(plan, None, num_objects, settings, 0)
+        self._count([plan], settings, [0], [num_objects])
         return min_budget(count_tokens(plan, settings.layout, num_objects))
 
     def _count(self, plans: list[ViewPlan], settings: _Settings, images: Any, num_objects: list[int]) -> list[int]:
         """Placeholders of each image; the budgets are one for all, or stand as the images do."""
-        if any(num_objects) and not settings.layout.reads_objects:
-            raise ValueError("image_boxes were passed, but no part of this model makes tokens of objects; leave them out.")
+        check_objects(num_objects, settings.layout.reads_objects)
         budgets = flatten_budgets(settings.max_image_tokens, images)
         budgets = [self.max_image_tokens if own is None else own for own in budgets]
         of_images = zip(plans, budgets, num_objects, strict=True)

@@ -58,6 +58,15 @@ def _read_boxes(given: Any, size: tuple[int, int], index: int) -> np.ndarray:
     return array
 
 
+def check_objects(num_objects: list[int], are_read: bool) -> None:
+    """Refuse numbers of objects that cannot be, or that the model makes no tokens of."""
+    for index, number in enumerate(num_objects):
+        if isinstance(number, bool) or not isinstance(number, int) or number < 0:
+            raise ValueError(f"num_objects={number!r} of image {index} must be an integer of at least 0.")
+    if any(num_objects) and not are_read:
+        raise ValueError("image_boxes were passed, but no part of this model makes tokens of objects; leave them out.")
+
+
 def _box_around(mask: np.ndarray, index: int, number: int) -> np.ndarray:
     """The smallest box around all that is not zero in a mask."""
     rows, cols = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))

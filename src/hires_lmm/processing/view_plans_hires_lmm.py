@@ -155,7 +155,10 @@ class ViewPlan:
         scales = [side / pixels for pixels in self.view_pixels(self.views[0])]
         start, stop = (
             [round(edge * scale) for edge, scale in zip(edges, scales, strict=True)]
-            for edges in (self.global_paste, [sum(pair) for pair in zip(self.global_paste, self.global_size, strict=True)])
+            for edges in (
+                self.global_paste,
+                [sum(pair) for pair in zip(self.global_paste, self.global_size, strict=True)],
+            )
         )
         stop = [min(max(stop[axis], start[axis] + 1), side) for axis in (0, 1)]
         start = [min(start[axis], stop[axis] - 1) for axis in (0, 1)]

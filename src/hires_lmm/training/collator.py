@@ -124,7 +124,8 @@ class HiResLmmCollator:
 
         Args:
             example (`dict`): `messages`, and `images` or `image` where the messages hold none themselves; its own
-                `max_image_tokens` (one number, or one an image) goes before all others.
+                `max_image_tokens` (one number, or one an image) goes before all others; `image_boxes`: for each image
+                the objects that become tokens, as the processor takes them.
             max_image_tokens (`int` or `list`, *optional*): Budget of every image of it, or one an image; by default
                 that of the collator, the largest of a list.
             position (`int`, *optional*): Its place in the batch, for errors about samples without an id.
@@ -152,7 +153,8 @@ class HiResLmmCollator:
         if max_image_tokens is None:
             own = self.max_image_tokens
             max_image_tokens = max(own) if isinstance(own, (list, tuple)) else own
-        sample = self._encode(messages, max_image_tokens)
+        boxes = example.get("image_boxes")
+        sample = self._encode(messages, max_image_tokens, boxes)
         length = len(sample["input_ids"])
         if self.max_length is None or length <= self.max_length:
             return sample
@@ -161,7 +163,7 @@ class HiResLmmCollator:
         if self.too_long == "lower_budget" and "view_positions" in sample:
             budgets = self._smaller_budgets(sample, length - self.max_length)
             if budgets is not None:
-                sample = self._encode(messages, budgets)
+                sample = self._encode(messages, budgets, boxes)
                 self._count("lowered_budgets")
                 return sample
         raise ValueError(
@@ -197,9 +199,11 @@ class HiResLmmCollator:
                 samples.append(sample)
         return self._join(samples or [self._end_row()])
 
-    def _encode(self, messages: list[dict], max_image_tokens: int | list | None) -> dict[str, torch.Tensor]:
+    def _encode(
+        self, messages: list[dict], max_image_tokens: int | list | None, image_boxes: Any = None
+    ) -> dict[str, torch.Tensor]:
         """Run the processor on one conversation."""
-        images_kwargs = {**self.images_kwargs, "max_image_tokens": max_image_tokens}
+        images_kwargs = {**self.images_kwargs, "max_image_tokens": max_image_tokens, "image_boxes": image_boxes}
         has_images = any(part["type"] == "image" for message in messages for part in message["content"])
         encoded = self.processor.apply_chat_template(
             [messages],
@@ -222,6 +226,8 @@ class HiResLmmCollator:
         }
         for name in GEOMETRY if has_images else ():
             sample[name] = torch.as_tensor(encoded[name])
+        if has_images and "image_boxes" in encoded:
+            sample["image_boxes"] = torch.as_tensor(encoded["image_boxes"])
         if has_images and self.features is None:
             sample |= {name: torch.as_tensor(encoded[name]) for name in self._sources if name in encoded}
         elif has_images and self.features is not None:
@@ -282,6 +288,8 @@ class HiResLmmCollator:
             parts = [sample[name] for sample in samples if name in sample]
             if parts:
                 batch[name] = torch.cat(parts)
+        if any("image_boxes" in sample for sample in samples):
+            batch["image_boxes"] = join_boxes(samples)
         if self.features is not None and "vision_features" not in batch:
             batch |= self.features.empty()
         for column in self.columns:
@@ -289,6 +297,16 @@ class HiResLmmCollator:
             if values:
                 batch[column.name] = column.join(values)
         return batch
+
+
+def join_boxes(samples: list[dict[str, torch.Tensor]]) -> torch.Tensor:
+    """The objects of all images of a batch, `(I, most objects, 4)`; zeros where an image has fewer."""
+    pieces = []
+    for sample in samples:
+        starts = sample["view_positions"][:, Column.STARTS_IMAGE] if "view_positions" in sample else torch.zeros(0)
+        pieces.append(sample.get("image_boxes", torch.zeros(int((starts != 0).sum()), 0, 4, dtype=torch.long)))
+    most = max(boxes.shape[1] for boxes in pieces)
+    return torch.cat([torch.nn.functional.pad(boxes, (0, 0, 0, most - boxes.shape[1])) for boxes in pieces])
 
 
 def _slot(worker: Any) -> int:
