@@ -23,6 +23,7 @@ from hires_lmm.modeling.carriers_hires_lmm import ViewFeatures, ViewGroup, Visua
 from hires_lmm.modeling.compat_hires_lmm import CACHE
 from hires_lmm.modeling.geometry_hires_lmm import Grid, Kind, kinds_on
 from hires_lmm.modeling.parts_hires_lmm import SLOTS
+from hires_lmm.modeling.tower_table_hires_lmm import tower_width
 from hires_lmm.training.lora import lora_config
 
 
@@ -84,7 +85,9 @@ def test_what_leaves_is_as_described(case):
         for group in output.groups:
             if group.kind != Kind.OBJECT:  # as many as the caller gives
                 assert tuple(group.grid) == traits.grids[group.key].size
-            assert group.features.shape[1:] == (group.grid[0] * group.grid[1], traits.width)
+            of_towers = {name: tower_width(tower.config) for name, tower in model.model.extra_towers.items()}
+            width = {**of_towers, **traits.tower_widths}.get(group.tower, traits.width)
+            assert group.features.shape[1:] == (group.grid[0] * group.grid[1], width)
     elif isinstance(part, HiResLmmAdapter):
         sizes = {grid.rows * grid.cols for grid in traits.grids.values()}
         assert output.shape[-1] == traits.width and output.shape[1] in sizes

@@ -454,7 +454,7 @@ def test_any_convnext_is_gated_into_the_global_view(model_type):
     model, processor = parts("mg_llava", extra_towers=towers)
     batch = ask(processor, (90, 60), (40, 200))
     assert batch["pixel_values_hires"].shape == (2, 3, 64, 64) and processor.image_tokens(90, 60) == 16
-    part = model.model.connector.view_ops[0]
+    part = model.model.connector.view_ops[1]
     maps = model.model.extra_towers["hires"](batch["pixel_values_hires"], output_hidden_states=True).hidden_states[-1]
     patches = model.model.encode_pixels(batch["pixel_values"])
     plane = patches.transpose(1, 2).unflatten(2, (4, 4))
@@ -498,7 +498,7 @@ def test_the_gate_joins_crops_budgets_and_globalcom2_and_trains():
 
 
 def test_the_gate_needs_every_global_view_in_training():
-    model, processor = parts("mg_llava")
+    model, processor = parts("mg_llava", connector_config={"view_ops": [{"part": "conv_gate"}]})
     model.train().model.connector.training_views = "crops"
     with pytest.raises(ValueError, match="global view of every image beside that of 'hires'"):
         model(**ask(processor, (90, 60), views="crops"))
@@ -506,9 +506,10 @@ def test_the_gate_needs_every_global_view_in_training():
 
 def test_what_the_gate_cannot_join_is_refused_by_name():
     with pytest.raises(ValueError, match="conv_gate reads a second tower, but there are none"):
-        tiny_config("mg_llava", extra_towers={})
+        tiny_config("mg_llava", extra_towers={}, connector_config={"view_ops": [{"part": "conv_gate"}]})
     with pytest.raises(ValueError, match=r"conv_gate reads the tower 'fine', but extra_towers has \['hires'\] here"):
         tiny_config("mg_llava", connector_config={"view_ops": [{"part": "conv_gate", "tower": "fine"}]})
     two = {name: tiny_convnext() for name in ("fine", "hires")}
-    with pytest.raises(ValueError, match=r"there are \['fine', 'hires'\]; name one by tower"):
-        tiny_config("mg_llava", extra_towers=two)
+    for part in ("conv_gate", "object_tokens"):
+        with pytest.raises(ValueError, match=rf"{part} reads .*there are \['fine', 'hires'\]; name one by tower"):
+            tiny_config("mg_llava", extra_towers=two, connector_config={"view_ops": [{"part": part}]})

@@ -22,8 +22,9 @@ from transformers.processing_utils import ImagesKwargs, Unpack
 
 from .compat_hires_lmm import warn_if_untested
 from .geometry_hires_lmm import Kind
+from .image_boxes_hires_lmm import check_objects, read_objects, write_objects
 from .image_input_hires_lmm import DEFAULT_PIXEL_LIMIT, flatten_budgets, flatten_images, open_image, to_rgb
-from .objects_hires_lmm import check_objects, read_objects, write_objects
+from .loading_names_hires_lmm import is_loading_name, is_service_name
 from .own_parts_hires_lmm import HiResLmmOwnPartsMixin, as_name, map_planner, part_loader
 from .planners_hires_lmm import Planner, find_planner
 from .token_layout_hires_lmm import TokenLayout, apply_budget, count_tokens, min_budget
@@ -86,26 +87,6 @@ FORMATS = (ChannelDimension.FIRST.value, ChannelDimension.LAST.value)
 TOKENS_LIMIT = 1_000_000
 """Most placeholders of one image."""
 
-LOADING_NAMES = """
-adapter_kwargs adapter_name allow_all_kernels attn_implementation backend cache_dir code_revision config device_map
-device_mesh disable_mmap distributed_config dtype experts_implementation force_download from_tf fusion_config
-generation_config gguf_file ignore_mismatched_sizes image_processor_filename kernel_config key_mapping
-local_files_only low_cpu_mem_usage max_memory mirror offload_buffers offload_folder offload_state_dict
-output_loading_info proxies quantization_config resume_download return_unused_kwargs revision state_dict subfolder
-token torch_dtype tp_plan tp_size tqdm_class trust_remote_code use_auth_token use_fast use_kernels use_safetensors
-user_agent variant weights_only
-"""
-"""Options of `from_pretrained` itself; pipelines hand those of a model to all its parts."""
-
-SERVICE_NAMES = {
-    "auto_map",
-    "feature_extractor_type",
-    "image_processor_type",
-    "processor_class",
-    "transformers_version",
-}
-"""Keys of saved files that are no options."""
-
 
 @dataclass(frozen=True)
 class _Settings:
@@ -165,7 +146,7 @@ class HiResLmmImageProcessor(HiResLmmOwnPartsMixin, PilBackend):
 
     def __init__(self, **kwargs: Unpack[HiResLmmImageProcessorKwargs]):
         warn_if_untested()
-        options = {name: value for name, value in kwargs.items() if not _is_service_name(name)}
+        options = {name: value for name, value in kwargs.items() if not is_service_name(name)}
         self._check_types(options)
         super().__init__(**_with_view_size(kwargs))
         self._settings({})
@@ -586,15 +567,6 @@ def _square_side(size: Any) -> int:
     if set(sides) != {"height", "width"} or sides["height"] != sides["width"]:
         raise ValueError(f"size={size!r} must be one side of a square view, as {{'height': 336, 'width': 336}}.")
     return sides["height"]
-
-
-def _is_service_name(name: str) -> bool:
-    return name in SERVICE_NAMES or name.startswith("_")
-
-
-def is_loading_name(name: str) -> bool:
-    """Whether an option of `from_pretrained` says how to load, not what is loaded."""
-    return name in LOADING_NAMES.split() or _is_service_name(name)
 
 
 __all__ = ["HiResLmmImageProcessor"]

@@ -24,7 +24,8 @@ from .chat_templates_hires_lmm import (
 )
 from .geometry_hires_lmm import Column
 from .image_input_hires_lmm import flatten_images
-from .image_processing_hires_lmm import HiResLmmImageProcessor, HiResLmmImageProcessorKwargs, is_loading_name
+from .image_processing_hires_lmm import HiResLmmImageProcessor, HiResLmmImageProcessorKwargs
+from .loading_names_hires_lmm import is_loading_name
 from .messages_hires_lmm import QUERY_TOKEN, clean_messages, drop_marks, protect, protect_messages
 from .own_parts_hires_lmm import HiResLmmOwnPartsMixin
 from .planners_hires_lmm import find_planner

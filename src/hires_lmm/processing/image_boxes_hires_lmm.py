@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from .geometry_hires_lmm import BOX_SIDE
-from .view_plans_hires_lmm import ViewPlan
+from .view_plans_hires_lmm import BOX_UNIT, ViewPlan
 
 
 def read_objects(image_boxes: Any, sizes: list[tuple[int, int]]) -> list[np.ndarray]:
@@ -79,12 +79,8 @@ def write_objects(boxes: list[np.ndarray], plans: list[ViewPlan]) -> np.ndarray:
     """Boxes in the unit of `image_boxes`: int64 `(images, most objects, 4)`, zeros behind the objects of an image."""
     table = np.zeros((len(plans), max(map(len, boxes), default=0), 4), dtype=np.int64)
     for row, own, plan in zip(table, boxes, plans, strict=True):
-        paste, drawn, view = (np.tile(pair, 2) for pair in (plan.global_paste, plan.global_size, _pixels(plan)))
-        places = (paste + own * drawn / np.tile(plan.size, 2)) / view * BOX_SIDE
+        shown = np.array(plan.views[0].box) / BOX_UNIT
+        places = (own - np.tile(shown[:2], 2)) / np.tile(shown[2:] - shown[:2], 2) * BOX_SIDE
         start = np.clip(np.round(places[:, :2]), 0, BOX_SIDE - 1)
         row[: len(own), :2], row[: len(own), 2:] = start, np.clip(np.round(places[:, 2:]), start + 1, BOX_SIDE)
     return table
-
-
-def _pixels(plan: ViewPlan) -> tuple[int, int]:
-    return plan.view_pixels(plan.views[0])
