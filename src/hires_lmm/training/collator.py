@@ -287,7 +287,7 @@ class HiResLmmCollator:
         for name in (*self._sources, *GEOMETRY):
             parts = [sample[name] for sample in samples if name in sample]
             if parts:
-                batch[name] = torch.cat(parts)
+                batch[name] = torch.cat(pad_views(parts) if name == "pixel_values" else parts)
         if any("image_boxes" in sample for sample in samples):
             batch["image_boxes"] = join_boxes(samples)
         if self.features is not None and "vision_features" not in batch:
@@ -297,6 +297,12 @@ class HiResLmmCollator:
             if values:
                 batch[column.name] = column.join(values)
         return batch
+
+
+def pad_views(parts: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Views `(V, 3, H, W)` of several samples, padded at bottom and right to the largest, as the processor does."""
+    high, wide = (max(views.shape[axis] for views in parts) for axis in (2, 3))
+    return [torch.nn.functional.pad(views, (0, wide - views.shape[3], 0, high - views.shape[2])) for views in parts]
 
 
 def join_boxes(samples: list[dict[str, torch.Tensor]]) -> torch.Tensor:
