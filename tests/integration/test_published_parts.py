@@ -199,12 +199,17 @@ def test_a_live_model_gets_layer_ops_loses_them_and_keeps_them_when_saved(tmp_pa
     model, processor = parts("llava_next")
     batch, options = ask(processor, (90, 60)), {"max_new_tokens": 6, "do_sample": False}
     plain = logits_of(model, batch)
+    model(**batch, output_hidden_states=True)  # the library hangs up its hooks
     for layers in (0, 1, 0):
         ops = {"layer_ops": [{"part": "keep_after", "layers": layers, "share": 0.25}]}
         set_options(model, ops)
     built = tiny_model(tiny_config("llava_next", connector_config=ops))
     assert not torch.allclose(logits_of(model, batch), plain, atol=1e-3)
     torch.testing.assert_close(logits_of(model, batch), logits_of(built, batch))
+    for own, wanted in zip(
+        *(each(**batch, output_hidden_states=True).hidden_states for each in (model, built)), strict=True
+    ):
+        torch.testing.assert_close(own, wanted)
     assert model.generate(**batch, **options).tolist() == built.generate(**batch, **options).tolist()
     model.save_pretrained(tmp_path)
     again = HiResLmmForConditionalGeneration.from_pretrained(tmp_path)
