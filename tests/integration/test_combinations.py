@@ -211,8 +211,8 @@ def test_the_gate_sees_the_same_place_in_both_towers(planner, global_view):
 
 
 def test_the_gate_does_not_join_views_of_unequal_size():
+    layout = {"order": ["crops", "global", "objects", "detail"], "crop_order": "views"}
     for part in ("conv_gate", "object_tokens"):
+        connector = {"view_ops": [{"part": part}], "adapter": {"part": "mlp"}, "layout": layout}
         with pytest.raises(ValueError, match="reads views of one size; leave out unequal_views"):
-            layout = {"order": ["crops", "global", "objects", "detail"], "crop_order": "views"}
-            connector = {"view_ops": [{"part": part}], "adapter": {"part": "mlp"}, "layout": layout}
             tiny_config("llava_uhd", extra_towers={"hires": tiny_convnext()}, connector_config=connector)
