@@ -67,6 +67,9 @@ OURS: dict[str, tuple[str, dict, dict]] = {
 """Name -> preset, changes of its configuration, options of the image processor. The routers keep an exact number, so
 that the work does not depend on weights; without a budget they drop nothing."""
 
+ON_REQUEST = [name for name in OURS if name.endswith(" tokens") or name == "mqt, 4 crops"]
+"""Those that only run where they are asked for."""
+
 SO400M = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16}
 
 
@@ -246,8 +249,8 @@ def fitted(name: str, shapes: Shapes) -> dict:
 
 
 def ours_known() -> list[str]:
-    """Names in `OURS` whose preset this version has."""
-    return [name for name, (preset, _, _) in OURS.items() if preset in PRESETS]
+    """Names in `OURS` whose preset this version has, but those that run on request alone."""
+    return [name for name, (preset, _, _) in OURS.items() if preset in PRESETS and name not in ON_REQUEST]
 
 
 def _peer_inputs(shared: Shared, batch: dict, counts: list[int]) -> tuple[dict, list[int]]:

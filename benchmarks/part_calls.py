@@ -23,7 +23,6 @@ VARIANTS: dict[str, list[dict]] = {
     "query_former": [{"num_queries": 576}],
     "fusion": [{"num_layers": 1, "vocab_size": 32064}],  # one of its 20 layers
     "router": [{"score": score, "on": "crops"} for score in ("cosine", "attention", "saliency")],
-    "prompt_fuser": [{"num_layers": 1}],  # one of its four layers
 }
 """Options worth measuring; a part that is not named here runs with its defaults."""
 
@@ -33,6 +32,9 @@ CALLED = ("view_ops", "adapter", "map_ops", "token_ops")
 SECOND, STAGES, NUM_OBJECTS = "hires", ((192, 192), (96, 384), (48, 768), (24, 1536)), 100
 """Name of the second tower, side and width of the maps of its stages, those of ConvNeXt-L at 768 pixels; boxes."""
 
+OTHERWISE = {"prompt_fuser"}
+"""Parts that are layers of a language model: the prefill of `llava_mini` shows what they cost."""
+
 BESIDE = {"conv_gate", "object_tokens"}
 """Parts that read a second tower."""
 
@@ -40,10 +42,6 @@ AROUND: dict[str, dict] = {
     "fusion": {"adapter": {"part": "identity"}},
     "mqt": {"layout": {"crop_order": "views"}},
     "mini_compressor": {"layout": {"order": ["global", "crops", "detail"]}},
-    "prompt_fuser": {
-        "view_ops": [{"part": "mini_compressor"}],
-        "layout": {"order": ["crops", "global", "detail"]},
-    },
     "dual_enhancement": {"layout": {"order": ["global", "crops", "strided"]}},
     "object_tokens": {"layout": {"order": ["global", "crops", "detail", "objects"]}},
 }
@@ -52,13 +50,19 @@ AROUND: dict[str, dict] = {
 READS_IMAGE_ALONE = {"fusion"}
 """Token ops that are called without a question: what they read of it would have to come back from the device."""
 
-COUNTED_ON = {"sa_perceiver": "cpu", "globalcom2": "cpu", "prompt_fuser": "cpu"}
+COUNTED_ON = {"sa_perceiver": "cpu", "globalcom2": "cpu"}
 """Where operations are counted, if not on `meta`, where nothing is computed."""
 
 
 def part_names() -> list[tuple[str, str, dict]]:
     """(slot, part, options) of everything that is measured."""
-    return [(slot, name, options) for slot in CALLED for name in SLOTS[slot] for options in VARIANTS.get(name, [{}])]
+    return [
+        (slot, name, options)
+        for slot in CALLED
+        for name in SLOTS[slot]
+        if name not in OTHERWISE
+        for options in VARIANTS.get(name, [{}])
+    ]
 
 
 def label(slot: str, name: str, options: dict) -> str:

@@ -19,7 +19,7 @@ from unittest import mock
 import torch
 import torch.fx.experimental._config
 from measure import count_work, interleave, matrix_rate, median, memory_rate, plot_bars, print_table, report_path, say
-from part_calls import CALLED, COUNTED_ON, label, part_call, part_names  # noqa: F401  # a test reads them
+from part_calls import CALLED, COUNTED_ON, OTHERWISE, label, part_call, part_names  # noqa: F401  # a test reads them
 from record import write_result
 from transformers import masking_utils
 

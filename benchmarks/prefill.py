@@ -117,7 +117,7 @@ def build_cases(device: str, shapes: str, only: list[str] | None = None) -> list
     unknown = set(only or []) - {*OURS, *names}
     if unknown:
         raise SystemExit(f"unknown models {sorted(unknown)}; known: {', '.join(names)}")
-    chosen = [name for name in names if only is None or name in only]
+    chosen = names if only is None else [name for name in (*OURS, *names[len(ours_known()) :]) if name in only]
     return [ours(name, shared) if name in OURS else PEERS[name.split()[-1]](shared) for name in chosen]
 
 
