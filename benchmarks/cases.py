@@ -39,6 +39,8 @@ from hires_lmm.modeling.configuration_hires_lmm import LLAVA_NEXT_GRIDS
 KEEP_BUDGET = {"part": "router", "on": "crops", "score": "cosine", "keep": {"rule": "budget"}}
 COMPRESS = {"part": "query_compressor", "on": "crops", "num_queries": 144}
 BUDGETED = {"connector_config": {"token_ops": [KEEP_BUDGET]}}
+GLOBALCOM2 = {"connector_config": {"token_ops": [{"part": "globalcom2"}]}}
+ROUTER = {"connector_config": {"token_ops": [{**KEEP_BUDGET, "on": "all"}]}}
 OURS: dict[str, tuple[str, dict, dict]] = {
     "llava_next": ("llava_next", {}, {}),
     "slime, 4 crops": ("slime", BUDGETED, {"max_crops": 4}),
@@ -48,9 +50,25 @@ OURS: dict[str, tuple[str, dict, dict]] = {
     "monkey": ("monkey", {}, {}),
     "vlsa": ("vlsa", {}, {}),
     "fusion": ("fusion", {}, {}),
+    "mqt": ("mqt", {}, {}),
+    "mqt, 4 crops": ("mqt", {}, {"views": "all"}),
+    "llava_uhd": ("llava_uhd", {}, {}),
+    "inf_llava": ("inf_llava", {}, {}),
+    "hires_llava": ("hires_llava", {}, {}),
+    "llava_mini": ("llava_mini", {}, {}),
+    "mg_llava": ("mg_llava", {}, {}),
+    **{f"llava_next, {budget} tokens": ("llava_next", {}, {"max_image_tokens": budget}) for budget in (720, 288)},
+    **{
+        f"globalcom2, {budget} tokens": ("llava_next", GLOBALCOM2, {"max_image_tokens": budget})
+        for budget in (720, 288)
+    },
+    "router, 720 tokens": ("llava_next", ROUTER, {"max_image_tokens": 720}),
 }
 """Name -> preset, changes of its configuration, options of the image processor. The routers keep an exact number, so
 that the work does not depend on weights; without a budget they drop nothing."""
+
+ON_REQUEST = [name for name in OURS if name.endswith(" tokens") or name == "mqt, 4 crops"]
+"""Those that only run where they are asked for."""
 
 SO400M = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16}
 
@@ -190,8 +208,7 @@ def ours(name: str, shared: Shared) -> Case:
     """
     preset, changes, options = OURS[name]
     shapes, tokenizer = shared.shapes, build_byte_tokenizer()
-    if name == "fusion":  # heads as wide as the tower's: 16 of them at true size, which is the default
-        changes = {"connector_config": {"token_ops": [{"part": "fusion", "num_heads": shapes.tower[2]}]}}
+    changes = {**changes, **fitted(name, shapes)}
     config = HiResLmmConfig.from_preset(
         preset, shapes.clip(), shared.small_text(), image_token_id=IMAGE_TOKEN, **changes
     )
@@ -203,12 +220,11 @@ def ours(name: str, shared: Shared) -> Case:
         batch = image_processor(images, return_tensors="pt", **options)
         positions = batch["view_positions"]
         counts = positions[positions[:, 8] != 0, 5].tolist()
-        views = {key: value.to(shared.device) if key == "pixel_values" else value for key, value in batch.items()}
-        views["pixel_values"] = views["pixel_values"].to(shapes.dtype)
+        pixels = {key: batch[key].to(shared.device, shapes.dtype) for key in batch if key.startswith("pixel_values")}
+        views = {**batch, **pixels}
         rows = rows_of_ids(counts, shared.device)
         if shared.device == "meta":  # nothing can be read back there: see `image_geometry`
-            images_read = model.model.read_images(positions, batch["view_spans"])
-            views = {"pixel_values": views["pixel_values"], "image_geometry": images_read}
+            views = {**pixels, "image_geometry": model.model.read_images(positions, batch["view_spans"])}
             rows.pop("attention_mask")
         return {**rows, **views}, counts
 
@@ -216,9 +232,25 @@ def ours(name: str, shared: Shared) -> Case:
     return Case(name, model, model.model.vision_tower, model.model.language_model, encode, between=between)
 
 
+def fitted(name: str, shapes: Shapes) -> dict:
+    """What of a preset follows the sizes of tower and language model: at true sizes what the preset has."""
+    share = shapes.tower[0] / 1024
+    sizes = [max(8, int(width * share)) for width in (192, 384, 768, 1536)]
+    convnext = {"model_type": "convnext", "depths": [3, 3, 27, 3], "hidden_sizes": sizes, "image_size": 768}
+    marks = {"comma": {"place": "crop_column", "value": [11]}, "newline": {"place": "crop_row_end", "value": [13]}}
+    layout = {"order": ["crops", "global"], "crop_order": "views", "separators": marks}
+    heads = shapes.tower[2]
+    return {
+        "fusion": {"connector_config": {"token_ops": [{"part": "fusion", "num_heads": heads}]}},
+        "llava_mini": {"question_scope": "prompt"},
+        "mg_llava": {"extra_towers": {"hires": convnext}},
+        "llava_uhd": {"connector_config": {"layout": layout}},
+    }.get(name, {})
+
+
 def ours_known() -> list[str]:
-    """Names in `OURS` whose preset this version has."""
-    return [name for name, (preset, _, _) in OURS.items() if preset in PRESETS]
+    """Names in `OURS` whose preset this version has, but those that run on request alone."""
+    return [name for name, (preset, _, _) in OURS.items() if preset in PRESETS and name not in ON_REQUEST]
 
 
 def _peer_inputs(shared: Shared, batch: dict, counts: list[int]) -> tuple[dict, list[int]]:

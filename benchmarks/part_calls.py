@@ -10,7 +10,7 @@ from hires_lmm.modeling.bases_hires_lmm import PartContext
 from hires_lmm.modeling.carriers_hires_lmm import ImageGeometry, Question, ViewFeatures, ViewGroup
 from hires_lmm.modeling.configuration_hires_lmm import HiResLmmConnectorConfig
 from hires_lmm.modeling.connector_hires_lmm import HiResLmmConnector
-from hires_lmm.modeling.geometry_hires_lmm import Kind
+from hires_lmm.modeling.geometry_hires_lmm import BOX_SIDE, MAIN_TOWER, Grid, Kind
 from hires_lmm.modeling.parts_hires_lmm import SLOTS
 
 
@@ -29,13 +29,21 @@ VARIANTS: dict[str, list[dict]] = {
 CALLED = ("view_ops", "adapter", "map_ops", "token_ops")
 """Slots whose parts are called on views or tokens; what runs inside the language model is no call of its own."""
 
-OTHERWISE = {"conv_gate", "dual_enhancement", "prompt_fuser"}
-"""Parts that need a second tower, other kinds of views, or another part before them."""
+SECOND, STAGES, NUM_OBJECTS = "hires", ((192, 192), (96, 384), (48, 768), (24, 1536)), 100
+"""Name of the second tower, side and width of the maps of its stages, those of ConvNeXt-L at 768 pixels; boxes."""
+
+OTHERWISE = {"prompt_fuser"}
+"""Parts that are layers of a language model: the prefill of `llava_mini` shows what they cost."""
+
+BESIDE = {"conv_gate", "object_tokens"}
+"""Parts that read a second tower."""
 
 AROUND: dict[str, dict] = {
     "fusion": {"adapter": {"part": "identity"}},
     "mqt": {"layout": {"crop_order": "views"}},
     "mini_compressor": {"layout": {"order": ["global", "crops", "detail"]}},
+    "dual_enhancement": {"layout": {"order": ["global", "crops", "strided"]}},
+    "object_tokens": {"layout": {"order": ["global", "crops", "detail", "objects"]}},
 }
 """Other parts and the order of tokens that a part needs around it."""
 
@@ -63,12 +71,37 @@ def label(slot: str, name: str, options: dict) -> str:
     return f"{slot}/{name}({said})"
 
 
-def image_geometry() -> ImageGeometry:
-    """One image: a global view and a square of crops, whole."""
+def image_geometry(kinds: tuple[int, ...], num_objects: int) -> ImageGeometry:
+    """One image: a global view, and of each other kind a square of whole views."""
     cells = [(row, column) for row in range(GRID) for column in range(GRID)]
     whole = (SIDE, SIDE, 0, SIDE, 0, SIDE)
-    crops = ((int(Kind.CROP), GRID, GRID, *cell, *whole) for cell in cells)
-    return ImageGeometry(0, ((int(Kind.GLOBAL), GRID, GRID, 0, 0, *whole), *crops), BUDGET)
+    others = ((kind, GRID, GRID, *cell, *whole) for kind in kinds for cell in cells)
+    return ImageGeometry(0, ((int(Kind.GLOBAL), GRID, GRID, 0, 0, *whole), *others), BUDGET, num_objects)
+
+
+def surroundings(config: Any, name: str, width: int, text_width: int) -> PartContext:
+    """What is around a part: nothing known of grids, or those of a second tower beside the main one."""
+    grids = {}
+    if name in BESIDE:
+        grids = {(int(kind), MAIN_TOWER): Grid(SIDE, SIDE) for kind in (Kind.GLOBAL, Kind.CROP)}
+        grids[int(Kind.DETAIL), SECOND] = Grid(SIDE, SIDE, None, whole=True, source=int(Kind.GLOBAL))
+    widths = tuple(stage[1] for stage in STAGES)
+    return PartContext(
+        config,
+        width,
+        text_width,
+        grids,
+        (SIDE, SIDE),
+        tower_widths={SECOND: widths[-1]},
+        tower_levels={SECOND: widths},
+    )
+
+
+def second_tower(device: str, dtype: torch.dtype) -> ViewGroup:
+    """The maps of all stages of the second tower for one image."""
+    maps = [torch.randn(1, side * side, width, device=device, dtype=dtype) for side, width in STAGES]
+    hidden = dict(zip(range(-len(maps), -1), maps, strict=False))
+    return ViewGroup(int(Kind.DETAIL), maps[-1], (SIDE, SIDE), (0,), SECOND, hidden=hidden)
 
 
 def part_call(slot: str, name: str, options: dict, device: str, shapes: str = "cuda") -> Callable[[], Any]:
@@ -91,16 +124,23 @@ def part_call(slot: str, name: str, options: dict, device: str, shapes: str = "c
         text_width = width
     with torch.device(device):
         config = HiResLmmConnectorConfig(**chain)
-        connector = (
-            HiResLmmConnector(config, PartContext(config, width, text_width, {}, (SIDE, SIDE))).to(dtype).eval()
-        )
-    features = torch.randn(1 + GRID * GRID, SIDE * SIDE, width, device=device, dtype=dtype)
-    groups = []
-    for kind, part in ((Kind.GLOBAL, slice(0, 1)), (Kind.CROP, slice(1, len(features)))):
-        scores = {score: torch.rand(features[part].shape[:2], device=device) for score in connector.needs.scores}
-        rows = tuple(range(len(features)))[part]
-        groups.append(ViewGroup(kind, features[part], (SIDE, SIDE), rows, scores=scores))
-    views = ViewFeatures(groups, [image_geometry()])
+        connector = HiResLmmConnector(config, surroundings(config, name, width, text_width)).to(dtype).eval()
+    kinds = (int(Kind.CROP), *([int(Kind.STRIDED)] if name == "dual_enhancement" else []))
+    counts = [1, *(GRID * GRID for _ in kinds)]
+    features = torch.randn(sum(counts), SIDE * SIDE, width, device=device, dtype=dtype)
+    groups, end = [], 0
+    for kind, count in zip((int(Kind.GLOBAL), *kinds), counts, strict=True):
+        rows, own = tuple(range(end, end + count)), features[end : end + count]
+        scores = {score: torch.rand(own.shape[:2], device=device) for score in connector.needs.scores}
+        groups.append(ViewGroup(kind, own, (SIDE, SIDE), rows, scores=scores))
+        end += count
+    if name in BESIDE:
+        groups.append(second_tower(device, dtype))
+    num_objects = NUM_OBJECTS if connector.reads_objects else 0
+    boxes = (
+        torch.tensor([[[0, 0, BOX_SIDE // 2, BOX_SIDE // 3]] * num_objects], device=device) if num_objects else None
+    )
+    views = ViewFeatures(groups, [image_geometry(kinds, num_objects)], boxes=boxes)
     if slot == "view_ops":
         return _without_gradients(lambda: connector.view_ops[0](views))
     if slot == "adapter":

@@ -3,7 +3,9 @@
     python benchmarks/prefill.py                  small models on the CPU, at most 5 minutes on two idle cores
     python benchmarks/prefill.py --shapes wide    ours and llava_next, wider, at one size; at most 5 minutes
     python benchmarks/prefill.py --shapes deep    the same at true depth with all widths / 16
-    python benchmarks/prefill.py --count          operations of the true sizes, counted without computing; a minute
+    python benchmarks/prefill.py --count          operations of the true sizes, counted without computing; 5 minutes
+    python benchmarks/prefill.py --shapes deep --name published --models "transformers llava_next" mqt llava_uhd ...
+                                                  some models, into a file of their own
     python benchmarks/prefill.py --device cuda    CLIP ViT-L/14-336 with Llama-3-8B shapes, bfloat16, random weights
 
 The floor is what cannot be avoided: the tower alone on the same views, the language model alone on as many tokens, in
@@ -65,7 +67,25 @@ DEAR = {"slime, 6x6": "2048x2048"}
 OTHER_IMAGES = {"wide": ("1024x1024",), "deep": ("336x336", "1024x1024", "400x4000")}
 """What other shapes than those of the device are timed on, without the other models of transformers."""
 LEAST_SECONDS = {"cpu": 6.0, "cuda": 10.0}
-COUNTED = ("llava_next", "slime, 4 crops", "slime, 4 crops, 144 local", "slime, 6x6", "slime_release", "monkey")
+COUNTED = (
+    "llava_next",
+    "slime, 4 crops",
+    "slime, 4 crops, 144 local",
+    "slime, 6x6",
+    "slime_release",
+    "monkey",
+    "mqt",
+    "mqt, 4 crops",
+    "llava_uhd",
+    "inf_llava",
+    "hires_llava",
+    "mg_llava",
+    "llava_next, 720 tokens",
+    "llava_next, 288 tokens",
+    "globalcom2, 720 tokens",
+    "globalcom2, 288 tokens",
+    "router, 720 tokens",
+)
 """Ours that run on `meta`; `llava_next` does the very work of transformers' llava_next (a test holds that)."""
 
 
@@ -97,7 +117,7 @@ def build_cases(device: str, shapes: str, only: list[str] | None = None) -> list
     unknown = set(only or []) - {*OURS, *names}
     if unknown:
         raise SystemExit(f"unknown models {sorted(unknown)}; known: {', '.join(names)}")
-    chosen = [name for name in names if only is None or name in only]
+    chosen = names if only is None else [name for name in (*OURS, *names[len(ours_known()) :]) if name in only]
     return [ours(name, shared) if name in OURS else PEERS[name.split()[-1]](shared) for name in chosen]
 
 
@@ -220,18 +240,20 @@ def main() -> None:
         "--images",
         nargs="*",
         choices=tuple(IMAGE_SIZES),
-        help="by default all; fewer for other shapes, 2048x2048 to count",
+        help="by default all; fewer for other shapes, one image each to count",
     )
     parser.add_argument("--models", nargs="*", help="names of models; all by default")
+    parser.add_argument("--name", help="in the name of the result, which then stands beside the usual one")
     arguments = parser.parse_args()
     random.seed(0), torch.manual_seed(0)
     shapes, device = arguments.shapes or arguments.device, arguments.device
     rows: list[dict] = []
     if arguments.count:
         cases = build_cases("meta", arguments.shapes or "cuda", arguments.models or list(COUNTED))
-        for name in arguments.images or ["2048x2048"]:
+        for name in arguments.images or [name for name in IMAGE_SIZES if len(IMAGE_SIZES[name]) == 1]:
             rows += count_batch(cases, name)
-        write(rows, "prefill_counted", COUNTED_COLUMNS, "tera_operations", "counted operations of a prefill")
+        stem = "_".join(filter(None, ("prefill_counted", arguments.name)))
+        write(rows, stem, COUNTED_COLUMNS, "tera_operations", "counted operations of a prefill")
         return
     is_other = shapes not in (device, "tiny")
     models = arguments.models or ([*ours_known(), BASELINE] if is_other else None)
@@ -241,7 +263,7 @@ def main() -> None:
         least = 0.0 if is_other else LEAST_SECONDS[device]
         rows += measure_batch(cases, name, arguments.repeats, rate, device, least)
     title = f"prefill, {device}, shapes {shapes}, {rate / 1e9:.0f} Gop/s in matrix products"
-    stem = "_".join(["prefill", *([] if shapes == device else [shapes]), device])
+    stem = "_".join(filter(None, ("prefill", arguments.name, None if shapes == device else shapes, device)))
     write(rows, stem, COLUMNS, "ratio" if device == "cpu" else "milliseconds", title)
 
 

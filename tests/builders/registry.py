@@ -70,6 +70,7 @@ VARIANTS: dict[str, dict[str, dict]] = {
 READS = {
     "gate": ("global", "crops", "detail"),
     "conv_gate": ("global", "crops", "detail"),
+    "object_tokens": ("global", "crops", "detail"),
     "dual_enhancement": ("global", "crops", "strided"),
 }
 """Kinds of views that a part reads, where they are not global views and crops."""
@@ -77,8 +78,8 @@ READS = {
 BESIDE = {"prompt_fuser": {"view_ops": [{"part": "mini_compressor", "num_queries": 4, "num_heads": 2}]}}
 """Parts without which a part cannot be."""
 
-MAKES_DETAIL = ("mini_compressor", "prompt_fuser")
-"""Parts whose tokens enter as views of the kind `detail`, without a second tower."""
+MAKES = {"mini_compressor": "detail", "prompt_fuser": "detail", "object_tokens": "objects"}
+"""Kind of the views that a part makes."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ def config_of(case: Case, kinds: tuple, layout: dict, **options):
     spec = case.spec(**options)
     several = [spec] if isinstance(empty, list) else {"mine": spec} if empty == {} else spec
     changes = {}
-    order = dict.fromkeys([*kinds, "detail"] if case.name in MAKES_DETAIL else kinds)
+    order = dict.fromkeys([*kinds, *([MAKES[case.name]] if case.name in MAKES else [])])
     if "detail" in kinds:
         changes["extra_towers"] = {"fine": tiny_vision_config("siglip", 84, hidden_size=16).to_dict()}
     return tiny_config(

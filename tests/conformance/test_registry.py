@@ -23,6 +23,7 @@ from hires_lmm.modeling.carriers_hires_lmm import ViewFeatures, ViewGroup, Visua
 from hires_lmm.modeling.compat_hires_lmm import CACHE
 from hires_lmm.modeling.geometry_hires_lmm import Grid, Kind, kinds_on
 from hires_lmm.modeling.parts_hires_lmm import SLOTS
+from hires_lmm.modeling.tower_table_hires_lmm import tower_width
 from hires_lmm.training.lora import lora_config
 
 
@@ -82,8 +83,11 @@ def test_what_leaves_is_as_described(case):
     if isinstance(output, ViewFeatures):
         assert {group.key for group in output.groups} == set(traits.grids)
         for group in output.groups:
-            assert tuple(group.grid) == traits.grids[group.key].size
-            assert group.features.shape[1:] == (group.grid[0] * group.grid[1], traits.width)
+            if group.kind != Kind.OBJECT:  # as many as the caller gives
+                assert tuple(group.grid) == traits.grids[group.key].size
+            of_towers = {name: tower_width(tower.config) for name, tower in model.model.extra_towers.items()}
+            width = {**of_towers, **traits.tower_widths}.get(group.tower, traits.width)
+            assert group.features.shape[1:] == (group.grid[0] * group.grid[1], width)
     elif isinstance(part, HiResLmmAdapter):
         sizes = {grid.rows * grid.cols for grid in traits.grids.values()}
         assert output.shape[-1] == traits.width and output.shape[1] in sizes
@@ -251,7 +255,7 @@ def test_every_kind_of_view_passes_or_is_refused_by_name(case, kinds, crop_order
     seen = watched(model.model.connector.layout)
     assert bool(torch.isfinite(logits_of(model, batch_of(processor, *SIZES))).all())
     ((views, _), tokens), *_ = seen
-    for group in views.groups:
+    for group in (each for each in views.groups if each.kind != Kind.OBJECT):
         assert_placed(tokens, group)
         if crop_order == "raster" and not tokens.grids[group.kind].whole:
             assert_raster(tokens, group.kind)

@@ -127,7 +127,7 @@ RELEASED = {
             "projector.model.0.bias": (32,),
             "projector.model.2.weight": (32, 32),
             "projector.model.2.bias": (32,),
-            "bbox_projector.model.0.weight": (32, 60),
+            "bbox_projector.model.0.weight": (32, 64),
             "bbox_projector.model.0.bias": (32,),
             "bbox_projector.model.2.weight": (32, 32),
             "bbox_projector.model.2.bias": (32,),

@@ -71,12 +71,12 @@ class Copies:
         return list(self.answers)
 
 
-def known(batch, config) -> list[torch.Tensor]:
-    """Geometry, number of placeholders, whether all pixels are finite, whether padding is missing or on the right."""
+def known(batch, config) -> list[torch.Tensor | None]:
+    """Geometry, no objects, number of placeholders, whether pixels are finite, padding is missing or on the right."""
     count = (batch["input_ids"] == config.image_token_id).sum()
     mask = batch["attention_mask"]
     finite = batch["pixel_values"].isfinite().all()
-    return [batch["view_positions"], batch["view_spans"], count, finite, mask.all(), (mask[:, -1] == 0).any()]
+    return [batch["view_positions"], batch["view_spans"], None, count, finite, mask.all(), (mask[:, -1] == 0).any()]
 
 
 @pytest.mark.parametrize("budget", [None, 18])

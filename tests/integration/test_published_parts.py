@@ -177,6 +177,12 @@ def test_a_live_model_gets_no_untrained_weights():
         set_options(model, {"token_ops": [{"part": "router", "score": "attention"}]})
     with pytest.raises(ValueError, match="Unknown option 'rate'"):
         set_options(model, {"token_ops": [{"part": "globalcom2", "rate": 0.25}]})
+    for slot in ("token_ops", "layer_ops"):
+        for given in ({"part": "globalcom2"}, "globalcom2", 3):
+            with pytest.raises(ValueError, match=rf"{slot}=.*globalcom2|3.* must be a list of parts"):
+                set_options(model, {slot: given})
+    with pytest.raises(ValueError, match="set_options takes a dict, place -> value, not None"):
+        set_options(model, None)
     assert model.config.to_dict() == before
 
 
@@ -193,18 +199,24 @@ def test_a_live_model_gets_layer_ops_loses_them_and_keeps_them_when_saved(tmp_pa
     model, processor = parts("llava_next")
     batch, options = ask(processor, (90, 60)), {"max_new_tokens": 6, "do_sample": False}
     plain = logits_of(model, batch)
+    model(**batch, output_hidden_states=True)  # the library hangs up its hooks
     for layers in (0, 1, 0):
         ops = {"layer_ops": [{"part": "keep_after", "layers": layers, "share": 0.25}]}
         set_options(model, ops)
     built = tiny_model(tiny_config("llava_next", connector_config=ops))
     assert not torch.allclose(logits_of(model, batch), plain, atol=1e-3)
     torch.testing.assert_close(logits_of(model, batch), logits_of(built, batch))
+    for own, wanted in zip(
+        *(each(**batch, output_hidden_states=True).hidden_states for each in (model, built)), strict=True
+    ):
+        torch.testing.assert_close(own, wanted)
     assert model.generate(**batch, **options).tolist() == built.generate(**batch, **options).tolist()
     model.save_pretrained(tmp_path)
     again = HiResLmmForConditionalGeneration.from_pretrained(tmp_path)
     torch.testing.assert_close(logits_of(again, batch), logits_of(built, batch))
-    set_options(model, {"layer_ops": []})
+    set_options(model, {"layer_ops": None})
     torch.testing.assert_close(logits_of(model, batch), plain)
+    assert model.config.connector_config.layer_ops == []
     assert not any(layer._forward_pre_hooks for layer in model.model.language_model.layers)
 
 
@@ -447,7 +459,7 @@ def test_any_convnext_is_gated_into_the_global_view(model_type):
     model, processor = parts("mg_llava", extra_towers=towers)
     batch = ask(processor, (90, 60), (40, 200))
     assert batch["pixel_values_hires"].shape == (2, 3, 64, 64) and processor.image_tokens(90, 60) == 16
-    part = model.model.connector.view_ops[0]
+    part = model.model.connector.view_ops[1]
     maps = model.model.extra_towers["hires"](batch["pixel_values_hires"], output_hidden_states=True).hidden_states[-1]
     patches = model.model.encode_pixels(batch["pixel_values"])
     plane = patches.transpose(1, 2).unflatten(2, (4, 4))
@@ -491,7 +503,7 @@ def test_the_gate_joins_crops_budgets_and_globalcom2_and_trains():
 
 
 def test_the_gate_needs_every_global_view_in_training():
-    model, processor = parts("mg_llava")
+    model, processor = parts("mg_llava", connector_config={"view_ops": [{"part": "conv_gate"}]})
     model.train().model.connector.training_views = "crops"
     with pytest.raises(ValueError, match="global view of every image beside that of 'hires'"):
         model(**ask(processor, (90, 60), views="crops"))
@@ -499,9 +511,10 @@ def test_the_gate_needs_every_global_view_in_training():
 
 def test_what_the_gate_cannot_join_is_refused_by_name():
     with pytest.raises(ValueError, match="conv_gate reads a second tower, but there are none"):
-        tiny_config("mg_llava", extra_towers={})
+        tiny_config("mg_llava", extra_towers={}, connector_config={"view_ops": [{"part": "conv_gate"}]})
     with pytest.raises(ValueError, match=r"conv_gate reads the tower 'fine', but extra_towers has \['hires'\] here"):
         tiny_config("mg_llava", connector_config={"view_ops": [{"part": "conv_gate", "tower": "fine"}]})
     two = {name: tiny_convnext() for name in ("fine", "hires")}
-    with pytest.raises(ValueError, match=r"there are \['fine', 'hires'\]; name one by tower"):
-        tiny_config("mg_llava", extra_towers=two)
+    for part in ("conv_gate", "object_tokens"):
+        with pytest.raises(ValueError, match=rf"{part} reads .*there are \['fine', 'hires'\]; name one by tower"):
+            tiny_config("mg_llava", extra_towers=two, connector_config={"view_ops": [{"part": part}]})

@@ -320,28 +320,6 @@ def test_an_op_on_unequal_views_is_the_op_on_each_alone(name, merged):
         torch.testing.assert_close(own, found, atol=1e-4, rtol=1e-4)
 
 
-PLANS = {
-    **{name: {} for name in ("slime", "slime_release", "multiple", "hd")},
-    **{"dual": {"n": 2}, "llava_uhd": {"max_crops": 6}},
-}
-
-
-@pytest.mark.parametrize("planner", PLANS)
-@pytest.mark.parametrize("name", ["mqt", "uhd_resampler", "self_mining_sampler"])
-def test_compressors_join_every_planner(planner, name):
-    model, processor = parts(
-        planner={"name": planner, **PLANS[planner]},
-        unequal_views=planner == "llava_uhd",
-        connector_config={
-            "view_ops": [{"part": name, **OPS[name]}],
-            "layout": {"crop_order": "views", "order": ["global", "crops", "strided"]},
-        },
-    )
-    least = processor.image_processor.min_image_tokens(90, 60)
-    for options in ({}, {"max_image_tokens": max(least, 7)}):
-        assert_batch_is_single(model, processor, (90, 60), (40, 200), **options)
-
-
 @pytest.mark.parametrize("ops", [[], [RESAMPLER]], ids=["patches", "resampler"])
 def test_a_prefill_with_unequal_views_compiles_whole(ops):
     model, processor = unequal(view_ops=ops)

@@ -17,6 +17,14 @@ def row_end(value):
         ({"foo": 1}, "Unknown key 'foo' in connector_config; known keys: view_ops"),
         ({"adapter": {"part": "mlx"}}, "adapter names the unknown part 'mlx'; known parts of this slot: identity"),
         (
+            {"map_ops": [{"part": "pool"}]},
+            r"map_ops\[0\] names the unknown part 'pool'; no part is built in for this slot",
+        ),
+        (
+            {"heads": {"n": {"part": "x"}}},
+            r"heads.n names the unknown part 'x'; no part is built in .* so give a class",
+        ),
+        (
             {"adapter": {"part": "mlp", "size": 1}},
             r"Unknown option 'size' in adapter \(mlp\); known options: hidden_act",
         ),

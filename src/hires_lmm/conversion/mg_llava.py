@@ -32,15 +32,15 @@ SECOND_SIDE = 768
 CLIP = "openai/clip-vit-large-patch14-336"
 CONVNEXT = "laion/CLIP-convnext_large_d_320.laion2B-s29B-b131K-ft-soup"
 WEIGHTS = "mg_llava.pth"
-_GATE = f"{OURS}view_ops.0."
+_GATE = f"{OURS}view_ops.1."
 
 RULES: list[Rule] = [
     Unused("llm.model.layers.{}.self_attn.rotary_emb.inv_freq"),
     Unused("visual_encoder.vision_model.embeddings.position_ids"),
-    Unused("bbox_projector.**"),
     Rename("llm.model.**", "model.language_model.**"),
     Rename("llm.lm_head.weight", "lm_head.weight"),
     *mlp_rules("projector.model.", f"{OURS}adapter.mlp."),
+    *mlp_rules("bbox_projector.model.", f"{OURS}tower_adapters.objects.mlp."),
     *renames(
         "fuse_module.",
         _GATE,
@@ -204,7 +204,7 @@ def _check_parts(config: Any) -> None:
         **{name: getattr(connector, name) for name in ("map_ops", "token_ops", "layer_ops", "position_plan", "heads")},
     }
     wanted = {"square of the planner": "pad", "vision_feature_layer": -2, "extra towers": [TOWER]}
-    wanted |= {"view_ops": ["conv_gate"], "adapter": "mlp"}
+    wanted |= {"view_ops": ["object_tokens", "conv_gate"], "adapter": "mlp"}
     for name, value in found.items():
         if (value or None) != wanted.get(name):
             raise ConversionError(

@@ -19,15 +19,16 @@ class Needs:
     Args:
         scores (`tuple[str, ...]`): Names of scores of patches, `(V, L)` each: see `SCORES` of the towers.
         layers (`tuple[int, ...]`): Further layers whose hidden states are wanted.
+        levels (`tuple[str, ...]`): Extra towers of which the maps of all stages are wanted.
     """
 
     scores: tuple[str, ...] = ()
     layers: tuple[int, ...] = ()
+    levels: tuple[str, ...] = ()
 
     def __or__(self, other: "Needs") -> "Needs":
-        return Needs(
-            tuple(dict.fromkeys(self.scores + other.scores)), tuple(dict.fromkeys(self.layers + other.layers))
-        )
+        pairs = ((self.scores, other.scores), (self.layers, other.layers), (self.levels, other.levels))
+        return Needs(*(tuple(dict.fromkeys((*own, *more))) for own, more in pairs))
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,8 @@ class PartContext:
         grids (`dict[tuple[int, str], Grid]`): Token grid that enters, by kind and tower.
         patch_grid (`tuple[int, int]`): Patch rows and columns of a view of the tower's own size.
         vocab_size (`int`): Token ids of the language model.
-        tower_widths (`dict[str, int]`): Widths of the extra towers by name.
+        tower_widths (`dict[str, int]`): Widths of the extra towers by name, and of what parts make beside them.
+        tower_levels (`dict[str, tuple[int, ...]]`): Widths of the stages of convolutional extra towers, first to last.
         depths (`dict[str, int]`): Layers of `language_model` and `vision_tower`.
         layers (`tuple[int, ...]`): Layers that a layer op runs behind.
     """
@@ -53,6 +55,7 @@ class PartContext:
     patch_grid: tuple[int, int]
     vocab_size: int = 0
     tower_widths: dict[str, int] = field(default_factory=dict)
+    tower_levels: dict[str, tuple[int, ...]] = field(default_factory=dict)
     depths: dict[str, int] = field(default_factory=dict)
     layers: tuple[int, ...] = ()
 
@@ -93,6 +96,7 @@ class Traits:
             `"own"`; None = it does not consume the budget.
         needs (`Needs`): What the tower computes for it.
         untrained (`tuple[str, ...]`): Its parameters, or modules of it, that no loss reaches: they are frozen.
+        tower_widths (`dict[str, int]`): Widths of groups that it makes beside those of towers, by name.
     """
 
     grids: dict[tuple[int, str], Grid]
@@ -105,6 +109,7 @@ class Traits:
     budget_on: Any = None
     needs: Needs = field(default_factory=Needs)
     untrained: tuple[str, ...] = ()
+    tower_widths: dict[str, int] = field(default_factory=dict)
 
 
 def follow_grid(

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from .conversation_hires_lmm import Conversation
-from .geometry_hires_lmm import MAIN_TOWER, Column, Grid, Kind, ViewShape, kinds_on
+from .geometry_hires_lmm import MAIN_TOWER, Column, Grid, Kind, ViewShape, kinds_on, object_view
 
 
 @dataclass(frozen=True)
@@ -21,11 +21,18 @@ class ImageGeometry:
         first_view (`int`): Row of its first view in `pixel_values`.
         views (`tuple[tuple[int, ...], ...]`): One `ViewShape` a view, as plain tuples, which compilers accept.
         num_tokens (`int`): Placeholders of the image.
+        num_objects (`int`): Boxes that came with it.
     """
 
     first_view: int
     views: tuple[tuple[int, ...], ...]
     num_tokens: int
+    num_objects: int = 0
+
+    @property
+    def arranged(self) -> tuple[tuple[int, ...], ...]:
+        """What the arrangement places: the views, and one that stands for the objects."""
+        return (*self.views, tuple(object_view(self.num_objects)))
 
     def rows(self, kind: int) -> list[int]:
         """Rows of the views of a kind in `pixel_values`."""
@@ -54,7 +61,9 @@ def map_edges(
     return cells, list(accumulate(heights, initial=0)), list(accumulate(widths, initial=0))
 
 
-def read_geometry(positions: list[list[int]], spans: list[list[int]]) -> list[ImageGeometry]:
+def read_geometry(
+    positions: list[list[int]], spans: list[list[int]], num_objects: list[int] | None = None
+) -> list[ImageGeometry]:
     """Group the rows of `view_positions` and `view_spans`, one a view, by image."""
     if len(positions) != len(spans):
         raise ValueError(
@@ -65,6 +74,12 @@ def read_geometry(positions: list[list[int]], spans: list[list[int]]) -> list[Im
     if positions and (not starts or starts[0] != 0):
         raise ValueError(
             "The first row of view_positions does not open an image; pass view_positions as the processor returned it."
+        )
+    objects = [0] * len(starts) if num_objects is None else num_objects
+    if len(objects) != len(starts):
+        raise ValueError(
+            f"image_boxes is of {len(objects)} images, but view_positions describes {len(starts)}; pass both as the "
+            "processor returned them."
         )
     shape = (
         Column.KIND,
@@ -80,8 +95,9 @@ def read_geometry(positions: list[list[int]], spans: list[list[int]]) -> list[Im
             start,
             tuple((*(positions[row][column] for column in shape), *spans[row]) for row in range(start, stop)),
             positions[start][Column.NUM_TOKENS],
+            number,
         )
-        for start, stop in zip(starts, [*starts[1:], len(positions)], strict=False)
+        for start, stop, number in zip(starts, [*starts[1:], len(positions)], objects, strict=False)
     ]
 
 
@@ -124,12 +140,14 @@ class ViewFeatures:
         limits (`dict[int, list[int]]`): By kind, tokens of each view that a budget leaves, where a view op consumes
             it: the first ones enter the sequence. Kinds without a limit are missing.
         aux (`dict[str, torch.Tensor]`): Tensors for losses and logs, by name.
+        boxes (`torch.Tensor` of shape `(I, N, 4)`, *optional*): Objects of each image, see `image_boxes` of `forward`.
     """
 
     groups: list[ViewGroup]
     images: list[ImageGeometry]
     limits: dict = field(default_factory=dict)
     aux: dict = field(default_factory=dict)
+    boxes: torch.Tensor | None = None
 
     def group(self, on: str, tower: str = MAIN_TOWER) -> ViewGroup | None:
         """The group of one kind, or None."""

@@ -11,7 +11,7 @@ from transformers.configuration_utils import SubConfigSpec
 from transformers.models.auto import AutoConfig
 
 from .compat_hires_lmm import CACHE_NAMES, warn_if_untested
-from .geometry_hires_lmm import KINDS, MAIN_TOWER, Grid, Kind
+from .geometry_hires_lmm import KINDS, MADE_KINDS, MAIN_TOWER, OBJECTS, Grid, Kind
 from .own_parts_hires_lmm import (
     HiResLmmOwnPartsMixin,
     as_name,
@@ -21,7 +21,7 @@ from .own_parts_hires_lmm import (
     map_planner,
     part_loader,
 )
-from .tower_table_hires_lmm import patch_side, tower_family, tower_grid, tower_width, view_side
+from .tower_table_hires_lmm import patch_side, tower_family, tower_grid, tower_levels, tower_width, view_side
 
 
 AUTO_MAP = {
@@ -122,7 +122,11 @@ PRESETS: dict[str, dict] = {
     "mg_llava": {
         "planner": {"name": "multiple", "views": "global"},
         "extra_towers": {"hires": _CONVNEXT_LARGE},
-        "connector_config": {"view_ops": [{"part": "conv_gate"}], "adapter": _MLP},
+        "connector_config": {
+            "view_ops": [{"part": "object_tokens"}, {"part": "conv_gate"}],
+            "adapter": _MLP,
+            "layout": {"order": ["global", "crops", "objects"]},
+        },
     },
     "llava_uhd": {
         "planner": {"name": "llava_uhd"},
@@ -360,8 +364,11 @@ class HiResLmmConfig(HiResLmmOwnPartsMixin, PreTrainedConfig):
     def _read_extra_towers(self) -> None:
         """Bring the extra towers into one form: complete dicts; their names become arguments of calls."""
         for name, tower in (self.extra_towers or {}).items():
-            if not isinstance(name, str) or not name.isidentifier() or name == MAIN_TOWER or hasattr(dict, name):
-                raise ValueError(f"extra_towers has the name {name!r}; use a plain word other than {MAIN_TOWER}.")
+            taken = (MAIN_TOWER, OBJECTS)
+            if not isinstance(name, str) or not name.isidentifier() or name in taken or hasattr(dict, name):
+                raise ValueError(
+                    f"extra_towers has the name {name!r}; use a plain word other than {', '.join(taken)}."
+                )
             if isinstance(tower, dict) and "model_type" not in tower:
                 raise ValueError(f"extra_towers.{name} has no model_type, such as 'clip_vision_model'; add it.")
         towers = {
@@ -465,7 +472,7 @@ class HiResLmmConfig(HiResLmmOwnPartsMixin, PreTrainedConfig):
             self.vision_feature_layer,
         )
         kinds = self.connector_config.resolve().kinds
-        grids = {(int(KINDS[name]), MAIN_TOWER): Grid(*self.patch_grid) for name in kinds if name != "detail"}
+        grids = {(int(KINDS[name]), MAIN_TOWER): Grid(*self.patch_grid) for name in kinds if name not in MADE_KINDS}
         for name, tower in towers.items():
             grids[int(Kind.DETAIL), name] = Grid(*tower_grid(tower), stride=None, whole=True, source=int(Kind.GLOBAL))
         return PartContext(
@@ -476,6 +483,7 @@ class HiResLmmConfig(HiResLmmOwnPartsMixin, PreTrainedConfig):
             self.patch_grid,
             self.text_config.vocab_size,
             {name: tower_width(tower) for name, tower in towers.items()},
+            {name: tower_levels(tower) for name, tower in towers.items()},
             {
                 "language_model": self.text_config.num_hidden_layers,
                 "vision_tower": layer if layer >= 0 else depth + 1 + layer,  # the layers whose result is used

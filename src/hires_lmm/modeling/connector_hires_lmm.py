@@ -67,6 +67,7 @@ class HiResLmmConnector(PreTrainedModel):
         self.num_early_ops = waiting.index(True) if True in waiting else len(waiting)
         self.is_done_early = True not in waiting
         self.entering = tuple(chain.first.grids)
+        self.reads_objects = Kind.OBJECT in chain.grids
         self.patch_grid = chain.first.patch_grid
         self.training_views = "all"  # views that a training stage uses: "all", "global" or "crops"
         self.post_init()
@@ -101,7 +102,7 @@ class HiResLmmConnector(PreTrainedModel):
     def encode(self, views: ViewFeatures, embed: Embed) -> VisualTokens:
         """Run what needs neither the question nor a count by content; `embed` looks up ids of separators."""
         if self.layout.is_elastic:
-            images = tuple((image.views, image.num_tokens) for image in views.images)
+            images = tuple((image.arranged, image.num_tokens) for image in views.images)
             views = replace(views, limits=view_limits(images, self.layout.spec))
         tokens = self.layout(self.adapt(views), embed)
         if not self.has_turns and not self.makes_tokens:

@@ -29,7 +29,7 @@ class HiResLmmConvGate(HiResLmmViewOp):
     tower at its place. Both sums start at zero, so a new part changes nothing.
 
     Source: MG-LLaVA, huggingface.co/papers/2406.17770, and its released code (PhoenixZ810/MG-LLaVA). Ours: towers of
-    any kind and grid, whose map is interpolated. Its tokens of detected objects are left out.
+    any kind and grid, whose map is interpolated. Its tokens of objects are the part `object_tokens`.
     """
 
     needs_equal_views = True

@@ -8,7 +8,7 @@ import torch
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .carriers_hires_lmm import ImageGeometry, read_geometry
-from .geometry_hires_lmm import DENSE_PARTS, KINDS, Column, Kind
+from .geometry_hires_lmm import BOX_SIDE, DENSE_PARTS, KINDS, Column, Kind
 from .outputs_hires_lmm import HiResLmmImageFeatures
 from .question_hires_lmm import PromptText
 from .tower_table_hires_lmm import tower_grid, tower_width, view_side
@@ -27,6 +27,7 @@ IMAGE_ARGUMENTS = (
     "view_positions",
     "view_spans",
     "view_boxes",
+    "image_boxes",
     "image_geometry",
     "mm_encoder_outputs",
 )
@@ -45,6 +46,7 @@ class ImageArguments:
     view_positions: torch.Tensor | None = None
     view_spans: torch.Tensor | None = None
     view_boxes: torch.Tensor | None = None
+    image_boxes: torch.Tensor | None = None
     image_geometry: list[ImageGeometry] | None = None
     features: HiResLmmImageFeatures | None = None
     extra: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -60,6 +62,7 @@ class ImageInputs:
         extra (`dict[str, torch.Tensor]`): Views `(R, 3, H, W)` of extra towers, or their features, by argument.
         is_encoded (`bool`): Whether `source` holds features.
         view_boxes (`torch.Tensor` of shape `(V, 4)`, *optional*): For token maps.
+        boxes (`torch.Tensor` of shape `(I, N, 4)`, *optional*): Objects of each image, on the device of `source`.
         is_unpadded, is_right_padded (`bool`, *optional*): Whether the attention mask is all ones, and whether a row
             ends in padding, where that is known.
     """
@@ -71,6 +74,7 @@ class ImageInputs:
     view_boxes: torch.Tensor | None = None
     is_unpadded: bool | None = None
     is_right_padded: bool | None = None
+    boxes: torch.Tensor | None = None
 
 
 def copy_to_host(*tensors: torch.Tensor | None) -> list[Any]:
@@ -271,6 +275,34 @@ def unpack_samples(config: Any, mask: torch.Tensor, given: dict[str, Any], extra
     given.update({name: part for (name, _), part in zip(DENSE_PARTS, parts, strict=True)})
 
 
+def count_objects(boxes: torch.Tensor | None) -> list[int] | None:
+    """Objects of each image of `image_boxes` `(I, N, 4)`, which is checked."""
+    if boxes is None:
+        return None
+    if boxes.ndim != 3 or boxes.shape[2] != 4 or boxes.is_floating_point():
+        raise ValueError(
+            f"image_boxes has the shape {tuple(boxes.shape)} in {boxes.dtype}, expected integers (images, objects, "
+            "4); the processor makes them of boxes in pixels."
+        )
+    is_box = (boxes[..., :2] < boxes[..., 2:]).all(dim=-1) & (boxes >= 0).all(dim=-1) & (boxes <= BOX_SIDE).all(dim=-1)
+    counts = is_box.sum(dim=1)
+    is_first = torch.arange(boxes.shape[1]) < counts[:, None]
+    wrong = (is_box != is_first) | (~is_first & (boxes != 0).any(dim=-1))
+    if wrong.any():
+        image, number = wrong.nonzero()[0].tolist()
+        raise ValueError(
+            f"image_boxes[{image}, {number}] is {boxes[image, number].tolist()}, but must be top < bottom and left < "
+            f"right from 0 to {BOX_SIDE}, and only zeros may follow the last object; pass what the processor returned."
+        )
+    return counts.tolist()
+
+
+def check_objects(model: Any, given: ImageArguments) -> None:
+    """Refuse boxes that no part reads."""
+    if given.image_boxes is not None and not model.connector.reads_objects:
+        raise ValueError("image_boxes were passed, but no part of this model makes tokens of objects; leave them out.")
+
+
 def take_images(config: Any, options: dict[str, Any], **named: Any) -> ImageArguments:
     """Take what a call says of its images out of its keyword arguments."""
     given = {name: named[name] if name in named else options.pop(name, None) for name in IMAGE_ARGUMENTS}
@@ -310,14 +342,17 @@ def read_images(
             f"view_positions describes {view_positions.shape[0]} views, but pixel_values is missing; pass all that "
             "the processor returned."
         )
-    if source is None and given.image_geometry:
-        raise ValueError("image_geometry came without pixel_values; pass both.")
+    for name, other in (("image_geometry", given.image_geometry), ("image_boxes", given.image_boxes)):
+        if source is None and other is not None and len(other):
+            raise ValueError(f"{name} came without pixel_values; pass both.")
     if source is None or not source.shape[0]:
         return None
+    check_objects(model, given)
+    boxes = None if given.image_boxes is None else given.image_boxes.to(source.device)
     name = "vision_features" if is_encoded else "pixel_values"
     if given.image_geometry is not None:
         check_extra(model, given.extra, given.image_geometry, name)
-        return ImageInputs(source, given.image_geometry, given.extra, is_encoded, given.view_boxes)
+        return ImageInputs(source, given.image_geometry, given.extra, is_encoded, given.view_boxes, boxes=boxes)
     if view_positions is None or given.view_spans is None:
         raise ValueError(
             f"{name} came without view_positions and view_spans; pass all that the processor gives. Trainers that cut "
@@ -327,18 +362,19 @@ def read_images(
     sources = {name: source, **given.extra} if is_here else {}  # elsewhere looking would wait for it once more
     flags = [all_finite(each) for each in sources.values()]
     count = None if placeholder is None else placeholder.sum()
-    positions, spans, count, *flags = copy_to_host(
-        view_positions, given.view_spans, count, *flags, *padding_flags(attention_mask)
+    positions, spans, objects, count, *flags = copy_to_host(
+        view_positions, given.view_spans, given.image_boxes, count, *flags, *padding_flags(attention_mask)
     )
     if placeholder is not None:
         check_placeholders(count, positions, model.connector.has_turns)
     check_views(model, source, is_encoded, positions)
     for argument, each in sources.items():
         check_finite(flags.pop(0), each, argument)
-    images = read_geometry(positions.tolist(), spans.tolist())
+    images = read_geometry(positions.tolist(), spans.tolist(), count_objects(objects))
     check_kinds(model, images)
     check_extra(model, given.extra, images, name)
-    return ImageInputs(source, images, given.extra, is_encoded, given.view_boxes, *map(bool, flags))
+    known = dict(zip(("is_unpadded", "is_right_padded"), map(bool, flags), strict=False))
+    return ImageInputs(source, images, given.extra, is_encoded, given.view_boxes, **known, boxes=boxes)
 
 
 def check_context(length: int, attention_mask: torch.Tensor | None, num_drafted: int, text_config: Any) -> None:

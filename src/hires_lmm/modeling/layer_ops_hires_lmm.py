@@ -491,12 +491,15 @@ def leave_layer(layer: int, module: nn.Module, args: tuple, kwargs: dict, output
 
 
 def install_layer_ops(model: Any) -> None:
-    """Hang hooks on the layers that ops run behind, and on those where tokens may be missing then."""
+    """Hang hooks on the layers that ops run behind, and on those where tokens may be missing then.
+
+    They come before those by which the library notes hidden states, which it hangs up in the first call.
+    """
     model.layer_hooks = hooks = []
     inside = ops_of(model, "vision_tower")
     for number, layer in enumerate(layers_of(model.vision_tower) if inside else ()):
         if any(number in op.layers for op in inside):
-            hooks.append(layer.register_forward_hook(partial(leave_layer, number), with_kwargs=True))
+            hooks.append(layer.register_forward_hook(partial(leave_layer, number), with_kwargs=True, prepend=True))
     ops = ops_of(model, "language_model")
     if not ops:
         return
@@ -508,13 +511,13 @@ def install_layer_ops(model: Any) -> None:
         hooks.append(layer.register_forward_pre_hook(partial(enter_layer, number), with_kwargs=True))
         own = [op for op in ops if number in op.layers]
         if own:
-            hooks.append(layer.register_forward_hook(partial(leave_layer, number), with_kwargs=True))
+            hooks.append(layer.register_forward_hook(partial(leave_layer, number), with_kwargs=True, prepend=True))
         if any(op.reads_attention for op in own):
             before = partial(enter_attention, number)
             hooks.append(attention_of(layer).register_forward_pre_hook(before, with_kwargs=True))
         if any(op.changes_attention for op in own):
             behind = partial(leave_attention, number)
-            hooks.append(attention_of(layer).register_forward_hook(behind, with_kwargs=True))
+            hooks.append(attention_of(layer).register_forward_hook(behind, with_kwargs=True, prepend=True))
         if any(op.splits_feed for op in own):
             feed = feed_forward_of(layer)
             hooks.append(feed.register_forward_pre_hook(partial(enter_feed, number)))

@@ -74,7 +74,7 @@ class HiResLmmLayout(nn.Module):
         like = views.groups[0].features
         bank = torch.cat([*(group.features.flatten(0, 1) for group in groups), self.separators(like, embed)])
         plan = token_plan(
-            tuple((image.first_view, image.views, image.num_tokens) for image in views.images),
+            tuple((image.first_view, image.arranged, image.num_tokens) for image in views.images),
             tuple((int(group.kind), tuple(group.grid), tuple(group.features.shape[:2])) for group in groups),
             self.spec,
             str(bank.device),

@@ -22,6 +22,7 @@ from .inputs_hires_lmm import (
     ImageArguments,
     ImageInputs,
     copy_to_host,
+    count_objects,
     read_features,
     read_images,
     take_images,
@@ -104,8 +105,9 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
                 by default.
             routing_ids (`torch.Tensor` of shape `(V, L)`, *optional*): Text that each image is routed by, see
                 `asked_question`; all operations run then, and what they drop is gone.
-            kwargs: `pixel_values_<name>` `(R, 3, H, W)`: views of an extra tower. `output_hidden_states`,
-                `output_attentions`: keep those of the tower; others are not read.
+            kwargs: `pixel_values_<name>` `(R, 3, H, W)`: views of an extra tower. `image_boxes` `(I, N, 4)`: objects
+                of each image, see the image processor. `output_hidden_states`, `output_attentions`: keep those of the
+                tower; others are not read.
 
         Returns:
             `HiResLmmImageFeatures`; its `pooler_output` holds one `(n_i, D)` tensor an image.
@@ -139,7 +141,7 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
     ) -> HiResLmmImageFeatures:
         """What `get_image_features` does once the geometry is on the host; it never waits for the device."""
         groups, output = run_towers(self, images, layer, chunk_size, **wanted)
-        tokens = self.connector.encode(ViewFeatures(groups, images.images), self.embed_token)
+        tokens = self.connector.encode(ViewFeatures(groups, images.images, boxes=images.boxes), self.embed_token)
         is_done = self.connector.is_done_early
         placed = drop(tokens)[0].split(tokens.num_tokens) if is_done else tokens.per_image(tokens.features)
         return HiResLmmImageFeatures(
@@ -208,7 +210,8 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
             kwargs: `pixel_attention_mask` `(B, Vmax, 18)`: geometry of the dense layout, where `pixel_values` are
                 `(B, Vmax, 3, H, W)`; see `pack_samples` of the processor. `vision_features` `(V, L, C)`: cached output
                 of the tower in place of `pixel_values`, for training; with no rows it says that the tower runs on no
-                process. `pixel_values_<name>`: views of an extra tower.
+                process. `pixel_values_<name>`: views of an extra tower. `image_boxes` `(I, N, 4)`: top, left, bottom,
+                right of objects in 1/65536 of a side of the global view, zeros behind the last of an image.
                 `image_geometry`: what `read_images` returned, in place of `view_positions` and `view_spans`; nothing
                 is then read back from the device, so the call can be compiled whole (once a grid, `dynamic=False`) and
                 captured, and numbers of placeholders are not compared. `prompt_mask` `(B, S)`: true where parts may
@@ -275,9 +278,12 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
             return None
         return self.encode_images(images, **wanted)
 
-    def read_images(self, view_positions: torch.Tensor, view_spans: torch.Tensor) -> list[ImageGeometry]:
+    def read_images(
+        self, view_positions: torch.Tensor, view_spans: torch.Tensor, image_boxes: torch.Tensor | None = None
+    ) -> list[ImageGeometry]:
         """The geometry of a batch, one record an image, as `image_geometry` of `forward` wants it."""
-        return read_geometry(*(part.tolist() for part in copy_to_host(view_positions, view_spans)))
+        positions, spans, boxes = copy_to_host(view_positions, view_spans, image_boxes)
+        return read_geometry(positions.tolist(), spans.tolist(), count_objects(boxes))
 
     def _idle(self, embeds: torch.Tensor, use_tower: bool) -> tuple[torch.Tensor, dict]:
         """The embeddings plus zero, computed from the visual modules of the stage, so that they train on every rank

@@ -25,6 +25,7 @@ from .hires_llava_hires_lmm import HiResLmmSelfMiningSampler, HiResLmmSliceResto
 from .keep_after_hires_lmm import HiResLmmKeepAfter
 from .mini_hires_lmm import HiResLmmMiniCompressor, HiResLmmPromptFuser
 from .mqt_hires_lmm import HiResLmmMqt
+from .objects_hires_lmm import OBJECT_KEY, HiResLmmObjectTokens
 from .own_parts_hires_lmm import is_own, own_class, refusal
 from .routers_hires_lmm import HiResLmmRouter
 from .sa_perceiver_hires_lmm import HiResLmmSaPerceiver
@@ -40,6 +41,7 @@ VIEW_OPS = {
     "mqt": HiResLmmMqt,
     "mini_compressor": HiResLmmMiniCompressor,
     "conv_gate": HiResLmmConvGate,
+    "object_tokens": HiResLmmObjectTokens,
     "dual_enhancement": HiResLmmDualEnhancement,
     "uhd_resampler": HiResLmmUhdResampler,
     "self_mining_sampler": HiResLmmSelfMiningSampler,
@@ -158,7 +160,8 @@ class ResolvedChain:
             for grid in traits.grids.values():
                 check_stride(grid, context.patch_grid, op.part.__name__)
             steps.append(Step(slot, op.part, op.options, context, traits))
-            context = replace(context, grids=traits.grids, width=traits.width)
+            widths = {**context.tower_widths, **traits.tower_widths}
+            context = replace(context, grids=traits.grids, width=traits.width, tower_widths=widths)
             return traits
 
         def add_beside(slot: str, op: ResolvedPart, own: PartContext) -> None:
@@ -177,6 +180,11 @@ class ResolvedChain:
             adapted |= add(f"tower_adapters.{tower}", self.tower_adapters.get(tower, self.adapter)).grids
             if context.width != after.width:
                 raise ValueError(f"The adapter of {tower!r} gives width {context.width}, the main one {after.width}.")
+            if own.get(OBJECT_KEY) != adapted.get(OBJECT_KEY):
+                raise ValueError(
+                    "The adapter of object tokens makes another number of them; give them one of their own, such as "
+                    'tower_adapters={"objects": {"part": "mlp"}}.'
+                )
         context = replace(after, grids=adapted)
         for op in self.map_ops:
             add("map_ops", op)
@@ -234,12 +242,12 @@ class FittedChain:
         kind_names = {int(kind): name for name, kind in KINDS.items()}
         for (kind, tower), grid in self.adapted.grids.items():
             is_read = kind in kinds_on(self.layout.order)
-            if tower != MAIN_TOWER and not is_read:
+            if kind == KINDS["detail"] and tower != MAIN_TOWER and not is_read:
                 raise ValueError(
                     f"Nothing reads the extra tower {tower!r}: add 'detail' to layout.order={self.layout.order!r}, so "
                     "that its tokens enter the sequence, or a part that reads it."
                 )
-            if grid.source is not None and not is_read:
+            if (grid.source is not None or grid.num_views is not None) and not is_read:
                 raise ValueError(
                     f"Nothing reads the views {kind_names[kind]!r} that an operation makes: add them to "
                     f"layout.order={self.layout.order!r}."
@@ -336,10 +344,12 @@ def resolve_part(slot: str, spec: dict, where: str) -> ResolvedPart:
     if part is None and is_own(name):
         raise ValueError(refusal(name))
     if part is None or not isinstance(spec, dict):
-        raise ValueError(
-            f"{where} names the unknown part {name!r}; known parts of this slot: {', '.join(known)}, or a class of "
-            "your own."
+        parts = (
+            f"known parts of this slot: {', '.join(known)}, or"
+            if known
+            else "no part is built in for this slot, so give"
         )
+        raise ValueError(f"{where} names the unknown part {name!r}; {parts} a class of your own.")
     options = {key: value for key, value in spec.items() if key != "part"}
     return ResolvedPart(part, build_options(part.Options, options, f"{where} ({spec['part']})"))
 

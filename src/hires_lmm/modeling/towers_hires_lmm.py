@@ -15,7 +15,7 @@ from .geometry_hires_lmm import MAIN_TOWER, Kind
 from .inputs_hires_lmm import ImageInputs
 from .layer_ops_hires_lmm import TowerPass, open_tower
 from .layout_hires_lmm import idle_image
-from .tower_table_hires_lmm import patch_side, tower_family, tower_grid, tower_width, view_side
+from .tower_table_hires_lmm import patch_side, tower_family, tower_grid, tower_levels, tower_width, view_side
 
 
 logger = logging.get_logger(__name__)
@@ -278,8 +278,8 @@ def run_towers(
             groups.append(_extra_group(model, name, images.extra[f"vision_features_{name}"], rows))
         else:
             pixels = images.extra[f"pixel_values_{name}"]
-            output = run_tower(model.extra_towers[name], pixels, EXTRA_LAYER, chunk_size=chunk_size)
-            groups.append(_extra_group(model, name, output.features, rows))
+            output = run_tower(model.extra_towers[name], pixels, EXTRA_LAYER, _levels(model, name), chunk_size)
+            groups.append(_extra_group(model, name, output.features, rows, output.hidden))
     return groups, seen.output
 
 
@@ -288,21 +288,31 @@ def extra_towers_used(model: Any) -> list[str]:
     return [name for name in model.extra_towers if model.connector.uses(Kind.DETAIL)]
 
 
-def _extra_group(model: Any, name: str, features: torch.Tensor, rows: tuple[int, ...]) -> ViewGroup:
+def _levels(model: Any, name: str) -> Needs:
+    """The layers of an extra tower before the last one that parts need."""
+    number = len(tower_levels(model.extra_towers[name].config)) if name in model.connector.needs.levels else 1
+    return Needs(layers=tuple(range(-number, EXTRA_LAYER)))
+
+
+def _extra_group(
+    model: Any, name: str, features: torch.Tensor, rows: tuple[int, ...], hidden: dict[int, torch.Tensor] | None = None
+) -> ViewGroup:
     """The group of an extra tower, which sees what the rows of the global views show."""
     tower = model.extra_towers[name]
-    return ViewGroup(int(Kind.DETAIL), features.to(tower.dtype), tower_grid(tower.config), rows, name)
+    grid = tower_grid(tower.config)
+    return ViewGroup(int(Kind.DETAIL), features.to(tower.dtype), grid, rows, name, hidden=hidden or {})
 
 
 def _blank_extra(model: Any, name: str, device: torch.device, use_tower: bool) -> ViewGroup:
     """What an extra tower gives for a blank view; zeros where it does not run."""
     tower, config = model.extra_towers[name], model.extra_towers[name].config
     side, (rows, cols) = view_side(config), tower_grid(config)
-    features = torch.zeros(1, rows * cols, tower_width(config), device=device)
+    features, hidden = torch.zeros(1, rows * cols, tower_width(config), device=device), None
     if use_tower:
         blank = torch.zeros(1, config.num_channels, side, side, device=device)
-        features = run_tower(tower, blank, EXTRA_LAYER).features
-    return _extra_group(model, name, features, (0,))
+        seen = run_tower(tower, blank, EXTRA_LAYER, _levels(model, name))
+        features, hidden = seen.features, seen.hidden
+    return _extra_group(model, name, features, (0,), hidden)
 
 
 def _take(seen: TowerOutput, kind: int, rows: tuple[int, ...], index: torch.Tensor | None) -> ViewGroup:

@@ -46,6 +46,15 @@ def check_cuts(counts: list[int]) -> None:
         )
 
 
+def refuse_boxes(boxes: Any) -> None:
+    """Refuse objects in the dense layout: what cuts batches by sample would leave their boxes behind."""
+    if any(map(len, boxes)):
+        raise ValueError(
+            'image_boxes do not go with image_layout="dense": trainers that cut batches by sample would lose them. '
+            'Pass image_layout="flat", or leave image_boxes out.'
+        )
+
+
 def nest_images(images: Any, placeholders: list[int]) -> list[list]:
     """Images in reading order as one list a sample."""
     flat, nested = flatten_images(images), []
@@ -66,14 +75,14 @@ def choose_layout(processor: Any, images: Any, text: Any, options: dict[str, Any
     if images is None or not isinstance(texts, (list, tuple)) or not all(isinstance(own, str) for own in texts):
         return images, options
     group = options.get("images_kwargs")
-    asked = [options.get("image_layout"), group.get("image_layout") if isinstance(group, dict) else None]
-    layout = next((own for own in asked if own is not None), processor.image_processor.image_layout)
+    given = {**options, **(group if isinstance(group, dict) else {})}
+    layout = given.get("image_layout") or processor.image_processor.image_layout
     counts = count_samples(images)
     is_nested = counts is not None and len(counts) == len(texts)
     if layout is None:
         is_even = is_nested and counts is not None and len(set(counts)) == 1 and counts[0] > 0
         is_tensor = options.get("padding") is True and options.get("return_tensors") is not None
-        layout = "dense" if is_even and is_tensor else "flat"
+        layout = "dense" if is_even and is_tensor and given.get("image_boxes") is None else "flat"
     elif layout == "dense" and not is_nested:
         images = nest_images(images, [sample.count(processor.image_token) for sample in texts])
     return images, {**options, "image_layout": layout}

@@ -35,6 +35,7 @@ class Kind(IntEnum):
     STRIDED = 2
     FRAME = 3
     DETAIL = 4
+    OBJECT = 5
 
 
 KINDS = {
@@ -43,10 +44,19 @@ KINDS = {
     "strided": Kind.STRIDED.value,
     "frames": Kind.FRAME.value,
     "detail": Kind.DETAIL.value,
+    "objects": Kind.OBJECT.value,
 }
 """Names of kinds in options (`on`, `order`); plain numbers, which compilers follow."""
 
+MADE_KINDS = ("detail", "objects")
+"""Kinds that no planner cuts: an extra tower or a part makes them."""
+
 MAIN_TOWER = "vision_tower"
+OBJECTS = "objects"
+"""What stands for a tower in the group of object tokens, which have an adapter of their own."""
+
+BOX_SIDE = 65536
+"""A side of a global view in the unit of `image_boxes`."""
 
 
 def kinds_on(on: Any) -> tuple[int, ...]:
@@ -78,6 +88,11 @@ class ViewShape(NamedTuple):
     def span(self) -> tuple[int, int, int, int]:
         """First and past-last patch row, first and past-last patch column that enter the sequence."""
         return self.top, self.bottom, self.left, self.right
+
+
+def object_view(number: int) -> ViewShape:
+    """What stands for the objects of an image among its views: one column of as many patches."""
+    return ViewShape(Kind.OBJECT.value, 0, 0, 0, 0, number, 1, 0, number, 0, 1)
 
 
 @dataclass(frozen=True)

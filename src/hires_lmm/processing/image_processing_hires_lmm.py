@@ -1,14 +1,12 @@
 """Images to views: pixels, positions, boxes, spans and the number of tokens of each image."""
 
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
-import torch  # also for `get_type_hints` of the options below, which names "torch.device"
+import torch  # noqa: F401  # for `get_type_hints` of the options below, which names "torch.device"
 from huggingface_hub.dataclasses import validate_typed_dict
 from huggingface_hub.errors import StrictDataclassError
-from PIL import Image
-from torch.nn.functional import interpolate
 from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import (
@@ -21,23 +19,22 @@ from transformers.image_utils import (
 from transformers.processing_utils import ImagesKwargs, Unpack
 
 from .compat_hires_lmm import warn_if_untested
-from .dense_layout_hires_lmm import CROP_TO_PATCHES, pack_samples, require_samples
+from .dense_layout_hires_lmm import CROP_TO_PATCHES, pack_samples, refuse_boxes, require_samples
 from .geometry_hires_lmm import Kind
+from .image_boxes_hires_lmm import check_objects, read_objects, write_objects
 from .image_input_hires_lmm import (
     DEFAULT_PIXEL_LIMIT,
-    crop_to_square,
     flatten_budgets,
     flatten_images,
-    mean_color,
     open_image,
-    pad_to_square,
     to_rgb,
 )
 from .loading_names_hires_lmm import is_loading_name, is_service_name
 from .own_parts_hires_lmm import HiResLmmOwnPartsMixin, as_name, map_planner, part_loader
 from .planners_hires_lmm import Planner, find_planner
+from .rendering_hires_lmm import draw_whole, render, scale_and_shift, square
 from .token_layout_hires_lmm import TokenLayout, apply_budget, count_tokens, min_budget
-from .view_plans_hires_lmm import PlannerLimits, View, ViewPlan, square_paste
+from .view_plans_hires_lmm import PlannerLimits, ViewPlan
 
 
 class HiResLmmImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
@@ -62,6 +59,7 @@ class HiResLmmImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[c
             call of the processor asks for one padded tensor and passes equally long lists of images, one a text, as
             such trainers do; else, and in `apply_chat_template`, flat. The image processor alone is flat unless a call
             says `"dense"`, with one list a sample. It is not saved.
+        image_boxes (`list`, *optional*): In a call, the objects of each image that become tokens, see `read_objects`.
         background (`list[int]`): Colour under transparent pixels, RGB.
         pixel_limit (`int`): Most pixels of a source image.
     """
@@ -78,6 +76,7 @@ class HiResLmmImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[c
     extra_towers: dict | None
     max_image_tokens: int | list | tuple | None
     image_layout: str | None
+    image_boxes: Any
     rescale_factor: float | int | None
     image_mean: float | int | list | tuple | None
     image_std: float | int | list | tuple | None
@@ -167,6 +166,8 @@ class HiResLmmImageProcessor(HiResLmmOwnPartsMixin, PilBackend):
         self._settings({})
         if isinstance(self.max_image_tokens, (list, tuple)):
             raise ValueError(f"max_image_tokens={self.max_image_tokens!r} must be one number; pass lists in a call.")
+        if self.__dict__.pop("image_boxes", None) is not None:
+            raise ValueError("image_boxes belong to images; pass them in a call.")
 
     @property
     def size(self) -> dict[str, int]:
@@ -228,7 +229,9 @@ class HiResLmmImageProcessor(HiResLmmOwnPartsMixin, PilBackend):
             views of unequal size padded at bottom and right; int64 `view_positions` `(views, 9)` (see `Column`),
             `view_boxes` `(views, 4)` (top, left, bottom, right in 1/256 source pixel) and `view_spans` `(views, 4)`
             (first and past-last row and column of patches that enter). For each extra tower `pixel_values_<name>`
-            `(images with a global view, 3, size, size)`. With `image_layout="dense"` see `pack_samples`.
+            `(images with a global view, 3, size, size)`. With objects int64 `image_boxes` `(images, objects, 4)`: top,
+            left, bottom, right in 1/65536 of a side of the global view, zeros behind the last object of an image.
+            With `image_layout="dense"` see `pack_samples`.
 
         Raises:
             ValueError: If an image or option is wrong; the message names the image's index.
@@ -250,18 +253,22 @@ class HiResLmmImageProcessor(HiResLmmOwnPartsMixin, PilBackend):
             for index, source in enumerate(sources)
         ]
         plans = [settings.planner(picture.height, picture.width, settings.limits) for picture in pictures]
-        counts = self._count(plans, settings, images)
+        boxes = read_objects(kwargs.get("image_boxes"), [plan.size for plan in plans])
+        counts = self._count(plans, settings, images, list(map(len, boxes)))
         _check_views(plans)
-        pictures = [_square(*own, settings, index) for index, own in enumerate(zip(pictures, plans, strict=True))]
-        data = {"pixel_values": _render(pictures, plans, settings), **_geometry(plans, counts)}
+        pictures = [square(*own, settings, index) for index, own in enumerate(zip(pictures, plans, strict=True))]
+        data = {"pixel_values": render(pictures, plans, settings), **_geometry(plans, counts)}
         pairs = zip(pictures, plans, strict=True)
-        whole = [picture for picture, plan in pairs if any(view.kind == Kind.GLOBAL for view in plan.views)]
+        whole = [pair for pair in pairs if any(view.kind == Kind.GLOBAL for view in pair[1].views)]
         for name, tower in (settings.extra_towers or {}).items():
-            views = [_draw_whole(picture, tower, settings) for picture in whole]
+            views = [draw_whole(picture, plan, tower, settings) for picture, plan in whole]
             empty = np.zeros((0, 3, tower["size"], tower["size"]), dtype=np.float32)
             data[f"pixel_values_{name}"] = np.stack(views) if views else empty
         if samples is not None:
+            refuse_boxes(boxes)
             data = pack_samples(data, samples)
+        if any(map(len, boxes)):
+            data["image_boxes"] = write_objects(boxes, plans)
         batch = BatchFeature(data=data, tensor_type=kwargs.get("return_tensors"))
         return batch if kwargs.get("device") is None else batch.to(kwargs["device"])
 
@@ -278,17 +285,23 @@ class HiResLmmImageProcessor(HiResLmmOwnPartsMixin, PilBackend):
         settings = self._settings(kwargs)
         return settings.planner(height, width, settings.limits)
 
-    def image_tokens(self, height: int, width: int, **kwargs: Unpack[HiResLmmImageProcessorKwargs]) -> int:
+    def image_tokens(
+        self, height: int, width: int, num_objects: int = 0, **kwargs: Unpack[HiResLmmImageProcessorKwargs]
+    ) -> int:
         """Count the placeholders of an image without its pixels; exactly what a call gives. Args as in `plan`."""
-        return self.count_images([(height, width)], **kwargs)[0][0]
+        return self.count_images([(height, width)], [num_objects], **kwargs)[0][0]
 
     def count_images(
-        self, image_sizes: list[tuple[int, int]], **kwargs: Unpack[HiResLmmImageProcessorKwargs]
+        self,
+        image_sizes: list[tuple[int, int]],
+        num_objects: list[int] | None = None,
+        **kwargs: Unpack[HiResLmmImageProcessorKwargs],
     ) -> tuple[list[int], list[int]]:
         """Count placeholders and views of several images without their pixels.
 
         Args:
             image_sizes (`list[tuple[int, int]]`): (height, width) of each upright image, pixels.
+            num_objects (`list[int]`, *optional*): Objects of each image; by default as many as `image_boxes` holds.
             kwargs: Options as in a call.
 
         Returns:
@@ -299,13 +312,19 @@ class HiResLmmImageProcessor(HiResLmmOwnPartsMixin, PilBackend):
         """
         settings = self._settings(kwargs)
         plans = [settings.planner(height, width, settings.limits) for height, width in image_sizes]
-        return self._count(plans, settings, list(range(len(plans)))), [len(plan.views) for plan in plans]
+        if num_objects is None:
+            num_objects = list(map(len, read_objects(kwargs.get("image_boxes"), [plan.size for plan in plans])))
+        counts = self._count(plans, settings, list(range(len(plans))), num_objects)
+        return counts, [len(plan.views) for plan in plans]
 
-    def min_image_tokens(self, height: int, width: int, **kwargs: Unpack[HiResLmmImageProcessorKwargs]) -> int:
+    def min_image_tokens(
+        self, height: int, width: int, num_objects: int = 0, **kwargs: Unpack[HiResLmmImageProcessorKwargs]
+    ) -> int:
         """Tell the smallest `max_image_tokens` that an image allows.
 
         Args:
             height, width (`int`): The upright image (after EXIF orientation), pixels.
+            num_objects (`int`): Objects of it that become tokens.
             kwargs: Options as in a call; a budget among them changes nothing.
 
         Returns:
@@ -316,14 +335,16 @@ class HiResLmmImageProcessor(HiResLmmOwnPartsMixin, PilBackend):
         """
         settings = self._settings({**kwargs, "max_image_tokens": None})
         plan = settings.planner(height, width, settings.limits)
-        _num_tokens(plan, None, settings, 0)
-        return min_budget(count_tokens(plan, settings.layout))
+        self._count([plan], settings, [0], [num_objects])
+        return min_budget(count_tokens(plan, settings.layout, num_objects))
 
-    def _count(self, plans: list[ViewPlan], settings: _Settings, images: Any) -> list[int]:
+    def _count(self, plans: list[ViewPlan], settings: _Settings, images: Any, num_objects: list[int]) -> list[int]:
         """Placeholders of each image; the budgets are one for all, or stand as the images do."""
+        check_objects(num_objects, settings.layout.reads_objects)
         budgets = flatten_budgets(settings.max_image_tokens, images)
         budgets = [self.max_image_tokens if own is None else own for own in budgets]
-        return [_num_tokens(*own, settings, index) for index, own in enumerate(zip(plans, budgets, strict=True))]
+        of_images = zip(plans, budgets, num_objects, strict=True)
+        return [_num_tokens(*own, settings, index) for index, own in enumerate(of_images)]
 
     def _fetch(self, images: Any, counter: list[int]) -> Any:
         if isinstance(images, (list, tuple)):
@@ -360,7 +381,7 @@ class HiResLmmImageProcessor(HiResLmmOwnPartsMixin, PilBackend):
         shared = ("view_size", "patch_size", "max_crops", "pinpoints", "unpad", "global_view", "views")
         limits = planner.build_options(name, {**{each: options[each] for each in shared}, **planner_options})
         layout = options["token_layout"]
-        scale, shift = _scale_and_shift(
+        scale, shift = scale_and_shift(
             options["rescale_factor"] if options["do_rescale"] else 1.0,
             *((options["image_mean"], options["image_std"]) if options["do_normalize"] else (0.0, 1.0)),
         )
@@ -424,8 +445,8 @@ def _is_budget(value: Any) -> bool:
     return value is None or (type(value) is int and value >= 1)
 
 
-def _num_tokens(plan: ViewPlan, budget: int | None, settings: _Settings, index: int) -> int:
-    number = apply_budget(count_tokens(plan, settings.layout), settings.layout, budget, index)
+def _num_tokens(plan: ViewPlan, budget: int | None, num_objects: int, settings: _Settings, index: int) -> int:
+    number = apply_budget(count_tokens(plan, settings.layout, num_objects), settings.layout, budget, index)
     if number < 1:
         padded = settings.planner(*plan.size, replace(settings.limits, unpad=False))
         remedy = ", or unpad=False" if count_tokens(padded, settings.layout).total else ""
@@ -466,116 +487,6 @@ def _geometry(plans: list[ViewPlan], counts: list[int]) -> dict[str, np.ndarray]
         "view_boxes": np.array([view.box for view in views], dtype=np.int64),
         "view_spans": np.array([view.span for view in views], dtype=np.int64),
     }
-
-
-def _square(picture: Image.Image, plan: ViewPlan, settings: _Settings, index: int) -> Image.Image:
-    """What is drawn in place of a picture: itself, or a square, cut at the largest size at which it will be drawn."""
-    if settings.limits.square == "pad":
-        return pad_to_square(picture, mean_color(settings.image_mean), settings.pixel_limit, index)
-    if settings.limits.square == "crop":
-        towers = [tower["size"] for tower in (settings.extra_towers or {}).values()]
-        largest = max(plan.view_size, *plan.canvas, *towers)
-        return crop_to_square(picture, plan.global_square or largest, settings.resample)
-    return picture
-
-
-def _render(pictures: list[Image.Image], plans: list[ViewPlan], settings: _Settings) -> np.ndarray:
-    """Draw all views: two resizes of each source at most, and every pixel is normalised where it will stay."""
-    sizes = [plan.view_pixels(view) for plan in plans for view in plan.views]
-    largest = [max(size[axis] for size in sizes) for axis in (0, 1)]
-    make = np.empty if len(set(sizes)) == 1 else np.zeros
-    pixels, row = make((len(sizes), 3, *largest), dtype=np.float32), 0
-    for picture, plan in zip(pictures, plans, strict=True):
-        given = [chosen if settings.resample is None else settings.resample for chosen in plan.resample]
-        filters = [PILImageResampling.BICUBIC if chosen is None else chosen for chosen in given]
-        canvas = _draw_canvas(picture, plan, filters[1]) if any(plan.canvas) else None
-        for view in plan.views:
-            height, width = sizes[row]
-            if view.kind == Kind.GLOBAL:
-                drawn = _draw_global(picture, plan, sizes[row], settings.resample, filters[0])
-            else:
-                drawn = _cut(cast("np.ndarray", canvas), view, sizes[row])
-            own = pixels[row, :, :height, :width]
-            own[...] = drawn.transpose(2, 0, 1)
-            own *= settings.scale
-            own += settings.shift
-            row += 1
-    return pixels
-
-
-def _cut(canvas: np.ndarray, view: View, size: tuple[int, int]) -> np.ndarray:
-    """A crop of the canvas; of a strided view every n-th pixel, from its place in the grid on."""
-    if view.kind == Kind.STRIDED:
-        return canvas[view.row :: view.grid_rows, view.col :: view.grid_cols][: size[0], : size[1]]
-    top, left = view.row * size[0], view.col * size[1]
-    return canvas[top : top + size[0], left : left + size[1]]
-
-
-def _draw_whole(picture: Image.Image, tower: dict[str, Any], settings: _Settings) -> np.ndarray:
-    """The whole image squeezed to the square of an extra tower, with the numbers of that tower."""
-    side = tower["size"]
-    factor = settings.rescale_factor
-    scale, shift = _scale_and_shift(factor, tower["image_mean"], tower["image_std"])
-    drawn = _draw(picture, (side, side), (side, side), (0, 0), settings.background, PILImageResampling.BICUBIC)
-    return drawn.transpose(2, 0, 1).astype(np.float32) * scale + shift
-
-
-def _draw(
-    picture: Image.Image,
-    resized: tuple[int, int],
-    canvas: tuple[int, int],
-    paste: tuple[int, int],
-    fill: tuple[int, int, int],
-    resample: int,
-) -> np.ndarray:
-    """Resize a picture and paste it on a filled canvas; `(height, width, 3)` uint8."""
-    if resized != (picture.height, picture.width):
-        if resized[1] * picture.height > DEFAULT_PIXEL_LIMIT:  # Pillow widens all rows first; here that is too much
-            picture = picture.resize((picture.width, resized[0]), resample)
-        picture = picture.resize((resized[1], resized[0]), resample)
-    if resized == canvas:
-        return np.asarray(picture)
-    drawn = np.full((*canvas, 3), fill[0] if len(set(fill)) == 1 else fill, dtype=np.uint8)
-    drawn[paste[0] : paste[0] + resized[0], paste[1] : paste[1] + resized[1]] = np.asarray(picture)
-    return drawn
-
-
-def _draw_global(
-    picture: Image.Image, plan: ViewPlan, size: tuple[int, int], asked: int | None, resample: int
-) -> np.ndarray:
-    """The global view as uint8, or as float32 where it is interpolated; a filter that was asked for goes first."""
-    side, square = plan.view_size, plan.global_square
-    if square is None or asked is not None:
-        return _draw(picture, plan.global_size, size, plan.global_paste, plan.global_fill, resample)
-    own = (picture.height, picture.width)
-    drawn = _draw(picture, own, (square, square), square_paste(own, square), plan.global_fill, resample)
-    planes = torch.tensor(drawn).permute(2, 0, 1)[None].float()
-    return interpolate(planes, size=(side, side), mode="bicubic", align_corners=False)[0].permute(1, 2, 0).numpy()
-
-
-def _draw_canvas(picture: Image.Image, plan: ViewPlan, resample: int) -> np.ndarray:
-    if not plan.transposed:
-        return _draw(picture, plan.resized, plan.canvas, plan.paste, plan.fill, resample)
-    turned = picture.transpose(Image.Transpose.TRANSPOSE)
-    drawn = _draw(turned, plan.resized[::-1], plan.canvas[::-1], plan.paste[::-1], plan.fill, resample)
-    return drawn.transpose(1, 0, 2)
-
-
-def _scale_and_shift(factor: float, mean: Any, std: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Rescaling and normalisation as one multiplication and one addition per channel."""
-    try:
-        means, stds = (np.broadcast_to(np.asarray(value, dtype=np.float64), (3,)) for value in (mean, std))
-        with np.errstate(all="ignore"):
-            scale = (float(factor) / stds).astype(np.float32).reshape(3, 1, 1)
-            shift = (-means / stds).astype(np.float32).reshape(3, 1, 1)
-        if not (np.isfinite(scale * 255) & np.isfinite(shift)).all():
-            raise ValueError("float32 cannot hold the pixels")
-    except (TypeError, ValueError, OverflowError) as error:
-        raise ValueError(
-            f"rescale_factor={factor!r}, image_mean={mean!r} and image_std={std!r} must be finite, one number or one "
-            f"a channel, image_std not 0 ({error})."
-        ) from error
-    return scale, shift
 
 
 def _square_side(size: Any) -> int:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, fields
 from functools import cached_property, lru_cache
 from typing import Any
 
-from .geometry_hires_lmm import KINDS, Grid, check_stride, kinds_on
+from .geometry_hires_lmm import KINDS, OBJECTS, Grid, check_stride, kinds_on, object_view
 from .sequence_hires_lmm import Arrangement, LayoutOptions
 from .view_plans_hires_lmm import ViewPlan
 
@@ -65,6 +65,11 @@ class TokenLayout:
             LayoutOptions(**self.layout), grids, kinds_on((self.budget or {})["on"]) if is_elastic else ()
         )
 
+    @property
+    def reads_objects(self) -> bool:
+        """Whether objects of an image become tokens."""
+        return OBJECTS in self.grids
+
     @classmethod
     def from_dict(cls, values: dict) -> "TokenLayout":
         """Read a layout from its JSON dict, as `HiResLmmConfig.token_layout()` gives it."""
@@ -107,7 +112,7 @@ class TokenCount:
     droppable: int
 
 
-def count_tokens(plan: ViewPlan, layout: TokenLayout) -> TokenCount:
+def count_tokens(plan: ViewPlan, layout: TokenLayout, num_objects: int = 0) -> TokenCount:
     """Count the tokens of one image before any budget; plan and layout must agree on the patch grid."""
     if layout.patch_grid != (plan.patch_grid, plan.patch_grid):
         raise ValueError(
@@ -117,7 +122,7 @@ def count_tokens(plan: ViewPlan, layout: TokenLayout) -> TokenCount:
     on = None if layout.budget is None else layout.budget["on"]
     if layout.own_tokens is not None:
         return TokenCount(layout.own_tokens, layout.own_tokens if on == OWN else 0)
-    counts = layout.arrangement.count([view.shape for view in plan.views])
+    counts = layout.arrangement.count([*(view.shape for view in plan.views), object_view(num_objects)])
     return TokenCount(sum(counts.values()), sum(counts.get(kind, 0) for kind in kinds_on(on)) if on else 0)
 
 

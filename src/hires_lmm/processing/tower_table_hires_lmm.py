@@ -78,6 +78,11 @@ def tower_width(config: Any) -> int:
     return config.hidden_sizes[-1] if tower_family(config).is_map else config.hidden_size
 
 
+def tower_levels(config: Any) -> tuple[int, ...]:
+    """Channels of the map of each stage, first to last; a tower that is not convolutional has one."""
+    return tuple(config.hidden_sizes) if tower_family(config).is_map else (config.hidden_size,)
+
+
 def tower_grid(config: Any) -> tuple[int, int]:
     """Patch rows and columns of a view of the tower's own size."""
     side = view_side(config) // patch_side(config)

@@ -156,6 +156,20 @@ class ViewPlan:
             return self.view_size, self.view_size
         return view.patches[0] * self.patch_size, view.patches[1] * self.patch_size
 
+    def whole(self, side: int) -> tuple[Size, Size]:
+        """Size and offset of the image on a square of another side that shows what the global view shows."""
+        scales = [side / pixels for pixels in self.view_pixels(self.views[0])]
+        start, stop = (
+            [round(edge * scale) for edge, scale in zip(edges, scales, strict=True)]
+            for edges in (
+                self.global_paste,
+                [sum(pair) for pair in zip(self.global_paste, self.global_size, strict=True)],
+            )
+        )
+        stop = [min(max(stop[axis], start[axis] + 1), side) for axis in (0, 1)]
+        start = [min(start[axis], stop[axis] - 1) for axis in (0, 1)]
+        return (stop[0] - start[0], stop[1] - start[1]), (start[0], start[1])
+
     @property
     def patch_grid(self) -> int:
         """Patches along one side of a view."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils.data import get_worker_info
 
-from ..processing.dense_layout_hires_lmm import pack_samples
+from ..processing.dense_layout_hires_lmm import pack_samples, refuse_boxes
 from ..processing.geometry_hires_lmm import Column
 from .columns import BatchColumn
 from .data.conversations import attach_images
@@ -128,7 +128,8 @@ class HiResLmmCollator:
 
         Args:
             example (`dict`): `messages`, and `images` or `image` where the messages hold none themselves; its own
-                `max_image_tokens` (one number, or one an image) goes before all others.
+                `max_image_tokens` (one number, or one an image) goes before all others; `image_boxes`: for each image
+                the objects that become tokens, as the processor takes them.
             max_image_tokens (`int` or `list`, *optional*): Budget of every image of it, or one an image; by default
                 that of the collator, the largest of a list.
             position (`int`, *optional*): Its place in the batch, for errors about samples without an id.
@@ -156,7 +157,8 @@ class HiResLmmCollator:
         if max_image_tokens is None:
             own = self.max_image_tokens
             max_image_tokens = max(own) if isinstance(own, (list, tuple)) else own
-        sample = self._encode(messages, max_image_tokens)
+        boxes = example.get("image_boxes")
+        sample = self._encode(messages, max_image_tokens, boxes)
         length = len(sample["input_ids"])
         if self.max_length is None or length <= self.max_length:
             return sample
@@ -165,7 +167,7 @@ class HiResLmmCollator:
         if self.too_long == "lower_budget" and "view_positions" in sample:
             budgets = self._smaller_budgets(sample, length - self.max_length)
             if budgets is not None:
-                sample = self._encode(messages, budgets)
+                sample = self._encode(messages, budgets, boxes)
                 self._count("lowered_budgets")
                 return sample
         raise ValueError(
@@ -201,9 +203,11 @@ class HiResLmmCollator:
                 samples.append(sample)
         return self._join(samples or [self._end_row()])
 
-    def _encode(self, messages: list[dict], max_image_tokens: int | list | None) -> dict[str, torch.Tensor]:
+    def _encode(
+        self, messages: list[dict], max_image_tokens: int | list | None, image_boxes: Any = None
+    ) -> dict[str, torch.Tensor]:
         """Run the processor on one conversation."""
-        images_kwargs = {**self.images_kwargs, "max_image_tokens": max_image_tokens}
+        images_kwargs = {**self.images_kwargs, "max_image_tokens": max_image_tokens, "image_boxes": image_boxes}
         has_images = any(part["type"] == "image" for message in messages for part in message["content"])
         encoded = self.processor.apply_chat_template(
             [messages],
@@ -226,6 +230,8 @@ class HiResLmmCollator:
         }
         for name in GEOMETRY if has_images else ():
             sample[name] = torch.as_tensor(encoded[name])
+        if has_images and "image_boxes" in encoded:
+            sample["image_boxes"] = torch.as_tensor(encoded["image_boxes"])
         if has_images and self.features is None:
             sample |= {name: torch.as_tensor(encoded[name]) for name in self._sources if name in encoded}
         elif has_images and self.features is not None:
@@ -285,8 +291,11 @@ class HiResLmmCollator:
         for name in (*self._sources, *GEOMETRY):
             parts = [sample[name] for sample in samples if name in sample]
             if parts:
-                batch[name] = torch.cat(parts)
+                batch[name] = torch.cat(pad_views(parts) if name == "pixel_values" else parts)
+        if any("image_boxes" in sample for sample in samples):
+            batch["image_boxes"] = join_boxes(samples)
         if self.processor.image_processor.image_layout == "dense" and "pixel_values" in batch:
+            refuse_boxes(batch.get("image_boxes", ()))
             batch |= pack_batch(batch, samples)
         if self.features is not None and "vision_features" not in batch:
             batch |= self.features.empty()
@@ -305,6 +314,22 @@ def pack_batch(batch: dict[str, torch.Tensor], samples: list[dict[str, torch.Ten
         int(own["view_positions"][:, Column.STARTS_IMAGE].sum()) if "view_positions" in own else 0 for own in samples
     ]
     return {name: torch.from_numpy(values) for name, values in pack_samples(views, counts).items()}
+
+
+def pad_views(parts: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Views `(V, 3, H, W)` of several samples, padded at bottom and right to the largest, as the processor does."""
+    high, wide = (max(views.shape[axis] for views in parts) for axis in (2, 3))
+    return [torch.nn.functional.pad(views, (0, wide - views.shape[3], 0, high - views.shape[2])) for views in parts]
+
+
+def join_boxes(samples: list[dict[str, torch.Tensor]]) -> torch.Tensor:
+    """The objects of all images of a batch, `(I, most objects, 4)`; zeros where an image has fewer."""
+    pieces = []
+    for sample in samples:
+        starts = sample["view_positions"][:, Column.STARTS_IMAGE] if "view_positions" in sample else torch.zeros(0)
+        pieces.append(sample.get("image_boxes", torch.zeros(int((starts != 0).sum()), 0, 4, dtype=torch.long)))
+    most = max(boxes.shape[1] for boxes in pieces)
+    return torch.cat([torch.nn.functional.pad(boxes, (0, 0, 0, most - boxes.shape[1])) for boxes in pieces])
 
 
 def _slot(worker: Any) -> int:

@@ -121,9 +121,13 @@ def cache_vision_features(
         dtype (`torch.dtype`, *optional*): Type on disk; that of the tower by default.
 
     Raises:
-        ValueError: If the folder holds features of other towers or another processor; if an image cannot be read: the
-            message names its number, counted from 0, and what came before it is kept.
+        ValueError: If the folder holds features of other towers or another processor; if views are of unequal size; if
+            an image cannot be read: the message names its number, counted from 0, and what came before it is kept.
     """
+    if find_base(model).config.unequal_views:
+        raise ValueError(
+            "Features of views of unequal size cannot be cached; train on pixel_values, without features."
+        )
     towers, options = towers_of(model), processor.image_processor
     grids = {name: tower_grid(tower.config) for name, tower in towers.items()}
     shapes = {name: [rows * cols, tower_width(towers[name].config)] for name, (rows, cols) in grids.items()}

@@ -26,13 +26,15 @@ def set_options(model: nn.Module, options: dict[str, Any]) -> None:
             `{"connector.adapter.forced_expert": "mlp", "connector.token_ops.0.question": False}`. What may change
             is named by the class of the part, in `switches`. Or the whole list of token or layer operations, where
             neither the old nor the new ones have weights: `{"token_ops": [{"part": "globalcom2"}]}`,
-            `{"layer_ops": [{"part": "keep_after", "layers": 2}]}`.
+            `{"layer_ops": [{"part": "keep_after", "layers": 2}]}`; None, as in a configuration, means none.
 
     Raises:
         ValueError: If there is no such switch, a value is wrong, operations have weights or do not fit the model, or a
             PEFT model would change, whose folder holds no configuration of the model. Nothing has changed then.
     """
     base = find_base(model)
+    if not isinstance(options, dict):
+        raise ValueError(f"set_options takes a dict, place -> value, not {options!r}.")
     for slot in REPLACED:
         if slot in options:
             return _replace(model, base, slot, options)
@@ -70,8 +72,10 @@ def _replace(model: nn.Module, base: Any, slot: str, options: dict[str, Any]) ->
         raise ValueError(f"Set {slot} in a call of its own, apart from {sorted(set(options) - {slot})}.")
     if hasattr(model, "peft_config"):
         raise ValueError(f"An adapter folder cannot hold {slot}; set them in the base model before get_peft_model.")
-    config, old = deepcopy(base.config), base.connector
-    setattr(config.connector_config, slot, deepcopy(list(options[slot])))
+    config, old, given = deepcopy(base.config), base.connector, options[slot]
+    if not (given is None or isinstance(given, (list, tuple))):
+        raise ValueError(f"{slot}={given!r} must be a list of parts, such as [{{'part': name}}], or None.")
+    setattr(config.connector_config, slot, deepcopy(list(given or [])))
     config.fitted_chain()
     with torch.device("meta"):
         new = HiResLmmConnector(config.connector_config, config.part_context())

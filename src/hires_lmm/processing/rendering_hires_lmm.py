@@ -1,0 +1,127 @@
+"""From pictures and plans to pixels: squares, resizes, canvases, crops and normalisation.
+
+What the functions take as `settings` are the checked options of a call of the image processor.
+"""
+
+from typing import Any, cast
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.nn.functional import interpolate
+from transformers.image_utils import PILImageResampling
+
+from .geometry_hires_lmm import Kind
+from .image_input_hires_lmm import DEFAULT_PIXEL_LIMIT, crop_to_square, mean_color, pad_to_square
+from .view_plans_hires_lmm import View, ViewPlan, square_paste
+
+
+def square(picture: Image.Image, plan: ViewPlan, settings: Any, index: int) -> Image.Image:
+    """What is drawn in place of a picture: itself, or a square, cut at the largest size at which it will be drawn."""
+    if settings.limits.square == "pad":
+        return pad_to_square(picture, mean_color(settings.image_mean), settings.pixel_limit, index)
+    if settings.limits.square == "crop":
+        towers = [tower["size"] for tower in (settings.extra_towers or {}).values()]
+        largest = max(plan.view_size, *plan.canvas, *towers)
+        return crop_to_square(picture, plan.global_square or largest, settings.resample)
+    return picture
+
+
+def render(pictures: list[Image.Image], plans: list[ViewPlan], settings: Any) -> np.ndarray:
+    """Draw all views: two resizes of each source at most, and every pixel is normalised where it will stay."""
+    sizes = [plan.view_pixels(view) for plan in plans for view in plan.views]
+    largest = [max(size[axis] for size in sizes) for axis in (0, 1)]
+    make = np.empty if len(set(sizes)) == 1 else np.zeros
+    pixels, row = make((len(sizes), 3, *largest), dtype=np.float32), 0
+    for picture, plan in zip(pictures, plans, strict=True):
+        given = [chosen if settings.resample is None else settings.resample for chosen in plan.resample]
+        filters = [PILImageResampling.BICUBIC if chosen is None else chosen for chosen in given]
+        canvas = _draw_canvas(picture, plan, filters[1]) if any(plan.canvas) else None
+        for view in plan.views:
+            height, width = sizes[row]
+            if view.kind == Kind.GLOBAL:
+                drawn = _draw_global(picture, plan, sizes[row], settings.resample, filters[0])
+            else:
+                drawn = _cut(cast("np.ndarray", canvas), view, sizes[row])
+            own = pixels[row, :, :height, :width]
+            own[...] = drawn.transpose(2, 0, 1)
+            own *= settings.scale
+            own += settings.shift
+            row += 1
+    return pixels
+
+
+def _cut(canvas: np.ndarray, view: View, size: tuple[int, int]) -> np.ndarray:
+    """A crop of the canvas; of a strided view every n-th pixel, from its place in the grid on."""
+    if view.kind == Kind.STRIDED:
+        return canvas[view.row :: view.grid_rows, view.col :: view.grid_cols][: size[0], : size[1]]
+    top, left = view.row * size[0], view.col * size[1]
+    return canvas[top : top + size[0], left : left + size[1]]
+
+
+def draw_whole(picture: Image.Image, plan: ViewPlan, tower: dict[str, Any], settings: Any) -> np.ndarray:
+    """What the global view shows on the square of an extra tower, with the numbers of that tower."""
+    side = tower["size"]
+    factor = settings.rescale_factor
+    scale, shift = scale_and_shift(factor, tower["image_mean"], tower["image_std"])
+    resized, paste = plan.whole(side)
+    drawn = _draw(picture, resized, (side, side), paste, plan.global_fill, PILImageResampling.BICUBIC)
+    return drawn.transpose(2, 0, 1).astype(np.float32) * scale + shift
+
+
+def _draw(
+    picture: Image.Image,
+    resized: tuple[int, int],
+    canvas: tuple[int, int],
+    paste: tuple[int, int],
+    fill: tuple[int, int, int],
+    resample: int,
+) -> np.ndarray:
+    """Resize a picture and paste it on a filled canvas; `(height, width, 3)` uint8."""
+    if resized != (picture.height, picture.width):
+        if resized[1] * picture.height > DEFAULT_PIXEL_LIMIT:  # Pillow widens all rows first; here that is too much
+            picture = picture.resize((picture.width, resized[0]), resample)
+        picture = picture.resize((resized[1], resized[0]), resample)
+    if resized == canvas:
+        return np.asarray(picture)
+    drawn = np.full((*canvas, 3), fill[0] if len(set(fill)) == 1 else fill, dtype=np.uint8)
+    drawn[paste[0] : paste[0] + resized[0], paste[1] : paste[1] + resized[1]] = np.asarray(picture)
+    return drawn
+
+
+def _draw_global(
+    picture: Image.Image, plan: ViewPlan, size: tuple[int, int], asked: int | None, resample: int
+) -> np.ndarray:
+    """The global view as uint8, or as float32 where it is interpolated; a filter that was asked for goes first."""
+    side, square = plan.view_size, plan.global_square
+    if square is None or asked is not None:
+        return _draw(picture, plan.global_size, size, plan.global_paste, plan.global_fill, resample)
+    own = (picture.height, picture.width)
+    drawn = _draw(picture, own, (square, square), square_paste(own, square), plan.global_fill, resample)
+    planes = torch.tensor(drawn).permute(2, 0, 1)[None].float()
+    return interpolate(planes, size=(side, side), mode="bicubic", align_corners=False)[0].permute(1, 2, 0).numpy()
+
+
+def _draw_canvas(picture: Image.Image, plan: ViewPlan, resample: int) -> np.ndarray:
+    if not plan.transposed:
+        return _draw(picture, plan.resized, plan.canvas, plan.paste, plan.fill, resample)
+    turned = picture.transpose(Image.Transpose.TRANSPOSE)
+    drawn = _draw(turned, plan.resized[::-1], plan.canvas[::-1], plan.paste[::-1], plan.fill, resample)
+    return drawn.transpose(1, 0, 2)
+
+
+def scale_and_shift(factor: float, mean: Any, std: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Rescaling and normalisation as one multiplication and one addition per channel."""
+    try:
+        means, stds = (np.broadcast_to(np.asarray(value, dtype=np.float64), (3,)) for value in (mean, std))
+        with np.errstate(all="ignore"):
+            scale = (float(factor) / stds).astype(np.float32).reshape(3, 1, 1)
+            shift = (-means / stds).astype(np.float32).reshape(3, 1, 1)
+        if not (np.isfinite(scale * 255) & np.isfinite(shift)).all():
+            raise ValueError("float32 cannot hold the pixels")
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(
+            f"rescale_factor={factor!r}, image_mean={mean!r} and image_std={std!r} must be finite, one number or one "
+            f"a channel, image_std not 0 ({error})."
+        ) from error
+    return scale, shift
