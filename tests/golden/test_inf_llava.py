@@ -14,8 +14,8 @@ from hires_lmm.modeling.bases_hires_lmm import PartContext
 from hires_lmm.modeling.carriers_hires_lmm import ImageGeometry, ViewFeatures, ViewGroup
 from hires_lmm.modeling.dual_hires_lmm import HiResLmmDualEnhancement
 from hires_lmm.modeling.geometry_hires_lmm import MAIN_TOWER, Grid, Kind
-from hires_lmm.processing.rendering_hires_lmm import _cut
 from hires_lmm.processing.planners_hires_lmm import PLANNERS
+from hires_lmm.processing.rendering_hires_lmm import _cut
 
 from .base import GoldenSet, write_set
 
