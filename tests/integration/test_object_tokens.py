@@ -321,3 +321,12 @@ def test_models_without_the_part_refuse_boxes_and_wrong_places_of_it_are_named()
         tiny_config("mg_llava", extra_towers={"objects": tiny_convnext()})
     with pytest.raises(ValueError, match="image_boxes belong to images; pass them in a call"):
         type(processor.image_processor)(image_boxes=[[]])
+
+
+def test_objects_keep_the_flat_layout_and_are_refused_in_the_dense_one(model_and_processor):
+    _, processor = model_and_processor
+    asked = {"images": [[random_image(90, 60)]], "text": [TEXT], "padding": True, "return_tensors": "pt"}
+    assert "pixel_attention_mask" in processor(**asked)
+    assert "image_boxes" in processor(**asked, image_boxes=[BOXES[0]])
+    with pytest.raises(ValueError, match=re.escape('image_boxes do not go with image_layout="dense"')):
+        processor(**asked, image_boxes=[BOXES[0]], image_layout="dense")
