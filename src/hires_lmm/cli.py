@@ -390,9 +390,18 @@ def _serve(
     with one_line_errors():
         from .serving.command import curl_line, run_server, server_command
 
-        given = {"max_image_tokens": max_image_tokens, "max_crops": max_crops, "images": images, "dtype": dtype.value}
-        trust = {"request_options": request_options, "trust_remote_code": trust_remote_code}
-        command = server_command(existing(checkpoint), host, port, **given, **trust, more=more or ())
+        command = server_command(
+            existing(checkpoint),
+            host,
+            port,
+            max_image_tokens=max_image_tokens,
+            max_crops=max_crops,
+            images=images,
+            dtype=dtype.value,
+            request_options=request_options,
+            trust_remote_code=trust_remote_code,
+            more=more or (),
+        )
         url = f"http://{host}:{port}"
         ready = f"the server is at {url} (stop with Ctrl-C); ask it:\n{curl_line(checkpoint, url)}"
         raise typer.Exit(run_server(command, url, lambda: notes.print(escape(ready))))

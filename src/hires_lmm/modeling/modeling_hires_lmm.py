@@ -130,10 +130,12 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
             raise ValueError("There is nothing to encode: pass pixel_values or vision_features with their geometry.")
         wanted = {name: options.get(name) for name in TOWER_OUTPUTS}
         features = self.encode_images(images, vision_feature_layer, vision_chunk_size, **wanted)
-        if routing_ids is not None and view_positions is not None and not self.connector.is_done_early:
-            question = asked_question(self, routing_ids, view_positions, features.tokens.num_tokens)
-            placed = drop(self.connector.finish(features.tokens, question)[0])[0]
-            features.pooler_output = list(placed.split(features.tokens.num_tokens))
+        tokens = features.tokens
+        if routing_ids is None or view_positions is None or tokens is None or self.connector.is_done_early:
+            return features
+        question = asked_question(self, routing_ids, view_positions, tokens.num_tokens)
+        placed = drop(self.connector.finish(tokens, question)[0])[0]
+        features.pooler_output = list(placed.split(tokens.num_tokens))
         return features
 
     def encode_images(
