@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from hires_lmm.training.data.composites import LABEL_INDENT, GRIDS, grid_composite, inner_composite
+from hires_lmm.training.data.composites import GRIDS, LABEL_INDENT, grid_composite, inner_composite
 from hires_lmm.training.data.mia import Answer, Filters, attention_share
 
 from .base import GoldenSet, write_set
@@ -83,7 +83,7 @@ def test_the_numbers_of_the_filters():
     assert set(sizes) <= set(GRIDS)
     assert filters.characters == limits["answer_characters"]
     assert f"> {filters.perplexity}" in limits["perplexity"]
-    assert LABEL_INDENT == GOLDEN.cases["collages"][0]["labels"][0]["at_xy"][0]
+    assert GOLDEN.cases["collages"][0]["labels"][0]["at_xy"][0] == LABEL_INDENT
 
 
 def remake(folder: Path, seed: int) -> None:

@@ -59,7 +59,7 @@ def make_composite(kind: str, pictures: Sequence[Image.Image]) -> Composite:
     if kind == "grid":
         return grid_composite(pictures)
     if kind == "inner" and len(pictures) == 2:
-        return inner_composite(*pictures)
+        return inner_composite(pictures[0], pictures[1])
     raise ValueError(f"kind={kind!r} with {len(pictures)} pictures: use sequence, grid, or inner with two pictures.")
 
 

@@ -1,4 +1,4 @@
-"""Preference data about several pictures (MIA-DPO): a model's own answers that looked at the wrong picture are rejected.
+"""Preference data about several pictures (MIA-DPO): answers of the model that looked at a wrong picture are rejected.
 
 `build_pairs` shows pictures of single-image data together, asks `answer` about one of them, and keeps as rejected what
 `Filters` accepts; `write_pairs` writes what `trl.DPOTrainer` reads.
@@ -165,8 +165,8 @@ def answer_with_attention(
         ValueError: If no token shows the picture.
     """
     message = composite.message(question, asked)
-    images = iter(composite.images)
-    parts = [{**part, "image": next(images)} if part["type"] == "image" else part for part in message["content"]]
+    pictures = iter(composite.images)
+    parts = [{**part, "image": next(pictures)} if part["type"] == "image" else part for part in message["content"]]
     inputs = processor.apply_chat_template(
         [{**message, "content": parts}],
         add_generation_prompt=True,
@@ -176,17 +176,18 @@ def answer_with_attention(
     ).to(model.device)
     prompt = inputs["input_ids"].shape[1]
     ids = model.generate(**inputs, **{"max_new_tokens": 128, "do_sample": False, **options})
+    images = {name: value for name, value in inputs.items() if name not in ("input_ids", "attention_mask")}
+    seen = {"image": model.get_image_features(**images)}  # apart, so that the tower keeps no attention
     with eager_attention(model):
-        whole = {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        outputs = model(**whole, output_attentions=True, output_token_map=True, use_cache=False)
+        outputs = model(ids, mm_encoder_outputs=seen, output_attentions=True, output_token_map=True, use_cache=False)
     losses = -outputs.logits[0, prompt - 1 : -1].float().log_softmax(-1).gather(-1, ids[0, prompt:, None])
     layer = len(outputs.attentions) // 2 if layer is None else layer
     weights = outputs.attentions[layer][0].float().mean(dim=0)[prompt - ids.shape[1] :].mean(dim=0)
     token_map = outputs.token_map
     columns = visual_columns(ids[0] == model.config.image_token_id, token_map.kept, len(weights))
-    pictures = find_pictures(composite, token_map)[token_map.kept]
+    shown = find_pictures(composite, token_map)[token_map.kept]
     by = "mean" if composite.kind == "sequence" else "sum"
-    share = attention_share(weights[columns].cpu(), pictures, asked, by)
+    share = attention_share(weights[columns].cpu(), shown, asked, by)
     text = processor.tokenizer.decode(ids[0, prompt:], skip_special_tokens=True)
     return Answer(text, share, losses.mean().exp().item())
 
@@ -235,8 +236,8 @@ def build_pairs(
     """
     if len(rows) < max(2, pictures) or set(kinds) - set(KINDS):
         raise ValueError(
-            f"{len(rows)} rows, {pictures} pictures, kinds={list(kinds)}: give at least two rows, as many as pictures, "
-            f"and kinds of {', '.join(KINDS)}."
+            f"{len(rows)} rows, {pictures} pictures, kinds={list(kinds)}: give at least two rows, as many as "
+            f"pictures, and kinds of {', '.join(KINDS)}."
         )
     filters, counts = filters or Filters(), Counter() if counts is None else counts
     for index, row in enumerate(rows):

@@ -11,11 +11,14 @@ from .losses import anchor_losses, mask_pixels, pair_losses
 from .weights import COLUMNS, PreferenceColumns
 
 
-trl = import_extra("trl", "train")
+DPOConfig: Any = import_extra("trl", "train").DPOConfig
+DPOTrainer: Any = import_extra("trl", "train").DPOTrainer
+
+Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass
-class ImageMaskedDPOConfig(trl.DPOConfig):
+class ImageMaskedDPOConfig(DPOConfig):
     """Arguments of `ImageMaskedDPOTrainer`, beside those of `trl.DPOConfig`.
 
     Args:
@@ -52,7 +55,7 @@ class ImageMaskedDPOConfig(trl.DPOConfig):
             )
 
 
-class ImageMaskedDPOTrainer(trl.DPOTrainer):
+class ImageMaskedDPOTrainer(DPOTrainer):
     """TRL's DPOTrainer with a second pair: the same better answer, with the image and with its masked self.
 
     Args:
@@ -77,7 +80,7 @@ class ImageMaskedDPOTrainer(trl.DPOTrainer):
             raise ValueError(f"args must be an ImageMaskedDPOConfig, got {type(self.args).__name__}.")
         if not self._is_vision_dataset:
             raise ValueError("The data has no images to mask; give rows a column `images`, or use trl.DPOTrainer.")
-        self.data_collator = PreferenceColumns(self.data_collator)
+        self.data_collator: Any = PreferenceColumns(self.data_collator)
         self.precompute_ref_logps = True  # from here on: the batch brings them, see `_compute_loss`
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -143,7 +146,9 @@ class ImageMaskedDPOTrainer(trl.DPOTrainer):
         self.compute_ref_log_probs(keep, rows)
         return given[0].log_probs[:, 1 - rows["input_ids"].shape[1] :]
 
-    def _weigh(self, chosen: Any, rejected: Any, masked: Any, answer_weights: Any, image_weights: Any) -> tuple:
+    def _weigh(
+        self, chosen: Any, rejected: Any, masked: Any, answer_weights: Any, image_weights: Any
+    ) -> tuple[Pair, Pair]:
         """Log ratios of the two pairs: of sequences, or of weighted tokens."""
         if self.args.level == "sequence":
             chosen, rejected, masked = (ratios.sum(dim=1, keepdim=True) for ratios in (chosen, rejected, masked))

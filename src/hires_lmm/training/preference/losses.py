@@ -50,7 +50,9 @@ def pair_losses(chosen: torch.Tensor, rejected: torch.Tensor, beta: float) -> to
     return -logsigmoid(beta * (chosen - rejected))
 
 
-def anchor_losses(chosen: torch.Tensor, beta: float, up: torch.Tensor | bool = True, offset: float = 0.0):
+def anchor_losses(
+    chosen: torch.Tensor, beta: float, up: torch.Tensor | bool = True, offset: float = 0.0
+) -> torch.Tensor:
     """-log sigmoid of ±(β times a log ratio - offset): what keeps the reward of an answer above (below) a number.
 
     Args:
