@@ -331,9 +331,7 @@ MENTIONS = [
     Mention(f"{DPO}.__init__", "self._is_vision_dataset", "data without images has nothing to mask"),
     Mention(f"{DPO}._compute_loss", "self._metrics[mode]", "our terms are logged with its own"),
     Mention(f"{DPO}._compute_loss", "if self.precompute_ref_logps:", "the batch may bring the reference"),
-    Mention(
-        f"{DPO}._compute_loss", "model(**model_kwargs, labels=labels, fused_lm_head=True)", "the one call"
-    ),
+    Mention(f"{DPO}._compute_loss", "model(**model_kwargs, labels=labels, fused_lm_head=True)", "the one call"),
     Mention(f"{DPO}._compute_loss", "outputs.log_probs[:, -seq_len:]", "of tokens; virtual ones stand before them"),
     Mention("transformers.trainer_utils:RemoveColumnsCollator", "self.data_collator", "our collator is found within"),
     Mention(
