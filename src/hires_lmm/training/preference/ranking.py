@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -70,3 +71,16 @@ def attribute_prompt(scores: Mapping[str, float], question: str) -> str:
         question (`str`): The question.
     """
     return f"{question}\n[{', '.join(f'{axis} {value:g}' for axis, value in scores.items())}]"
+
+
+def preference_row(images: Sequence[Any], question: str, chosen: str, rejected: str, **columns: Any) -> dict[str, Any]:
+    """A row of preference data in the form of TRL, for `datasets.Dataset.from_list`.
+
+    Args:
+        images (sequence): Pictures, which stand before the question.
+        question, chosen, rejected (`str`): Texts.
+        columns: More columns, such as `revised`.
+    """
+    turns = {"prompt": ("user", question), "chosen": ("assistant", chosen), "rejected": ("assistant", rejected)}
+    messages = {name: [{"role": role, "content": text}] for name, (role, text) in turns.items()}
+    return {"images": list(images), **messages, **columns}
