@@ -189,12 +189,11 @@ def train(method: str, seed: int, processor: Any, options: argparse.Namespace) -
     if method == "grpo":
         args = trl.GRPOConfig(
             str(options.work),
-            **{**common, "per_device_train_batch_size": BATCH * GENERATIONS},
+            **{**common, "per_device_train_batch_size": BATCH * GENERATIONS, "remove_unused_columns": False},
             num_generations=GENERATIONS,
             max_completion_length=4,
             temperature=1.0,
             beta=0.0,
-            remove_unused_columns=False,
         )
         data = conversational(rows, answer=[row["answer"] for row in rows])
         trainer = trl.GRPOTrainer(
