@@ -7,8 +7,8 @@
     python examples/rank_answers.py best|pairs|attributes [--model CHECKPOINT] [--data FILE] [--output OUT] [--steps 5]
 
 Answers are sampled from the model. The score here is for questions with a known answer: correctness (0 or 1) and
-brevity (1 / (1 + words)); put a judge's scores in its place. `best`: rejection sampling. `pairs`: multi-modal preference
-alignment. `attributes`: as SteerLM, each answer is learnt behind its scores; ask with the scores you want.
+brevity (1 / (1 + words)); put a judge's scores in its place. `best`: rejection sampling. `pairs`: multi-modal
+preference alignment. `attributes`: as SteerLM, answers are learnt behind their scores; ask with those you want.
 Tested on 2 CPU cores.
 """
 
@@ -22,10 +22,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer
 from trl import DPOConfig, DPOTrainer
 
 from hires_lmm.inference import prepare
-from hires_lmm.training import HiResLmmCollator
+from hires_lmm.training import HiResLmmCollator, preference
 from hires_lmm.training.arguments import build_arguments
-from hires_lmm.training.preference import attribute_prompt, best_answers, rank_answers
-from hires_lmm.training.preference import preference_pairs, preference_row  # isort: skip
 
 
 ROOT = Path(__file__).parents[1]
@@ -38,7 +36,7 @@ def rank(model, processor, row: dict) -> list:
     answers = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     answers = [row["answer"], *(answer.strip() for answer in answers)]
     scores = [{"correctness": float(a == row["answer"]), "brevity": 1 / (1 + len(a.split()))} for a in answers]
-    return rank_answers(answers, scores, {"correctness": 3, "brevity": 1})
+    return preference.rank_answers(answers, scores, {"correctness": 3, "brevity": 1})
 
 
 def turns(question: str, answer: str) -> list[dict]:
@@ -62,15 +60,15 @@ def main() -> None:
     ranked = [(row, rank(model, processor, row)) for row in rows]
     common = {"max_steps": options.steps, "logging_steps": 1, "report_to": "none", "per_device_train_batch_size": 2}
     if options.method == "pairs":
-        pairs = [(row, *pair) for row, answers in ranked for pair in preference_pairs(answers, min_gap=0.1)]
-        data = [preference_row([row["image"]], row["question"], *pair) for row, *pair in pairs]
+        pairs = [(row, *pair) for row, answers in ranked for pair in preference.preference_pairs(answers, min_gap=0.1)]
+        data = [preference.preference_row([row["image"]], row["question"], *pair) for row, *pair in pairs]
         args = DPOConfig(options.output, max_length=None, bf16=False, beta=0.1, learning_rate=1e-5, **common)
         trainer = DPOTrainer(model, args=args, train_dataset=Dataset.from_list(data), processing_class=processor)
     else:
-        asked = [(row, row["question"], text) for row, answers in ranked for text in best_answers(answers)]
+        asked = [(row, row["question"], text) for row, answers in ranked for text in preference.best_answers(answers)]
         if options.method == "attributes":
-            every = [(row, answer) for row, answers in ranked for answer in answers]
-            asked = [(row, attribute_prompt(answer.scores, row["question"]), answer.text) for row, answer in every]
+            put = preference.attribute_prompt
+            asked = [(row, put(a.scores, row["question"]), a.text) for row, answers in ranked for a in answers]
         data = [{"images": [row["image"]], "messages": turns(*text)} for row, *text in asked]
         args, collator = build_arguments(options.output, learning_rate=1e-5, **common), HiResLmmCollator(processor)
         trainer = Trainer(model, args, train_dataset=data, data_collator=collator, processing_class=processor)

@@ -17,6 +17,7 @@ from hires_lmm.processing.planners_hires_lmm import PLANNERS
 
 PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
 NEEDS = {  # page -> modules of the extras `train` and `reconstruction`
+    "preference.md": ("trl",),
     "training.md": ("peft",),
     "vlsa.md": ("diffusers",),
 }
@@ -34,7 +35,10 @@ def clone(tmp_path, monkeypatch):
     sys.modules.pop("my_parts", None)
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # by PEFT
+@pytest.mark.filterwarnings(
+    "ignore:.*gradient_checkpointing.* is deprecated:FutureWarning",  # by PEFT and TRL
+    "ignore::UserWarning:trl",
+)
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_code_of_the_page_runs(page: Path, clone):
     for module in NEEDS.get(page.name, ()):

@@ -8,11 +8,11 @@ import sys
 
 import pytest
 import torch
-from needle import NeedleOptions, ask_questions, needle_scene
-from needle.dataset import draw
 from safetensors.torch import load_file
 
 from builders.docs import ROOT
+from needle import NeedleOptions, ask_questions, needle_scene
+from needle.dataset import draw
 
 
 pytest.importorskip("trl")
