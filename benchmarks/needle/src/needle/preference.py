@@ -105,7 +105,8 @@ def load(seen: dict[bytes, torch.Tensor]) -> Any:
 @lru_cache(maxsize=1)
 def training_rows(number: int, seed: int) -> Sequence[dict[str, Any]]:
     """Questions of the kinds that are trained, one a scene: `image`, `question`, `answer`."""
-    scenes, rows, index = SceneSet("train", 0, SCENE_SEED + seed), [], 0
+    rows: list[dict[str, Any]] = []
+    scenes, index = SceneSet("train", 0, SCENE_SEED + seed), 0
     while len(rows) < number:
         kind = KINDS[len(rows) % len(KINDS)]
         for question in scenes.questions(index, (kind,), 1):
@@ -219,13 +220,13 @@ def run(method: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     seconds = time.process_time() - start
     del model.model.vision_tower.forward
     scores = evaluate_packed(model.eval(), processor, SceneSet(options.split, options.scenes), options.work / "cache")
-    trained, other = ({"questions": 0, "right": 0} for _ in range(2))
-    for kind in QUESTION_KINDS:
-        into = trained if kind in KINDS else other
-        for name in into:
-            into[name] += scores[kind][name]
-    for group in (trained, other):
-        group["accuracy"] = group["right"] / group["questions"]
+    groups = {
+        name: [scores[kind] for kind in QUESTION_KINDS if (kind in KINDS) == (name == "trained")]
+        for name in ("trained", "other")
+    }
+    for name, found in groups.items():
+        questions, right = (sum(kind[key] for kind in found) for key in ("questions", "right"))
+        scores[name] = {"questions": questions, "right": right, "accuracy": right / questions}
     return {
         "method": method,
         "seed": seed,
@@ -233,7 +234,7 @@ def run(method: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
         "steps": 0 if method == "start" else options.steps,
         "rate": options.rate,
         **told,
-        "scores": {"trained": trained, "other": other, **scores},
+        "scores": scores,
         "processor_seconds": round(seconds, 1),
         "split": options.split,
         "scenes": options.scenes,
