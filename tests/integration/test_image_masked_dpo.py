@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from builders.tiny import random_image, tiny_config, tiny_model, tiny_processor
+from builders.training import COMPRESS
 from hires_lmm.processing.chat_templates_hires_lmm import answer_prefix_ids
 from hires_lmm.training.lora import lora_config
 from hires_lmm.training.preference import mask_pixels, token_weights
@@ -40,14 +41,17 @@ def dataset(columns=(), images=True):
     return datasets.Dataset.from_dict(rows, features=datasets.Features(types))
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    config = tiny_config("llava_next")
+def save(folder, preset, **connector):
+    config = tiny_config(preset, connector_config=connector)
     processor = tiny_processor(config, "chatml")
     config.answer_prefix_ids = answer_prefix_ids(processor)
     tiny_model(config).save_pretrained(folder)
     return folder, processor
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    return save(tmp_path_factory.mktemp("model"), "llava_next")
 
 
 def trainer_of(saved, folder, data=None, lora=False, **options):
@@ -79,6 +83,15 @@ def test_all_terms_begin_at_ln_2(level, lora, saved, tmp_path):
         [math.log(2)] * 3, abs=1e-4
     )
     assert log["loss"] == pytest.approx(3.5 * math.log(2), abs=1e-4)
+
+
+def test_noise_and_tokens_that_leave_do_not_move_the_start(tmp_path):
+    """A masked image keeps other tokens than the image does."""
+    router = {"part": "router", "on": "crops", "keep": {"rule": "threshold", "gamma": 0.75}, "noise": 3.0}
+    saved = save(tmp_path / "model", "slime", view_ops=[COMPRESS], token_ops=[router])
+    trainer = trainer_of(saved, tmp_path, mask_share=1.0)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(2.2 * math.log(2), abs=1e-4)
 
 
 def log_probs(model, batch, pixels):
