@@ -176,10 +176,11 @@ def answer_with_attention(
     ).to(model.device)
     prompt = inputs["input_ids"].shape[1]
     ids = model.generate(**inputs, **{"max_new_tokens": 128, "do_sample": False, **options})
-    images = {name: value for name, value in inputs.items() if name not in ("input_ids", "attention_mask")}
-    seen = {"image": model.get_image_features(**images)}  # apart, so that the tower keeps no attention
+    images = {name: value for name, value in inputs.items() if name.startswith(("pixel_", "view_"))}
+    read = {name: value for name, value in inputs.items() if name == "question_ids"}
+    read["mm_encoder_outputs"] = {"image": model.get_image_features(**images)}  # apart: the tower keeps no attention
     with eager_attention(model):
-        outputs = model(ids, mm_encoder_outputs=seen, output_attentions=True, output_token_map=True, use_cache=False)
+        outputs = model(ids, **read, output_attentions=True, output_token_map=True, use_cache=False)
     losses = -outputs.logits[0, prompt - 1 : -1].float().log_softmax(-1).gather(-1, ids[0, prompt:, None])
     layer = len(outputs.attentions) // 2 if layer is None else layer
     weights = outputs.attentions[layer][0].float().mean(dim=0)[prompt - ids.shape[1] :].mean(dim=0)
