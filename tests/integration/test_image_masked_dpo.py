@@ -94,10 +94,13 @@ def test_noise_and_tokens_that_leave_do_not_move_the_start(tmp_path):
     assert trainer.state.log_history[0]["loss"] == pytest.approx(2.2 * math.log(2), abs=1e-4)
 
 
+ADDED = ("revised", "answer_weights", "image_weights")
+
+
 def log_probs(model, batch, pixels):
     """Of the tokens of answers, from logits: (rows, L - 1), and their mask."""
-    inputs = {name: value for name, value in batch.items() if name.startswith(("view", "attention"))}
-    logits = model(input_ids=batch["input_ids"], pixel_values=pixels, **inputs).logits[:, :-1]
+    inputs = {name: value for name, value in batch.items() if name not in ("completion_mask", *ADDED)}
+    logits = model(**{**inputs, "pixel_values": pixels}).logits[:, :-1]
     ids, mask = batch["input_ids"][:, 1:], batch["completion_mask"][:, 1:]
     return logits.log_softmax(-1).gather(-1, ids[..., None])[..., 0] * mask, mask.bool()
 
