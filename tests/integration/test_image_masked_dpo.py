@@ -73,8 +73,7 @@ def trainer_of(saved, folder, data=None, lora=False, **options):
     )
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["copy", "lora"])
-@pytest.mark.parametrize("level", ["sequence", "token"])
+@pytest.mark.parametrize(("level", "lora"), [("sequence", False), ("token", True)], ids=["copy", "lora"])
 def test_all_terms_begin_at_ln_2(level, lora, saved, tmp_path):
     trainer = trainer_of(saved, tmp_path, lora=lora, level=level, image_weight=0.5, anchor_weight=2.0)
     trainer.train()

@@ -63,12 +63,14 @@ def test_dpo(questions, tmp_path, monkeypatch, capsys):
     assert has_learnt(tmp_path)
 
 
+@pytest.mark.slow
 def test_opa_dpo(questions, tmp_path, monkeypatch, capsys):
     _, losses = run("opa_dpo", questions, tmp_path, monkeypatch, capsys)
     assert len(losses) == 10 and losses[5] == pytest.approx((1 + 0.2 + 2.0) * math.log(2), abs=2e-3)
     assert (tmp_path / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_mia_dpo(questions, tmp_path, monkeypatch, capsys):
     text, losses = run("mia_dpo", questions, tmp_path, monkeypatch, capsys, "--loose")
     kept = int(re.search(r"'kept': (\d)", text)[1])
@@ -78,7 +80,10 @@ def test_mia_dpo(questions, tmp_path, monkeypatch, capsys):
     assert has_learnt(tmp_path)
 
 
-@pytest.mark.parametrize("method", ["best", "pairs", "attributes"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("method", ["best", pytest.param("pairs", marks=SLOW), pytest.param("attributes", marks=SLOW)])
 def test_rank_answers(method, questions, tmp_path, monkeypatch, capsys):
     _, losses = run("rank_answers", questions, tmp_path, monkeypatch, capsys, method)
     assert len(losses) == 5 and has_learnt(tmp_path)
@@ -86,6 +91,7 @@ def test_rank_answers(method, questions, tmp_path, monkeypatch, capsys):
         assert losses[0] == pytest.approx(math.log(2), abs=1e-3)
 
 
+@pytest.mark.slow
 def test_iterative_dpo_starts_each_round_at_its_own_reference(questions, tmp_path, monkeypatch, capsys):
     text, losses = run("iterative_dpo", questions, tmp_path, monkeypatch, capsys, "--temperature", "3")
     assert re.findall(r"round (\d): [1-4] pairs", text) == ["1", "2"]
