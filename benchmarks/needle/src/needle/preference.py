@@ -2,6 +2,7 @@
 
     python -m needle.preference                    all methods and seeds that are not finished
     python -m needle.preference --methods dpo --seeds 7 --steps 5 --split validation
+    python -m needle.preference --report           the table of docs/preference.md, of what is finished
 
 All start from `checkpoints/needle-slime`, see the same questions of the kinds in `KINDS` about scenes that no other
 run saw, and take as many optimizer steps at the same rate; the vision tower stays as it is. `sft` goes on with the
@@ -15,6 +16,7 @@ import hashlib
 import json
 import platform
 import random
+import sys
 import time
 from collections.abc import Sequence
 from datetime import datetime, timezone
@@ -245,6 +247,20 @@ def run(method: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def report(results: Path, split: str) -> str:
+    """A table of the finished runs: right answers of all questions, trained kinds and others, one number a seed."""
+    lines = ["| run | trained kinds | other kinds |", "|---|---|---|"]
+    for method in METHODS:
+        files = sorted(results.glob(f"preference-{method}-[0-9]*-{split}.json"))
+        runs = [json.loads(file.read_text(encoding="utf-8"))["scores"] for file in files]
+        cells = []
+        for group in ("trained", "other"):
+            found = ", ".join(f"{100 * scores[group]['accuracy']:.1f} %" for scores in runs)
+            cells.append(f"{found} of {runs[0][group]['questions']}" if runs else "")
+        lines += [f"| `{method}` | {' | '.join(cells)} |"] if runs else []
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     """Run what is not finished."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -257,7 +273,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--work", type=Path, default=Path("work/preference"), help="tower features and logs")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "needle")
+    parser.add_argument("--report", action="store_true")
     options = parser.parse_args()
+    if options.report:
+        sys.stdout.write(report(options.results, options.split))
+        return
     torch.set_num_threads(options.threads)
     for seed in options.seeds:
         for method in options.methods:
