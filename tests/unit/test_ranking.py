@@ -1,5 +1,8 @@
 """Answers with scores: their order, pairs of them, attributes as text."""
 
+import importlib
+import sys
+
 import pytest
 
 from hires_lmm.training.preference import attribute_prompt, best_answers, preference_pairs, rank_answers
@@ -65,3 +68,11 @@ def test_attributes_stand_behind_the_question():
 def test_scores_that_do_not_match_are_refused(answers, scores, weights, says):
     with pytest.raises(ValueError, match=says):
         rank_answers(answers, scores, weights)
+
+
+def test_without_trl_the_trainer_names_the_extra(monkeypatch):
+    module = "hires_lmm.training.preference.image_masked"
+    monkeypatch.setitem(sys.modules, "trl", None)
+    monkeypatch.delitem(sys.modules, module, raising=False)
+    with pytest.raises(ImportError, match=r"needs trl .*'hires-lmm\[train\]'"):
+        importlib.import_module(module)
