@@ -30,6 +30,7 @@ GENERATION, MODEL, CONFIG = (
     "transformers.modeling_utils:PreTrainedModel",
     "transformers.configuration_utils:PreTrainedConfig",
 )
+DPO = "trl.trainer.dpo_trainer:DPOTrainer"
 PROCESSOR, IMAGES = "transformers.processing_utils:ProcessorMixin", "transformers.image_processing_backends:PilBackend"
 
 USES = [
@@ -274,6 +275,13 @@ USES = [
     Use("transformers.trainer_utils:PREFIX_CHECKPOINT_DIR", None, "the folders of checkpoints"),
     Use("transformers.trainer_callback:ExportableState", "", "the stage stands in `trainer_state.json`"),
     Use("transformers.trainer_callback:ExportableState.state", "self", "as above"),
+    Use(f"{DPO}._compute_loss", "self, model, inputs, return_outputs", "a second pair, of images, adds to its loss"),
+    Use(f"{DPO}._set_signature_columns_if_needed", "self", "columns about answers and tokens reach our collator"),
+    Use(
+        f"{DPO}.compute_ref_log_probs",
+        "self, model, inputs",
+        "runs the reference, whichever it is, through what keeps the log-probabilities of tokens",
+    ),
     Use(
         "transformers.trainer:Trainer.get_optimizer_cls_and_kwargs",
         "args, model",
@@ -350,6 +358,11 @@ MENTIONS = [
         '"keys_to_ignore_at_inference"',
         "evaluation gathers logits alone",
     ),
+    Mention(f"{DPO}.__init__", "self._is_vision_dataset", "data without images has nothing to mask"),
+    Mention(f"{DPO}._compute_loss", "self._metrics[mode]", "our terms are logged with its own"),
+    Mention(f"{DPO}._compute_loss", "if self.precompute_ref_logps:", "the batch may bring the reference"),
+    Mention(f"{DPO}._compute_loss", "model(**model_kwargs, labels=labels, fused_lm_head=True)", "the one call"),
+    Mention(f"{DPO}._compute_loss", "outputs.log_probs[:, -seq_len:]", "of tokens; virtual ones stand before them"),
     Mention("transformers.trainer_utils:RemoveColumnsCollator", "self.data_collator", "our collator is found within"),
     Mention(
         "transformers.configuration_utils:PreTrainedConfig.save_pretrained",

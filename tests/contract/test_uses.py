@@ -9,6 +9,7 @@ import importlib
 import inspect
 import pkgutil
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ NOT_THEIRS = {  # of torch; of named tuples; of ours, on a model; of lmms-eval
     "_modules", "_replace", "_weights_info", "_resolve_system_prompt",
 }  # fmt: skip
 NOT_HERE = ("kernels", "vllm", "evaluation.lmms_eval", "evaluation.vlmeval")  # need triton, vLLM or a harness
+if find_spec("trl") is None:
+    NOT_HERE += ("image_masked",)
 
 
 def find(place: str) -> Any:

@@ -17,6 +17,7 @@ from hires_lmm.processing.planners_hires_lmm import PLANNERS
 
 PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
 NEEDS = {  # page -> modules of the extras `train` and `reconstruction`
+    "preference.md": ("trl",),
     "training.md": ("peft",),
     "trl.md": ("trl",),
     "vlsa.md": ("diffusers",),

@@ -22,23 +22,24 @@ LIST = "needle_scenes.json"
 OPTIONS = NeedleOptions(scene_size=1536)
 SEED = 2026
 KINDS = ("read_digit", "shape", "read_word", "larger_digit", "place_of_colour")
+STEPS = ("background", "count")
+"""Questions of the steps before the last, in the entries."""
 
 
 def pick_scenes() -> list[dict]:
-    """For each kind of question the first scene that answers it, no scene twice: file, question and answer."""
+    """For each kind of question the first scene that answers it, no scene twice: file, question, answer and steps."""
     entries: list[dict] = []
     index = 0
     for kind in KINDS:
         while True:
             scene = needle_scene(index, "validation", SEED, OPTIONS)
-            found = [question for question in ask_questions(scene) if question.kind == kind]
+            asked = {question.kind: question for question in reversed(ask_questions(scene))}
             index += 1
-            if found:
+            if kind in asked:
                 break
-        name = f"needle_{len(entries) + 1}.jpg"
-        entries.append(
-            {"image": name, "scene": index - 1, "kind": kind, "question": found[0].text, "answer": found[0].answer}
-        )
+        entry = {"image": f"needle_{len(entries) + 1}.jpg", "scene": index - 1, "kind": kind}
+        steps = [[asked[step].text, asked[step].answer] for step in (*STEPS, kind)]
+        entries.append({**entry, "question": steps[-1][0], "answer": steps[-1][1], "steps": steps})
     return entries
 
 
