@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw
 
 from .base import Box
 
@@ -58,10 +58,10 @@ class Node:
         ]
         return [Node(box, self.side, self.split, self.depth + 1, self.show) for box in boxes]
 
-    @cached_property
-    def height(self) -> int:
-        """Levels below it."""
-        return 1 + max(child.height for child in self.children) if self.children else 0
+    def levels(self, limit: int) -> int:
+        """Levels below it, at most `limit`."""
+        children = self.children if limit else []
+        return 1 + max(child.levels(limit - 1) for child in children) if children else 0
 
     @cached_property
     def views(self) -> list[Image.Image]:
@@ -82,19 +82,19 @@ class Showing:
 
     Args:
         side (`int`): Of the vision tower's view, pixels: the least side of what is cut out, and that of the whole.
-        patch_scale (`float`, *optional*): How much more than a box is cut out; exactly the box where it is None.
+        patch_scale (`float`): How much more than a box is cut out.
         crop_only (`bool`): Show what is cut out alone, without the whole image.
         background (`tuple`): Colour that makes an image square.
     """
 
     side: int
-    patch_scale: float | None = 1.2
+    patch_scale: float = 1.2
     crop_only: bool = False
     background: tuple[int, int, int] = (122, 116, 104)
 
     def patches(self, boxes: Sequence[Box], size: tuple[int, int]) -> list[Corners]:
         """What is cut out of an image of (width, height) for each box; not shifted where it meets the border."""
-        return [_around(box, self.side, self.patch_scale or 1.0, size) for box in boxes]
+        return [_around(box, self.side, self.patch_scale, size) for box in boxes]
 
     def rectangles(self, merged: Sequence[Corners], size: tuple[int, int]) -> list[Corners]:
         """The frames around merged patches, in the image that was made square."""
@@ -175,7 +175,3 @@ def _union(boxes: Sequence[Corners]) -> Corners:
 def _offset(size: tuple[int, int]) -> tuple[int, int]:
     return (max(size) - size[0]) // 2, (max(size) - size[1]) // 2
 
-
-def fit(image: Image.Image, side: int) -> Image.Image:
-    """Enlarge a picture that is smaller than a view."""
-    return ImageOps.contain(image, (side, side)) if max(image.size) < side else image
