@@ -155,7 +155,9 @@ def merge(boxes: Sequence[Corners]) -> list[Corners]:
 
 
 def _touch(one: Corners, other: Corners) -> bool:
-    return all(one[axis] - NEAR < other[axis + 2] + NEAR and other[axis] - NEAR < one[axis + 2] + NEAR for axis in (0, 1))
+    return all(
+        one[axis] - NEAR < other[axis + 2] + NEAR and other[axis] - NEAR < one[axis + 2] + NEAR for axis in (0, 1)
+    )
 
 
 def _around(box: Box, side: int, scale: float, size: tuple[int, int]) -> Corners:
@@ -174,4 +176,3 @@ def _union(boxes: Sequence[Corners]) -> Corners:
 
 def _offset(size: tuple[int, int]) -> tuple[int, int]:
     return (max(size) - size[0]) // 2, (max(size) - size[1]) // 2
-
