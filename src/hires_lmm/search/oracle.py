@@ -42,8 +42,9 @@ class _Conversation:
 class _Begun:
     """Conversations up to their last image, encoded in one batch; `rows` says which is where.
 
-    One that cannot be parted is begun up to its last token, which `lasts` has. `seen` is what the language model has of them: its cache of that beginning, or features where the images are read
-    with the question. The images are kept, so that no other gets their identity.
+    One that cannot be parted is begun up to its last token, which `lasts` has. `seen` is what the language model has
+    of them: its cache of that beginning, or features where it reads the images with the question. The images are kept,
+    so that no other gets their identity.
     """
 
     rows: dict[tuple, int]
@@ -64,8 +65,8 @@ class ModelOracle:
 
     Images are encoded once, and so is what prompts about the same images begin with: the language model's cache of it
     is kept and copied for every question. Where a model of ours reads the images with the question (a router, layer
-    ops), the features before that are kept instead. A conversation that cannot be parted behind its last image (its text
-    holds an image token, a later turn has visual tokens of its own) is encoded by itself.
+    ops), the features before that are kept instead. A conversation that cannot be parted behind its last image (its
+    text holds an image token, a later turn has visual tokens of its own) is encoded by itself.
 
     Args:
         model, processor: A model with `generate` and its processor, which knows a chat template.

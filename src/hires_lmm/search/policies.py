@@ -19,8 +19,8 @@ class DescribeThenAnswer:
     """A model that sees describes; a model that reads answers from the description alone.
 
     Args:
-        reader (`Callable`, *optional*): A text model as a pipeline of transformers (`"text-generation"`), or a function
-            from text to text; by default the oracle, without the images.
+        reader (`Callable`, *optional*): A text model: a pipeline of transformers for `"text-generation"`, or a
+            function from text to text; by default the oracle, without the images.
         describe (`str`): What the model that sees is told.
         ask (`str`): What the model that reads is told, with `{description}` and `{question}`.
 
@@ -29,8 +29,8 @@ class DescribeThenAnswer:
 
     reader: Callable[..., Any] | None = None
     describe: str = (
-        "Describe the image in detail: what is shown, the objects and their attributes, how many there are, where they "
-        "are and how they relate, and all text."
+        "Describe the image in detail: what is shown, the objects and their attributes, how many there are, where "
+        "they are and how they relate, and all text."
     )
     ask: str = (
         "This is a description of an image:\n{description}\n\nAnswer the question from it, in few words.\n"
@@ -74,8 +74,8 @@ class ReasonThenSummarise:
         "</thoughts>. Do not answer yet.\nQuestion: {question}"
     )
     summarise: str = (
-        "Question: {question}\nSomeone thought about it:\n{thoughts}\n\nThe thoughts may be wrong; use what agrees with "
-        "the image. Answer in few words."
+        "Question: {question}\nSomeone thought about it:\n{thoughts}\n\nThe thoughts may be wrong; use what agrees "
+        "with the image. Answer in few words."
     )
 
     def run(self, images: Sequence[Any], question: str, oracle: Oracle) -> SearchResult:

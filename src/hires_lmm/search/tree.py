@@ -6,6 +6,7 @@ Source: ZoomEye (EMNLP 2025); the rules of its released code, told by numbers al
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 
 from PIL import Image, ImageDraw
 
@@ -51,11 +52,7 @@ class Node:
         cols, rows = high if height >= 2 * width else high[::-1] if width >= 2 * height else square
         xs = [left + col * (width // cols) for col in range(cols)] + [left + width]
         ys = [top + row * (height // rows) for row in range(rows)] + [top + height]
-        boxes = [
-            (x, y, right - x, bottom - y)
-            for y, bottom in zip(ys, ys[1:], strict=False)
-            for x, right in zip(xs, xs[1:], strict=False)
-        ]
+        boxes = [(x, y, right - x, bottom - y) for y, bottom in pairwise(ys) for x, right in pairwise(xs)]
         return [Node(box, self.side, self.split, self.depth + 1, self.show) for box in boxes]
 
     def levels(self, limit: int) -> int:

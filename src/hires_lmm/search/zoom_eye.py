@@ -11,11 +11,16 @@ from .base import Ask, Oracle, Prompt, SearchResult, Step
 from .tree import SPLITS, Node, Showing
 
 
-PRONOUNS = frozenset(
-    "i me my mine you your yours he him his she her hers it its we us our ours they them their theirs this that these "
-    "those who whom whose someone something anyone anything everyone everything".split()
-)
+PRONOUNS = """
+i me my mine you your yours he him his she her hers it its we us our ours they them their theirs this that these those
+who whom whose someone something anyone anything everyone everything
+"""
 """Cues with one of these words are dropped: nobody can look for them without the sentence they stood in."""
+
+
+EXISTENCE = Prompt("Is there {} in the image? Answer Yes or No.")
+LATENT = Prompt("Judging by what the image shows, could a closer look at a part of it find {}? Answer Yes or No.")
+ANSWERING = Prompt("Question: {}\nDoes the image show clearly enough what the answer needs? Answer Yes or No.")
 
 
 @dataclass(frozen=True)
@@ -29,13 +34,9 @@ class ZoomPrompts:
         cues (`str`): Has the model name what to look for, behind a colon and between commas.
     """
 
-    existence: Prompt = Prompt("Is there {} in the image? Answer Yes or No.")
-    latent: Prompt = Prompt(
-        "Judging by what the image shows, could {} be found by looking at a part of it more closely? Answer Yes or No."
-    )
-    answering: Prompt = Prompt(
-        "Question: {}\nDoes the image show clearly enough what is needed to answer it? Answer Yes or No."
-    )
+    existence: Prompt = EXISTENCE
+    latent: Prompt = LATENT
+    answering: Prompt = ANSWERING
     template: str = "What is the appearance of the {}?"
     cues: str = (
         "Which objects must be looked at to answer the question? Write `Objects:` and their names between commas, and "
@@ -162,7 +163,7 @@ class _Search:
 
     def targets(self, question: str) -> list[str]:
         """The cues to look for; none where one of several can be seen without looking closer."""
-        cues = [cue for cue in self._cues(question) if not PRONOUNS & set(cue.lower().split())]
+        cues = [cue for cue in self._cues(question) if not set(PRONOUNS.split()) & set(cue.lower().split())]
         if len(cues) == 1:
             self.question = question
         elif not self.policy.crop_only:
