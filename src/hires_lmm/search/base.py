@@ -16,10 +16,10 @@ class Prompt:
     """A question that is answered with a confidence.
 
     Args:
-        text (`str`): What the model is asked; `{}` stands for the subject.
+        text (`str`): What the model is asked; `{}` stands for the subject, here and in the words.
         yes (`tuple` of `str`): Words that speak for it.
-        no (`tuple` of `str`): Words that speak against it. Without words the confidence is how sure the model is of
-            the first token of its answer: a way to ask models that know no yes and no.
+        no (`tuple` of `str`): Words that speak against it; those in `yes` do not count. Without any words the
+            confidence is how sure the model is of the first token of its answer: for models that know no yes and no.
     """
 
     text: str
@@ -51,6 +51,12 @@ class Ask:
     def text(self) -> str:
         """The question in full."""
         return self.prompt.text.format(self.subject)
+
+    @property
+    def words(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The words for it and against it."""
+        yes, no = ([word.format(self.subject) for word in words] for words in (self.prompt.yes, self.prompt.no))
+        return tuple(yes), tuple(word for word in no if word not in yes)
 
 
 @dataclass(frozen=True)

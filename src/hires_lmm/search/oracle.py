@@ -133,12 +133,12 @@ class ModelOracle:
             ValueError: If the tokenizer does not know a word, or an image or option is wrong.
         """
         self._count(len(asks))
-        words = [(self._ids_of(ask.prompt.yes), self._ids_of(ask.prompt.no)) for ask in asks]
+        words = [tuple(map(self._ids_of, ask.words)) for ask in asks]
         conversations = [self._converse(list(ask.views()), [ask.text]) for ask in asks]
         values: dict[int, float] = {}
         for numbers, output in self._go_on(conversations, max_new_tokens=1, output_logits=True):
             for number, logits in zip(numbers, output.logits[0].float(), strict=True):
-                values[number] = _confidence(logits, *words[number])
+                values[number] = confidence_of(logits, *words[number])
         self._bar.update(len(asks))
         return [values[number] for number in range(len(asks))]
 
@@ -299,7 +299,8 @@ def _append(head: dict[str, torch.Tensor], tails: list[list[int]]) -> dict[str, 
     return longer
 
 
-def _confidence(logits: torch.Tensor, yes: list[int], no: list[int]) -> float:
+def confidence_of(logits: torch.Tensor, yes: list[int], no: list[int]) -> float:
+    """2 p(yes) / (p(yes) + p(no)) - 1 from logits `(V,)`; without ids, of the likeliest token against all others."""
     if not yes and not no:
         return float(2 * logits.softmax(dim=-1).max() - 1)
     return float((logits[yes].logsumexp(dim=0) - logits[no].logsumexp(dim=0)).div(2).tanh())
