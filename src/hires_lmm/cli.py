@@ -19,7 +19,6 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 
 app = typer.Typer(
@@ -174,6 +173,13 @@ def _ask(
     max_image_tokens: Budget = None,
     max_crops: MaxCrops = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of the answer.")] = 128,
+    search: Annotated[
+        str | None, typer.Option(help="zoom_eye, describe_then_answer, reason_then_summarise or step_by_step.")
+    ] = None,
+    search_option: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Option of the search; may be repeated.")
+    ] = None,
+    show: Annotated[Path | None, typer.Option(help="PNG of where zoom_eye looked and what it found.")] = None,
     dtype: DtypeOption = Dtype.auto,
     device: Device = None,
     trust_remote_code: Trust = False,
@@ -183,11 +189,28 @@ def _ask(
 
     The answer streams to standard output; what was kept goes to standard error.
     """
+    if search is None and (search_option or show is not None):
+        raise typer.BadParameter("they need --search.", param_hint="--search-option, --show")
+    options = dict(_parse_option(text, "--search-option") for text in search_option or ())
     with _quiet_work():
         from hires_lmm.inference import AnswerStream, load_model, load_processor, prepare
         from hires_lmm.visualize import count_kept
 
         processor = load_processor(_existing(checkpoint), trust_remote_code)
+        if search is not None:
+            from hires_lmm.search.command import answer_by_search
+
+            model = load_model(checkpoint, dtype.value, device, trust_remote_code)
+            limits = {"max_new_tokens": max_new_tokens, **_images_kwargs(max_crops, max_image_tokens)}
+            record = answer_by_search(model, processor, (search, options), images, question, show, **limits)
+            _warn_unknown(record["unknown_words"])
+            if as_json:
+                _write_json(record)
+            else:
+                sys.stdout.write(record["answer"] + "\n")
+                sys.stdout.flush()
+                notes.print(f"[dim]{record['calls']} questions and answers, boxes: {record['boxes'] or 'none'}[/]")
+            return
         prepared = prepare(processor, images, question, **_images_kwargs(max_crops, max_image_tokens))
         _warn_unknown(prepared.unknown_words)
         model = load_model(checkpoint, dtype.value, device, trust_remote_code)
@@ -243,7 +266,7 @@ def _tokens(
     """
     pairs = [_parse_size(size) for size in sizes]
     with one_line_errors():
-        from .accounting import PRESET_SETTINGS, account_image
+        from .accounting import PRESET_SETTINGS, account_image, build_token_table
         from .folders import check_planner, read_image_settings
 
         if checkpoint in PRESET_SETTINGS and not Path(checkpoint).exists():
@@ -256,26 +279,7 @@ def _tokens(
         if as_json:
             _write_json([{**account.to_dict(), **options} for account in accounts])
             return
-        output.print(_token_table(accounts), crop=False, overflow="ignore")
-
-
-def _token_table(accounts: list[Any]) -> Table:
-    table = Table(title_justify="left")
-    has_budget = accounts[0].kept_tokens is not None
-    columns = ["height x width", "views", "crops", "patches", "visual tokens", *(["kept"] if has_budget else [])]
-    for column in [*columns, "LLaVA-NeXT"]:
-        table.add_column(column, justify="right", no_wrap=True)
-    for account in accounts:
-        cells = [
-            f"{account.height} x {account.width}",
-            str(account.views),
-            f"{account.crop_rows} x {account.crop_cols}",
-            str(account.patches),
-            str(account.visual_tokens),
-            *([str(account.kept_tokens)] if has_budget else []),
-        ]
-        table.add_row(*cells, str(account.llava_next))
-    return table
+        output.print(build_token_table(accounts), crop=False, overflow="ignore")
 
 
 @app.command("show")
@@ -445,11 +449,11 @@ def _parse_list(text: str | None, kind: Callable[[str], Any], name: str) -> list
     return values
 
 
-def _parse_option(text: str) -> tuple[str, Any]:
+def _parse_option(text: str, option: str) -> tuple[str, Any]:
     """`scenes=300` -> `("scenes", 300)`; what is no JSON stays text."""
     name, sign, value = text.partition("=")
     if not name or not sign:
-        raise typer.BadParameter(f"{text!r} is no option; write KEY=VALUE, such as scenes=300.", param_hint="--data")
+        raise typer.BadParameter(f"{text!r} is no option; write KEY=VALUE, such as scenes=300.", param_hint=option)
     try:
         return name, json.loads(value)
     except ValueError:
@@ -490,7 +494,7 @@ def _sweep(
 
     Accuracy by kind of question with 95 % intervals, for all combinations of the lists given. Run again, it goes on.
     """
-    data_options = dict(_parse_option(text) for text in data or ())
+    data_options = dict(_parse_option(text, "--data") for text in data or ())
     grid: dict[str, list[Any]] = {
         "tokens": _parse_list(tokens, int, "--tokens"),
         "gamma": _parse_list(gamma, float, "--gamma"),

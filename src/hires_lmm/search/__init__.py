@@ -1,18 +1,12 @@
 """Policies around an unchanged model: where it looks and what it says before it answers."""
 
 from .base import Ask, Box, Oracle, Policy, Prompt, SearchResult, Step
+from .command import POLICIES, build_policy
+from .drawing import draw_walk
 from .oracle import CallLimitError, ModelOracle
 from .policies import DescribeThenAnswer, ReasonThenSummarise, StepByStep
 from .zoom_eye import ZoomEye, ZoomPrompts, read_cues
 
-
-POLICIES: dict[str, type] = {
-    "zoom_eye": ZoomEye,
-    "describe_then_answer": DescribeThenAnswer,
-    "reason_then_summarise": ReasonThenSummarise,
-    "step_by_step": StepByStep,
-}
-"""What `hires-lmm ask --search` knows, by name."""
 
 __all__ = [
     "POLICIES",
@@ -30,5 +24,7 @@ __all__ = [
     "StepByStep",
     "ZoomEye",
     "ZoomPrompts",
+    "build_policy",
+    "draw_walk",
     "read_cues",
 ]
