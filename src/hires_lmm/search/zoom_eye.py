@@ -134,8 +134,9 @@ class ZoomEye:
         showing = Showing(side, scale, self.crop_only)
         root = Node((0, 0, *image.size), side, self.split, show=lambda boxes: showing.views(image, boxes))
         search = _Search(self, oracle, root)
-        boxes = [node.box for cue in search.targets(question) for node in search.look_for(cue)]
-        views = showing.views(image, boxes)
+        found = [node for cue in search.targets(question) for node in search.look_for(cue)]
+        boxes = [node.box for node in found]
+        views = found[0].views if len(found) == 1 else showing.views(image, boxes)
         return SearchResult(oracle.answer(views, [question]), boxes, search.steps)
 
     def priority(self, existence: float, latent: float, depth: int, deepest: int) -> float:
