@@ -18,14 +18,14 @@ from measure import interleave, median, median_ratio, plot_bars, print_table, re
 from PIL import Image
 from prefill import picture
 from record import write_result
-from shapes import PATCH, SHAPES
+from shapes import PATCH, SHAPES, VIEW
 from transformers import LlavaNextProcessor
 
 from hires_lmm import HiResLmmProcessor
 from hires_lmm.conversion.random_model import build_byte_tokenizer
 from hires_lmm.processing.chat_templates_hires_lmm import CHAT_TEMPLATES
 from hires_lmm.search import Ask, ModelOracle, SearchResult, ZoomEye
-from hires_lmm.search.oracle import confidence_of
+from hires_lmm.search.oracle import confidence_of, first_ids
 
 
 MODELS = ("llava_next", "slime, 4 crops", "transformers llava_next")
@@ -45,9 +45,8 @@ class Alone:
     """One `generate` a question: what somebody writes first."""
 
     def __init__(self, model: Any, processor: Any, options: dict[str, Any]):
-        self.model, self.processor, self.options, self.words = model, processor, options, ModelOracle._ids_of
-        self.tokenizer, self._words = processor.tokenizer, {}
-        self.side = 336
+        self.model, self.processor, self.options = model, processor, options
+        self.tokenizer, self.side = processor.tokenizer, VIEW
 
     def confidences(self, asks: Sequence[Ask]) -> list[float]:
         """One after another."""
@@ -57,7 +56,7 @@ class Alone:
     def confidence(self, ask: Ask) -> float:
         """From a prompt of its own."""
         logits = self.generate(list(ask.views()), ask.text, max_new_tokens=1).logits[0][0].float()
-        yes, no = (ModelOracle._ids_of(self, words) for words in ask.words)
+        yes, no = (first_ids(self.tokenizer, words) for words in ask.words)
         return confidence_of(logits, yes, no)
 
     def answer(self, images: Sequence[Image.Image], turns: Sequence[str], **options: Any) -> str:

@@ -176,6 +176,24 @@ def test_a_question_about_the_image_token_stays_a_text():
     assert ModelOracle(model, processor).confidences(questions) == pytest.approx(plain, abs=TOLERANCE)
 
 
+def test_a_processor_that_writes_otherwise_than_its_template_is_asked_for_every_text(monkeypatch):
+    """As Gemma's, which writes an end behind each image that the template does not have."""
+    model, processor = family("llava_next")
+    right = ModelOracle(model, processor).confidences(ASKS)
+    monkeypatch.setattr(ModelOracle, "_tail", lambda self, messages, turns: [7, 7, 7])
+    oracle = ModelOracle(model, processor)
+    assert oracle.confidences(ASKS) == pytest.approx(right, abs=TOLERANCE)
+    assert oracle.confidences(ASKS) == pytest.approx(right, abs=TOLERANCE) and oracle.encoded == len(ASKS)
+
+
+@pytest.mark.parametrize("name", FAMILIES[:3])
+def test_half_precision(name):
+    model, processor = family(name)
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    found = ModelOracle(half, processor).confidences(ASKS)
+    assert found == pytest.approx(ModelOracle(model, processor).confidences(ASKS), abs=0.2)
+
+
 def test_old_beginnings_leave_when_they_fill_the_memory():
     model, processor = family("llava_next")
     oracle = ModelOracle(model, processor, cache_bytes=1)

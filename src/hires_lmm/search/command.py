@@ -55,7 +55,8 @@ def _read_prompts(given: Any) -> ZoomPrompts:
     made: dict[str, Any] = {}
     for name, value in given.items():
         if isinstance(value, dict):
-            value = Prompt(**{key: tuple(own) if isinstance(own, list) else own for key, own in value.items()})
+            words: dict[str, Any] = {key: tuple(own) if isinstance(own, list) else own for key, own in value.items()}
+            value = Prompt(**words)
         made[name] = value
     return ZoomPrompts(**made)
 

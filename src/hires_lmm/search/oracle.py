@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch.utils._pytree import tree_leaves
 from transformers.utils import logging
 
 from ..modeling.compat_hires_lmm import CACHE
@@ -55,9 +56,10 @@ class _Begun:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the cache."""
-        layers = getattr(self.seen, "layers", [])
-        return sum(part.nbytes for layer in layers for part in vars(layer).values() if isinstance(part, torch.Tensor))
+        """Bytes of what is kept for the language model."""
+        parts = [getattr(self.seen, name, None) for name in ("last_hidden_state", "pooler_output")]
+        parts += [vars(layer) for layer in getattr(self.seen, "layers", [])]
+        return sum(part.nbytes for part in tree_leaves(parts) if isinstance(part, torch.Tensor))
 
 
 class ModelOracle:
@@ -107,7 +109,7 @@ class ModelOracle:
         self.calls = self.encoded = 0
         self._reads_question = _reads_question(model)
         self._begun: list[_Begun] = []
-        self._words: dict[tuple[str, ...], list[int]] = {}
+        self._parts = True  # until a processor writes otherwise than its template
         self._bar = logging.tqdm(desc="questions", total=max_calls, disable=None if progress else True)
 
     @property
@@ -133,7 +135,7 @@ class ModelOracle:
             ValueError: If the tokenizer does not know a word, or an image or option is wrong.
         """
         self._count(len(asks))
-        words = [tuple(map(self._ids_of, ask.words)) for ask in asks]
+        words = [[first_ids(self.tokenizer, own) for own in ask.words] for ask in asks]
         conversations = [self._converse(list(ask.views()), [ask.text]) for ask in asks]
         values: dict[int, float] = {}
         for numbers, output in self._go_on(conversations, max_new_tokens=1, output_logits=True):
@@ -163,27 +165,15 @@ class ModelOracle:
             )
         self.calls += number
 
-    def _ids_of(self, words: tuple[str, ...]) -> list[int]:
-        """Ids that an answer of one of the words begins with, with a space before it and without."""
-        if words not in self._words:
-            ids = set()
-            for word in words:
-                first = {self.tokenizer(text, add_special_tokens=False)["input_ids"][0] for text in (word, f" {word}")}
-                if first == {self.tokenizer.unk_token_id}:
-                    raise ValueError(f"The tokenizer does not know {word!r}; give the prompt words that it knows.")
-                ids |= first
-            self._words[words] = sorted(ids - {self.tokenizer.unk_token_id})
-        return self._words[words]
-
     # --- conversations
 
     def _converse(self, images: list[Image.Image], turns: Sequence[str]) -> _Conversation:
-        messages = []
+        messages: list[dict[str, Any]] = []
         for number, text in enumerate(turns):
-            content: list[dict] = [{"type": "text", "text": text}]
-            messages.append({"role": "assistant" if number % 2 else "user", "content": content})
-        messages[0]["content"] = [{"type": "image", "image": image} for image in images] + messages[0]["content"]
-        return _Conversation(images, messages, self._tail(messages, turns) if images else None)
+            role = "assistant" if number % 2 else "user"
+            messages.append({"role": role, "content": [{"type": "text", "text": text}]})
+        messages[0]["content"][:0] = [{"type": "image", "image": image} for image in images]
+        return _Conversation(images, messages, self._tail(messages, turns) if images and self._parts else None)
 
     def _tail(self, messages: list[dict], turns: Sequence[str]) -> list[int] | None:
         token = getattr(self.processor, "image_token", None)
@@ -226,14 +216,14 @@ class ModelOracle:
             return_dict=True,
             return_tensors="pt",
             processor_kwargs={"padding": True, "padding_side": "left", **self.images_kwargs},
-        ).to(self.model.device)
+        ).to(self.model.device, dtype=self.model.dtype)
         head = {name: inputs[name] for name in ROW_TENSORS if name in inputs}
         rest = {name: value for name, value in inputs.items() if name not in head}
         reads_text = any(name.endswith(("_input_ids", "_attention_mask")) for name in rest)
         ids = head["input_ids"].tolist()
         for each, row in zip(batch, ids, strict=True):
-            if reads_text or each.tail is None or row[-len(each.tail) :] != each.tail:
-                each.tail = None
+            if each.tail is not None and (reads_text or row[-len(each.tail) :] != each.tail):
+                each.tail, self._parts = None, False
         lasts = [row[-1:] for row in ids]
         _cut(head, [len(last if each.tail is None else each.tail) for each, last in zip(batch, lasts, strict=True)])
         rows = {each.key: row for row, each in enumerate(batch)}
@@ -249,7 +239,7 @@ class ModelOracle:
         rows = [begun.rows[each.key] for each in conversations]
         tails = [each.tail or begun.lasts[row] for each, row in zip(conversations, rows, strict=True)]
         index = torch.tensor(rows, device=self.model.device)
-        inputs = _append({name: value[index] for name, value in begun.head.items()}, tails)
+        inputs: dict[str, Any] = _append({name: value[index] for name, value in begun.head.items()}, tails)
         if not self._reads_question:
             inputs[CACHE] = copy.deepcopy(begun.seen)
             inputs[CACHE].batch_select_indices(index.repeat_interleave(options.get("num_beams", 1)))
@@ -266,6 +256,17 @@ class ModelOracle:
         output = self.model.generate(**inputs, **settings)
         output.sequences = output.sequences[:, inputs["input_ids"].shape[1] :]
         return output
+
+
+def first_ids(tokenizer: Any, words: Sequence[str]) -> list[int]:
+    """Ids that an answer of one of the words begins with, with a space before it and without."""
+    ids: set[int] = set()
+    for word in words:
+        first = {tokenizer(text, add_special_tokens=False)["input_ids"][0] for text in (word, f" {word}")}
+        if first == {tokenizer.unk_token_id}:
+            raise ValueError(f"The tokenizer does not know {word!r}; give the prompt words that it knows.")
+        ids |= first
+    return sorted(ids - {tokenizer.unk_token_id})
 
 
 def _reads_question(model: Any) -> bool:

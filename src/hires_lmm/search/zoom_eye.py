@@ -237,7 +237,8 @@ class _Search:
         children = node.children if node.depth < deepest else []
         values = self._ask([(kind, cue, child) for child in children for kind in ("existence", "latent")])
         pairs = zip(values[::2], values[1::2], children, strict=True)
-        return [(self.policy.priority(*both, child.depth, deepest), child) for *both, child in pairs]
+        priority = self.policy.priority
+        return [(priority(exists, latent, child.depth, deepest), child) for exists, latent, child in pairs]
 
     def _ask(self, wanted: Sequence[tuple[str, str, Node]], place: str | None = None) -> list[float]:
         """Confidences of (kind, subject, node); what is known of a node is not asked again."""

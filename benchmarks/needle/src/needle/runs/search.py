@@ -115,12 +115,13 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     model, processor = load_model(given.checkpoint, device="cpu"), load_processor(given.checkpoint)
-    settings = {"scenes": {"split": given.split, "seed": given.seed, "side": OPTIONS.scene_size}}
-    settings["command"] = f"python -m needle.runs.search --split {given.split} --seed {given.seed}"
+    settings: dict[str, Any] = {"scenes": {"split": given.split, "seed": given.seed, "side": OPTIONS.scene_size}}
+    settings["command"] = f"python -m needle.runs.search CHECKPOINT FILE --split {given.split} --seed {given.seed}"
     record = json.loads(given.file.read_text()) if given.file.is_file() else {**settings, "rows": []}
     if record["scenes"] != settings["scenes"]:
         raise ValueError(f"{given.file} holds answers about {record['scenes']}; name another file.")
-    rows, end = record["rows"], time.process_time() + 60 * given.minutes
+    rows: list[dict[str, Any]] = record["rows"]
+    end = time.process_time() + 60 * given.minutes
     for number, scene, picture, question in ask_all(given.split, given.seed, len(rows)):
         if time.process_time() > end or number >= given.questions:
             break
