@@ -189,10 +189,16 @@ class ModelOracle:
         """Generate after conversations, in batches: numbers of a batch, and what `generate` returned."""
         self._begin(conversations)
         for begun in list(self._begun):
-            mine = [number for number, each in enumerate(conversations) if each.key in begun.rows]
-            for start in range(0, len(mine), self.batch_size):
-                numbers = mine[start : start + self.batch_size]
-                yield numbers, self._generate(begun, [conversations[number] for number in numbers], options)
+            alike: dict[int, list[int]] = {}  # whole prompts of one length need no padding, which is slow to mask
+            for number, each in enumerate(conversations):
+                if each.key in begun.rows:
+                    row = begun.rows[each.key]
+                    width = int(begun.head["attention_mask"][row].sum()) + len(each.tail or begun.lasts[row])
+                    alike.setdefault(width if self._reads_question else 0, []).append(number)
+            for mine in alike.values():
+                for start in range(0, len(mine), self.batch_size):
+                    numbers = mine[start : start + self.batch_size]
+                    yield numbers, self._generate(begun, [conversations[number] for number in numbers], options)
         while len(self._begun) > 1 and sum(begun.nbytes for begun in self._begun) > self.cache_bytes:
             self._begun.pop(0)
 
@@ -245,7 +251,8 @@ class ModelOracle:
             inputs[CACHE].batch_select_indices(index.repeat_interleave(options.get("num_beams", 1)))
         else:
             order = inputs["attention_mask"].argsort(dim=1, stable=True)
-            inputs = {name: value.gather(1, order) for name, value in inputs.items()}
+            longest = int(inputs["attention_mask"].sum(dim=1).max())
+            inputs = {name: value.gather(1, order)[:, -longest:] for name, value in inputs.items()}
             if begun.seen is not None:
                 starts = [sum(map(len, begun.images[:row])) for row in rows]
                 chosen = [

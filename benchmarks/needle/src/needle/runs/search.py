@@ -126,7 +126,7 @@ def main() -> None:
         if time.process_time() > end or number >= given.questions:
             break
         rows.append(answer(model, processor, scene, picture, question))
-        write_text(given.file, json.dumps({**record, "summary": summarise(rows)}, indent=1) + "\n")
+        write_text(given.file, json.dumps({**settings, "rows": rows, "summary": summarise(rows)}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
