@@ -48,6 +48,7 @@ SUBSETS = {
         "integration/test_position_plan.py",
         "integration/test_routing.py",
         "integration/test_batch_equals_single.py",
+        "integration/test_search_oracle.py",
     ],
     "parity": ["golden"],
     "registry": ["conformance", "integration/test_seams.py", "integration/test_heads.py"],

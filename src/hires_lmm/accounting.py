@@ -5,6 +5,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.table import Table
+
 from .processing.planners_hires_lmm import find_planner
 from .processing.token_layout_hires_lmm import TokenLayout, apply_budget, count_tokens
 
@@ -81,3 +83,23 @@ def _plan(settings: dict[str, Any], height: int, width: int, changes: dict[str, 
         planner(height, width, limits),
         TokenLayout.plain(limits.patch_grid) if layout is None else TokenLayout.from_dict(layout),
     )
+
+
+def build_token_table(accounts: list[ImageAccount]) -> Table:
+    """A table of accounts, one image a row."""
+    table = Table(title_justify="left")
+    has_budget = accounts[0].kept_tokens is not None
+    columns = ["height x width", "views", "crops", "patches", "visual tokens", *(["kept"] if has_budget else [])]
+    for column in [*columns, "LLaVA-NeXT"]:
+        table.add_column(column, justify="right", no_wrap=True)
+    for account in accounts:
+        cells = [
+            f"{account.height} x {account.width}",
+            str(account.views),
+            f"{account.crop_rows} x {account.crop_cols}",
+            str(account.patches),
+            str(account.visual_tokens),
+            *([str(account.kept_tokens)] if has_budget else []),
+        ]
+        table.add_row(*cells, str(account.llava_next))
+    return table

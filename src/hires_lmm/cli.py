@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from . import cli_evaluation
 from .cli_convert import add_convert_commands
@@ -34,6 +33,7 @@ from .cli_shared import (
     notes,
     one_line_errors,
     output,
+    parse_option,
     progress_bar,
     quiet_work,
     warn_unknown,
@@ -76,6 +76,13 @@ def _ask(
     max_image_tokens: Budget = None,
     max_crops: MaxCrops = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of the answer.")] = 128,
+    search: Annotated[
+        str | None, typer.Option(help="zoom_eye, describe_then_answer, reason_then_summarise or step_by_step.")
+    ] = None,
+    search_option: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Option of the search; may be repeated.")
+    ] = None,
+    show: Annotated[Path | None, typer.Option(help="PNG of where zoom_eye looked and what it found.")] = None,
     dtype: DtypeOption = Dtype.auto,
     device: Device = None,
     trust_remote_code: Trust = False,
@@ -85,11 +92,28 @@ def _ask(
 
     The answer streams to standard output; what was kept goes to standard error.
     """
+    if search is None and (search_option or show is not None):
+        raise typer.BadParameter("they need --search.", param_hint="--search-option, --show")
+    options = dict(parse_option(text, "--search-option", "max_calls=60") for text in search_option or ())
     with quiet_work():
         from hires_lmm.inference import AnswerStream, load_model, load_processor, prepare
         from hires_lmm.visualize import count_kept
 
         processor = load_processor(existing(checkpoint), trust_remote_code)
+        if search is not None:
+            from hires_lmm.search.command import answer_by_search
+
+            model = load_model(checkpoint, dtype.value, device, trust_remote_code)
+            limits = {"max_new_tokens": max_new_tokens, **images_kwargs(max_crops, max_image_tokens)}
+            record = answer_by_search(model, processor, (search, options), images, question, show, **limits)
+            warn_unknown(record["unknown_words"])
+            if as_json:
+                write_json(record)
+            else:
+                sys.stdout.write(record["answer"] + "\n")
+                sys.stdout.flush()
+                notes.print(f"[dim]{record['calls']} questions and answers, boxes: {record['boxes'] or 'none'}[/]")
+            return
         prepared = prepare(processor, images, question, **images_kwargs(max_crops, max_image_tokens))
         warn_unknown(prepared.unknown_words)
         model = load_model(checkpoint, dtype.value, device, trust_remote_code)
@@ -141,7 +165,7 @@ def _tokens(
     """
     pairs = [_parse_size(size) for size in sizes]
     with one_line_errors():
-        from .accounting import PRESET_SETTINGS, account_image
+        from .accounting import PRESET_SETTINGS, account_image, build_token_table
         from .folders import check_planner, read_image_settings
 
         if checkpoint in PRESET_SETTINGS and not Path(checkpoint).exists():
@@ -154,26 +178,7 @@ def _tokens(
         if as_json:
             write_json([{**account.to_dict(), **options} for account in accounts])
             return
-        output.print(_token_table(accounts), crop=False, overflow="ignore")
-
-
-def _token_table(accounts: list[Any]) -> Table:
-    table = Table(title_justify="left")
-    has_budget = accounts[0].kept_tokens is not None
-    columns = ["height x width", "views", "crops", "patches", "visual tokens", *(["kept"] if has_budget else [])]
-    for column in [*columns, "LLaVA-NeXT"]:
-        table.add_column(column, justify="right", no_wrap=True)
-    for account in accounts:
-        cells = [
-            f"{account.height} x {account.width}",
-            str(account.views),
-            f"{account.crop_rows} x {account.crop_cols}",
-            str(account.patches),
-            str(account.visual_tokens),
-            *([str(account.kept_tokens)] if has_budget else []),
-        ]
-        table.add_row(*cells, str(account.llava_next))
-    return table
+        output.print(build_token_table(accounts), crop=False, overflow="ignore")
 
 
 @app.command("show")

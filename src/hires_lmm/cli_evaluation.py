@@ -1,6 +1,5 @@
 """The commands about accuracy: `sweep`, and the two harnesses `vlmeval` and `harness-tasks`; `cli` adds them."""
 
-import json
 import shlex
 import sys
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from .cli_shared import (
     notes,
     one_line_errors,
     output,
+    parse_option,
     progress_bar,
     quiet_work,
     write_json,
@@ -39,17 +39,6 @@ def _parse_list(text: str | None, kind: Callable[[str], Any], name: str) -> list
                 f"{word!r} is no value; write numbers between commas, such as 8,64,default.", param_hint=name
             ) from None
     return values
-
-
-def _parse_option(text: str, hint: str = "--data", example: str = "scenes=300") -> tuple[str, Any]:
-    """`scenes=300` -> `("scenes", 300)`; what is no JSON stays text."""
-    name, sign, value = text.partition("=")
-    if not name or not sign:
-        raise typer.BadParameter(f"{text!r} is no option; write KEY=VALUE, such as {example}.", param_hint=hint)
-    try:
-        return name, json.loads(value)
-    except ValueError:
-        return name, value
 
 
 def _parse_names(text: str) -> list[str]:
@@ -85,7 +74,7 @@ def sweep(
 
     Accuracy by kind of question with 95 % intervals, for all combinations of the lists given. Run again, it goes on.
     """
-    data_options = dict(_parse_option(text) for text in data or ())
+    data_options = dict(parse_option(text) for text in data or ())
     grid: dict[str, list[Any]] = {
         "tokens": _parse_list(tokens, int, "--tokens"),
         "gamma": _parse_list(gamma, float, "--gamma"),
@@ -147,7 +136,7 @@ def vlmeval(
 
     Arguments behind `--` go to VLMEvalKit's own command line. Status 1 also where it went on without what failed.
     """
-    options = dict(_parse_option(text, "--option", "max_image_tokens=600") for text in option or ())
+    options = dict(parse_option(text, "--option", "max_image_tokens=600") for text in option or ())
     given = {"answers": answers and str(answers), "dtype": dtype.value, "device": device}
     with one_line_errors():
         from hires_lmm.evaluation.vlmeval import run_vlmeval

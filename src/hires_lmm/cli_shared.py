@@ -136,6 +136,17 @@ def warn_unknown(words: list[str]) -> None:
         notes.print(f"[bold yellow]warning:[/] {escape(describe_unknown(words))}")
 
 
+def parse_option(text: str, hint: str = "--data", example: str = "scenes=300") -> tuple[str, Any]:
+    """`scenes=300` -> `("scenes", 300)`; what is no JSON stays text."""
+    name, sign, value = text.partition("=")
+    if not name or not sign:
+        raise typer.BadParameter(f"{text!r} is no option; write KEY=VALUE, such as {example}.", param_hint=hint)
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
 def write_json(value: Any) -> None:
     """A value as JSON on standard output."""
     sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")

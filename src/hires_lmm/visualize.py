@@ -110,8 +110,7 @@ def draw_token_map(
     Raises:
         ValueError: If the image cannot be read, the index is out of range, or the picture is too narrow.
     """
-    if isinstance(width, bool) or not isinstance(width, int) or width < 600:
-        raise ValueError(f"width={width!r} must be an integer of at least 600 pixels.")
+    check_width(width)
     kept, total = count_kept(token_map, image_index)
     source = to_rgb(open_image(image, image_index), image_index)
     crops, inset = (_Tokens.select(token_map, image_index, kind, layers) for kind in (Kind.CROP, Kind.GLOBAL))
@@ -119,15 +118,21 @@ def draw_token_map(
     account = f"{source.width} x {source.height} pixels: {kept} of {total} visual tokens kept"
     account += f", {marks} of them of no place in the image" if marks else ""
     room = width - 2 * MARGIN
-    pieces = [_wrapped(title, room, TITLE, INK)] if title else []
-    pieces.append(_wrapped(account, room, TITLE - 2, MUTED))
+    pieces = [wrap_text(title, room, TITLE, INK)] if title else []
+    pieces.append(wrap_text(account, room, TITLE - 2, MUTED))
     shown = [("Crops", crops), ("Global view", inset)]
     shown = [(name, tokens) for name, tokens in shown if len(tokens.kept)]
     if shown:
         panels, legend = _panels(source, shown, room)
-        pieces += [_flow(panels, room), _flow(legend, room)]
+        pieces += [flow(panels, room), flow(legend, room)]
     pieces.append(Image.new("RGB", (room, 1), BACKGROUND))
-    return ImageOps.expand(_flow(pieces, 0, gap=16), MARGIN, BACKGROUND)
+    return ImageOps.expand(flow(pieces, 0, gap=16), MARGIN, BACKGROUND)
+
+
+def check_width(width: int) -> None:
+    """Refuse the width of a picture that is too narrow for its words."""
+    if isinstance(width, bool) or not isinstance(width, int) or width < 600:
+        raise ValueError(f"width={width!r} must be an integer of at least 600 pixels.")
 
 
 def heat_colors(values: np.ndarray) -> np.ndarray:
@@ -161,7 +166,7 @@ def _panels(
             panels += [_captioned(CAPTIONS[main.label], _draw(source, frame, main, heat=True))] if scored else []
         padded |= bool(min(top, left) < -1 or bottom > source.height + 1 or right > source.width + 1)
     if padded:
-        legend.append(_beside(Image.new("RGB", SWATCH, PADDING), "padding around the image"))
+        legend.append(beside(Image.new("RGB", SWATCH, PADDING), "padding around the image"))
     return panels, legend
 
 
@@ -226,46 +231,48 @@ def _legend(frame: _Frame, tokens: _Tokens, picture: Image.Image) -> list[Image.
             middle = tokens.box[chosen][offset[chosen].argmin()]  # not the padding
             top, left, bottom, right = (int(edge) for edge in frame.place(middle[None])[0])
             part = picture.crop((left + 2, top + 2, max(right - 2, left + 3), max(bottom - 2, top + 3)))
-            pieces.append(_beside(part.resize(SWATCH), f"{name} token"))
+            pieces.append(beside(part.resize(SWATCH), f"{name} token"))
     lines = [("border of a view", GRID_COLOR, INK)]
     if tokens.kept.any() and not tokens.kept.all():
         lines.insert(0, ("border of what was kept", EDGE_COLOR, BACKGROUND))
     for name, color, ground in lines:
         swatch = Image.new("RGB", SWATCH, ground)
         ImageDraw.Draw(swatch).line((0, SWATCH[1] // 2, SWATCH[0], SWATCH[1] // 2), fill=color, width=3)
-        pieces.append(_beside(swatch, name))
+        pieces.append(beside(swatch, name))
     finite = tokens.score[np.isfinite(tokens.score)]
     if len(finite):
         low, high = np.percentile(finite, [1, 99])
         ramp = np.broadcast_to(heat_colors(np.linspace(0, 1, 180)), (SWATCH[1], 180, 3))
         pieces.append(
-            _beside(Image.fromarray(ramp.round().astype(np.uint8)), f"{tokens.label}, {low:.3g} to {high:.3g}")
+            beside(Image.fromarray(ramp.round().astype(np.uint8)), f"{tokens.label}, {low:.3g} to {high:.3g}")
         )
     return pieces
 
 
-def _beside(swatch: Image.Image, label: str) -> Image.Image:
-    return _flow([swatch, _line(label, TEXT, INK)], 10**6, gap=10)
+def beside(swatch: Image.Image, label: str) -> Image.Image:
+    """A swatch and its words."""
+    return flow([swatch, text_line(label, TEXT, INK)], 10**6, gap=10)
 
 
 def _captioned(caption: str, picture: Image.Image) -> Image.Image:
-    return _flow([_line(caption, TEXT, INK), picture], 0, gap=4)
+    return flow([text_line(caption, TEXT, INK), picture], 0, gap=4)
 
 
-def _wrapped(text: str, width: int, size: int, color: tuple[int, int, int]) -> Image.Image:
+def wrap_text(text: str, width: int, size: int, color: tuple[int, int, int]) -> Image.Image:
     """A text in a few lines; what does not fit ends in dots."""
     lines = textwrap.wrap(text, round(2 * width / size), max_lines=TITLE_LINES, placeholder=" ...")
-    return _flow([_line(line, size, color) for line in lines], 0, gap=4)
+    return flow([text_line(line, size, color) for line in lines], 0, gap=4)
 
 
-def _line(text: str, size: int, color: tuple[int, int, int]) -> Image.Image:
+def text_line(text: str, size: int, color: tuple[int, int, int]) -> Image.Image:
+    """One line of words."""
     font = ImageFont.load_default(size)
     line = Image.new("RGB", (round(font.getlength(text)) + 2, round(size * 1.4)), BACKGROUND)
     ImageDraw.Draw(line).text((0, line.height // 2), text, font=font, fill=color, anchor="lm")
     return line
 
 
-def _flow(pieces: list[Image.Image], width: int, gap: int = GAP) -> Image.Image:
+def flow(pieces: list[Image.Image], width: int, gap: int = GAP) -> Image.Image:
     """Pieces from left to right, in as many rows as the width asks for."""
     places: list[tuple[int, int]] = []
     x = y = bottom = 0

@@ -156,6 +156,11 @@ USES = [
         "fusion fills a cache with what it has read before",
     ),
     Use(
+        "transformers.cache_utils:Cache.batch_select_indices",
+        "self, indices",
+        "every question of a search goes on from rows of a copied cache",
+    ),
+    Use(
         "transformers.cache_utils:DynamicLayer.update",
         "self, key_states, value_states, *args, **kwargs",
         "as above; a layer has `keys` and `values`, which fusion cuts",
