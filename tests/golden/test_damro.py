@@ -120,7 +120,7 @@ def remake(folder: Path, seed: int) -> None:
                     "negative_prompt_length": settings["pre"] + settings["txt"] + k,
                     "plain_greedy_8": llava.generate(model, inputs, 8)[0][0],
                 }  # fmt: skip
-                tokens, scores, logits = llava.generate(model, inputs, 8, DAMRO(model, inputs, **options_of(case)))
+                tokens, scores, _ = llava.generate(model, inputs, 8, DAMRO(model, inputs, **options_of(case)))
                 tensors[f"{key_of(case)}.combined"] = scores[0].masked_fill(scores[0].isneginf(), -1e30)
                 cases.append(
                     {**case, "tokens_8": tokens[0], "plausible_per_step": scores[0].isfinite().sum(-1).tolist()}
