@@ -14,7 +14,7 @@ from enum import Enum
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -174,6 +174,9 @@ def _ask(
     max_image_tokens: Budget = None,
     max_crops: MaxCrops = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of the answer.")] = 128,
+    decoding: Annotated[
+        Literal["m3id", "damro"] | None, typer.Option(help="Against the same prompt that sees less.")
+    ] = None,
     dtype: DtypeOption = Dtype.auto,
     device: Device = None,
     trust_remote_code: Trust = False,
@@ -191,7 +194,7 @@ def _ask(
         prepared = prepare(processor, images, question, **_images_kwargs(max_crops, max_image_tokens))
         _warn_unknown(prepared.unknown_words)
         model = load_model(checkpoint, dtype.value, device, trust_remote_code)
-        pieces, answer = AnswerStream(model, processor, prepared, max_new_tokens), ""
+        pieces, answer = AnswerStream(model, processor, prepared, max_new_tokens, decoding), ""
         for piece in pieces:
             answer += piece
             if not as_json:

@@ -16,6 +16,8 @@ from builders.docs import ROOT
 from hires_lmm import PRESETS
 from hires_lmm.cli import app
 from hires_lmm.conversion.random_model import build_byte_tokenizer
+from hires_lmm.decoding import DECODINGS
+from hires_lmm.inference import load_model, load_processor, prepare
 
 
 NEEDLE, SCENE = str(ROOT / "checkpoints" / "needle-slime"), str(ROOT / "examples" / "images" / "needle_1.jpg")
@@ -118,6 +120,23 @@ def test_words_that_the_tokenizer_does_not_know_are_named():
     assert "warning: The tokenizer does not know 'ferry', 'cancelled'" in result.stderr
     value = json.loads(run("ask", NEEDLE, SCENE, *QUESTION, "--max-new-tokens", 2, "--json").stdout)
     assert value["unknown_words"] == ["ferry", "cancelled"]
+
+
+@pytest.mark.parametrize("decoding", ["m3id", "damro"])
+def test_ask_looks_twice(checkpoint, decoding):
+    """The answer is that of `generate` with the processor of that name."""
+    options = [BOARD, *QUESTION, "--max-new-tokens", 12, *CROPS, "--json"]
+    value = json.loads(run("ask", checkpoint, *options, "--decoding", decoding).stdout)
+    processor = load_processor(str(checkpoint))
+    model, prepared = (
+        load_model(str(checkpoint), device="cpu"),
+        prepare(processor, [BOARD], QUESTION[1], max_crops=CROPS[1]),
+    )
+    inputs = dict(prepared.inputs)
+    twice = [DECODINGS[decoding](model, inputs)]
+    output = model.generate(**inputs, max_new_tokens=12, do_sample=False, logits_processor=twice)
+    answer = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert value["answer"] == answer
 
 
 def test_ask_as_json_with_two_images(checkpoint):
@@ -364,6 +383,7 @@ MISUSES = {
     "a malformed size": ["tokens", "slime", "3000by2000"],
     "a size of nothing": ["tokens", "slime", "0x20"],
     "a negative budget": ["tokens", "slime", "30x30", "--max-image-tokens", "-4"],
+    "a decoding": ["ask", "CKPT", BOARD, *QUESTION, "--decoding", "vcd"],
     "a number format": ["ask", "CKPT", BOARD, *QUESTION, "--dtype", "int8"],
     "a picture that is no png": ["show", "CKPT", BOARD, *QUESTION, "--out", "x.jpg"],
     "a port": ["demo", "CKPT", "--port", "70000"],
