@@ -122,21 +122,20 @@ def test_words_that_the_tokenizer_does_not_know_are_named():
     assert value["unknown_words"] == ["ferry", "cancelled"]
 
 
-@pytest.mark.parametrize("decoding", ["m3id", "damro"])
-def test_ask_looks_twice(checkpoint, decoding):
+def test_ask_looks_twice(checkpoint):
     """The answer is that of `generate` with the processor of that name."""
     options = [BOARD, *QUESTION, "--max-new-tokens", 12, *CROPS, "--json"]
-    value = json.loads(run("ask", checkpoint, *options, "--decoding", decoding).stdout)
-    processor = load_processor(str(checkpoint))
-    model, prepared = (
-        load_model(str(checkpoint), device="cpu"),
-        prepare(processor, [BOARD], QUESTION[1], max_crops=CROPS[1]),
+    plain, m3id, damro = (
+        json.loads(run("ask", checkpoint, *options, *more).stdout)["answer"]
+        for more in ((), ("--decoding", "m3id"), ("--decoding", "damro"))
     )
-    inputs = dict(prepared.inputs)
-    twice = [DECODINGS[decoding](model, inputs)]
-    output = model.generate(**inputs, max_new_tokens=12, do_sample=False, logits_processor=twice)
-    answer = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    assert value["answer"] == answer
+    processor, model = load_processor(checkpoint), load_model(checkpoint, device="cpu")
+    inputs = dict(prepare(processor, [BOARD], QUESTION[1], max_crops=int(CROPS[1])).inputs)
+    for name, answer in (("m3id", m3id), ("damro", damro)):
+        twice = [DECODINGS[name](model, inputs)]
+        output = model.generate(**inputs, max_new_tokens=12, do_sample=False, logits_processor=twice)
+        assert processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True) == answer
+    assert damro != plain
 
 
 def test_ask_as_json_with_two_images(checkpoint):
