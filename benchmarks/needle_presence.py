@@ -115,7 +115,7 @@ def load(folder: Path) -> tuple[Any, Any]:
 
 
 def look(model: Any, processor: Any, scene: Scene, rng: random.Random) -> tuple[list, dict[str, list]]:
-    """Kind and right answer of the questions about a scene, and by method what their first tokens are scored, twice."""
+    """Kind and right answer of the questions about a scene, and by method the scores of their first tokens, twice."""
     pairs, image = [(kind, answer) for kind in QUESTIONS for answer in ANSWERS], draw(scene)
     talks = []
     for kind, answer in pairs:
@@ -187,7 +187,7 @@ def main() -> None:
     torch.manual_seed(0)
     logging.disable_progress_bar()
     model, processor = trained(options.work, options.steps)
-    kept = options.work / "validation.json"
+    kept = options.work / f"validation-{options.steps}-{options.scenes[0]}.json"
     if not kept.is_file():
         write_text(kept, json.dumps(measure(model, processor, "validation", options.scenes[0])))
     validation = json.loads(kept.read_text())

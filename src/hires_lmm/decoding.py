@@ -196,8 +196,12 @@ class M3ID(ContrastiveDecoding):
         _check_range(alpha=(alpha, 0, 1), rate=(rate, 0, math.inf), max_growth=(max_growth, 0, math.inf))
         _check_range(beta=(beta, 0, 1), first_step=(first_step, 0, math.inf))
         self.alpha = alpha
-        options = {"alpha": alpha, "rate": rate, "max_growth": max_growth, "beta": beta, "first_step": first_step}
-        super().__init__(model, inputs, without_images, partial(raise_images, **options))
+        super().__init__(
+            model,
+            inputs,
+            without_images,
+            partial(raise_images, alpha=alpha, rate=rate, max_growth=max_growth, beta=beta, first_step=first_step),
+        )
 
     def is_needed(self, scores: torch.Tensor) -> bool:
         """Whether a row is unsure."""
@@ -351,7 +355,7 @@ def _take(features: HiResLmmImageFeatures, index: torch.Tensor, counts: list[int
     found = tokens.features[index.to(tokens.features.device)]
     own = {name: getattr(tokens, name)[index] for name in ("view", "cell", "kind")}
     tokens = replace(tokens, features=found, lengths=counts, scores={}, plan=None, **own)
-    return replace(features, pooler_output=list(found.split(counts)), tokens=tokens)
+    return HiResLmmImageFeatures(pooler_output=list(found.split(counts)), tokens=tokens)
 
 
 def _in_place(
