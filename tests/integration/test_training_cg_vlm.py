@@ -1,5 +1,7 @@
 """The objective `cg_vlm` in runs of the stock Trainer, against a loop over images, captions, patches and words."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -7,7 +9,7 @@ from builders.objectives import objective_trainer
 from builders.tiny import tiny_config, tiny_model, tiny_processor
 from builders.training import conversations, losses, make_trainer
 from hires_lmm.training import Stage
-from hires_lmm.training.objectives import CgVlm
+from hires_lmm.training.objectives import CgVlm, StepValues
 from training_run import text
 
 
@@ -77,6 +79,22 @@ def test_several_images_of_a_row_count_as_one_and_text_alone_as_none(tmp_path):
     trainer = make_trainer(model, processor, STAGE, [text(3), text(4)], tmp_path / "b", max_steps=1)
     trainer.train()
     assert losses(trainer)[0] == 0
+
+
+def test_rows_without_an_answer_are_left_out():
+    model, _ = parts()
+    token, tokens = model.config.image_token_id, torch.randn(3, 16, 32)
+    ids = torch.tensor([[token] * 2 + [5, 6], [token] * 2 + [7, 8], [token] * 2 + [9, 5]])
+    labels = torch.tensor([[-100, -100, -100, 6], [-100] * 4, [-100, -100, 9, 5]])
+    positions = torch.tensor([[0, 1, 1, 0, 0, 2, 4, 4, 1]] * 3)
+
+    def loss(rows: list[int]) -> torch.Tensor:
+        inputs = {"input_ids": ids[rows], "labels": labels[rows], "view_positions": positions[rows]}
+        outputs = SimpleNamespace(aux={"global_tokens": tokens[rows]})
+        return CgVlm()(StepValues(outputs, {}, inputs, True, model.model))
+
+    torch.testing.assert_close(loss([0, 1, 2]), loss([0, 2]))
+    assert loss([0, 2]) > 0 and loss([1]) == 0
 
 
 @pytest.mark.parametrize(("preset", "views"), [("llava_next", "crops"), ("fusion", "all")])
