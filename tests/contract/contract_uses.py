@@ -61,8 +61,8 @@ USES = [
     ),
     Use(
         f"{GENERATION}._get_logits_processor",
-        "self, generation_config, input_ids_seq_length, encoder_input_ids, prefix_allowed_tokens_fn, logits_processor, "
-        "device, model_kwargs, negative_prompt_ids, negative_prompt_attention_mask",
+        "self, generation_config, input_ids_seq_length, encoder_input_ids, prefix_allowed_tokens_fn, "
+        "logits_processor, device, model_kwargs, negative_prompt_ids, negative_prompt_attention_mask",
         "what combines two contexts acts before penalties and temperature",
     ),
     Use(

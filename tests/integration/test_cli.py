@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 from PIL import Image
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
@@ -17,7 +18,7 @@ from hires_lmm import PRESETS
 from hires_lmm.cli import app
 from hires_lmm.conversion.random_model import build_byte_tokenizer
 from hires_lmm.decoding import DECODINGS
-from hires_lmm.inference import load_model, load_processor, prepare
+from hires_lmm.inference import load_processor
 
 
 NEEDLE, SCENE = str(ROOT / "checkpoints" / "needle-slime"), str(ROOT / "examples" / "images" / "needle_1.jpg")
@@ -122,20 +123,21 @@ def test_words_that_the_tokenizer_does_not_know_are_named():
     assert value["unknown_words"] == ["ferry", "cancelled"]
 
 
-def test_ask_looks_twice(checkpoint):
-    """The answer is that of `generate` with the processor of that name."""
-    options = [BOARD, *QUESTION, "--max-new-tokens", 12, *CROPS, "--json"]
-    plain, m3id, damro = (
-        json.loads(run("ask", checkpoint, *options, *more).stdout)["answer"]
-        for more in ((), ("--decoding", "m3id"), ("--decoding", "damro"))
-    )
-    processor, model = load_processor(checkpoint), load_model(checkpoint, device="cpu")
-    inputs = dict(prepare(processor, [BOARD], QUESTION[1], max_crops=int(CROPS[1])).inputs)
-    for name, answer in (("m3id", m3id), ("damro", damro)):
-        twice = [DECODINGS[name](model, inputs)]
-        output = model.generate(**inputs, max_new_tokens=12, do_sample=False, logits_processor=twice)
-        assert processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True) == answer
-    assert damro != plain
+@pytest.mark.parametrize("name", DECODINGS)
+def test_ask_decodes_as_it_is_told(checkpoint, monkeypatch, name):
+    """The processor of that name, made of the model and its inputs, acts on every token."""
+    made = []
+
+    def make(model, inputs):
+        made.append((model.config.model_type, inputs["input_ids"].shape[0], type(real(model, inputs)).__name__))
+        return lambda ids, scores: torch.full_like(scores, -torch.inf).index_fill(1, torch.tensor([ord("x")]), 0.0)
+
+    real = DECODINGS[name]
+    monkeypatch.setitem(DECODINGS, name, make)
+    words = [BOARD, *QUESTION, "--max-new-tokens", 4, *CROPS, "--decoding", name, "--json"]
+    token = load_processor(checkpoint).tokenizer.decode([ord("x")])
+    assert json.loads(run("ask", checkpoint, *words).stdout)["answer"] == 4 * token
+    assert made == [("hires_lmm", 1, real.__name__)]
 
 
 def test_ask_as_json_with_two_images(checkpoint):
