@@ -9,7 +9,7 @@ import sys
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -83,6 +83,9 @@ def _ask(
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="Option of the search; may be repeated.")
     ] = None,
     show: Annotated[Path | None, typer.Option(help="PNG of where zoom_eye looked and what it found.")] = None,
+    decoding: Annotated[
+        Literal["m3id", "damro"] | None, typer.Option(help="Against the same prompt that sees less.")
+    ] = None,
     dtype: DtypeOption = Dtype.auto,
     device: Device = None,
     trust_remote_code: Trust = False,
@@ -94,6 +97,8 @@ def _ask(
     """
     if search is None and (search_option or show is not None):
         raise typer.BadParameter("they need --search.", param_hint="--search-option, --show")
+    if search is not None and decoding is not None:
+        raise typer.BadParameter("a search asks without it; leave one of the two out.", param_hint="--decoding")
     options = dict(parse_option(text, "--search-option", "max_calls=60") for text in search_option or ())
     with quiet_work():
         from hires_lmm.inference import AnswerStream, load_model, load_processor, prepare
@@ -117,7 +122,7 @@ def _ask(
         prepared = prepare(processor, images, question, **images_kwargs(max_crops, max_image_tokens))
         warn_unknown(prepared.unknown_words)
         model = load_model(checkpoint, dtype.value, device, trust_remote_code)
-        pieces, answer = AnswerStream(model, processor, prepared, max_new_tokens), ""
+        pieces, answer = AnswerStream(model, processor, prepared, max_new_tokens, decoding), ""
         for piece in pieces:
             answer += piece
             if not as_json:

@@ -11,6 +11,7 @@ from PIL import Image
 from tokenizers.models import WordLevel
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BatchFeature, TextIteratorStreamer
 
+from .decoding import DECODINGS
 from .folders import check_tokenizer
 from .modeling.outputs_hires_lmm import TokenMap
 from .processing.image_input_hires_lmm import open_image, to_rgb
@@ -162,14 +163,22 @@ def map_tokens(model: Any, prepared: Prepared) -> TokenMap:
 
 
 class AnswerStream:
-    """A greedy answer while it is generated: an iterator over its pieces of text, once."""
+    """A greedy answer while it is generated: an iterator over its pieces of text, once.
 
-    def __init__(self, model: Any, processor: Any, prepared: Prepared, max_new_tokens: int = 128):
+    Args:
+        decoding (`str`, *optional*): A key of `decoding.DECODINGS`.
+    """
+
+    def __init__(
+        self, model: Any, processor: Any, prepared: Prepared, max_new_tokens: int = 128, decoding: str | None = None
+    ):
         self._token_map: TokenMap | None = None
         self._error: BaseException | None = None
         self._pieces = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        inputs = _on_device(model, prepared)
         options = {
-            **_on_device(model, prepared),
+            **inputs,
+            "logits_processor": [] if decoding is None else [DECODINGS[decoding](model, inputs)],
             "max_new_tokens": max_new_tokens,
             "do_sample": False,
             "streamer": self._pieces,

@@ -66,6 +66,12 @@ USES = [
         "decoding goes on with the mask and positions of what was kept",
     ),
     Use(
+        f"{GENERATION}._get_logits_processor",
+        "self, generation_config, input_ids_seq_length, encoder_input_ids, prefix_allowed_tokens_fn, "
+        "logits_processor, device, model_kwargs, negative_prompt_ids, negative_prompt_attention_mask",
+        "what combines two contexts acts before penalties and temperature",
+    ),
+    Use(
         f"{GENERATION}._valid_auto_compile_criteria",
         "self, model_kwargs, generation_config",
         "layer ops change lengths from layer to layer, which is nothing to compile",
@@ -149,6 +155,8 @@ USES = [
         "logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs",
         "`shift_labels` spares the head positions without a label",
     ),
+    Use("transformers.cache_utils:Cache.reorder_cache", "self, beam_idx", "a second context follows the beams"),
+    Use("transformers.cache_utils:Cache.batch_repeat_interleave", "self, repeats", "and is repeated for them"),
     Use("transformers.cache_utils:Cache.get_seq_length", "self, layer_idx", "positions that the cache holds"),
     Use(
         "transformers.cache_utils:DynamicCache.update",

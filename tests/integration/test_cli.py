@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 from PIL import Image
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
@@ -16,6 +17,8 @@ from builders.docs import ROOT
 from hires_lmm import PRESETS
 from hires_lmm.cli import app
 from hires_lmm.conversion.random_model import build_byte_tokenizer
+from hires_lmm.decoding import DECODINGS
+from hires_lmm.inference import load_processor
 
 
 NEEDLE, SCENE = str(ROOT / "checkpoints" / "needle-slime"), str(ROOT / "examples" / "images" / "needle_1.jpg")
@@ -118,6 +121,23 @@ def test_words_that_the_tokenizer_does_not_know_are_named():
     assert "warning: The tokenizer does not know 'ferry', 'cancelled'" in result.stderr
     value = json.loads(run("ask", NEEDLE, SCENE, *QUESTION, "--max-new-tokens", 2, "--json").stdout)
     assert value["unknown_words"] == ["ferry", "cancelled"]
+
+
+@pytest.mark.parametrize("name", DECODINGS)
+def test_ask_decodes_as_it_is_told(checkpoint, monkeypatch, name):
+    """The processor of that name, made of the model and its inputs, acts on every token."""
+    made = []
+
+    def make(model, inputs):
+        made.append((model.config.model_type, inputs["input_ids"].shape[0], type(real(model, inputs)).__name__))
+        return lambda ids, scores: torch.full_like(scores, -torch.inf).index_fill(1, torch.tensor([ord("x")]), 0.0)
+
+    real = DECODINGS[name]
+    monkeypatch.setitem(DECODINGS, name, make)
+    words = [BOARD, *QUESTION, "--max-new-tokens", 4, *CROPS, "--decoding", name, "--json"]
+    token = load_processor(checkpoint).tokenizer.decode([ord("x")])
+    assert json.loads(run("ask", checkpoint, *words).stdout)["answer"] == 4 * token
+    assert made == [("hires_lmm", 1, real.__name__)]
 
 
 def test_ask_as_json_with_two_images(checkpoint):
@@ -374,6 +394,7 @@ MISUSES = {
     "a malformed size": ["tokens", "slime", "3000by2000"],
     "a size of nothing": ["tokens", "slime", "0x20"],
     "a negative budget": ["tokens", "slime", "30x30", "--max-image-tokens", "-4"],
+    "a decoding": ["ask", "CKPT", BOARD, *QUESTION, "--decoding", "vcd"],
     "a number format": ["ask", "CKPT", BOARD, *QUESTION, "--dtype", "int8"],
     "a picture that is no png": ["show", "CKPT", BOARD, *QUESTION, "--out", "x.jpg"],
     "a port": ["demo", "CKPT", "--port", "70000"],

@@ -158,6 +158,12 @@ class HiResLmmGenerationMixin(GenerationMixin):
         )
         return {**model_kwargs, "mm_encoder_outputs": {"image": image if image.pooler_output else None}}
 
+    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> Any:
+        """As in the library; what combines contexts acts first, on the model's own scores."""
+        processors = super()._get_logits_processor(*args, **kwargs)
+        processors.sort(key=lambda each: not getattr(each, "acts_first", False))
+        return processors
+
     def _cached_history(
         self,
         length: int,

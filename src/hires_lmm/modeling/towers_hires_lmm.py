@@ -177,16 +177,18 @@ def _patches(states: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
     return states[:, states.shape[1] - grid[0] * grid[1] :]
 
 
-def class_products(tower: PreTrainedModel, states: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """Scaled products of the class token's query with all keys of the last layer: `(V, heads, prefix + L)` float32.
+def class_products(
+    tower: PreTrainedModel, states: tuple[torch.Tensor, ...], layer: int = -1, merged: bool = False
+) -> torch.Tensor:
+    """Scaled products of the class token's query with all keys of a layer: `(V, heads, prefix + L)` float32.
 
-    Computed from that layer's projections, in any attention backend.
+    Computed from that layer's projections, in any attention backend; `merged` takes all heads as one.
     """
-    norm, query, key = (
-        layers_of(tower)[-1].get_submodule(path) for path in tower_family(tower.config).attention or ()
-    )
-    normed = norm(states[len(layers_of(tower)) - 1])
-    heads = tower.config.num_attention_heads
+    layers = layers_of(tower)
+    layer = layer % len(layers)
+    norm, query, key = (layers[layer].get_submodule(path) for path in tower_family(tower.config).attention or ())
+    normed = norm(states[layer])
+    heads = 1 if merged else tower.config.num_attention_heads
     queries = query(normed[:, :1]).unflatten(-1, (heads, -1)).float()
     keys = key(normed).unflatten(-1, (heads, -1)).float()
     return torch.einsum("vqhc,vlhc->vhl", queries, keys) * queries.shape[-1] ** -0.5

@@ -1,6 +1,7 @@
 """Losses beside the language loss."""
 
 from .base import BatchColumn, Objective, StepValues
+from .cg_vlm import CgVlm
 from .contrastive import Contrastive
 from .exit_gate import ExitGate, exit_labels
 from .files import load_objectives, save_objectives
@@ -15,6 +16,7 @@ __all__ = [
     "GENERATION",
     "OBJECTIVES",
     "BatchColumn",
+    "CgVlm",
     "Contrastive",
     "ExitGate",
     "GateBalance",

@@ -1,6 +1,7 @@
 """The registry of losses beside the language loss: each is one class and one line here."""
 
 from .base import Objective
+from .cg_vlm import CgVlm
 from .contrastive import Contrastive
 from .exit_gate import ExitGate
 from .gate_balance import GateBalance
@@ -9,6 +10,7 @@ from .token_budget import TokenBudget
 
 
 OBJECTIVES: dict[str, type[Objective]] = {
+    "cg_vlm": CgVlm,
     "contrastive": Contrastive,
     "exit_gate": ExitGate,
     "gate_balance": GateBalance,
