@@ -87,6 +87,16 @@ def test_what_an_engine_leaves_out_is_refused_at_load(config, message):
         check_engine(served(config))
 
 
+def test_extra_towers_need_the_plugin_where_images_are_cut():
+    whole = tiny_config("mg_llava")
+    assert whole.planner["views"] == "global"
+    check_engine(served(whole))
+    cut = tiny_config("mg_llava", planner={**whole.planner, "views": "all"})
+    with pytest.raises(ValueError, match="The views of extra towers"):
+        check_engine(served(cut))
+    check_engine(served(cut, with_plugin=True))
+
+
 def test_with_the_plugin_fusion_loads_and_a_threshold_warns(caplog):
     check_engine(served(tiny_config("fusion"), with_plugin=True))
     caplog.clear()

@@ -6,7 +6,7 @@ import torch
 from transformers.utils import logging
 
 from .carriers_hires_lmm import Question
-from .geometry_hires_lmm import MAIN_TOWER, Column, Kind
+from .geometry_hires_lmm import Column
 
 
 logger = logging.get_logger(__name__)
@@ -45,8 +45,7 @@ def check_engine(config: Any) -> None:
             f"{own[0].part.__name__} reads the question, which reaches the image branch by the plugin of hires_lmm "
             "alone: pip install 'hires-lmm[vllm]' and leave model_impl at 'auto'."
         )
-    kinds = [key[0] for key in chain.first.grids if key[1] == MAIN_TOWER]
-    if config.extra_towers and kinds != [int(Kind.GLOBAL)] and not has_plugin:
+    if config.extra_towers and config.planner.get("views") != "global" and not has_plugin:
         raise ValueError(
             "The views of extra towers reach vLLM by the plugin of hires_lmm alone where images are cut: pip install "
             "'hires-lmm[vllm]' and leave model_impl at 'auto'."
