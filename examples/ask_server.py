@@ -1,3 +1,7 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["openai"]
+# ///
 """Ask a server that `hires-lmm serve CHECKPOINT` started about a picture; the answer streams.
 
 pip install openai

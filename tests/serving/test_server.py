@@ -76,6 +76,15 @@ def test_a_server_answers_the_scenes(server, stream):
     assert [ask(scene, stream) for scene in SCENE_LIST] == [scene["answer"] for scene in SCENE_LIST]
 
 
+def test_the_example_asks_and_the_answer_streams(server):
+    scene = SCENE_LIST[0]
+    command = [sys.executable, "examples/ask_server.py", f"examples/images/{scene['image']}", scene["question"]]
+    done = subprocess.run(
+        [*command, "--url", f"{URL}/v1", "--budget", "120"], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout.strip() == scene["answer"], done.stderr
+
+
 def test_thirty_two_requests_at_once_get_each_its_own_answer(server):
     scenes = [SCENE_LIST[number % 5] for number in range(32)]
     start = time.monotonic()

@@ -83,7 +83,7 @@ def test_token_layout_of_slime():
         "layout": {"order": ["global", "crops"], "crop_order": "raster", "separators": {}},
         "own_tokens": None,
         "later_tokens": None,
-        "budget": {"on": "crops"},
+        "budget": {"on": "crops", "reads_question": True},
     }
 
 
