@@ -19,7 +19,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed here; make test-vllm i
 
 from transformers import AutoProcessor
 
-from builders.serving import NEEDLE, SCENES, chat, expected
+from builders.serving import NEEDLE, ROOT, SCENES, chat, expected
 
 
 BUDGET = 150

@@ -48,9 +48,11 @@ def needle(tmp_path_factory):
 
 @pytest.fixture
 def tiny(request, tmp_path):
-    """A random checkpoint of a preset and its requests."""
+    """A random checkpoint of a preset and its requests; routers of budgets keep all of an image that is below."""
     preset = request.param
-    folder = save_tiny(preset, tmp_path / "checkpoint")
+    has_budget = "budget" in request.node.name and preset in THRESHOLDS
+    router = {"token_ops": [{"part": "router", "on": "crops", "keep": {"rule": "budget"}}]} if has_budget else {}
+    folder = save_tiny(preset, tmp_path / "checkpoint", **router)
     return folder, tiny_requests(AutoProcessor.from_pretrained(folder), tmp_path, pairs=preset != "fusion"), preset
 
 
