@@ -138,6 +138,8 @@ class ContrastiveDecoding(LogitsProcessor):
         """Read the prompt of the negative context, and repeat it for beams and returned sequences."""
         inputs = self.negative(self.model, dict(self.inputs))
         name = "input_ids" if inputs.get("inputs_embeds") is None else "inputs_embeds"
+        if inputs.get(name) is None:
+            raise ValueError("The negative context has neither input_ids nor inputs_embeds; return one of them.")
         prompt = inputs.pop(name)
         if len(prompt) != len(self.has_image):
             raise ValueError(f"The negative context has {len(prompt)} rows for {len(self.has_image)} prompts.")
@@ -237,12 +239,14 @@ class DAMRO(ContrastiveDecoding):
         compat: Literal["release"] | None = None,
     ):
         _check_range(alpha=(alpha, 0, math.inf), k=(k, 1, math.inf), beta=(beta, 0, 1))
+        if int(k) != k:
+            raise ValueError(f"k={k} must be a whole number.")
         if scores not in ("merged", "heads") or compat not in (None, "release"):
             raise ValueError(f"scores={scores!r}, compat={compat!r}: use 'merged' or 'heads', and None or 'release'.")
         super().__init__(
             model,
             inputs,
-            partial(most_attended, k=k, merged=scores == "merged", by_score=compat == "release"),
+            partial(most_attended, k=int(k), merged=scores == "merged", by_score=compat == "release"),
             partial(contrast, alpha=alpha, beta=beta),
         )
         tower = model.config.vision_config
@@ -260,8 +264,8 @@ DECODINGS: dict[str, Callable[[Any, Mapping[str, Any]], ContrastiveDecoding]] = 
 
 def _check_range(**values: tuple[float | None, float, float]) -> None:
     for name, (value, low, high) in values.items():
-        if value is not None and not low <= value <= high:
-            raise ValueError(f"{name}={value} must lie between {low} and {high}.")
+        if value is not None and not (low <= value <= high and math.isfinite(value)):
+            raise ValueError(f"{name}={value} must be a finite number between {low} and {high}.")
 
 
 # ---- how scores are combined

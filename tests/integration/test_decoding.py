@@ -374,10 +374,17 @@ def test_what_cannot_be_is_refused_by_name():
         ({"rate": -1}, "rate=-1"),
         ({"beta": 2}, "beta=2"),
         ({"max_growth": -1}, "max_growth=-1"),
+        ({"rate": float("inf")}, "rate=inf"),
     ):
         with pytest.raises(ValueError, match=match):
             M3ID(model, inputs, **options)
-    for options, match in (({"k": 0}, "k=0"), ({"scores": "all"}, "scores='all'"), ({"compat": "x"}, "compat='x'")):
+    for options, match in (
+        ({"k": 0}, "k=0"),
+        ({"k": 2.5}, "k=2.5"),
+        ({"alpha": float("inf")}, "alpha=inf"),
+        ({"scores": "all"}, "scores='all'"),
+        ({"compat": "x"}, "compat='x'"),
+    ):
         with pytest.raises(ValueError, match=match):
             DAMRO(model, inputs, **options)
     with pytest.raises(ValueError, match="no input_ids"):
@@ -389,5 +396,10 @@ def test_what_cannot_be_is_refused_by_name():
     two = ContrastiveDecoding(model, inputs, lambda model, own: {"input_ids": own["input_ids"].repeat(2, 1)}, contrast)
     with pytest.raises(ValueError, match="2 rows for 1 prompts"):
         generate(model, inputs, two)
+    nothing = ContrastiveDecoding(
+        model, inputs, lambda model, own: {"attention_mask": own["attention_mask"]}, contrast
+    )
+    with pytest.raises(ValueError, match="neither input_ids nor inputs_embeds"):
+        generate(model, inputs, nothing)
     with pytest.raises(ValueError, match="model_type='llama'"):
         M3ID(SimpleNamespace(config=model.config.text_config), inputs)
