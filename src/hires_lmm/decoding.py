@@ -15,11 +15,15 @@ from transformers import GenerationConfig, LogitsProcessor
 from .modeling.carriers_hires_lmm import VisualTokens
 from .modeling.compat_hires_lmm import CACHE
 from .modeling.geometry_hires_lmm import Kind, ViewShape
+from .modeling.inputs_hires_lmm import unpack_samples
 from .modeling.outputs_hires_lmm import HiResLmmImageFeatures
 from .modeling.packing_hires_lmm import plan_packing
 from .modeling.tower_table_hires_lmm import patch_side, tower_family
 from .modeling.towers_hires_lmm import class_products, run_tower
 
+
+IMAGE_NAMES = ("pixel_", "view_", "image_boxes")
+"""What the arguments of images begin with."""
 
 NegativeContext = Callable[[Any, dict[str, Any]], dict[str, Any]]
 """`(model, inputs)` -> arguments of the model's `forward` for as many prompts: `input_ids` or `inputs_embeds`,
@@ -134,6 +138,8 @@ class ContrastiveDecoding(LogitsProcessor):
         """Read the prompt of the negative context, and repeat it for beams and returned sequences."""
         inputs = self.negative(self.model, dict(self.inputs))
         name = "input_ids" if inputs.get("inputs_embeds") is None else "inputs_embeds"
+        if inputs.get(name) is None:
+            raise ValueError("The negative context has neither input_ids nor inputs_embeds; return one of them.")
         prompt = inputs.pop(name)
         if len(prompt) != len(self.has_image):
             raise ValueError(f"The negative context has {len(prompt)} rows for {len(self.has_image)} prompts.")
@@ -233,12 +239,14 @@ class DAMRO(ContrastiveDecoding):
         compat: Literal["release"] | None = None,
     ):
         _check_range(alpha=(alpha, 0, math.inf), k=(k, 1, math.inf), beta=(beta, 0, 1))
+        if int(k) != k:
+            raise ValueError(f"k={k} must be a whole number.")
         if scores not in ("merged", "heads") or compat not in (None, "release"):
             raise ValueError(f"scores={scores!r}, compat={compat!r}: use 'merged' or 'heads', and None or 'release'.")
         super().__init__(
             model,
             inputs,
-            partial(most_attended, k=k, merged=scores == "merged", by_score=compat == "release"),
+            partial(most_attended, k=int(k), merged=scores == "merged", by_score=compat == "release"),
             partial(contrast, alpha=alpha, beta=beta),
         )
         tower = model.config.vision_config
@@ -256,8 +264,8 @@ DECODINGS: dict[str, Callable[[Any, Mapping[str, Any]], ContrastiveDecoding]] = 
 
 def _check_range(**values: tuple[float | None, float, float]) -> None:
     for name, (value, low, high) in values.items():
-        if value is not None and not low <= value <= high:
-            raise ValueError(f"{name}={value} must lie between {low} and {high}.")
+        if value is not None and not (low <= value <= high and math.isfinite(value)):
+            raise ValueError(f"{name}={value} must be a finite number between {low} and {high}.")
 
 
 # ---- how scores are combined
@@ -314,7 +322,9 @@ def most_attended(
     (fusion), it reads them.
     """
     base = next(module for module in model.modules() if hasattr(module, "encode_images"))
-    views = {name: value for name, value in inputs.items() if name.startswith(("pixel_values", "view_"))}
+    views = {name: value for name, value in inputs.items() if name.startswith(IMAGE_NAMES)}
+    text = {name: value for name, value in inputs.items() if name not in views}
+    views = _flat(base, views)
     features = base.get_image_features(**views, return_dict=True)
     tokens: VisualTokens = features.tokens
     chosen = []
@@ -322,14 +332,24 @@ def most_attended(
         row = next(iter(image.rows(Kind.GLOBAL)), image.first_view)
         view = ViewShape(*image.views[row - image.first_view])
         own = ((tokens.view == row) & (tokens.kind == view.kind)).nonzero()[:, 0]
-        found = _attention(base, inputs["pixel_values"][row], view, tokens, own, merged)
+        found = _attention(base, views["pixel_values"][row], view, tokens, own, merged)
         best = found.topk(min(k, len(own))).indices.cpu()
         chosen.append(own[best if by_score else best.sort().values])
     index, counts = torch.cat(chosen), [len(own) for own in chosen]
     if base.connector.has_turns:
-        text = {name: value for name, value in inputs.items() if name not in views}
         return {**text, "mm_encoder_outputs": {"image": _take(features, index, counts)}}
     return _in_place(base, inputs, tokens, tokens.features[index.to(tokens.features.device)], counts)
+
+
+def _flat(base: Any, views: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of images in the flat layout, whichever the processor gave."""
+    mask = views.pop("pixel_attention_mask", None)
+    if mask is None:
+        return views
+    extra: dict[str, Any] = {}
+    found = {"view_positions": None, **views}
+    unpack_samples(base.config, mask, found, extra)
+    return {**found, **extra}
 
 
 def _attention(

@@ -51,6 +51,11 @@ def inputs_of(processor, talks, answers=(), **kwargs) -> dict:
     return dict(make_batch(processor, samples, **kwargs))
 
 
+def user(question: str) -> list[dict]:
+    """A question about one image."""
+    return [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+
+
 def generate(model, inputs: dict, *processors, **kwargs) -> torch.Tensor:
     """The new tokens; sampling from one seed."""
     torch.manual_seed(0)
@@ -162,6 +167,39 @@ def test_a_batch_answers_as_each_row_alone_with_every_preset(preset, strategy):
     for talk, answer in zip(talks, found, strict=True):
         alone = inputs_of(processor, [talk])
         assert torch.equal(generate(model, alone, make(model, alone), max_new_tokens=4)[0], answer)
+
+
+@pytest.mark.parametrize("preset", ["slime", "mg_llava"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_both_layouts_of_images_are_answered_alike(preset, strategy):
+    """An ordinary call with padding is dense where each text has as many images."""
+    model, processor = setup(preset)
+    texts = [processor.apply_chat_template(user(talk[0][0]), add_generation_prompt=True) for talk in TALKS[::2]]
+    images, make = [[random_image(90, 130)], [random_image(60, 60)]], STRATEGIES[strategy][0]
+    found = []
+    for layout in ({}, {"image_layout": "flat"}):
+        inputs = dict(processor(text=texts, images=images, padding=True, return_tensors="pt", **layout))
+        assert ("view_positions" in inputs) == bool(layout)
+        found.append(generate(model, inputs, make(model, inputs)))
+    assert torch.equal(*found)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_objects_with_boxes_are_in_the_prompt_and_not_in_the_negative_context(strategy):
+    """In a batch as alone; the second image has none."""
+    (model, processor), make = setup("mg_llava"), STRATEGIES[strategy][0]
+    boxes, images = [[[10, 5, 61, 40], [0, 0, 90, 60]], []], [random_image(90, 130), random_image(60, 60)]
+    text = processor.apply_chat_template(user("what is red here ?"), add_generation_prompt=True)
+    rows = [(text, [image]) for image in images]
+    inputs = dict(make_batch(processor, rows, image_boxes=boxes))
+    decoding = make(model, inputs)
+    found = generate(model, inputs, decoding)
+    negative = [decoding.negative(model, each) for each in (inputs, dict(make_batch(processor, rows)))]
+    assert all(torch.equal(value, negative[1][name]) for name, value in negative[0].items())
+    for number in range(2):
+        alone = dict(make_batch(processor, rows[number : number + 1], image_boxes=boxes[number : number + 1]))
+        assert torch.equal(generate(model, alone, make(model, alone))[0], found[number])
 
 
 @pytest.mark.parametrize("preset", ["slime", "fusion", "llava_mini"])
@@ -336,10 +374,17 @@ def test_what_cannot_be_is_refused_by_name():
         ({"rate": -1}, "rate=-1"),
         ({"beta": 2}, "beta=2"),
         ({"max_growth": -1}, "max_growth=-1"),
+        ({"rate": float("inf")}, "rate=inf"),
     ):
         with pytest.raises(ValueError, match=match):
             M3ID(model, inputs, **options)
-    for options, match in (({"k": 0}, "k=0"), ({"scores": "all"}, "scores='all'"), ({"compat": "x"}, "compat='x'")):
+    for options, match in (
+        ({"k": 0}, "k=0"),
+        ({"k": 2.5}, "k=2.5"),
+        ({"alpha": float("inf")}, "alpha=inf"),
+        ({"scores": "all"}, "scores='all'"),
+        ({"compat": "x"}, "compat='x'"),
+    ):
         with pytest.raises(ValueError, match=match):
             DAMRO(model, inputs, **options)
     with pytest.raises(ValueError, match="no input_ids"):
@@ -351,5 +396,10 @@ def test_what_cannot_be_is_refused_by_name():
     two = ContrastiveDecoding(model, inputs, lambda model, own: {"input_ids": own["input_ids"].repeat(2, 1)}, contrast)
     with pytest.raises(ValueError, match="2 rows for 1 prompts"):
         generate(model, inputs, two)
+    nothing = ContrastiveDecoding(
+        model, inputs, lambda model, own: {"attention_mask": own["attention_mask"]}, contrast
+    )
+    with pytest.raises(ValueError, match="neither input_ids nor inputs_embeds"):
+        generate(model, inputs, nothing)
     with pytest.raises(ValueError, match="model_type='llama'"):
         M3ID(SimpleNamespace(config=model.config.text_config), inputs)

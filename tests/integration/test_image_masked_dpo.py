@@ -183,6 +183,9 @@ def test_evaluation_logs_the_same_terms(saved, tmp_path):
         ({"anchor_revised": "left"}, "anchor_revised='left'"),
         ({"mask_share": 0.0}, "mask_share=0.0"),
         ({"ld_alpha": 0.5}, "ld_alpha=0.5"),
+        ({"image_weight": -1.0}, "image_weight=-1.0"),
+        ({"anchor_weight": float("nan")}, "anchor_weight=nan"),
+        ({"anchor_offset": float("inf")}, "anchor_offset=inf"),
         ({"level": "token", "loss_type": ["ipo"]}, "level='token'"),
     ],
 )
@@ -199,6 +202,9 @@ def test_data_that_cannot_be_trained_on_is_refused(saved, tmp_path):
     trainer = trainer_of(saved, tmp_path, dataset([("chosen_weights", [[1.0], [2.0]])]))
     with pytest.raises(ValueError, match="need level='token'"):
         trainer.train()
+    texts = dataset().add_column("revised", ["no", "yes"])
+    with pytest.raises(ValueError, match="revised='no' must be true or false"):
+        trainer_of(saved, tmp_path, texts).train()
 
 
 def test_weights_follow_the_spans_of_an_answer(saved):

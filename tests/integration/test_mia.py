@@ -179,7 +179,15 @@ def test_noise_is_cut_at_black_and_white():
 
 @pytest.mark.parametrize(
     ("options", "says"),
-    [({"kinds": ["pile"]}, "pile"), ({"pictures": 9}, "9 pictures"), ({"kinds": ["grid"], "pictures": 3}, "")],
+    [
+        ({"kinds": ["pile"]}, "pile"),
+        ({"kinds": []}, r"kinds=\[\]"),
+        ({"pictures": 9}, "9 pictures"),
+        ({"pictures": 0}, "0 pictures"),
+        ({"noise": -1.0}, "noise=-1.0"),
+        ({"filters": Filters(shares={"grid": {2: 0.5}})}, "say nothing of inner, sequence"),
+        ({"kinds": ["grid"], "pictures": 3}, ""),
+    ],
 )
 def test_what_cannot_be_shown_is_refused(options, says):
     answer = lambda *_: Answer("x", 0.1, 3.0)  # noqa: E731
@@ -192,6 +200,29 @@ def test_what_cannot_be_shown_is_refused(options, says):
         grid_composite([Image.new("RGB", (9, 9))] * 5)
     with pytest.raises(ValueError, match="nothing to write"):
         write_pairs([], "nowhere")
+
+
+def test_pictures_are_read_as_the_processor_reads_them(tmp_path):
+    """Turned by EXIF, of 16 bit, with alpha, or a path: the same as the plain picture."""
+    plain = Image.fromarray(np.arange(60 * 40, dtype=np.uint8).reshape(60, 40)).convert("RGB")
+    exif = Image.Exif()
+    exif[0x112] = 6
+    plain.rotate(90, expand=True).save(tmp_path / "turned.png", exif=exif)
+    wide = Image.fromarray(np.asarray(plain.convert("L")).astype(np.uint16) * 257)
+    clear = Image.new("RGBA", plain.size, (0, 0, 0, 0))
+    white, turned = Image.new("RGB", plain.size, "white"), Image.open(tmp_path / "turned.png")
+    for kind in ("grid", "inner"):
+        for other, same in ((turned, plain), (wide, plain), (clear, white)):
+            found, wanted = make_composite(kind, [other, other]), make_composite(kind, [same, same])
+            assert found.boxes == wanted.boxes
+            assert np.array_equal(*(np.asarray(each.images[0]) for each in (found, wanted)))
+            assert np.array_equal(np.asarray(add_noise(other, 3.0)), np.asarray(add_noise(same, 3.0)))
+    found, wanted = (
+        list(build_pairs([{**row, "image": image} for row in rows()], lambda *_: Answer("x", 0.1, 3.0), noise=None))
+        for image in (str(tmp_path / "turned.png"), plain)
+    )
+    for one, other in zip(found, wanted, strict=True):
+        assert all(np.array_equal(*map(np.asarray, pair)) for pair in zip(one["images"], other["images"], strict=True))
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:trl", "ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")

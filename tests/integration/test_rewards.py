@@ -183,6 +183,22 @@ def test_a_reward_reads_pictures_and_facts_and_is_the_same_alone_and_in_a_batch(
         model_reward(model, processor)
 
 
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        ({"facts": "the mat is red"}, "facts='the mat is red' is one text"),
+        ({"chosen": "a dog"}, "is no conversation"),
+        ({"prompt": "what is it"}, "is no conversation"),
+        ({"margin": None}, "Row 1 of the batch has no margin"),
+    ],
+)
+def test_rows_that_cannot_be_rated_are_refused(changes, says):
+    _, processor = reward_parts()
+    first, second = ({**row, "margin": 1.0} for row in rows())
+    with pytest.raises(ValueError, match=says):
+        RewardCollator(processor)([first, {**second, **changes}])
+
+
 def test_rewards_by_rule():
     completions = [
         assistant(" Owl "),

@@ -92,13 +92,13 @@ def user(text: str, *images) -> dict:
 
 @torch.no_grad()
 def plain_confidence(model, processor, question: Ask) -> float:
-    """One `generate` a question, the two probabilities summed over the ways to begin with the word."""
+    """One `generate` a question, the two probabilities summed over the ways to begin with one word alone."""
     inputs = plain_inputs(processor, [user(question.text, *question.views())])
     options = {"max_new_tokens": 1, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
     chances = model.generate(**inputs, **options).logits[0][0].double().softmax(dim=-1)
     tokenizer = processor.tokenizer
     first = [{tokenizer.encode(space + word)[0] for space in ("", " ")} for word in ("Yes", "No")]
-    yes, no = (sum(chances[number].item() for number in ids) for ids in first)
+    yes, no = (sum(chances[number].item() for number in ids - (first[0] & first[1])) for ids in first)
     return 2 * (yes / (yes + no) - 0.5)
 
 
@@ -233,6 +233,9 @@ def test_words_that_a_tokenizer_lacks_are_named(needle):
     question = ask(Prompt("which digit is {} ?", ("yes",), ("perhaps",)), "red", IMAGES[0])
     with pytest.raises(ValueError, match="does not know 'perhaps'"):
         ModelOracle(model, processor).confidences([question])
+    model, processor = family("llava_next")  # its words are spelt in letters
+    with pytest.raises(ValueError, match="with the same tokens; choose other words"):
+        ModelOracle(model, processor).confidences([ask(Prompt("{}?", ("Yes",), ("Yesterday",)), "it", IMAGES[0])])
 
 
 @pytest.fixture(scope="module")

@@ -112,6 +112,26 @@ def test_a_sound_orientation_counts_beside_what_is_broken(form):
     assert (read(data) == np.rot90(sound, -1)).all()
 
 
+XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf tiff:Orientation="6"/></x:xmpmeta>'
+RAW = b"Raw profile type exif\0\nexif\n%8d\n%s\n" % (26, exif(6).hex().encode())
+TURNED = {
+    "PNG, EXIF": PNG[:33] + chunk(b"eXIf", exif(6)) + PNG[33:],
+    "PNG, EXIF in a text": PNG[:33] + chunk(b"tEXt", RAW) + PNG[33:],
+    "PNG, XMP": PNG[:33] + chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + XMP) + PNG[33:],
+    "JPEG, EXIF": JPEG[:2] + segment(0xE1, b"Exif\0\0" + exif(6)) + JPEG[2:],
+    "JPEG, XMP": JPEG[:2] + segment(0xE1, b"http://ns.adobe.com/xap/1.0/\0" + XMP) + JPEG[2:],
+    "WebP, EXIF": saved("WEBP", lossless=True, exif=exif(6)),
+}
+
+
+@pytest.mark.parametrize("name", TURNED)
+def test_an_upright_picture_is_not_turned_once_more(name):
+    """Whoever opens an image himself passes it on to the processor."""
+    upright = to_rgb(open_image(TURNED[name], 0), 0)
+    assert upright.size == PIXELS.size[::-1]
+    assert np.array_equal(np.asarray(to_rgb(upright, 0)), np.asarray(upright))
+
+
 def test_transparency_is_no_metadata():
     """A palette with transparent entries beside a text that cannot be read."""
     image = Image.new("P", (4, 4), 1)

@@ -1,6 +1,7 @@
 """Policies with an oracle that says what it is told to; options, prompts and pictures."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -129,6 +130,12 @@ def test_the_deepest_of_several_answerable_places_is_taken_with_several_cues():
         ({"decreases": ()}, "decreases"),
         ({"depth_limit": 0}, "depth_limit=0"),
         ({"cues": "dog"}, r"\['dog'\]"),
+        ({"cues": 3}, "cues=3 must be a list"),
+        ({"cues": [3]}, r"cues=\[3\]"),
+        ({"cues": [" "]}, r"cues=\[' '\]"),
+        ({"side": 0}, "side=0 must lie between 1"),
+        ({"patch_scale": 0.5}, "patch_scale=0.5"),
+        ({"bias": 5.0}, "bias=5.0"),
     ],
 )
 def test_options_out_of_range_are_refused_with_their_value(changes, words):
@@ -223,16 +230,40 @@ def test_policies_are_built_from_json(tmp_path):
         ("zoom_eye", {"prompts": {"existing": "x"}}, "existing"),
         ("zoom_eye", {"prompts": [1]}, "prompts"),
         ("zoom_eye", {"threshold": "high"}, "threshold"),
+        ("zoom_eye", {"prompts": {"existence": "is {} here"}}, "existence='is {} here' must be a Prompt"),
+        ("zoom_eye", {"prompts": {"existence": {"text": "is {cue} here"}}}, "prompt='is {cue} here'"),
+        ("zoom_eye", {"prompts": {"existence": {"text": 3}}}, "prompt=3 must be a text"),
+        ("zoom_eye", {"prompts": {"template": "{cue}"}}, "template='{cue}'"),
+        ("zoom_eye", {"prompts": {"latent": {"text": "{}", "yes": "Yes"}}}, "yes='Yes' is one text"),
+        ("zoom_eye", {"prompts": {"latent": {"text": "{}", "no": []}}}, "words on both sides"),
+        ("zoom_eye", {"prompts": {"latent": {"text": "{}", "yes": [""]}}}, "empty word"),
+        ("zoom_eye", {"prompts": "missing.json"}, "prompts='missing.json' cannot be read"),
+        ("describe_then_answer", {"reader": "gpt2"}, "reader='gpt2' cannot be called"),
+        ("describe_then_answer", {"ask": "{text}"}, "ask='{text}' must be a text with {description}, {question}"),
+        ("reason_then_summarise", {"summariser": "gpt2"}, "summariser='gpt2'"),
+        ("reason_then_summarise", {"summarise": "{thought}"}, "summarise='{thought}'"),
+        ("step_by_step", {"turns": "{question}"}, "turns='{question}'"),
+        ("step_by_step", {"turns": ["{q}"]}, "turn='{q}'"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(name, options, words):
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=re.escape(words)):
         build_policy(name, **options)
+
+
+@pytest.mark.parametrize("images", [IMAGE, "photo.jpg", np.asarray(IMAGE)])
+@pytest.mark.parametrize("name", POLICIES)
+def test_one_image_is_no_list_of_images(name, images):
+    with pytest.raises(ValueError, match=r"must be a list of images, not .*; write \[image\]"):
+        build_policy(name).run(images, "What?", Scripted())
 
 
 def test_words_may_name_the_subject_and_stand_on_one_side():
     ask = Ask("existence", "red", Prompt("a {} cup?", ("{}",), ("red", "blue")), (0, 0, 1, 1), 0, list)
     assert (ask.text, ask.words) == ("a red cup?", (("red",), ("blue",)))
+    with pytest.raises(ValueError, match="Every word against 'it' speaks for it too"):
+        _ = Ask("existence", "it", Prompt("{}?", ("yes", "no"), ("no",)), (0, 0, 1, 1), 0, list).words
+    assert Prompt("{{}} is {}?").text.format("it") == "{} is it?"
 
 
 # ---- the picture

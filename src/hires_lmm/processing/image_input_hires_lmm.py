@@ -35,6 +35,9 @@ TURNS = {
 """EXIF orientation -> what makes the image upright. `ImageOps.exif_transpose` also writes EXIF, and fails where the
 other tags cannot be written."""
 
+ORIENTED = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")
+"""What of an image's `info` names an orientation; with it, an upright image would be turned once more."""
+
 ARRAY_CHANNELS = (1, 3, 4)
 
 
@@ -255,7 +258,12 @@ def _upright_first_frame(image: Image.Image, index: int) -> Image.Image:
             f"Image {index} cannot be decoded ({error}); it is truncated or damaged, replace it."
         ) from error
     turn = TURNS.get(_orientation(image) or 1)
-    return image if turn is None else image.transpose(turn)
+    if turn is None:
+        return image
+    upright = image.transpose(turn)
+    for name in ORIENTED:
+        upright.info.pop(name, None)
+    return upright
 
 
 def _decoded(image: Image.Image) -> Image.Image:

@@ -51,7 +51,10 @@ def build_policy(name: str, **options: Any) -> Policy:
 
 def _read_prompts(given: Any) -> ZoomPrompts:
     if isinstance(given, str):
-        given = json.loads(Path(given).read_text(encoding="utf-8"))
+        try:
+            given = json.loads(Path(given).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"prompts={given!r} cannot be read as a JSON file: {error}.") from error
     made: dict[str, Any] = {}
     for name, value in given.items():
         if isinstance(value, dict):

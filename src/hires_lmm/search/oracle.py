@@ -135,7 +135,7 @@ class ModelOracle:
             ValueError: If the tokenizer does not know a word, or an image or option is wrong.
         """
         self._count(len(asks))
-        words = [[first_ids(self.tokenizer, own) for own in ask.words] for ask in asks]
+        words = [tell_apart(self.tokenizer, *ask.words) for ask in asks]
         conversations = [self._converse(list(ask.views()), [ask.text]) for ask in asks]
         values: dict[int, float] = {}
         for numbers, output in self._go_on(conversations, max_new_tokens=1, output_logits=True):
@@ -274,6 +274,15 @@ def first_ids(tokenizer: Any, words: Sequence[str]) -> list[int]:
             raise ValueError(f"The tokenizer does not know {word!r}; give the prompt words that it knows.")
         ids |= first
     return sorted(ids - {tokenizer.unk_token_id})
+
+
+def tell_apart(tokenizer: Any, yes: Sequence[str], no: Sequence[str]) -> tuple[list[int], list[int]]:
+    """First ids of words for and of words against; those that both begin with, such as a space, say nothing."""
+    ids = [set(first_ids(tokenizer, words)) for words in (yes, no)]
+    shared = ids[0] & ids[1]
+    if yes and (ids[0] == shared or ids[1] == shared):
+        raise ValueError(f"The tokenizer begins {list(yes)} and {list(no)} with the same tokens; choose other words.")
+    return sorted(ids[0] - shared), sorted(ids[1] - shared)
 
 
 def _reads_question(model: Any) -> bool:

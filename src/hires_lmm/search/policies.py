@@ -7,8 +7,7 @@ from typing import Any
 
 from transformers import Pipeline
 
-from ..inference import open_images
-from .base import Oracle, SearchResult, Step
+from .base import Oracle, SearchResult, Step, check_texts, open_all
 
 
 THOUGHTS = re.compile(r"<thoughts>(.*?)(?:</thoughts>|$)", re.DOTALL)
@@ -24,6 +23,9 @@ class DescribeThenAnswer:
         describe (`str`): What the model that sees is told.
         ask (`str`): What the model that reads is told, with `{description}` and `{question}`.
 
+    Raises:
+        ValueError: If the reader cannot be called, or the braces of `ask` hold anything else.
+
     Source: Prism (NeurIPS 2024).
     """
 
@@ -37,9 +39,14 @@ class DescribeThenAnswer:
         "Question: {question}"
     )
 
+    def __post_init__(self) -> None:
+        check_texts("description", "question", ask=self.ask)
+        if self.reader is not None and not callable(self.reader):
+            raise ValueError(f"reader={self.reader!r} cannot be called; in Python pass a pipeline or a function.")
+
     def run(self, images: Sequence[Any], question: str, oracle: Oracle) -> SearchResult:
         """See `Policy.run`; there are no boxes."""
-        description = oracle.answer(open_images(list(images)), [self.describe])
+        description = oracle.answer(open_all(images), [self.describe])
         asked = self.ask.format(description=description, question=question)
         answer = oracle.answer([], [asked]) if self.reader is None else _read(self.reader, asked)
         steps = [Step("describe", self.describe, said=description), Step("answer", asked, said=answer)]
@@ -65,6 +72,9 @@ class ReasonThenSummarise:
         reason (`str`): What the reasoner is told, with `{question}`.
         summarise (`str`): What the summariser is told, with `{thoughts}` and `{question}`.
 
+    Raises:
+        ValueError: If the summariser cannot answer, or the braces of a text hold anything else.
+
     Source: Insight-V (CVPR 2025); the words are ours, its tags `<thoughts>` are read.
     """
 
@@ -78,9 +88,15 @@ class ReasonThenSummarise:
         "with the image. Answer in few words."
     )
 
+    def __post_init__(self) -> None:
+        check_texts("question", reason=self.reason)
+        check_texts("thoughts", "question", summarise=self.summarise)
+        if self.summariser is not None and not hasattr(self.summariser, "answer"):
+            raise ValueError(f"summariser={self.summariser!r} cannot answer; in Python pass a ModelOracle.")
+
     def run(self, images: Sequence[Any], question: str, oracle: Oracle) -> SearchResult:
         """See `Policy.run`; there are no boxes."""
-        opened = open_images(list(images))
+        opened = open_all(images)
         asked = self.reason.format(question=question)
         said = oracle.answer(opened, [asked])
         inside = THOUGHTS.search(said)
@@ -99,7 +115,7 @@ class StepByStep:
         turns (`tuple` of `str`): What the model is told in turn; `{question}` may stand in any.
 
     Raises:
-        ValueError: If there are no beams or no turns.
+        ValueError: If there are no beams or no turns, or the braces of a turn hold anything else.
 
     Source: LlamaV-o1 (ACL 2025 findings); the words are ours.
     """
@@ -113,12 +129,14 @@ class StepByStep:
     )
 
     def __post_init__(self) -> None:
-        if self.num_beams < 1 or not self.turns:
-            raise ValueError(f"num_beams={self.num_beams} and turns={self.turns!r}: give at least one of each.")
+        if self.num_beams < 1 or not self.turns or isinstance(self.turns, str):
+            raise ValueError(f"num_beams={self.num_beams}, turns={self.turns!r}: give a beam or more, and a list.")
+        for turn in self.turns:
+            check_texts("question", turn=turn)
 
     def run(self, images: Sequence[Any], question: str, oracle: Oracle) -> SearchResult:
         """See `Policy.run`; there are no boxes."""
-        opened, said = open_images(list(images)), ""
+        opened, said = open_all(images), ""
         turns: list[str] = []
         steps: list[Step] = []
         for number, turn in enumerate(self.turns, start=1):

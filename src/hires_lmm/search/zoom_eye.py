@@ -1,13 +1,13 @@
 """ZoomEye: a model looks for what a question is about by zooming in, and answers from what it found."""
 
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from ..inference import open_images
-from .base import Ask, Oracle, Prompt, SearchResult, Step
+from .base import Ask, Oracle, Prompt, SearchResult, Step, check_texts, open_all
 from .tree import SPLITS, Node, Showing
 
 
@@ -32,6 +32,9 @@ class ZoomPrompts:
             question be answered. Their confidences decide where to look.
         template (`str`): Question about one of several cues.
         cues (`str`): Has the model name what to look for, behind a colon and between commas.
+
+    Raises:
+        ValueError: If a prompt is none, or the braces of a text hold more than `{}`.
     """
 
     existence: Prompt = EXISTENCE
@@ -45,6 +48,12 @@ class ZoomPrompts:
         "Question: How many dogs are there? Objects: all dogs\n"
         "Question: {}"
     )
+
+    def __post_init__(self) -> None:
+        for name in ("existence", "latent", "answering"):
+            if not isinstance(getattr(self, name), Prompt):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be a Prompt, in JSON a dict with its `text`.")
+        check_texts(template=self.template, cues=self.cues)
 
 
 def read_cues(text: str) -> list[str]:
@@ -109,8 +118,15 @@ class ZoomEye:
         for name in ("depth_limit", "all_depth_limit", "patience", "interval"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        for name, low, high in (("side", 1, math.inf), ("patch_scale", 1, math.inf), ("bias", 0, 1)):
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise ValueError(f"{name}={value} must lie between {low} and {high}.")
         if isinstance(self.cues, str):
             raise ValueError(f"cues={self.cues!r} is one text; write a list: [{self.cues!r}].")
+        given = () if self.cues is None or callable(self.cues) else self.cues
+        if not isinstance(given, Sequence) or not all(isinstance(cue, str) and cue.strip() for cue in given):
+            raise ValueError(f"cues={self.cues!r} must be a list of texts, or a function that returns one.")
 
     def run(self, images: Sequence[Any], question: str, oracle: Oracle) -> SearchResult:
         """Answer a question about one image.
@@ -126,9 +142,10 @@ class ZoomEye:
         Raises:
             ValueError: If there is not one image, or the oracle asks more than it may.
         """
-        if len(images) != 1:
-            raise ValueError(f"ZoomEye walks one image, and {len(images)} were given; ask about each by itself.")
-        (image,) = open_images(list(images))
+        opened = open_all(images)
+        if len(opened) != 1:
+            raise ValueError(f"ZoomEye walks one image, and {len(opened)} were given; ask about each by itself.")
+        (image,) = opened
         side = self.side or oracle.side
         scale = self.patch_scale or (1.0 if self.crop_only else 1.2)
         showing = Showing(side, scale, self.crop_only)

@@ -4,7 +4,7 @@ A reward model is a `HiResLmmForSequenceClassification` with `num_labels=1`.
 """
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +30,8 @@ def rating_request(facts: Sequence[str] = (), seed: int | None = None) -> str:
 
     Source: factually augmented RLHF (LLaVA-RLHF); the wording is ours.
     """
+    if isinstance(facts, str):
+        raise ValueError(f"facts={facts!r} is one text; write a list: [{facts!r}].")
     facts = list(facts)
     if seed is not None:
         random.Random(seed).shuffle(facts)
@@ -42,6 +44,10 @@ def rated_conversation(messages: list[dict], images: Any = None, facts: Any = No
     Images without a place in the text stand before the text of the first user turn, as in TRL; those that the messages
     hold already are not placed again.
     """
+    if not all(isinstance(message, Mapping) for message in messages):
+        raise ValueError(
+            f"{messages!s:.80} is no conversation; write [{{'role': 'assistant', 'content': ...}}] for a text."
+        )
     messages = [dict(message) for message in clean_messages(messages)]
     parts = [part for message in messages if not isinstance(message["content"], str) for part in message["content"]]
     places = [part for part in parts if part["type"] == "image"]
@@ -81,7 +87,10 @@ class RewardCollator:
             self._chat(*pair, name) for name in ("chosen", "rejected") for pair in zip(examples, seeds, strict=True)
         ]
         batch = dict(encode_chats(self.processor, chats))
-        if "margin" in examples[0]:
+        if any(example.get("margin") is not None for example in examples):
+            without = [number for number, example in enumerate(examples) if example.get("margin") is None]
+            if without:
+                raise ValueError(f"Row {without[0]} of the batch has no margin, and others have; give all rows one.")
             batch["margin"] = torch.tensor([float(example["margin"]) for example in examples])
         return batch
 
@@ -121,8 +130,10 @@ def model_reward(model: Any, processor: Any, facts: bool = True, batch_size: int
         A function of `prompts`, `completions` and the columns of the data set, among them `images` or `image`.
 
     Raises:
-        ValueError: If the model has more than one label.
+        ValueError: If the model has more than one label, or `batch_size` is below 1.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1.")
     if model.config.num_labels != 1:
         raise ValueError(
             f"A reward is one number, but the model has num_labels={model.config.num_labels}; load it with "

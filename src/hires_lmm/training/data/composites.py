@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from ...processing.image_input_hires_lmm import to_rgb
+
 
 GRIDS = {2: (1, 2), 3: (1, 3), 4: (2, 2), 6: (2, 3), 9: (3, 3)}
 """Number of pictures -> rows and columns."""
@@ -80,12 +82,13 @@ def grid_composite(pictures: Sequence[Image.Image], tile: tuple[int, int] = (448
         raise ValueError(f"{len(pictures)} pictures make no grid; give {', '.join(map(str, GRIDS))}.")
     rows, columns = GRIDS[len(pictures)]
     size = (columns * (tile[0] + margin) - margin, rows * (tile[1] + margin))
+    pictures = [to_rgb(picture, index) for index, picture in enumerate(pictures)]
     canvas, boxes, labels = Image.new("RGB", size, "white"), [], []
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(LABEL_SIZE)
     for index, picture in enumerate(pictures):
         row, column = divmod(index, columns)
         left, top = column * (tile[0] + margin), margin + row * (tile[1] + margin)
-        scaled = picture.convert("RGB").resize(fit_size(picture.size, tile), Image.Resampling.LANCZOS)
+        scaled = picture.resize(fit_size(picture.size, tile), Image.Resampling.LANCZOS)
         labels.append((f"Image{index + 1}", left + LABEL_INDENT, top - margin))
         draw.text(labels[-1][1:], labels[-1][0], "black", font)
         canvas.paste(scaled, (left, top))
@@ -103,10 +106,11 @@ def inner_composite(inner: Image.Image, outer: Image.Image, share: float = 0.7) 
 
     Source: MIA-DPO (released code).
     """
+    inner, outer = to_rgb(inner, 0), to_rgb(outer, 1)
     room = (int(outer.width * share), int(outer.height * share))
-    scaled = inner.convert("RGB").resize(fit_size(inner.size, room), Image.Resampling.BICUBIC)
+    scaled = inner.resize(fit_size(inner.size, room), Image.Resampling.BICUBIC)
     left, top = (outer.width - scaled.width) // 2, (outer.height - scaled.height) // 2
-    canvas = outer.convert("RGB")
+    canvas = outer.copy()
     canvas.paste(scaled, (left, top))
     box = (top, left, top + scaled.height, left + scaled.width)
     return Composite("inner", [canvas], [box, (0, 0, outer.height, outer.width)], [])
@@ -128,6 +132,6 @@ def add_noise(image: Image.Image, std: float, seed: int = 0) -> Image.Image:
         std (`float`): Standard deviation; pixels are 0 to 255.
         seed (`int`): Of the noise.
     """
-    pixels = np.asarray(image.convert("RGB"), dtype=np.float64)
+    pixels = np.asarray(to_rgb(image, 0), dtype=np.float64)
     noise = np.random.default_rng(seed).normal(0, std, pixels.shape)
     return Image.fromarray((pixels + noise).clip(0, 255).astype(np.uint8))

@@ -4,6 +4,7 @@
 `Filters` accepts; `write_pairs` writes what `trl.DPOTrainer` reads.
 """
 
+import math
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 
 from ...extras import import_extra
+from ...processing.image_input_hires_lmm import open_image, to_rgb
 from .composites import Composite, add_noise, make_composite
 
 
@@ -217,7 +219,7 @@ def build_pairs(
     """Rows of preference data: the right answer is chosen, the model's own rejected.
 
     Args:
-        rows (sequence of mappings): `image`, `question` and `answer` of single-image data.
+        rows (sequence of mappings): `image`, in any form that the processor takes, `question` and `answer`.
         answer (`Callable`): Composite, question and number of the picture -> `Answer`; `answer_with_attention` with
             its first arguments filled in.
         kinds (sequence of `str`): Of composites, in turn: `"sequence"`, `"grid"`, `"inner"`.
@@ -231,24 +233,29 @@ def build_pairs(
         `images`, `prompt`, `chosen`, `rejected`, `kind`, `share`, `perplexity`.
 
     Raises:
-        ValueError: If there are fewer rows than pictures, or a kind is unknown.
+        ValueError: If there are fewer rows than pictures, a kind is unknown or has no share, the noise is below 0, or
+            an image cannot be read.
 
     Source: MIA-DPO (released code); which phrases name a picture is ours.
     """
-    if len(rows) < max(2, pictures) or set(kinds) - set(KINDS):
+    if len(rows) < max(2, pictures) or pictures < 1 or not kinds or set(kinds) - set(KINDS):
         raise ValueError(
             f"{len(rows)} rows, {pictures} pictures, kinds={list(kinds)}: give at least two rows, as many as "
-            f"pictures, and kinds of {', '.join(KINDS)}."
+            f"pictures, a picture or more, and a list of kinds of {', '.join(KINDS)}."
         )
     filters, counts = filters or Filters(), Counter() if counts is None else counts
+    if missing := set(kinds) - {kind for kind, numbers in filters.shares.items() if numbers}:
+        raise ValueError(f"shares={filters.shares} of the filters say nothing of {', '.join(sorted(missing))}.")
+    if noise is not None and not 0 <= noise < math.inf:
+        raise ValueError(f"noise={noise} is a standard deviation of pixels: give 0 or more, or None.")
     for index, row in enumerate(rows):
         rng = random.Random(f"{seed}/{index}")
         kind = kinds[index % len(kinds)]
         number = 2 if kind == "inner" else pictures
         others = rng.sample([other for other in range(len(rows)) if other != index], number - 1)
         asked = 0 if kind == "inner" else rng.randrange(number)
-        shown = [rows[other]["image"] for other in others]
-        shown.insert(asked, row["image"])
+        order = [*others[:asked], index, *others[asked:]]
+        shown = [to_rgb(open_image(rows[each]["image"], each), each) for each in order]
         seen = [*shown]
         if noise is not None:
             seen[asked] = add_noise(shown[asked], noise, rng.randrange(2**32))

@@ -1,5 +1,6 @@
 """DPO on two pairs: a better and a worse answer, and the image and its masked self under the better answer."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -45,6 +46,11 @@ class ImageMaskedDPOConfig(DPOConfig):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(known)}.")
         if not 0 < self.mask_share <= 1:
             raise ValueError(f"mask_share={self.mask_share} must be above 0 and at most 1.")
+        for name, low in (("image_weight", 0.0), ("anchor_weight", 0.0), ("anchor_offset", -math.inf)):
+            if not low <= getattr(self, name) < math.inf:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} must be a finite number{', at least 0' if not low else ''}."
+                )
         if self.ld_alpha is not None:
             raise ValueError(f"ld_alpha={self.ld_alpha} is not defined for pairs of images; leave it out.")
         plain = self.loss_type == ["sigmoid"] and self.f_divergence_type == "reverse_kl" and not self.use_weighting

@@ -29,6 +29,8 @@ class PreferenceColumns:
         batch = self.collator([{name: row[name] for name in row if name not in COLUMNS} for row in rows])
         mask = batch["completion_mask"]
         if any(value is not None for value in columns["revised"]):
+            if wrong := [value for value in columns["revised"] if value not in (None, True, False)]:
+                raise ValueError(f"revised={wrong[0]!r} must be true or false.")
             batch["revised"] = torch.tensor([bool(value) for value in columns["revised"]])
         answers = columns["chosen_weights"] + columns["rejected_weights"]
         if any(value is not None for value in answers):
