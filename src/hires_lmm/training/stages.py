@@ -94,12 +94,11 @@ class Stage:
                     f"Stage {self.name!r} has {value!r} for {name!r}; a learning rate or weight is a number of at "
                     "least 0 (in YAML with a point: 1.0e-4, as 1e-4 is a text there)."
                 )
-        budgets = (
-            self.max_image_tokens if isinstance(self.max_image_tokens, (list, tuple)) else [self.max_image_tokens]
-        )
-        if not budgets or not all(each is None or (type(each) is int and each > 0) for each in budgets):
+        given = self.max_image_tokens
+        budgets = given if isinstance(given, (list, tuple)) else [given]
+        if given is not None and not (budgets and all(type(each) is int and each > 0 for each in budgets)):
             raise ValueError(
-                f"Stage {self.name!r} has max_image_tokens={self.max_image_tokens!r}; use an integer of at least 1, a "
+                f"Stage {self.name!r} has max_image_tokens={given!r}; use an integer of at least 1, a "
                 "list of these, or None."
             )
         if self.views not in VIEWS:
