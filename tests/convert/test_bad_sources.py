@@ -70,6 +70,12 @@ def test_a_pickle_that_is_cut_off_is_named(tmp_path, size):
     refused(source, r"pytorch_model.bin")
 
 
+def test_an_empty_file_is_named_with_a_reason(tmp_path):
+    source = bare_source(tmp_path / "source")
+    (source / "pytorch_model.bin").touch()
+    refused(source, r"pytorch_model.bin is damaged or cut off: \S+")
+
+
 class Payload:
     """What unpickling must never run."""
 

@@ -33,6 +33,7 @@ from builders import (
 from hires_lmm import PRESETS
 from hires_lmm.conversion import ConversionError, compose, export, preset_processor
 from hires_lmm.conversion.cards import TEMPLATE, token_table
+from hires_lmm.conversion.compose import with_own_marks
 
 
 CARDS = Path(__file__).parents[2] / "model_cards"
@@ -56,17 +57,34 @@ def halves(tmp_path_factory):
     return root / "clip", root / "text"
 
 
+@pytest.mark.parametrize("with_tower", [False, True])
+def test_separators_are_tokens_of_the_language_model(halves, tmp_path, with_tower):
+    """Presets name them by their ids in Llama 2; in another vocabulary these are other words."""
+    towers = {"extra_towers": {"fine": halves[0]}} if with_tower else {}
+    compose(*halves, "llava_uhd", tmp_path / "uhd", **towers)
+    config = AutoConfig.from_pretrained(tmp_path / "uhd")
+    vocabulary = AutoProcessor.from_pretrained(tmp_path / "uhd").tokenizer.get_vocab()
+    assert config.connector_config.layout["order"] == ["crops", "global", *["detail"] * with_tower]
+    assert {name: each["value"] for name, each in config.connector_config.layout["separators"].items()} == {
+        "comma": [vocabulary[","]],
+        "newline": [vocabulary["Ċ"]],
+    }
+
+
+def test_the_ids_of_presets_are_those_of_llama_2():
+    llama_2 = {"<0x0A>": 13, "▁,": 1919, ",": 29892}
+    for preset in ("slime_release", "llava_uhd"):
+        assert with_own_marks({}, preset, llama_2) == {}
+    with pytest.raises(ConversionError, match="no token for the separator 'newline' of the preset 'llava_uhd'"):
+        with_own_marks({}, "llava_uhd", {",": 5})
+    assert with_own_marks({}, "llava_next", {}) == {}
+
+
 @pytest.mark.parametrize("preset", sorted(PRESETS))
 @torch.no_grad()
 def test_each_preset_is_ready_to_train(halves, tmp_path, preset):
     queries = {"part": "query_compressor", "on": "all" if preset == "monkey" else "crops", "num_queries": 4}
     changes = {"connector_config": {"view_ops": [queries]}} if preset in ("slime", "slime_release", "monkey") else {}
-    if preset == "slime_release":
-        changes["connector_config"]["layout"] = {"separators": {"separator": {"place": "between_views", "value": [9]}}}
-    if preset == "llava_uhd":
-        layout = PRESETS[preset]["connector_config"]["layout"]
-        marks = {name: {**each, "value": [9]} for name, each in layout["separators"].items()}
-        changes["connector_config"] = {"layout": {**layout, "separators": marks}}
     if preset == "mg_llava":
         tower = AutoModel.from_config(AutoConfig.for_model(**tiny_convnext()))
         randomise(tower).save_pretrained(tmp_path / "hires")

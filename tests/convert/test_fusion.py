@@ -140,8 +140,8 @@ def test_report_card_and_command(tmp_path):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"model_type": "llava"}, "describes 'llava' with"),
-        ({"fusion_name": "imghd_simple_linear"}, "with 'imghd_simple_linear'"),
+        ({"model_type": "llava"}, "has model_type='llava', "),
+        ({"fusion_name": "imghd_simple_linear"}, "fusion_name='imghd_simple_linear'; that of a released"),
         (
             {"length_que_end": 1 + len(SLOTS)},
             r"The slots need tokens up to id (\d+), but .* has \1",

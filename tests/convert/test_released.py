@@ -33,7 +33,7 @@ from golden import test_inf_llava, test_llava_mini, test_llava_uhd, test_mg_conv
 from hires_lmm import HiResLmmConfig
 from hires_lmm.cli import app
 from hires_lmm.cli_convert import RELEASED as COMMANDS
-from hires_lmm.conversion import ConversionError, convert_released, convert_to_released
+from hires_lmm.conversion import ConversionError, convert_fusion, convert_released, convert_to_released
 from hires_lmm.conversion.llava_formats import FORMATS
 
 
@@ -354,14 +354,14 @@ def test_every_format_has_its_two_commands():
 @pytest.mark.parametrize(
     "name, changes, message",
     [
-        ("mqt", {"model_type": "llama"}, "'llama' without mm_vision_tower or of another family; released MQT-LLaVA"),
+        ("mqt", {"model_type": "llama"}, "type 'llama'; released MQT-LLaVA checkpoints are of type llava_llama"),
         ("mqt", {"mm_resampler_type": "cosine"}, "unknown option 'mm_resampler_type'"),
         ("mqt", {"image_aspect_ratio": "anyres"}, "image_aspect_ratio='anyres'"),
         ("mqt", {"mm_patch_merge_type": "spatial_unpad"}, "mm_patch_merge_type='spatial_unpad'"),
         ("llava-uhd", {"mm_projector_type": "mlp2x_gelu"}, "mm_projector_type='mlp2x_gelu'"),
         ("inf-llava", {"mm_projector_type": "mlp3x_gelu"}, "the known types are identity, linear"),
         ("inf-llava", {"mm_projector_type": "mlp2x_gelu"}, r"missing +model\.mm_projector\.0\.weight"),
-        ("llava-mini", {"model_type": "llava_llama"}, "released LLaVA-Mini checkpoints are llava_mini_llama"),
+        ("llava-mini", {"model_type": "llava_llama"}, "released LLaVA-Mini checkpoints are of type llava_mini_llama"),
         ("llava-mini", {"resolution_ratio": 2}, "resolution_ratio=2 .* squares each block"),
         ("llava-mini", {"compressor_size": "1"}, "compressor_size='1'"),
         ("llava-mini", {"compressor_size": 2}, r"mis-shaped +model\.connector\.view_ops\.0\.queries"),
@@ -384,6 +384,30 @@ def test_unknown_and_missing_keys_are_refused_by_name(tmp_path, name):
     with pytest.raises(ConversionError) as error:
         convert_released(name, folder, tmp_path / "out")
     assert "model.image_newline" in str(error.value) and lost in str(error.value)
+    assert leftovers(tmp_path) == []
+
+
+def test_a_checkpoint_of_another_format_is_refused_by_what_it_is(converted, tmp_path):
+    with pytest.raises(ConversionError, match="type 'hires_lmm' without mm_vision_tower; released MQT-LLaVA"):
+        convert_released("mqt", converted["mqt"], tmp_path / "out")
+    with pytest.raises(
+        ConversionError, match=r"config\.json has model_type='hires_lmm', imgque_config\.model_type=None"
+    ):
+        convert_fusion(converted["mqt"], tmp_path / "out")
+    with pytest.raises(ConversionError, match="The format of LLaVA-UHD v1 for this model cannot be used"):
+        convert_to_released("llava-uhd", converted["mqt"], tmp_path / "out")
+    assert leftovers(tmp_path) == []
+
+
+def test_folders_in_the_wrong_place_are_named(tmp_path):
+    files = write_mg(tmp_path / "released")
+    source = files.pop("source")
+    for swap, message in (
+        ({"extra_tower": files["vision_config"]}, "clip is a clip_vision_model, no ConvNeXt; pass one as extra_tower"),
+        ({"base": files["vision_config"]}, "clip has no tokenizer; pass the whole language model as base"),
+    ):
+        with pytest.raises(ConversionError, match=message):
+            convert_released("mg-llava", source, tmp_path / "out", **{**files, **swap})
     assert leftovers(tmp_path) == []
 
 

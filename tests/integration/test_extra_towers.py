@@ -218,6 +218,7 @@ def test_a_checkpoint_exports_with_every_tower(tmp_path):
         ({"a.b": "clip"}, "extra_towers has the name 'a.b'"),
         ({"vision_tower": "clip"}, "extra_towers has the name 'vision_tower'"),
         ({"fine": {"hidden_size": 8}}, "extra_towers.fine has no model_type"),
+        ({"fine": 7}, "extra_towers.fine=7 is no configuration"),
         ({"fine": {"model_type": "clip_vision_model", "image_size": 0}}, "extra_towers.fine.image_size=0"),
         ({"fine": "clip", "wide": "siglip"}, "Tokens of the views 'detail' come from two towers"),
     ],

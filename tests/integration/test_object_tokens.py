@@ -127,6 +127,33 @@ def test_a_padded_picture_has_its_boxes_where_the_tower_sees_them():
     torch.testing.assert_close(token, same, atol=0.1, rtol=0.1)  # the picture was resized in another place
 
 
+@pytest.mark.parametrize("views", ["global", "all", "crops"])
+def test_a_box_outside_of_the_middle_square_is_refused_and_one_across_its_edge_is_cut(views):
+    """`square="crop"` takes rows 25 to 125 of 150: what shows nothing of a box has no token to give."""
+    _, processor = parts(planner={"name": "multiple", "square": "crop", "views": views})
+
+    def ask_for(box):
+        return make_batch(processor, [(TEXT, [random_image(150, 100)])], image_boxes=[[box]])["image_boxes"]
+
+    assert ask_for([0, 10, 75, 50]).tolist() == [[[0, 6554, 32768, 32768]]]
+    for box in ([0, 0, 25, 100], [125, 0, 150, 100]):
+        with pytest.raises(ValueError, match=r"the model sees \(top 25, left 0, bottom 125, right 100\) alone"):
+            ask_for(box)
+        with pytest.raises(ValueError, match="the model sees"):
+            processor.image_processor.count_images([(150, 100)], image_boxes=[[box]])
+
+
+def test_boxes_in_any_number_format_are_the_same_boxes(model_and_processor):
+    _, processor = model_and_processor
+
+    def ask_for(boxes):
+        return make_batch(processor, [(TEXT, [random_image(90, 60)])], image_boxes=[boxes])["image_boxes"].tolist()
+
+    boxes = torch.tensor([[1, 2, 30, 40]])
+    for dtype in (torch.uint8, torch.float16, torch.bfloat16, torch.float64):
+        assert ask_for(boxes.to(dtype)) == ask_for(boxes.tolist())
+
+
 def test_a_mask_is_the_box_around_it(model_and_processor):
     processor = model_and_processor[1]
     masks = np.zeros((2, 90, 60), dtype=bool)
@@ -271,7 +298,12 @@ def test_boxes_are_a_column_of_the_data_and_train_their_adapter(tmp_path):
         ([[0, 0, 9, 9]], r"not an array of the shape \(4,\)"),
         ([np.ones((1, 60, 90))], r"masks \(objects, 90, 60\), not an array of the shape \(1, 60, 90\)"),
         ([np.zeros((1, 90, 60))], "mask 0 is empty"),
+        ([np.full((1, 90, 60), np.nan)], "mask 0 is empty or not a number"),
         ([["cat"]], "no array of numbers"),
+        ([["1234"]], "no array of numbers"),
+        ([np.array([[0, 0, 9j, 9]])], "no array of numbers .of the type complex128"),
+        ([7], r"image 0: .*not an array of the shape \(\)"),
+        ([torch.tensor(7)], r"image 0: .*not an array of the shape \(\)"),
         ([[[0, 0, 9, 9]], []], "image_boxes holds 2 entries for 1 images"),
         (7, "image_boxes holds 7 for 1 images"),
     ],

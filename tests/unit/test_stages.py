@@ -123,6 +123,14 @@ def test_a_tied_head_is_trained_with_the_embeddings():
         ({"views": "local"}, "views='local'"),
         ({"loss_weights": {"language": 1.0}}, "unknown loss 'language'"),
         ({"alternation": Alternation([["a"], ["b"]])}, "alternates 'a'"),
+        ({"trainable": {"connector": "1e-4"}}, r"has '1e-4' for 'connector'; .*in YAML with a point: 1\.0e-4"),
+        ({"trainable": {"connector": -1e-4}}, "has -0.0001 for 'connector'"),
+        ({"trainable": {"connector": float("nan")}}, "has nan for 'connector'"),
+        ({"loss_weights": {"generation": "1e-1"}}, "has '1e-1' for 'generation'"),
+        ({"max_image_tokens": 0}, "max_image_tokens=0; use an integer of at least 1"),
+        ({"max_image_tokens": [None]}, r"max_image_tokens=\[None\]"),
+        ({"max_image_tokens": []}, r"max_image_tokens=\[\]"),
+        ({"max_image_tokens": [4, "8"]}, r"max_image_tokens=\[4, '8'\]"),
     ],
 )
 def test_contradictory_stages_are_refused(changes, message):

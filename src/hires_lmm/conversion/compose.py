@@ -29,6 +29,9 @@ VISION = "vision."
 EXTRA = "extra_towers."
 """The same for the extra towers, with the name of each behind it."""
 
+MARKS = {13: ("<0x0A>", "Ċ", "\n"), 1919: ("▁,", ","), 29892: (",",)}
+"""The ids of Llama 2 that presets put between views, and what vocabularies call these tokens."""
+
 RULES: list[Rule] = [
     Unused("model.layers.{}.self_attn.rotary_emb.inv_freq"),
     Rename("model.**", "model.language_model.**"),
@@ -100,6 +103,9 @@ def read_pair(
     for name, folder in extra.items():
         seen |= {f"{EXTRA}{name}.{key}": entry for key, entry in tower_entries(folder).items()}
     configs = {name: tower_config(read_json(folder / "config.json"), folder.name) for name, folder in extra.items()}
+    settings = with_extra_towers(changes, configs, preset)
+    if "layout" not in (changes.get("connector_config") or {}):
+        settings = with_own_marks(settings, preset, tokenizer.get_vocab())
     is_tied = text_config.tie_word_embeddings or changes.get("tie_word_embeddings", False)
     return Source(
         format="compose",
@@ -110,7 +116,7 @@ def read_pair(
         rules=[Unused("lm_head.weight"), *RULES] if is_tied else RULES,
         vision_config=vision_config,
         text_config=text_config,
-        settings=with_extra_towers(changes, configs, preset),
+        settings=settings,
         preset=preset,
         dtype=common_dtype(words, text_config.dtype),
         one_dtype=True,
@@ -145,6 +151,25 @@ def with_extra_towers(changes: dict, configs: dict[str, Any], preset: str) -> di
     adapters = {**{name: {"part": "mlp"} for name in others}, **(connector.get("tower_adapters") or {})}
     towers = {name: config.to_dict() for name, config in configs.items()}
     return {**changes, "extra_towers": towers, "connector_config": {**connector, "tower_adapters": adapters}}
+
+
+def with_own_marks(settings: dict, preset: str, vocabulary: dict[str, int]) -> dict:
+    """The settings of a preset, the tokens that it puts between views being those of the language model."""
+    connector = settings.get("connector_config") or {}
+    layout = connector.get("layout") or PRESETS.get(preset, {}).get("connector_config", {}).get("layout", {})
+    separators = {}
+    for name, each in layout.get("separators", {}).items():
+        names = [MARKS[token] for token in each.get("value", [])]
+        found = [[vocabulary[word] for word in words if word in vocabulary] for words in names]
+        if not all(found):
+            raise ConversionError(
+                f"The tokenizer has no token for the separator {name!r} of the preset {preset!r} (one of {names}); "
+                "pass connector_config with a layout whose separators have ids of yours, or none."
+            )
+        separators[name] = {**each, "value": [ids[0] for ids in found]} if found else each
+    if separators == layout.get("separators", {}):
+        return settings
+    return {**settings, "connector_config": {**connector, "layout": {**layout, "separators": separators}}}
 
 
 def new_connector(config: Any) -> Entries:

@@ -71,5 +71,5 @@ def parse_dtype(value: Any) -> torch.dtype | None:
         return value
     dtype = torch.__dict__.get(str(value).removeprefix("torch."))
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ConversionError(f"dtype={value!r} is none; use float32, bfloat16 or float16.")
+        raise ConversionError(f"dtype={value!r} is unknown; use float32, bfloat16 or float16.")
     return dtype

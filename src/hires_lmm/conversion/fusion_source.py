@@ -56,9 +56,10 @@ def read_released(folder: Path) -> Released:
     inner = values.get("imgque_config") or {}
     found = (values.get("model_type"), inner.get("model_type"), values.get("fusion_name"))
     if found != (RELEASED_TYPE, INNER_TYPE, FUSION_NAME):
+        text = "model_type={!r}, imgque_config.model_type={!r}, fusion_name={!r}"
         raise ConversionError(
-            f"config.json describes {' with '.join(map(repr, found))}; released fusion checkpoints are "
-            f"{RELEASED_TYPE!r} with {INNER_TYPE!r} with {FUSION_NAME!r}."
+            f"config.json has {text.format(*found)}; that of a released fusion checkpoint has "
+            f"{text.format(RELEASED_TYPE, INNER_TYPE, FUSION_NAME)}."
         )
     absent = [name for name in ("length_que_end", "llm_config") if not values.get(name)]
     absent += [name for name in ("vision_config",) if not inner.get(name)]

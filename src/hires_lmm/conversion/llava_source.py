@@ -53,9 +53,11 @@ def read_llava(
     folder = resolve_folder(source, "The source")
     config = read_json(folder / "config.json")
     if config.get("model_type") not in form.model_types or form.marker not in config:
+        lack = "" if form.marker in config else f" without {form.marker}"
         raise ConversionError(
-            f"config.json describes a model of type {config.get('model_type')!r} without {form.marker} or of another "
-            f"family; released {form.title} checkpoints are {' or '.join(form.model_types)}."
+            f"config.json describes a model of type {config.get('model_type')!r}{lack}; released {form.title} "
+            f"checkpoints are of type {' or '.join(form.model_types)} and have {form.marker}. Name the format that it "
+            "has."
         )
     options, text_config = form.options.read(config), text_config_of(config, "llama")
     settings = form.settings(options, text_config)

@@ -107,7 +107,7 @@ def read_mg_llava(source: str | Path, names: dict[str, Any], chat_template: str 
     entries |= {f"visual_encoder_aux.{TOWER}.{key}": entry for key, entry in second_entries.items()}
     tokenizer = load_tokenizer(language)
     if tokenizer is None:
-        raise ConversionError(f"{language.name} has no tokenizer.")
+        raise ConversionError(f"{language.name} has no tokenizer; pass the whole language model as base.")
     stats = image_stats_of(tower) or known_stats("clip_vision_model") or {}
     return Source(
         format="mg-llava",

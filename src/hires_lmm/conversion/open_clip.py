@@ -15,7 +15,7 @@ from .errors import ConversionError, problem_table
 from .keys import Rename, Rule
 from .mapping import map_forward
 from .tensors import Entries, entry_of, file_entries, read_json
-from .towers import tower_config, tower_entries
+from .towers import CONVOLUTIONAL, tower_config, tower_entries
 
 
 FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
@@ -47,6 +47,8 @@ def read_convnext(folder: Path, side: int) -> tuple[Any, Entries]:
     path = next((folder / name for name in FILES if (folder / name).is_file()), None)
     if path is None:
         config = tower_config(read_json(folder / "config.json"), folder.name)
+        if config.model_type not in CONVOLUTIONAL:
+            raise ConversionError(f"{folder.name} is a {config.model_type}, no ConvNeXt; pass one as extra_tower.")
         config.image_size = side
         return config, tower_entries(folder)
     trunk = {key.removeprefix(TRUNK): e for key, e in file_entries(path).items() if key.startswith(TRUNK)}

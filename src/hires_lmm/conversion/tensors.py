@@ -184,7 +184,8 @@ def _load_pickle(path: Path) -> dict[str, torch.Tensor]:
             "further. Get the checkpoint as safetensors, or from a source you trust."
         ) from error
     except Exception as error:  # torch's reader of pickles lets any type pass
-        raise ConversionError(f"{path.name} is damaged or cut off: {str(error).partition(chr(10))[0]}") from error
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise ConversionError(f"{path.name} is damaged or cut off: {reason}") from error
     if path.suffix == ".pth" and isinstance(loaded, dict):  # as trainers of OpenMMLab save
         loaded = loaded.get("state_dict", loaded)
     if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):

@@ -102,7 +102,7 @@ def _options(form: LlavaFormat, config: Any, earlier: dict) -> dict:
             f"The released {form.title} code has no counterpart to the adapter "
             f"{config.connector_config.adapter['part']!r}."
         )
-    with readable(f"As a {form.title} model this one"):
+    with readable(f"The format of {form.title} for this model"):
         settings = form.settings(form.options.read(options), config.text_config)
         halves = {"vision_config": config.vision_config, "text_config": config.text_config}
         values = {**halves, **settings, "image_token_id": config.image_token_id}

@@ -371,6 +371,8 @@ class HiResLmmConfig(HiResLmmOwnPartsMixin, PreTrainedConfig):
                 )
             if isinstance(tower, dict) and "model_type" not in tower:
                 raise ValueError(f"extra_towers.{name} has no model_type, such as 'clip_vision_model'; add it.")
+            if not isinstance(tower, (dict, PreTrainedConfig)):
+                raise ValueError(f"extra_towers.{name}={tower!r} is no configuration; pass a dict with a model_type.")
         towers = {
             name: AutoConfig.for_model(**tower) if isinstance(tower, dict) else tower
             for name, tower in (self.extra_towers or {}).items()

@@ -253,7 +253,7 @@ class HiResLmmImageProcessor(HiResLmmOwnPartsMixin, PilBackend):
             for index, source in enumerate(sources)
         ]
         plans = [settings.planner(picture.height, picture.width, settings.limits) for picture in pictures]
-        boxes = read_objects(kwargs.get("image_boxes"), [plan.size for plan in plans])
+        boxes = read_objects(kwargs.get("image_boxes"), plans)
         counts = self._count(plans, settings, images, list(map(len, boxes)))
         _check_views(plans)
         pictures = [square(*own, settings, index) for index, own in enumerate(zip(pictures, plans, strict=True))]
@@ -313,7 +313,7 @@ class HiResLmmImageProcessor(HiResLmmOwnPartsMixin, PilBackend):
         settings = self._settings(kwargs)
         plans = [settings.planner(height, width, settings.limits) for height, width in image_sizes]
         if num_objects is None:
-            num_objects = list(map(len, read_objects(kwargs.get("image_boxes"), [plan.size for plan in plans])))
+            num_objects = list(map(len, read_objects(kwargs.get("image_boxes"), plans)))
         counts = self._count(plans, settings, list(range(len(plans))), num_objects)
         return counts, [len(plan.views) for plan in plans]
 

@@ -1,5 +1,6 @@
 """Stages of training: which parts learn, at which rate, on which views, and the parameters that this means."""
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -87,6 +88,19 @@ class Stage:
             object.__setattr__(self, "alternation", Alternation(**self.alternation))
         if not self.trainable:
             raise ValueError(f"Stage {self.name!r} trains nothing; name parts and learning rates in trainable.")
+        for name, value in [*self.trainable.items(), *self.loss_weights.items()]:
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+                raise ValueError(
+                    f"Stage {self.name!r} has {value!r} for {name!r}; a learning rate or weight is a number of at "
+                    "least 0 (in YAML with a point: 1.0e-4, as 1e-4 is a text there)."
+                )
+        given = self.max_image_tokens
+        budgets = given if isinstance(given, (list, tuple)) else [given]
+        if given is not None and not (budgets and all(type(each) is int and each > 0 for each in budgets)):
+            raise ValueError(
+                f"Stage {self.name!r} has max_image_tokens={given!r}; use an integer of at least 1, a "
+                "list of these, or None."
+            )
         if self.views not in VIEWS:
             raise ValueError(f"Stage {self.name!r} has views={self.views!r}; use one of {', '.join(VIEWS)}.")
         unknown = [loss for loss in self.loss_weights if loss not in (GENERATION, *OBJECTIVES)]
