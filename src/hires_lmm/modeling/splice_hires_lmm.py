@@ -107,7 +107,7 @@ def find_placeholders(
 ) -> torch.Tensor:
     """Where the image placeholders are, `(B, S)` bool, in the prompt; without ids embeddings are compared."""
     if ids is None:
-        token = torch.full((), token_id, dtype=torch.long, device=embeds.device)
+        token = torch.full((1,), token_id, dtype=torch.long, device=embeds.device)
         mask = (embeds == embed(token)).all(dim=-1)
     else:
         mask = ids == token_id
