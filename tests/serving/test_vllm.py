@@ -121,9 +121,16 @@ def test_a_preset_answers_as_in_transformers_under_a_budget(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("tiny", ["fusion"], indirect=True)
-def test_fusion_answers_as_in_transformers_with_the_plugin(tiny, tmp_path):
+def test_fusion_answers_as_in_transformers_with_the_plugin_and_refuses_a_second_turn(tiny, tmp_path):
     folder, requests, _ = tiny
-    assert serve(folder, requests, tmp_path / "run", TOKENS, ignore_eos=True) == expected(folder, requests, TOKENS)
+    wanted = expected(folder, requests, TOKENS)
+    processor = AutoProcessor.from_pretrained(folder)
+    turns = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "where is it"}]}]
+    turns += [{"role": "assistant", "content": "here"}, {"role": "user", "content": "and now"}]
+    again = {**requests[0], "text": processor.apply_chat_template(turns, add_generation_prompt=True)}
+    spec = {"ignore_eos": True, "one_by_one": True}
+    given = serve(folder, [*requests, again], tmp_path / "run", TOKENS, **spec)
+    assert given[:-1] == wanted and "Fusion reads one turn" in given[-1]
 
 
 REFUSED = {

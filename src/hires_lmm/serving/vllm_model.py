@@ -18,6 +18,7 @@ from vllm.multimodal.parse import ImageSize
 from ..modeling.question_hires_lmm import PromptText, build_question
 from ..modeling.serving_hires_lmm import PLUGIN_FLAG
 from ..processing.geometry_hires_lmm import Column
+from ..processing.messages_hires_lmm import QUERY_TOKEN
 
 
 ROUTING_IDS = "routing_ids"
@@ -56,6 +57,10 @@ class Processor(MultiModalProcessor):
 
     def _questions(self, prompt: list[int], number: int) -> list[list[int]]:
         """Ids of the text that each image is routed by, as the model itself finds it."""
+        if QUERY_TOKEN in self.info.get_tokenizer().decode(prompt):
+            raise ValueError(
+                "Fusion reads one turn in vLLM; send the question about the image without a history."
+            )
         config, ids = self.info.get_hf_config(), torch.tensor([prompt])
         placeholder = ids == config.image_token_id
         if int(placeholder.sum()) != number:
