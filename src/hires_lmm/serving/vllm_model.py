@@ -58,9 +58,7 @@ class Processor(MultiModalProcessor):
     def _questions(self, prompt: list[int], number: int) -> list[list[int]]:
         """Ids of the text that each image is routed by, as the model itself finds it."""
         if QUERY_TOKEN in self.info.get_tokenizer().decode(prompt):
-            raise ValueError(
-                "Fusion reads one turn in vLLM; send the question about the image without a history."
-            )
+            raise ValueError("Fusion reads one turn in vLLM; send the question about the image without a history.")
         config, ids = self.info.get_hf_config(), torch.tensor([prompt])
         placeholder = ids == config.image_token_id
         if int(placeholder.sum()) != number:
