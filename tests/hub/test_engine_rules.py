@@ -8,6 +8,7 @@ from transformers.utils.chat_template_utils import _compile_jinja_template
 from builders.reload import CHANGES
 from builders.tiny import random_image, tiny_config, tiny_model, tiny_processor
 from hires_lmm.conversion.fusion_template import LLAMA2_VISION
+from hires_lmm.conversion.llava_templates import LLAMA3_VICUNA, LLAMA31_MINI
 from hires_lmm.modeling.serving_hires_lmm import PLUGIN_FLAG, check_engine
 from hires_lmm.processing.chat_templates_hires_lmm import CHAT_TEMPLATES
 from hires_lmm.processing.geometry_hires_lmm import Column
@@ -59,6 +60,8 @@ def test_a_budget_that_the_question_decides_is_refused_where_the_question_is_not
         processor(text="<image>", max_image_tokens=22, **asked)
     with pytest.raises(ValueError, match=r"max_image_tokens=22 keeps"):
         processor(text="<image>", images_kwargs={"max_image_tokens": 22}, **asked)
+    with pytest.raises(ValueError, match="text must be a string"):
+        processor(text=[None], max_image_tokens=22, **asked)
     processor(text="<image>", **asked)
     processor(text=f"<image>{QUESTION}", max_image_tokens=22, **asked)
     processor.hears_question = True
@@ -106,7 +109,7 @@ def test_with_the_plugin_fusion_loads_and_a_threshold_warns(caplog):
     assert "a threshold keeps all of them" in caplog.text
 
 
-@pytest.mark.parametrize("template", [*CHAT_TEMPLATES.values(), LLAMA2_VISION])
+@pytest.mark.parametrize("template", [*CHAT_TEMPLATES.values(), LLAMA2_VISION, LLAMA3_VICUNA, LLAMA31_MINI])
 def test_an_engine_sees_that_templates_take_parts(template):
     """vLLM looks for a loop over a macro's own parameter, and else gives messages as one string."""
     tree = _compile_jinja_template(template).environment.parse(template)

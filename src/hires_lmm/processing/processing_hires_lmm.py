@@ -197,7 +197,7 @@ class HiResLmmProcessor(HiResLmmProcessorBase):
         given = {**options, **options.get("images_kwargs", {})}.get("max_image_tokens")
         given = self.image_processor.max_image_tokens if given is None else given
         samples = [text] if isinstance(text, str) else text or []
-        is_shown = any(sample.replace(self.image_token, "").strip() for sample in samples)
+        is_shown = any(str(sample).replace(self.image_token, "").strip() for sample in samples)
         if given is not None and not is_shown and (layout.get("budget") or {}).get("reads_question"):
             raise ValueError(
                 f"max_image_tokens={given!r} keeps what the question asks about, and this engine does not show the "
