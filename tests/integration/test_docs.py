@@ -74,6 +74,12 @@ def test_tables_are_current(tables, capsys):
     assert tables.main(["--check"]) == 0, f"run: python scripts/doc_tables.py ({capsys.readouterr().out})"
 
 
+def test_the_api_reference_shows_every_part():
+    page = (ROOT / "docs" / "api" / "parts.md").read_text(encoding="utf-8")
+    parts = [*VIEW_OPS.values(), *ADAPTERS.values(), *TOKEN_OPS.values(), *LAYER_OPS.values()]
+    assert [part for part in parts if f"::: {part.__module__}\n" not in page] == []
+
+
 def test_every_part_has_a_row_in_the_docs():
     text = "\n".join((ROOT / "docs" / page).read_text(encoding="utf-8") for page in ("parts.md", "presets.md"))
     rows = set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE))
