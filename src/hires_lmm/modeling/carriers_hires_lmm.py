@@ -1,6 +1,5 @@
 """What travels through the model: geometry of images, groups of views, visual tokens, and the question."""
 
-from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -163,9 +162,8 @@ class ViewFeatures:
 
     def counts(self, group: ViewGroup) -> list[int]:
         """How many views of a group each image has, in order, and behind them how many are idle."""
-        starts = [image.first_view for image in self.images]
-        owners = [bisect_right(starts, row) - 1 for row in group.rows]
-        return [*map(owners.count, range(len(starts))), len(group.features) - len(owners)]
+        own = [sum(0 <= row - image.first_view < len(image.views) for row in group.rows) for image in self.images]
+        return [*own, len(group.features) - len(group.rows)]
 
     def map(self, on: Any, function: Callable[[ViewGroup], ViewGroup]) -> "ViewFeatures":
         """Change the groups of the main tower that `on` names."""
