@@ -17,6 +17,7 @@ from transformers.utils import (
 )
 from transformers.video_utils import load_video
 
+from .geometry_hires_lmm import spread_evenly
 from .image_input_hires_lmm import flatten_images, to_rgb
 
 
@@ -50,18 +51,10 @@ def sample_segments(total: int, number: int, first: int = 0, last: int | None = 
     return [int(first + step / 2 + round(step * place)) for place in range(number)]
 
 
-def sample_linspace(total: int, number: int) -> list[int]:
-    """Numbers from 0 to `total` - 1 at equal distances, in float32, rounded half to even.
-
-    Source: tingyu215/TS-LLaVA at 03cdeae.
-    """
-    return torch.linspace(0, total - 1, number, dtype=torch.float32).round().long().tolist()
-
-
 FRAME_SAMPLERS: dict[str, Callable[[int, int], list[int]]] = {
     "uniform": sample_uniform,
     "segments": sample_segments,
-    "linspace": sample_linspace,
+    "linspace": spread_evenly,  # as TS-LLaVA
 }
 
 
