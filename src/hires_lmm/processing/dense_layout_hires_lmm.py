@@ -105,7 +105,7 @@ def pack_samples(data: dict[str, np.ndarray], counts: list[int]) -> dict[str, np
     starts = np.cumsum(data["view_positions"][:, Column.STARTS_IMAGE])
     is_whole = np.isin(data["view_positions"][:, Column.KIND], WHOLE_KINDS)
     sample_of = np.repeat(np.arange(len(counts)), counts)
-    samples = {name: sample_of[starts[is_whole] - 1] for name in names[1:]}
+    samples = dict.fromkeys(names[1:], sample_of[starts[is_whole] - 1])
     samples["pixel_values"] = sample_of[starts - 1]
     rows = [
         [(name, row) for name in names for row in np.flatnonzero(samples[name] == own)] for own in range(len(counts))

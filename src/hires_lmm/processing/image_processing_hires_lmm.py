@@ -20,6 +20,7 @@ from transformers.processing_utils import ImagesKwargs, Unpack
 
 from .compat_hires_lmm import warn_if_untested
 from .dense_layout_hires_lmm import CROP_TO_PATCHES, pack_samples, refuse_boxes, require_samples
+from .frame_sampling_hires_lmm import Sampling
 from .image_boxes_hires_lmm import check_objects, read_objects, write_objects
 from .image_input_hires_lmm import (
     DEFAULT_PIXEL_LIMIT,
@@ -33,7 +34,7 @@ from .own_parts_hires_lmm import HiResLmmOwnPartsMixin, as_name, map_planner, pa
 from .planners_hires_lmm import Planner, find_planner, find_video_planner
 from .rendering_hires_lmm import draw_extra, render, scale_and_shift, squared
 from .token_layout_hires_lmm import TokenLayout, apply_budget, check_frames, count_tokens, min_budget
-from .video_input_hires_lmm import Frames, Sampling, Video, open_video
+from .video_input_hires_lmm import Frames, Video, flatten_videos, open_video
 from .view_plans_hires_lmm import PlannerLimits, ViewPlan, check_count
 
 
@@ -234,6 +235,21 @@ class HiResLmmImageProcessor(HiResLmmOwnPartsMixin, PilBackend):
         """Open paths, URLs, base64 texts and bytes in a (nested) list; images and arrays are passed on."""
         flatten_images(images)  # refuses what is nested too deeply
         return self._fetch(images, [0])
+
+    def open_videos(self, videos: Any, **kwargs: Unpack[HiResLmmImageProcessorKwargs]) -> list[Frames]:
+        """Read videos and take their frames as a call does, which takes what this returns for the videos.
+
+        Args:
+            videos: One video or a (nested) list: frames, an array, a path, a URL.
+            kwargs: Options as in a call.
+
+        Raises:
+            ValueError: If one cannot be read; the message names its index.
+            ImportError: If no decoder of files is installed.
+        """
+        settings = self._settings(kwargs)
+        found = enumerate(flatten_videos(videos))
+        return [open_video(video, index, settings.sampling, settings) for index, video in found]
 
     def preprocess(self, images: ImageInput, **kwargs: Unpack[HiResLmmImageProcessorKwargs]) -> BatchFeature:
         """Cut images and videos into views.
