@@ -6,7 +6,6 @@ Stands in `processing/` and, as a link, in `modeling/`.
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import count
 from typing import Literal, NamedTuple
 
 from huggingface_hub.dataclasses import strict
@@ -299,13 +298,14 @@ def _sampled(
         return blocks
     runs = [piece for _, block in blocks for piece in block if isinstance(piece, Run)]
     chosen = set(spread_evenly(sum(run.stop - run.start for run in runs), number))
-    at, found = count(), []
+    at, found = 0, []
     for before, block in blocks:
         left: list[Run | Mark] = []
         for piece in block:
             if isinstance(piece, Run):
-                cols = [col for col in range(piece.start, piece.stop) if next(at) in chosen]
+                cols = [col for col in range(piece.start, piece.stop) if at + col - piece.start in chosen]
                 left += [piece._replace(start=col, stop=col + 1) for col in cols]
+                at += piece.stop - piece.start
             else:
                 left.append(piece)
         found.append((before, left))
