@@ -33,7 +33,7 @@ SMALL = {
     "num_heads": 2,
     "pool": [2, 3],
     "shape": [3, 2, 3],
-    "query_width": 6,
+    "query_width": 16,
     "number": 7,
     "token_id": plain_tokenizer()(QUESTION).input_ids[1],
 }

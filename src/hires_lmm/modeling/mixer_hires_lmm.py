@@ -112,7 +112,8 @@ class HiResLmmTowerMixer(HiResLmmViewOp):
         if self.options.weights == "scalar":
             return self.logits.softmax(dim=0).expand(len(tokens), -1).to(tokens.dtype)
         keys = self.k_proj(tokens.mean(dim=2))
-        return (keys @ self.q_proj(self.query) * self.options.query_width**-0.5).softmax(dim=-1)
+        products = (keys * self.q_proj(self.query.expand(len(tokens), -1))).sum(dim=-1)
+        return (products * self.options.query_width**-0.5).softmax(dim=-1)
 
     @staticmethod
     def mix(tokens: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
