@@ -156,7 +156,7 @@ class Arrangement:
     many tokens as the budget leaves, from the first on."""
 
     def __init__(self, layout: LayoutOptions, grids: Mapping[int, Grid], elastic: Sequence[int] = ()):
-        self.separators = list(layout.parts().values())
+        self.separators, self.order = list(layout.parts().values()), layout.order
         self.kinds = [kind for kind in kinds_on(layout.order) if kind in grids]
         self.grids, self.elastic, self.is_raster = grids, tuple(elastic), layout.crop_order == "raster"
         self._at = {
