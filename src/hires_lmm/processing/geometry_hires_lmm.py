@@ -176,9 +176,8 @@ def spread_evenly(total: int, number: int) -> list[int]:
         return list(range(min(number, total)))
     step, half = _single(_single(total - 1) / (number - 1)), number // 2
     low = [_single(step * place) for place in range(half)]
-    return [
-        round(value) for value in low + [_single(total - 1 - step * place) for place in range(number - half)][::-1]
-    ]
+    high = [_single(total - 1 - step * place) for place in range(number - half)]
+    return [round(value) for value in [*low, *reversed(high)]]
 
 
 def _single(value: float) -> float:

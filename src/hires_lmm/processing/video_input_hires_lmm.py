@@ -99,6 +99,20 @@ def _describe(value: Any) -> str:
     return f"{type(value).__name__} of {value.ndim} dimensions" if _is_array(value) else type(value).__name__
 
 
+def holds_videos(images: Any) -> bool:
+    """Whether there are videos among images."""
+    return any(isinstance(source, Video) for source in flatten_images(images))
+
+
+def count_videos(videos: Any) -> list[int] | None:
+    """Videos of each sample where they come as one list a sample, else None."""
+    if not isinstance(videos, (list, tuple)) or is_one_video(videos):
+        return None
+    if not all(own is None or (isinstance(own, (list, tuple)) and not is_one_video(own)) for own in videos):
+        return None
+    return [len(flatten_videos(own)) for own in videos]
+
+
 def merge_videos(images: Any, text: Any, videos: Any, tokens: tuple[str, str]) -> tuple[Any, int, int]:
     """Images and videos of a call in one list: in the order in which their `tokens` stand in the texts, a list a
     text; without texts images first. What one of the two kinds has too much stands behind.
