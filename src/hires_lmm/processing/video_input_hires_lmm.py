@@ -158,13 +158,14 @@ def open_video(video: Video, index: int, sampling: Sampling, settings: Any) -> F
         if not len(frames):
             raise ValueError(f"Video {index} has no frames; pass at least one.")
         frames = _select(frames, sampling.choose(len(frames)))
-    unit_floats = settings.do_rescale and _are_unit(frames, index)
+    is_bright = _exceeds_one(frames, index)
+    options = (settings.background, settings.pixel_limit, settings.input_data_format, settings.do_rescale)
 
     def convert(number: int, frame: Any) -> Image.Image:
+        if is_bright and _is_float(frame) and bool(((frame >= 0) & (frame <= 1)).all()):
+            frame = torch.as_tensor(frame).round().to(torch.uint8)  # alone it would be taken for [0, 1]
         try:
-            picture = to_rgb(
-                frame, number, settings.background, settings.pixel_limit, settings.input_data_format, unit_floats
-            )
+            picture = to_rgb(frame, number, *options)
         except ValueError as error:
             raise ValueError(f"Video {index}, frames counted as images: {error}") from error
         if size and (picture.height, picture.width) != size[0]:
@@ -185,13 +186,17 @@ def _select(frames: Any, chosen: list[int]) -> Any:
     return frames if len(chosen) == len(frames) else [frames[number] for number in chosen]
 
 
-def _are_unit(frames: Any, index: int) -> bool:
-    """Whether floats of a video are in [0, 1]: told by all its frames, or a dark one would become a bright one."""
-    arrays = [frame for frame in frames if _is_array(frame) and 0 not in frame.shape]
-    wide = [a for a in arrays if "float" not in str(a.dtype) and not str(a.dtype).endswith(("int8", "bool"))]
-    if any(bool((frame > 255).any()) for frame in wide):
+def _is_float(frame: Any) -> bool:
+    return _is_array(frame) and "float" in str(frame.dtype)
+
+
+def _exceeds_one(frames: Any, index: int) -> bool:
+    """Whether floats of a video are in [0, 255]: told by all its frames. Integers beyond are refused."""
+    arrays = [frame for frame in frames if _is_array(frame)]
+    wide = [a for a in arrays if "int" in str(a.dtype) and not str(a.dtype).endswith("int8")]
+    if any(bool((a > 255).any()) for a in wide):
         raise ValueError(f"Video {index} is of {wide[0].dtype} with values above 255; scale it to 8 bits (uint8).")
-    return all(bool((frame <= 1).all()) for frame in arrays if "float" in str(frame.dtype))
+    return any(bool((a > 1).any()) for a in arrays if _is_float(a))
 
 
 class _Wanted(list):
