@@ -12,7 +12,7 @@ from builders.docs import ROOT, read_blocks, run_page
 from hires_lmm import PRESETS
 from hires_lmm.accounting import PRESET_SETTINGS
 from hires_lmm.modeling.parts_hires_lmm import ADAPTERS, LAYER_OPS, TOKEN_OPS, VIEW_OPS
-from hires_lmm.processing.planners_hires_lmm import PLANNERS
+from hires_lmm.processing.planners_hires_lmm import PLANNERS, VIDEO_PLANNERS
 
 
 PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -81,9 +81,11 @@ def test_the_api_reference_shows_every_part():
 
 
 def test_every_part_has_a_row_in_the_docs():
-    text = "\n".join((ROOT / "docs" / page).read_text(encoding="utf-8") for page in ("parts.md", "presets.md"))
+    text = "\n".join(
+        (ROOT / "docs" / page).read_text(encoding="utf-8") for page in ("parts.md", "presets.md", "video.md")
+    )
     rows = set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE))
-    names = {*PRESETS, *PLANNERS, *VIEW_OPS, *ADAPTERS, *TOKEN_OPS, *LAYER_OPS}
+    names = {*PRESETS, *PLANNERS, *VIDEO_PLANNERS, *VIEW_OPS, *ADAPTERS, *TOKEN_OPS, *LAYER_OPS}
     assert names <= rows, f"docs/parts.md and docs/presets.md have no row for {sorted(names - rows)}"
 
 
