@@ -249,7 +249,7 @@ class HiResLmmImageProcessor(HiResLmmOwnPartsMixin, PilBackend):
             views of unequal size padded at bottom and right; int64 `view_positions` `(views, 9)` (see `Column`),
             `view_boxes` `(views, 4)` (top, left, bottom, right in 1/256 source pixel) and `view_spans` `(views, 4)`
             (first and past-last row and column of patches that enter). For each extra tower `pixel_values_<name>`
-            `(images with a global view, 3, size, size)`. With objects int64 `image_boxes` `(images, objects, 4)`: top,
+            `(global views and frames, 3, size, size)`. With objects int64 `image_boxes` `(images, objects, 4)`: top,
             left, bottom, right in 1/65536 of a side of the global view, zeros behind the last object of an image.
             With `image_layout="dense"` see `pack_samples`.
 
@@ -269,9 +269,9 @@ class HiResLmmImageProcessor(HiResLmmOwnPartsMixin, PilBackend):
         pictures = [squared(*own, settings, index) for index, own in enumerate(zip(pictures, plans, strict=True))]
         data = {"pixel_values": render(pictures, plans, settings), **_geometry(plans, counts)}
         pairs = zip(pictures, plans, strict=True)
-        whole = [pair for pair in pairs for view in pair[1].views if view.kind in WHOLE_KINDS]
+        whole = [(own[view.frame], plan) for own, plan in pairs for view in plan.views if view.kind in WHOLE_KINDS]
         for name, tower in (settings.extra_towers or {}).items():
-            views = [draw_whole(picture[0], plan, tower, settings) for picture, plan in whole]
+            views = [draw_whole(picture, plan, tower, settings) for picture, plan in whole]
             empty = np.zeros((0, 3, tower["size"], tower["size"]), dtype=np.float32)
             data[f"pixel_values_{name}"] = np.stack(views) if views else empty
         if samples is not None:

@@ -11,15 +11,11 @@ from PIL import Image
 from torch.nn.functional import interpolate
 from transformers.image_utils import PILImageResampling
 
-from .geometry_hires_lmm import Kind
+from .geometry_hires_lmm import WHOLE_KINDS, Kind
 from .image_input_hires_lmm import DEFAULT_PIXEL_LIMIT, crop_to_square, mean_color, pad_to_square
 from .video_input_hires_lmm import Frames, sample_linspace
 from .video_planners_hires_lmm import collage_grid
 from .view_plans_hires_lmm import View, ViewPlan, square_paste
-
-
-WHOLE_KINDS = (Kind.GLOBAL, Kind.FRAME)
-"""Kinds that show a whole picture."""
 
 
 def square(picture: Image.Image, plan: ViewPlan, settings: Any, index: int) -> Image.Image:
