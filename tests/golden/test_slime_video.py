@@ -113,8 +113,8 @@ def test_the_first_view_where_no_mean_is_taken():
 
 def remake(folder: Path, seed: int) -> None:
     settings = {"frames": 6, "grid": "3 rows x 2 columns", "tokens_per_view": 25, "compressed_per_frame": 4}
-    projection, weights, separator = torch.randn(7, 7), torch.rand(4, 25), torch.randn(7)
-    views = torch.randn(7, 25, 7)
+    projection, weights, separator = torch.randn(8, 8), torch.rand(4, 25), torch.randn(8)
+    views = torch.randn(7, 25, 8)
     local = sequence_of(build(settings, projection, weights, "first"), views[1:], separator, settings)
     whole = sequence_of(build(settings, projection, weights, "mean"), views[1:], separator, settings)
     order = local.view[26:] * 4 + local.cell[26:] @ torch.tensor([2, 1])

@@ -5,39 +5,17 @@ import copy
 import pytest
 import torch
 
+from builders.reload import CHANGES, COMPRESS
 from builders.tiny import geometry_of, random_image, tiny_config, tiny_model, tiny_processor
 from hires_lmm.conversion import apply_preset
 from hires_lmm.modeling.geometry_hires_lmm import Kind, spread_evenly
 
 
-COMPRESS = {"part": "query_compressor", "on": ["crops", "frames"], "num_queries": 4}
 SMALL = {
-    "pllava": {
-        "connector_config": {"map_ops": [{"part": "pool3d", "shape": [4, 3, 2]}]},
-        "video_planner": {"num_frames": 6},
-    },
-    "ts_llava": {
-        "planner": {"name": "llava_next", "pinpoints": [[56, 112], [112, 56], [112, 112]]},
-        "connector_config": {"view_ops": [{"part": "sample_tokens", "number": 20}]},
-        "video_planner": {"num_frames": 7},
-    },
-    "slime_video": {
-        "connector_config": {
-            "view_ops": [{"part": "mean_global"}, COMPRESS],
-            "layout": {
-                "order": ["global", "crops", "frames"],
-                "separators": {"separator": {"place": "between_views", "value": [7]}},
-            },
-        },
-        "video_planner": {"num_frames": 8},
-    },
-    "llava_mini": {
-        "connector_config": {
-            "view_ops": [{"part": "mini_compressor", "num_queries": 1, "num_heads": 2}],
-            "token_ops": [{"part": "prompt_fuser", "num_layers": 1, "num_heads": 2}],
-        },
-        "video_planner": {"name": "frames", "num_frames": 5},
-    },
+    "pllava": {**CHANGES["pllava"], "video_planner": {"num_frames": 6}},
+    "ts_llava": {**CHANGES["ts_llava"], "video_planner": {"num_frames": 7}},
+    "slime_video": CHANGES["slime_video"],
+    "llava_mini": {"video_planner": {"name": "frames", "num_frames": 5}},
 }
 every_preset = pytest.mark.parametrize("preset", SMALL)
 
@@ -138,7 +116,7 @@ def test_a_converted_llava_next_reads_videos_as_ts_llava_with_the_same_weights(t
 
 def test_released_slime_reads_videos_with_the_same_weights():
     separators = {"separator": {"place": "between_views", "value": [7]}}
-    parts = {"view_ops": [{**COMPRESS, "on": "crops"}], "layout": {"separators": separators}}
+    parts = {"view_ops": [COMPRESS], "layout": {"separators": separators}}
     config = tiny_config("slime_release", connector_config=parts)
     model, processor = tiny_model(config), tiny_processor(config)
     weights = model.model.connector.state_dict()
@@ -150,3 +128,18 @@ def test_released_slime_reads_videos_with_the_same_weights():
     moved = model.model.connector.view_ops[1].state_dict()
     assert all(torch.equal(value, weights[f"view_ops.0.{name}"]) for name, value in moved.items())
     assert run(model, processor, ["<video> What?"], None, [clip(8)]).isfinite().all()
+
+
+@torch.no_grad()
+def test_a_converted_llava_next_reads_videos_as_pllava():
+    """Its tokens are those of the projector, pooled by torch."""
+    config = tiny_config("llava_next")
+    model, processor = tiny_model(config), tiny_processor(config)
+    adapter = model.model.connector.adapter
+    processor = apply_preset(model, processor, "pllava")
+    batch = processor(text="<video> What?", videos=[clip(16)], return_tensors="pt")
+    features = model.model.vision_tower(batch["pixel_values"], output_hidden_states=True).hidden_states[-2][:, 1:]
+    volume = adapter(features, int(Kind.FRAME)).permute(2, 0, 1).unflatten(2, (4, 4))
+    wanted = torch.nn.functional.adaptive_avg_pool3d(volume, (16, 12, 12)).flatten(1).T
+    found = model.model.get_image_features(**geometry_of(batch)).tokens.features
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)

@@ -15,7 +15,8 @@ LISTS = ("view_ops", "map_ops", "token_ops")
 def apply_preset(model: Any, processor: Any, preset: str) -> HiResLmmProcessor:
     """Give a model the planners and parts of a preset whose weights it has, such as one that reads videos.
 
-    Parts that both have keep their options, but for the views `on` that they read; separators that both have stay.
+    Parts that both have keep their options, but for the views `on` that they read; separators that both have stay,
+    others leave.
     `save_pretrained` then writes a checkpoint of that preset.
 
     Args:
@@ -35,6 +36,8 @@ def apply_preset(model: Any, processor: Any, preset: str) -> HiResLmmProcessor:
     config = _changed(base.config, preset)
     connector = HiResLmmConnector(config.connector_config, config.part_context())
     state = _renamed(base.connector.state_dict(), base.config.connector_config, config.connector_config)
+    spare = [name for name in state if name.startswith("layout.") and name not in connector.state_dict()]
+    state = {name: value for name, value in state.items() if name not in spare}  # separators that have no place
     shapes = [{name: value.shape for name, value in own.items()} for own in (state, connector.state_dict())]
     unlike = sorted(name for name in {*shapes[0], *shapes[1]} if shapes[0].get(name) != shapes[1].get(name))
     if unlike:
