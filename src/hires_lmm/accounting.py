@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
+from .processing.geometry_hires_lmm import Grid
 from .processing.planners_hires_lmm import find_planner
 from .processing.token_layout_hires_lmm import TokenLayout, apply_budget, count_tokens
 
@@ -65,11 +66,17 @@ def account_image(
         views=len(plan.views),
         crop_rows=plan.grid[0],
         crop_cols=plan.grid[1],
-        patches=count_tokens(plan, TokenLayout.plain(plan.patch_grid)).total,
+        patches=count_tokens(plan, _every_patch(plan.patch_grid)).total,
         visual_tokens=count.total,
         kept_tokens=None if budget is None else apply_budget(count, layout, budget, 0),
         llava_next=count_tokens(next_plan, next_layout).total,
     )
+
+
+def _every_patch(side: int) -> TokenLayout:
+    """Every patch of global view, crops and frames is a token."""
+    kinds = ["global", "crops", "frames"]
+    return TokenLayout((side, side), dict.fromkeys(kinds, Grid(side, side)), {"order": kinds})
 
 
 def _plan(settings: dict[str, Any], height: int, width: int, changes: dict[str, Any]) -> tuple[Any, TokenLayout]:

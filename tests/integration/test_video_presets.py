@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from builders.reload import CHANGES, COMPRESS
-from builders.tiny import geometry_of, random_image, tiny_config, tiny_model, tiny_processor
+from builders.tiny import geometry_of, random_image, tiny_config, tiny_model, tiny_processor, tiny_vision_config
 from hires_lmm.conversion import apply_preset
+from hires_lmm.modeling.compat_hires_lmm import CACHE
 from hires_lmm.modeling.geometry_hires_lmm import Kind, spread_evenly
 
 
@@ -17,6 +18,16 @@ SMALL = {
     "slime_video": CHANGES["slime_video"],
     "llava_mini": {"video_planner": {"name": "frames", "num_frames": 5}},
 }
+MERV = {
+    "planner": {"name": "multiple", "views": "global"},
+    "video_planner": {"name": "frames"},
+    "extra_towers": {"fine": tiny_vision_config("siglip", 84, hidden_size=16).to_dict()},
+    "connector_config": {
+        "adapter": {"part": "linear"},
+        "map_ops": [{"part": "tower_mixer", "shape": [3, 2, 2], "query_width": 16}],
+        "layout": {"order": ["global", "frames"]},
+    },
+}
 every_preset = pytest.mark.parametrize("preset", SMALL)
 
 
@@ -25,7 +36,9 @@ def clip(frames: int, height: int = 50, width: int = 70, seed: int = 0) -> list:
 
 
 def build(preset: str):
-    config = tiny_config(preset, **copy.deepcopy(SMALL[preset]))
+    config = tiny_config(
+        "llava_next" if preset == "merv" else preset, **copy.deepcopy({**SMALL, "merv": MERV}[preset])
+    )
     return tiny_model(config), tiny_processor(config)
 
 
@@ -35,7 +48,7 @@ def run(model, processor, texts, images=None, videos=None, **options) -> torch.T
         return model(**batch).logits
 
 
-@every_preset
+@pytest.mark.parametrize("preset", [*SMALL, "merv"])
 def test_a_batch_of_a_video_an_image_and_a_text_equals_its_rows(preset):
     model, processor = build(preset)
     texts = ["<video> What happens?", "<image> What is it?", "Just text."]
@@ -143,3 +156,63 @@ def test_a_converted_llava_next_reads_videos_as_pllava():
     wanted = torch.nn.functional.adaptive_avg_pool3d(volume, (16, 12, 12)).flatten(1).T
     found = model.model.get_image_features(**geometry_of(batch)).tokens.features
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_budget_is_shared_evenly_among_frames_by_the_attention_of_the_class_token():
+    parts = {"token_ops": [{"part": "globalcom2"}], "layout": {"order": ["global", "crops", "frames"]}}
+    config = tiny_config("llava_next", connector_config=parts)
+    model, processor = tiny_model(config), tiny_processor(config)
+    video = clip(3)
+    batch = processor(text="<video> What?", videos=[video], return_tensors="pt", max_image_tokens=16)
+    tokens = model.model.get_image_features(**geometry_of(batch)).tokens
+    tower = copy.deepcopy(model.model.vision_tower)
+    last, norm = tower.encoder.layers[-1], tower.encoder.layers[-1].layer_norm1
+    states = norm(tower(batch["pixel_values"], output_hidden_states=True).hidden_states[-2])
+    query, key = last.self_attn.q_proj(states[:, :1]), last.self_attn.k_proj(states[:, 1:])
+    scores = (query.unflatten(-1, (4, 8)) * key.unflatten(-1, (4, 8))).sum(-1).mean(-1)
+    wanted = [own.topk(number).indices.sort().values.tolist() for own, number in zip(scores, (6, 5, 5), strict=True)]
+    assert [own.nonzero()[:, 0].tolist() for own in tokens.kept.unflatten(0, (3, 16))] == wanted
+    texts, picture = ["<video> What?", "<image> What?", "Text."], random_image(90, 60)
+    together = run(model, processor, texts, [picture], [video], max_image_tokens=16)
+    alone = run(model, processor, texts[:1], None, [video], max_image_tokens=16)
+    torch.testing.assert_close(together[0, -alone.shape[1] :], alone[0], atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "op", [{"part": "keep_after", "layers": 0, "share": 0.5}, {"part": "dyvte", "layers": [0]}], ids=str
+)
+@torch.no_grad()
+def test_layer_ops_drop_tokens_of_frames(op):
+    """In a batch as alone; behind the first layer half of the tokens of a video are left."""
+    changes = copy.deepcopy(SMALL["pllava"])
+    changes["connector_config"]["layer_ops"] = [op]
+    config = tiny_config("pllava", **changes)
+    model, processor = tiny_model(config), tiny_processor(config)
+    texts, video = ["<video> What happens?", "<image> What is it?", "Just text."], clip(9)
+    together = run(model, processor, texts, [random_image(90, 60)], [video])
+    alone = run(model, processor, texts[:1], None, [video])
+    torch.testing.assert_close(together[0, -3:], alone[0, -3:], atol=1e-4, rtol=1e-3)
+    batch = processor(text=texts[:1], videos=[video], return_tensors="pt")
+    cache = model(**batch, use_cache=True)[CACHE]
+    lengths = [cache.get_seq_length(layer) for layer in range(2)]
+    if op["part"] == "keep_after":
+        assert lengths[0] - lengths[1] == 12  # of 4 x 3 x 2
+
+
+@every_preset
+def test_a_step_of_training_on_any_batch_trains_the_same_parameters(preset):
+    model, processor = build(preset)
+    model.train()
+    touched = []
+    for texts, images, videos in (
+        (["<video> What?"], None, [clip(9)]),
+        (["<image> What?"], [random_image(90, 60)], None),
+        (["Text."], None, None),
+    ):
+        model.zero_grad()
+        batch = processor(text=texts, images=images, videos=videos, return_tensors="pt")
+        model(**batch, labels=batch["input_ids"]).loss.backward()
+        connector = model.model.connector.named_parameters()
+        touched.append({name for name, parameter in connector if parameter.grad is not None})
+    assert touched[0] == touched[1] == touched[2] and touched[0]
