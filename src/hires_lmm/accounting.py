@@ -8,15 +8,9 @@ from typing import Any
 
 from rich.table import Table
 
-<<<<<<< HEAD
-from .processing.geometry_hires_lmm import Grid
-from .processing.planners_hires_lmm import find_planner
-from .processing.token_layout_hires_lmm import TokenLayout, apply_budget, count_tokens
-=======
 from .processing.frame_sampling_hires_lmm import Sampling
 from .processing.planners_hires_lmm import find_planner, find_video_planner
 from .processing.token_layout_hires_lmm import TokenLayout, apply_budget, check_frames, count_tokens
->>>>>>> vin-seam
 
 
 PRESET_SETTINGS: dict[str, dict[str, Any]] = json.loads(
@@ -83,7 +77,7 @@ def account_image(
         views=len(plan.views),
         crop_rows=plan.grid[0],
         crop_cols=plan.grid[1],
-        patches=count_tokens(plan, _every_patch(plan.patch_grid)).total,
+        patches=count_tokens(plan, TokenLayout.plain(plan.patch_grid)).total,
         visual_tokens=count.total,
         kept_tokens=None if budget is None else apply_budget(count, layout, budget, 0),
         llava_next=None if plan.is_video else count_tokens(next_plan, next_layout).total,
@@ -91,19 +85,6 @@ def account_image(
     )
 
 
-<<<<<<< HEAD
-def _every_patch(side: int) -> TokenLayout:
-    """Every patch of global view, crops and frames is a token."""
-    kinds = ["global", "crops", "frames"]
-    return TokenLayout((side, side), dict.fromkeys(kinds, Grid(side, side)), {"order": kinds})
-
-
-def _plan(settings: dict[str, Any], height: int, width: int, changes: dict[str, Any]) -> tuple[Any, TokenLayout]:
-    """The views of an image and the order of its tokens."""
-    name, planner, own = find_planner(settings["planner"])
-    given = {**settings, **changes}
-    known = ("view_size", "patch_size", "max_crops", "pinpoints", "unpad", "global_view", "views")
-=======
 def _plan(
     settings: dict[str, Any], height: int, width: int, changes: dict[str, Any], frames: int | None
 ) -> tuple[Any, TokenLayout]:
@@ -116,7 +97,6 @@ def _plan(
     else:
         name, planner, own = find_video_planner(settings.get("video_planner", "frames"))
         number = Sampling(given.get("num_frames")).count(frames)
->>>>>>> vin-seam
     limits = planner.build_options(name, {**{each: given[each] for each in known if each in given}, **own})
     layout = settings.get("token_layout")
     return (

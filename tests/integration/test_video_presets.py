@@ -77,7 +77,7 @@ def test_counts_of_videos_are_those_of_the_model(preset):
 def test_a_budget_is_honoured_exactly_on_a_video(preset):
     model, processor = build(preset)
     if preset == "llava_mini":
-        with pytest.raises(ValueError, match="max_image_tokens=3 is too small.* 5"):
+        with pytest.raises(ValueError, match=r"max_image_tokens=3 is too small.* 5"):
             processor(text="<video>", videos=[clip(9)], max_image_tokens=3)
         return
     full = processor.video_tokens(9, 50, 70)

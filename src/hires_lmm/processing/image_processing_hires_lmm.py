@@ -283,17 +283,8 @@ class HiResLmmImageProcessor(HiResLmmOwnPartsMixin, PilBackend):
         _check_views(plans)
         pictures = [squared(*own, settings, index) for index, own in enumerate(zip(pictures, plans, strict=True))]
         data = {"pixel_values": render(pictures, plans, settings), **_geometry(plans, counts)}
-<<<<<<< HEAD
-        pairs = zip(pictures, plans, strict=True)
-        whole = [(own[view.frame], plan) for own, plan in pairs for view in plan.views if view.kind in WHOLE_KINDS]
-        for name, tower in (settings.extra_towers or {}).items():
-            views = [draw_whole(picture, plan, tower, settings) for picture, plan in whole]
-            empty = np.zeros((0, 3, tower["size"], tower["size"]), dtype=np.float32)
-            data[f"pixel_values_{name}"] = np.stack(views) if views else empty
-=======
         for name, tower in (settings.extra_towers or {}).items():
             data[f"pixel_values_{name}"] = draw_extra(pictures, plans, tower, settings)
->>>>>>> vin-seam
         if samples is not None:
             refuse_boxes(boxes)
             data = pack_samples(data, samples)
