@@ -130,9 +130,9 @@ class HiResLmmMeanGlobal(HiResLmmViewOp):
         counts = views.counts(frames), views.counts(whole)
 
         def join(shown: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
-            *own, _ = shown.split(counts[0])
-            *others, idle = given.split(counts[1])
-            return torch.cat([*(self._make(a) if len(a) else b[:1] for a, b in zip(own, others, strict=True)), idle])
+            pairs = list(zip(shown.split(counts[0]), given.split(counts[1]), strict=True))
+            made = [self._make(own) if own.shape[0] else other[:1] for own, other in pairs[:-1]]
+            return torch.cat([*made, pairs[-1][1]])  # idle views stay behind
 
         rows = [sorted(image.rows(Kind.GLOBAL) + image.rows(Kind.FRAME))[:1] for image in views.images]
         made = replace(
