@@ -334,8 +334,8 @@ def check_left_out(images: list[ImageGeometry], connector: Any) -> None:
     if kinds:
         stage, names = connector.training_views, [name for name, kind in KINDS.items() if kind in kinds]
         raise ValueError(
-            f"This training stage uses {stage} only, but views of the kinds {names} enter the sequence; make the batch "
-            f"with views={stage!r}, without videos where the stage leaves frames out."
+            f"This training stage uses {stage} only, but views of the kinds {names} enter the sequence; make the "
+            f"batch with views={stage!r}, without videos where the stage leaves frames out."
         )
 
 
