@@ -1,6 +1,7 @@
 """The presets that read videos: images too, with one checkpoint; budgets, mixed batches, weights of another preset."""
 
 import copy
+import random
 
 import pytest
 import torch
@@ -71,6 +72,26 @@ def test_counts_of_videos_are_those_of_the_model(preset):
         tokens = model.model.get_image_features(**geometry_of(batch)).tokens
         assert int((batch["input_ids"] == model.config.image_token_id).sum()) == wanted
         assert preset == "llava_mini" or tokens.lengths == [wanted]
+
+
+@every_preset
+def test_counts_follow_from_the_number_of_frames_alone(preset):
+    _, processor = build(preset)
+    most = processor.image_processor.num_frames
+    draw = random.Random(0)
+    for _ in range(50):
+        frames, height, width = draw.randint(6, 12), draw.randint(20, 900), draw.randint(20, 900)
+        taken = min(frames, most)
+        wanted = {
+            "pllava": 4 * 3 * 2,
+            "ts_llava": min(20, 16 * taken) + 16,
+            "slime_video": 16 + 1 + 4 * taken,
+            "llava_mini": taken,
+        }[preset]
+        assert processor.video_tokens(frames, height, width) == wanted
+        if preset != "llava_mini":
+            budget = draw.randint(19, wanted + 9)
+            assert processor.video_tokens(frames, height, width, max_image_tokens=budget) == min(budget, wanted)
 
 
 @every_preset
