@@ -59,7 +59,7 @@ def apply_preset(model: Any, processor: Any, preset: str) -> HiResLmmProcessor:
     return HiResLmmProcessor.from_config(base.config, processor.tokenizer, stats, processor.chat_template)
 
 
-def _changed(config: HiResLmmConfig, preset: str) -> HiResLmmConfig:
+def _changed(config: Any, preset: str) -> Any:
     """The configuration with planners and parts of the preset, and what both have from the model."""
     changed, old = deepcopy(config), config.connector_config
     halves = deepcopy((config.vision_config, config.text_config))  # a new configuration changes those that it gets
@@ -67,7 +67,7 @@ def _changed(config: HiResLmmConfig, preset: str) -> HiResLmmConfig:
     separators = {**layout.get("separators", {})}
     separators |= {name: value for name, value in old.layout.get("separators", {}).items() if name in separators}
     layout = {"layout": {**layout, "separators": separators}}
-    fresh = HiResLmmConfig.from_preset(preset, *halves, connector_config=layout)
+    fresh: Any = HiResLmmConfig.from_preset(preset, *halves, connector_config=layout)
     new = fresh.connector_config
     made = changed.connector_config
     for slot in LISTS:

@@ -27,7 +27,8 @@ def pool_frames(
 ) -> torch.Tensor:
     """Means over frames, rows and columns, bins may overlap: `(n, L, C)` of runs of `counts` frames -> `(m, l, C)`."""
     volumes = states.unflatten(1, grid).permute(3, 0, 1, 2).split(list(counts), dim=1)
-    pooled = [nn.functional.adaptive_avg_pool3d(own, tuple(shape)) for own in volumes if own.shape[1]]
+    size = (shape[0], shape[1], shape[2])
+    pooled = [nn.functional.adaptive_avg_pool3d(own, size) for own in volumes if own.shape[1]]
     return torch.cat([own.flatten(2).permute(1, 2, 0) for own in pooled])
 
 
@@ -109,13 +110,13 @@ class HiResLmmMeanGlobal(HiResLmmViewOp):
     @classmethod
     def describe(cls, options: Any, context: PartContext) -> Traits:
         """One global view of every image and video."""
-        grids = [context.grids.get(key) for key in (GLOBAL, FRAMES)]
-        if None in grids or grids[0].size != grids[1].size:  # type: ignore[union-attr]
+        whole, frames = context.grids.get(GLOBAL), context.grids.get(FRAMES)
+        if whole is None or frames is None or whole.size != frames.size:
             raise ValueError(
-                f"mean_global makes global views of frames; both must reach it with one token grid, not {grids}: name "
-                "them in layout.order, and put it before parts that change one of them."
+                f"mean_global makes global views of frames; both must reach it with one token grid, not {whole} and "
+                f"{frames}: name them in layout.order, and put it before parts that change one of them."
             )
-        made = replace(grids[0], source=WHOLE_KINDS, num_views=1)  # type: ignore[type-var]
+        made = replace(whole, source=WHOLE_KINDS, num_views=1)
         return Traits({**context.grids, GLOBAL: made}, context.width)
 
     def forward(self, views: ViewFeatures) -> ViewFeatures:
