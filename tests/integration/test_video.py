@@ -338,3 +338,24 @@ def test_an_answer_about_an_image_and_a_video_streams():
     pieces = AnswerStream(model, processor, prepared, 2)
     list(pieces)
     assert len(prepared.images[1]) == 3 and pieces.token_map.image.unique().tolist() == [0, 1]
+
+
+IMAGES_ONLY = (
+    "{% for m in messages %}{% for p in m['content'] %}{% if p['type'] == 'image' %}<image>\n"
+    "{% else %}{{ p['text'] }}{% endif %}{% endfor %}{% endfor %}"
+)
+
+
+def test_a_template_that_knows_images_alone_takes_videos():
+    processor = build()[1]
+    parts = [
+        {"type": "video", "video": FRAMES[:3]},
+        {"type": "image", "image": IMAGE},
+        {"type": "text", "text": "a <video>"},
+    ]
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    chat = processor.apply_chat_template([{"role": "user", "content": parts}], chat_template=IMAGES_ONLY, **options)
+    called = processor(text="<video>\n<image>\na", videos=FRAMES[:3], images=IMAGE, return_tensors="pt")
+    assert torch.equal(chat["view_positions"], called["view_positions"])
+    assert placeholders(chat) == placeholders(called)
+    assert processor.tokenizer.decode(chat["input_ids"][0]).endswith("a <video>")

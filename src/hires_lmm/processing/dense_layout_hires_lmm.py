@@ -6,7 +6,6 @@ import numpy as np
 
 from .geometry_hires_lmm import DENSE_PARTS, WHOLE_KINDS, Column
 from .image_input_hires_lmm import flatten_images
-from .video_input_hires_lmm import holds_videos
 
 
 CROP_TO_PATCHES = (
@@ -85,8 +84,8 @@ def choose_layout(processor: Any, images: Any, text: Any, options: dict[str, Any
         is_tensor = options.get("padding") is True and options.get("return_tensors") is not None
         layout = "dense" if is_even and is_tensor and given.get("image_boxes") is None else "flat"
     elif layout == "dense" and not is_nested:
-        tokens = (processor.image_token, processor.video_token) if holds_videos(images) else (processor.image_token,)
-        images = nest_images(images, [sum(map(sample.count, tokens)) for sample in texts])
+        marks = processor.marks(texts, len(flatten_images(images)))
+        images = nest_images(images, [sum(map(sample.count, marks)) for sample in texts])
     return images, {**options, "image_layout": layout}
 
 

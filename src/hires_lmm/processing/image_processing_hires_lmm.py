@@ -523,7 +523,8 @@ def _open(source: Any, index: int, settings: _Settings) -> Any:
 
 def _plan(source: Any, settings: _Settings) -> ViewPlan:
     if is_video(source, "frames"):
-        return settings.video_planner(*source.size, settings.video_limits, len(source))
+        height, width = source.size
+        return settings.video_planner(height, width, settings.video_limits, len(source))
     return settings.planner(source[0].height, source[0].width, settings.limits)
 
 

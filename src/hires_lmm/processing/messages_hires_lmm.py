@@ -8,6 +8,8 @@ takes its tokens out again.
 import re
 from typing import Any
 
+from .video_input_hires_lmm import Video
+
 
 MARK = "\ufdd0"
 """A noncharacter of Unicode, which stands in no text; it is taken out of what users write."""
@@ -43,6 +45,23 @@ def holds_video(messages: Any) -> bool:
     contents = [message.get("content") for message in clean_messages(messages) if isinstance(message, dict)]
     parts = [part for content in contents if isinstance(content, list) for part in content]
     return any(isinstance(part, dict) and part.get("type") == "video" for part in parts)
+
+
+def show_as_images(messages: list) -> list:
+    """Messages with video parts as image parts, for a template that knows no other."""
+
+    def change(part: Any) -> Any:
+        if not isinstance(part, dict) or part.get("type") != "video":
+            return part
+        found = next((part[key] for key in ("video", "url", "path") if key in part), None)
+        return {"type": "image"} if found is None else {"type": "image", "image": Video(found)}
+
+    return [
+        {**message, "content": [change(part) for part in message["content"]]}
+        if isinstance(message, dict) and isinstance(message.get("content"), list)
+        else message
+        for message in messages
+    ]
 
 
 def protect_messages(messages: Any, tokens: tuple[str, ...]) -> list:

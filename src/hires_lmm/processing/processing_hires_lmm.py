@@ -28,7 +28,15 @@ from .geometry_hires_lmm import Column
 from .image_input_hires_lmm import flatten_images
 from .image_processing_hires_lmm import HiResLmmImageProcessor, HiResLmmImageProcessorKwargs
 from .loading_names_hires_lmm import is_loading_name
-from .messages_hires_lmm import QUERY_TOKEN, clean_messages, drop_marks, holds_video, protect, protect_messages
+from .messages_hires_lmm import (
+    QUERY_TOKEN,
+    clean_messages,
+    drop_marks,
+    holds_video,
+    protect,
+    protect_messages,
+    show_as_images,
+)
 from .own_parts_hires_lmm import HiResLmmOwnPartsMixin
 from .processor_options_hires_lmm import (
     choose_template,
@@ -38,7 +46,7 @@ from .processor_options_hires_lmm import (
     prepare_tokenizer,
     refuse_unknown,
 )
-from .video_input_hires_lmm import count_videos, holds_videos, is_video, merge_videos
+from .video_input_hires_lmm import count_videos, merge_videos
 
 
 logger = logging.get_logger(__name__)
@@ -62,10 +70,6 @@ class HiResLmmProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[ca
 
     images_kwargs: HiResLmmImageProcessorKwargs
     _defaults = {"text_kwargs": {"padding": False, "verbose": False}}
-
-
-class VideoTokens(str):
-    """The placeholders of a video, among those of images."""
 
 
 class HiResLmmProcessorBase(HiResLmmOwnPartsMixin, ProcessorMixin):
@@ -251,6 +255,9 @@ class HiResLmmProcessor(HiResLmmProcessorBase):
         layout = {"image_layout": self.image_processor.image_layout or "flat"}
         kwargs["processor_kwargs"] = {**layout, **(kwargs.get("processor_kwargs") or {})}
         chats = [protect_messages(chat, tokens) for chat in chats]
+        template = self.chat_template if chat_template is None else chat_template
+        if isinstance(template, str) and "video" not in template:  # it would leave video parts out
+            chats = [show_as_images(chat) for chat in chats]
         conversation = chats if _is_batch(conversation) else chats[0]
         return super().apply_chat_template(conversation, chat_template=chat_template, **kwargs)
 
@@ -325,7 +332,7 @@ class HiResLmmProcessor(HiResLmmProcessorBase):
                     "errors='replace'."
                 )
         given = [] if images is None else images
-        marks = (self.image_token, self.video_token) if holds_videos(given) else (self.image_token,)
+        marks = self.marks(text, len(flatten_images(given)))
         placeholders = [sum(map(sample.count, marks)) for sample in text]
         if self._later_tokens is not None and max(placeholders) > 1:
             number = placeholders.index(max(placeholders))
@@ -354,11 +361,10 @@ class HiResLmmProcessor(HiResLmmProcessorBase):
     ) -> tuple[list[str], list[dict[str, Any]]]:
         """As in transformers; a `QUERY_TOKEN` behind the image becomes the tokens of its turn, if any.
 
-        Placeholders of videos come among those of the images, as `VideoTokens`.
+        Placeholders of videos come among those of the images, in the order of the texts.
         """
-        later, replacements = self._later_tokens, [*images_replacements, *map(VideoTokens, videos_replacements)]
-        has_video = any(isinstance(own, VideoTokens) for own in replacements)
-        marks = (self.image_token, self.video_token) if has_video else (self.image_token,)
+        later, replacements = self._later_tokens, list(images_replacements)
+        marks = self.marks(text, len(replacements))
         alone = [sample for sample in text if QUERY_TOKEN in sample and not any(mark in sample for mark in marks)]
         if later is not None and alone:
             raise ValueError(
@@ -367,9 +373,20 @@ class HiResLmmProcessor(HiResLmmProcessorBase):
             )
         if later is not None and replacements:
             text, replacements = self._with_queries(text, replacements, later, marks)
-        of_videos: list[str] = [own for own in replacements if isinstance(own, VideoTokens)]
-        of_images = [own for own in replacements if not isinstance(own, VideoTokens)]
-        return super().get_text_with_replacements(text, of_images, of_videos, list(audio_replacements))
+        videos = list(videos_replacements)
+        if len(marks) > 1:
+            found = re.findall("|".join(map(re.escape, marks)), "\n".join(text))
+            pairs = list(zip(found, replacements, strict=True))
+            videos = [own for token, own in pairs if token == self.video_token]
+            replacements = [own for token, own in pairs if token == self.image_token]
+        return super().get_text_with_replacements(text, replacements, videos, list(audio_replacements))
+
+    def marks(self, text: list[str], number: int) -> tuple[str, ...]:
+        """What stands for `number` images and videos in texts: the image token, and the video token where both do."""
+        tokens = (self.image_token, self.video_token)
+        images, videos = (sum(sample.count(token) for sample in text) for token in tokens)
+        is_both = images != number and images + videos == number
+        return tokens if is_both else tokens[:1]
 
     @property
     def _later_tokens(self) -> int | None:
@@ -427,11 +444,8 @@ class HiResLmmProcessor(HiResLmmProcessorBase):
             inputs = self.image_processor(images, **kwargs)
         finally:
             lock.acquire()
-        replacements = []
-        for index, source in enumerate(flatten_images(images)):
-            own = self.replace_image_token(inputs, index, **kwargs)
-            replacements.append(VideoTokens(own) if is_video(source) else own)
-        return inputs, replacements
+        number = len(flatten_images(images))
+        return inputs, [self.replace_image_token(inputs, index, **kwargs) for index in range(number)]
 
     def _get_num_multimodal_tokens(
         self,
@@ -551,7 +565,7 @@ def _questions(messages: list[dict], image_token: str) -> list[str]:
         if isinstance(content, str):
             has_image, text = has_image or image_token in content, content.replace(image_token, "")
         else:
-            has_image = has_image or any(part["type"] == "image" for part in content)
+            has_image = has_image or any(part["type"] in ("image", "video") for part in content)
             text = "".join(part["text"] for part in content if part["type"] == "text")
         if has_image:
             texts.append(text.strip())

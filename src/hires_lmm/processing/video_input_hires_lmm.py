@@ -1,7 +1,7 @@
 """Whatever a user calls a video, as frames that become 8-bit RGB pictures one by one."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from os import PathLike, path
 from typing import Any
 
@@ -33,12 +33,13 @@ BAR_AFTER = 2.0
 EXTRA = "pip install 'hires-lmm[video]' (PyAV), or install torchcodec"
 
 
-@dataclass(frozen=True, eq=False)
 class Video:
     """A video among images, as it was passed: frames, an array, a path or an address; or opened, as `Frames`."""
 
-    source: Any
     hires_lmm_kind = "video"
+
+    def __init__(self, source: Any):
+        self.source = source
 
 
 class Frames(Sequence):
@@ -106,11 +107,6 @@ def is_one_video(value: Any) -> bool:
 
 def _describe(value: Any) -> str:
     return f"{type(value).__name__} of {value.ndim} dimensions" if _is_array(value) else type(value).__name__
-
-
-def holds_videos(images: Any) -> bool:
-    """Whether there are videos among images."""
-    return any(is_video(source) for source in flatten_images(images))
 
 
 def count_videos(videos: Any) -> list[int] | None:
