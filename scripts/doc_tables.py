@@ -17,6 +17,7 @@ from statistics import median
 from typing import Any
 
 from hires_lmm.accounting import PRESET_SETTINGS, account_image
+from hires_lmm.processing.planners_hires_lmm import VIDEO_PLANNERS
 
 
 ROOT = Path(__file__).parents[1]
@@ -31,7 +32,8 @@ def token_table() -> str:
     """Tokens of images of some sizes, one row a preset, in Markdown."""
     rows = []
     for preset, settings in PRESET_SETTINGS.items():
-        accounts = [account_image(settings, *size, max_crops=MAX_CROPS) for size in SIZES]
+        limits = {} if settings["planner"] in VIDEO_PLANNERS else {"max_crops": MAX_CROPS}
+        accounts = [account_image(settings, *size, **limits) for size in SIZES]
         rows.append([f"`{preset}`", *(str(account.visual_tokens) for account in accounts)])
     return markdown(["visual tokens", *(f"{height} × {width}" for height, width in SIZES)], rows)
 

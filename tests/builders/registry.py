@@ -80,7 +80,7 @@ READS = {
     "pool3d": ("global", "frames"),
     "mean_global": ("global", "frames"),
     "sample_tokens": ("global", "frames"),
-    "tower_mixer": ("global", "frames", "detail"),
+    "tower_mixer": ("global", "detail"),
 }
 """Kinds of views that a part reads, where they are not global views and crops."""
 

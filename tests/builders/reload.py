@@ -60,6 +60,20 @@ CHANGES = {
         }
     },
     "mqt": {"connector_config": {"view_ops": [{"part": "mqt", "num_queries": 16, "num_heads": 2}]}},
+    "pllava": {"connector_config": {"map_ops": [{"part": "pool3d", "shape": [4, 3, 2]}]}},
+    "ts_llava": {
+        "planner": {"name": "llava_next", "pinpoints": [[56, 112], [112, 56], [112, 112]]},
+        "connector_config": {"view_ops": [{"part": "sample_tokens", "number": 20}]},
+    },
+    "slime_video": {
+        "connector_config": {
+            "view_ops": [{"part": "mean_global"}, {**COMPRESS, "on": ["crops", "frames"]}],
+            "layout": {
+                "order": ["global", "crops", "frames"],
+                "separators": {"separator": {"place": "between_views", "value": [198]}},
+            },
+        },
+    },
 }
 SETTINGS = {  # of the image processor, each different from what the preset would give
     "llava_next": {"max_image_tokens": 40},
@@ -75,6 +89,9 @@ SETTINGS = {  # of the image processor, each different from what the preset woul
     "llava_uhd": {"max_crops": 6, "max_image_tokens": 40},
     "hires_llava": {"max_crops": 2, "max_image_tokens": 11},
     "inf_llava": {"max_crops": 4, "max_image_tokens": 9},
+    "pllava": {"max_image_tokens": 13, "num_frames": 5},
+    "ts_llava": {"max_image_tokens": 30, "num_frames": 9},
+    "slime_video": {"max_crops": 2, "frame_sampling": "segments"},
 }
 PRESETS = tuple(SETTINGS)
 DTYPES = ("float32", "bfloat16", "float16")
@@ -111,6 +128,9 @@ DIAGONAL = [  # every preset, every family and every number format at least once
     Case("llava_uhd", "siglip", "mistral", "float32", False, True),
     Case("hires_llava", "siglip", "llama", "float16", True, True),
     Case("inf_llava", "clip", "qwen3", "bfloat16", True, False),
+    Case("pllava", "siglip", "qwen2", "float32", True, False),
+    Case("ts_llava", "clip", "mistral", "bfloat16", False, True),
+    Case("slime_video", "siglip", "llama", "float16", True, False),
 ]
 
 

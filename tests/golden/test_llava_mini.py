@@ -94,9 +94,15 @@ def geometry_of(number: int, num_views: int, side: int) -> ImageGeometry:
 
 @torch.no_grad()
 def run(
-    connector: HiResLmmConnector, embeddings: torch.Tensor, features: torch.Tensor, ids: torch.Tensor, labels=None
+    connector: HiResLmmConnector,
+    embeddings: torch.Tensor,
+    features: torch.Tensor,
+    ids: torch.Tensor,
+    labels=None,
+    are_frames: bool = False,
 ):
-    """All numbers of a case: features `(I, views, L, C)`, the global view last, and ids `(B, S)`."""
+    """All numbers of a case: features `(I, views, L, C)`, the global view last, and ids `(B, S)`; images of one view
+    may be the frames of one video."""
     num_images, num_views, length, _ = features.shape
     side = isqrt(length)
     rows = [image * num_views for image in range(num_images)]
@@ -104,7 +110,12 @@ def run(
     if num_views > 1:
         crops = tuple(row + 1 + number for row in rows for number in range(num_views - 1))
         groups.append(ViewGroup(int(Kind.CROP), features[:, :-1].flatten(0, 1), (side, side), crops))
-    views = ViewFeatures(groups, [geometry_of(image, num_views, side) for image in range(num_images)])
+    images = [geometry_of(image, num_views, side) for image in range(num_images)]
+    if are_frames:
+        groups[0].kind = int(Kind.FRAME)
+        frame = (int(Kind.FRAME), num_images, 1)
+        images = [ImageGeometry(0, tuple((*frame, n, *image.views[0][4:]) for n, image in enumerate(images)), 0)]
+    views = ViewFeatures(groups, images)
     seen = {}
     hook = connector.view_ops[0].register_forward_hook(lambda _, args, output: seen.update(made=output))
     tokens = connector.encode(views, embed=lambda ids: embeddings[ids])
@@ -119,8 +130,8 @@ def run(
         readable.append([each for part in turn for each in part])
     spread_ids, turn = torch.tensor(spread), torch.tensor(readable)
     embeds = embeddings[spread_ids.clamp(min=0)]
-    image_row = torch.arange(num_images) // in_row
-    question = Question(embeds, spread_ids, turn, image_row, torch.ones(num_images, dtype=torch.long))
+    image_row = torch.arange(len(images)) // (len(images) // len(ids))
+    question = Question(embeds, spread_ids, turn, image_row, torch.ones(len(images), dtype=torch.long))
     tokens, question = connector.finish(tokens, question)
     slot = spread_ids == IMAGE
     return SimpleNamespace(
@@ -162,12 +173,13 @@ def test_every_stage(case):
 
 
 @pytest.mark.skipif("input.video.features" not in GOLDEN.tensors, reason="the set has no video")
-def test_text_about_several_images_is_the_mean_over_them():
+@pytest.mark.parametrize("are_frames", [False, True], ids=["images", "frames"])
+def test_text_about_several_images_or_frames_is_the_mean_over_them(are_frames):
     ids = GOLDEN["input.video.input_ids"].long()
     frames = GOLDEN["input.video.features"]
     more = GOLDEN["output.video.inputs_embeds"].shape[1] - ids.shape[1] + 1
     connector = released(isqrt(more // len(frames)))
-    found = run(connector, GOLDEN["weight.embed_tokens.weight"], frames[:, None], ids)
+    found = run(connector, GOLDEN["weight.embed_tokens.weight"], frames[:, None], ids, are_frames=are_frames)
     GOLDEN.close(found.inputs_embeds, "output.video.inputs_embeds")
 
 
@@ -235,4 +247,9 @@ def remake(folder: Path, seed: int) -> None:
         }
         if labelled:
             tensors[f"input.{name}.labels"] = labels.int()
+        else:
+            frames = features[0, :3]
+            found = run(made, embeddings, frames[:, None], ids[:1], are_frames=True)
+            tensors |= {"input.video.features": frames, "input.video.input_ids": ids[:1].int()}
+            tensors["output.video.inputs_embeds"] = found.inputs_embeds
     write_set(folder, {"seed": seed, "settings": settings, "cases": cases}, tensors)

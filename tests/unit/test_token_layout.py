@@ -57,7 +57,7 @@ def test_counts_of_their_own():
     rigid = layout_with(None, own_tokens=10)
     assert count_tokens(plan, elastic).total == count_tokens(plan, rigid).total == 10
     assert [apply_budget(count_tokens(plan, elastic), elastic, n, 0) for n in (1, 7, 10, 99)] == [1, 7, 10, 10]
-    with pytest.raises(ValueError, match="=9 is too small; this model uses 10 tokens for every image"):
+    with pytest.raises(ValueError, match="=9 is too small; this model uses 10 tokens for it"):
         apply_budget(count_tokens(plan, rigid), rigid, 9, 0)
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from .bases_hires_lmm import HiResLmmTokenOp, Needs, PartContext, Traits
 from .carriers_hires_lmm import Question, VisualTokens, index_tensor, map_edges
-from .geometry_hires_lmm import MAIN_TOWER, Kind, ViewShape
+from .geometry_hires_lmm import KINDS, MAIN_TOWER, Kind, ViewShape
 from .routers_hires_lmm import keep_budget
 
 
@@ -35,16 +35,16 @@ class Crops(NamedTuple):
     lefts: list[int]
 
 
-def find_crops(tokens: VisualTokens, image: int) -> Crops:
-    """Where the crop tokens of an image lie on the map of its crops, padding left out."""
+def find_crops(tokens: VisualTokens, image: int, kind: int = Kind.CROP) -> Crops:
+    """Where the tokens of the crops, or frames, of an image lie on the map of them, padding left out."""
     geometry = tokens.images[image]
-    views, tops, lefts = map_edges(geometry, tokens.grids[int(Kind.CROP)], Kind.CROP)
+    views, tops, lefts = map_edges(geometry, tokens.grids[int(kind)], kind)
     table = np.zeros((len(geometry.views), 3), dtype=int)  # crop, and what to add to a cell's row and column
     for crop, (number, (view, cells)) in enumerate(views.items()):
         table[number] = crop, tops[view.row] - cells[0], lefts[view.col] - cells[2]
     start = sum(tokens.lengths[:image])
     mine = slice(start, start + tokens.lengths[image])
-    is_crop = tokens.kind[mine].numpy() == Kind.CROP
+    is_crop = tokens.kind[mine].numpy() == kind
     crop, down, right = table[tokens.view[mine].numpy()[is_crop] - geometry.first_view].T
     row, col = tokens.cell[mine].numpy()[is_crop].T
     device = str(tokens.features.device)
@@ -136,6 +136,7 @@ class HiResLmmGlobalCom2(HiResLmmTokenOp):
 
     Source: GlobalCom², huggingface.co/papers/2501.05179, and its released code (xuyang-liu16/GlobalCom2). Ours: any
     number of images, the exact budget, raster order, the global view cut where the crops are, shares of probabilities.
+    Frames of a video share a budget evenly, by scores of their own.
     """
 
     @strict
@@ -174,29 +175,33 @@ class HiResLmmGlobalCom2(HiResLmmTokenOp):
 
     @classmethod
     def describe(cls, options: Any, context: PartContext) -> Traits:
-        """It takes the budget of global view and crops."""
+        """It takes the budget of global view, crops and frames."""
         grids = {kind: grid for (kind, tower), grid in context.grids.items() if tower == MAIN_TOWER}
-        wanted = {kind: grids[kind] for kind in (Kind.GLOBAL, Kind.CROP) if kind in grids}
-        if Kind.CROP not in wanted:
+        wanted = {kind: grids[kind] for kind in (Kind.GLOBAL, Kind.CROP, Kind.FRAME) if kind in grids}
+        if Kind.CROP not in wanted and Kind.FRAME not in wanted:
             raise ValueError("globalcom2 shares a budget among crops, but none reach it; use the token op router.")
-        if any(grid.whole or grid.source is not None for grid in wanted.values()):
+        if any(grid.whole or (grid.source and kind != Kind.GLOBAL) for kind, grid in wanted.items()):
             raise ValueError(
                 "globalcom2 needs tokens with a place in their view, but an operation before it makes queries without "
                 "one; leave that out, or use the token op router."
             )
         count = "content" if options.ratio is not None or options.compat else "static"
         needs = Needs(scores=(f"cls_{options.score}",))
-        return Traits(context.grids, context.width, count=count, budget_on=["global", "crops"], needs=needs)
+        names = [name for name in ("global", "crops", "frames") if KINDS[name] in wanted]
+        return Traits(context.grids, context.width, count=count, budget_on=names, needs=needs)
 
     def forward(self, tokens: VisualTokens, question: Question | None) -> tuple[VisualTokens, Question | None]:
         """Fill `kept` and `scores["globalcom2"]`; under `compat="release"` the order of tokens changes too."""
         given = tokens.scores[self.score].nan_to_num()
         scores, kept = torch.full_like(given, float("nan")), torch.ones_like(given, dtype=torch.bool)
         order = [torch.arange(0)]
-        for image, (first, others) in enumerate(zip(tokens.rows("global"), tokens.rows("crops"), strict=True)):
+        kinds = ("global", "crops", "frames")
+        for image, (first, others, frames) in enumerate(zip(*map(tokens.rows, kinds), strict=True)):
             surplus = tokens.lengths[image] - tokens.num_tokens[image]
-            crops = find_crops(tokens, image) if len(others) else None
-            whole = self._map(tokens, image, given[first]) if len(first) else None
+            is_video = len(frames) > 0
+            others = frames if is_video else others
+            crops = find_crops(tokens, image, Kind.FRAME if is_video else Kind.CROP) if len(others) else None
+            whole = self._map(tokens, image, given[first]) if len(first) and not is_video else None
             total, weights = len(first) + len(others) - surplus, None
             if crops is not None:
                 scores = scores.index_copy(0, others, combined_scores(given[others], whole, crops))
@@ -209,7 +214,7 @@ class HiResLmmGlobalCom2(HiResLmmTokenOp):
                     own = keep_in_crops(scores[others], crops.crop, counts, crops.sizes)
                     kept = kept.index_copy(0, others, own)
             if self.release:
-                order.append(released_order(tokens, image, crops, scores))
+                order.append(released_order(tokens, image, None if is_video else crops, scores))
         tokens = replace(tokens, kept=kept, scores={**tokens.scores, "globalcom2": scores}, score="globalcom2")
         return (reorder(tokens, torch.cat(order)) if self.release else tokens), question
 

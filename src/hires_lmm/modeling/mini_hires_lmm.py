@@ -83,11 +83,11 @@ class HiResLmmMiniCompressor(HiResLmmViewOp):
         """Add a group of compressed tokens `(U, num_queries, C)`, one an image or frame."""
         main, frames, crops = (views.group(name) for name in ("global", "frames", "crops"))
         rows = [sorted(image.rows(Kind.GLOBAL) + image.rows(Kind.FRAME)) for image in views.images]
-        here = [row for group in (main, frames) if group is not None for row in group.rows]
-        if not all(rows) or any(row not in here for own in rows for row in own):
+        shown = {row: group for group in (main, frames) if group is not None for row in group.rows}
+        if not all(rows) or any(row not in shown for own in rows for row in own):
             raise ValueError("mini_compressor needs the global view of every image; make the batch with views='all'.")
         read = [
-            self._read(image, row, main if main is not None and row in main.rows else frames, crops)
+            self._read(image, row, shown[row], crops)
             for image, own in zip(views.images, rows, strict=True)
             for row in own
         ]

@@ -1,6 +1,6 @@
 """Several towers that saw the same views become one: weights for each image or video mix their tokens (MERV)."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -36,7 +36,7 @@ class HiResLmmTowerMixer(HiResLmmViewOp):
             query_width (`int`): Width in which query and means meet.
         """
 
-        shape: list = (16, 8, 8)  # type: ignore[assignment]
+        shape: list = field(default_factory=lambda: [16, 8, 8])
         weights: Literal["query", "scalar"] = "query"
         query_width: int = 3072
 
@@ -73,21 +73,21 @@ class HiResLmmTowerMixer(HiResLmmViewOp):
                 "frames out of layout.order and of the parts before it."
             )
         frames, rows, cols = options.shape
-        grids = {}
+        towers = _extra_towers(context)
+        grids = {key: grid for key, grid in context.grids.items() if key[1] not in towers}
         for key in context.keys("all"):
-            number = frames if key[0] == Kind.FRAME else None
-            grids[key] = replace(
-                context.grids[key], rows=rows, cols=cols, stride=None, num_views=number, view_stride=1
-            )
+            more = {"num_views": frames, "view_stride": 1} if key[0] == Kind.FRAME else {}
+            grids[key] = replace(grids[key], rows=rows, cols=cols, stride=None, **more)
         return Traits(grids, context.width)
 
     def forward(self, views: ViewFeatures) -> ViewFeatures:
         """Mix each kind of views of the main tower with what the extra towers made of the same."""
-        main = [group for group in views.groups if group.tower == MAIN_TOWER]
+        rest = [group for group in views.groups if group.tower not in self.towers]
         others = [group for name in self.towers for group in views.groups if group.tower == name]
         if len(others) != len(self.towers):
             raise ValueError("tower_mixer needs the views of every tower; make the batch with views='all'.")
-        return replace(views, groups=[self._mix_kind(views, group, others) for group in main])
+        groups = [self._mix_kind(views, group, others) if group.tower == MAIN_TOWER else group for group in rest]
+        return replace(views, groups=groups)
 
     def _mix_kind(self, views: ViewFeatures, group: ViewGroup, others: list[ViewGroup]) -> ViewGroup:
         """Mix the views of one kind: frames of a video together, pictures one by one."""
@@ -112,7 +112,7 @@ class HiResLmmTowerMixer(HiResLmmViewOp):
         if self.options.weights == "scalar":
             return self.logits.softmax(dim=0).expand(len(tokens), -1).to(tokens.dtype)
         keys = self.k_proj(tokens.mean(dim=2))
-        products = (keys * self.q_proj(self.query.expand(len(tokens), -1))).sum(dim=-1)
+        products = (keys * self.q_proj(self.query.expand(len(tokens), -1))[:, None]).sum(dim=-1)
         return (products * self.options.query_width**-0.5).softmax(dim=-1)
 
     @staticmethod

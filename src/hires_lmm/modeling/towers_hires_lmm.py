@@ -11,7 +11,7 @@ from transformers.utils import logging
 from .bases_hires_lmm import Needs
 from .carriers_hires_lmm import ImageGeometry, ViewGroup, constant_index, constant_indices
 from .compat_hires_lmm import layers_of
-from .geometry_hires_lmm import MAIN_TOWER, WHOLE_KINDS, Kind
+from .geometry_hires_lmm import KINDS, MAIN_TOWER, WHOLE_KINDS, Kind
 from .inputs_hires_lmm import ImageInputs
 from .layer_ops_hires_lmm import TowerPass, open_tower
 from .layout_hires_lmm import idle_image
@@ -329,11 +329,13 @@ def _take(seen: TowerOutput, kind: int, rows: tuple[int, ...], index: torch.Tens
 
 def check_left_out(images: list[ImageGeometry], connector: Any) -> None:
     """Refuse batches whose sequence needs views that a training stage leaves out."""
-    left_out = connector.training and connector.training_views == "crops"
-    if left_out and any(view[0] == Kind.GLOBAL and view[8] > view[7] for image in images for view in image.views):
+    kinds = {view[0] for image in images for view in image.views if view[8] > view[7] and not connector.uses(view[0])}
+    kinds &= set(connector.layout.kinds)
+    if kinds:
+        stage, names = connector.training_views, [name for name, kind in KINDS.items() if kind in kinds]
         raise ValueError(
-            "This training stage uses crops only, but global views enter the sequence; make the batch with "
-            "views='crops'."
+            f"This training stage uses {stage} only, but views of the kinds {names} enter the sequence; make the "
+            f"batch with views={stage!r}, without videos where the stage leaves frames out."
         )
 
 

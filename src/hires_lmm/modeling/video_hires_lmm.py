@@ -1,7 +1,7 @@
 """Operations on the frames of a video: pooled in space and time, averaged into a global view, sampled."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -27,7 +27,8 @@ def pool_frames(
 ) -> torch.Tensor:
     """Means over frames, rows and columns, bins may overlap: `(n, L, C)` of runs of `counts` frames -> `(m, l, C)`."""
     volumes = states.unflatten(1, grid).permute(3, 0, 1, 2).split(list(counts), dim=1)
-    pooled = [nn.functional.adaptive_avg_pool3d(own, tuple(shape)) for own in volumes if own.shape[1]]
+    size = (shape[0], shape[1], shape[2])
+    pooled = [nn.functional.adaptive_avg_pool3d(own, size) for own in volumes if own.shape[1]]
     return torch.cat([own.flatten(2).permute(1, 2, 0) for own in pooled])
 
 
@@ -55,7 +56,7 @@ class HiResLmmPool3d(HiResLmmViewOp):
             on (`str` or `list[str]`): Kinds of views that are pooled, those of an image together.
         """
 
-        shape: list = (16, 12, 12)  # type: ignore[assignment]
+        shape: list = field(default_factory=lambda: [16, 12, 12])
         on: str | list = "frames"
 
         def __post_init__(self) -> None:
@@ -109,13 +110,13 @@ class HiResLmmMeanGlobal(HiResLmmViewOp):
     @classmethod
     def describe(cls, options: Any, context: PartContext) -> Traits:
         """One global view of every image and video."""
-        grids = [context.grids.get(key) for key in (GLOBAL, FRAMES)]
-        if None in grids or grids[0].size != grids[1].size:  # type: ignore[union-attr]
+        whole, frames = context.grids.get(GLOBAL), context.grids.get(FRAMES)
+        if whole is None or frames is None or whole.size != frames.size:
             raise ValueError(
-                f"mean_global makes global views of frames; both must reach it with one token grid, not {grids}: name "
-                "them in layout.order, and put it before parts that change one of them."
+                f"mean_global makes global views of frames; both must reach it with one token grid, not {whole} and "
+                f"{frames}: name them in layout.order, and put it before parts that change one of them."
             )
-        made = replace(grids[0], source=WHOLE_KINDS, num_views=1)  # type: ignore[type-var]
+        made = replace(whole, source=WHOLE_KINDS, num_views=1)
         return Traits({**context.grids, GLOBAL: made}, context.width)
 
     def forward(self, views: ViewFeatures) -> ViewFeatures:
@@ -130,9 +131,9 @@ class HiResLmmMeanGlobal(HiResLmmViewOp):
         counts = views.counts(frames), views.counts(whole)
 
         def join(shown: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
-            *own, _ = shown.split(counts[0])
-            *others, idle = given.split(counts[1])
-            return torch.cat([*(self._make(a) if len(a) else b[:1] for a, b in zip(own, others, strict=True)), idle])
+            pairs = list(zip(shown.split(counts[0]), given.split(counts[1]), strict=True))
+            made = [self._make(own) if own.shape[0] else other[:1] for own, other in pairs[:-1]]
+            return torch.cat([*made, pairs[-1][1]])  # idle views stay behind
 
         rows = [sorted(image.rows(Kind.GLOBAL) + image.rows(Kind.FRAME))[:1] for image in views.images]
         made = replace(

@@ -163,7 +163,8 @@ class Grid:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Grid":
         """Read what `to_dict` gave."""
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+        own: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+        return cls(**own)
 
 
 def spread_evenly(total: int, number: int) -> list[int]:

@@ -158,10 +158,10 @@ def apply_budget(count: TokenCount, layout: TokenLayout, max_image_tokens: int |
     if isinstance(max_image_tokens, bool) or not isinstance(max_image_tokens, int):
         raise ValueError(f"max_image_tokens={max_image_tokens!r} must be an integer number of tokens, or None.")
     least = min_budget(count)
-    if max_image_tokens < least and layout.own_tokens == least:
+    if max_image_tokens < least and (layout.own_tokens == least or isinstance(layout.own_tokens, str)):
         raise ValueError(
             f"Image {image_index}: max_image_tokens={max_image_tokens} is too small; this model uses {least} tokens "
-            f"for every image, whatever its size. Use {least} or more, or leave max_image_tokens out."
+            f"for it, whatever its size. Use {least} or more, or leave max_image_tokens out."
         )
     if max_image_tokens < least:
         reason = "separators and protected views stay" if layout.budget else "this model has no part that drops tokens"
