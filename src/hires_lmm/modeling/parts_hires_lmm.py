@@ -30,6 +30,7 @@ from .own_parts_hires_lmm import is_own, own_class, refusal
 from .routers_hires_lmm import HiResLmmRouter
 from .sa_perceiver_hires_lmm import HiResLmmSaPerceiver
 from .sequence_hires_lmm import LayoutOptions
+from .temporal_hires_lmm import HiResLmmTemporal
 from .uhd_hires_lmm import HiResLmmUhdResampler
 from .yopo_hires_lmm import HiResLmmYopo
 
@@ -67,7 +68,7 @@ LAYER_OPS = {
     "yopo": HiResLmmYopo,
     "slice_restore": HiResLmmSliceRestore,
 }
-POSITION_PLANS: dict[str, Any] = {}
+POSITION_PLANS: dict[str, Any] = {"temporal": HiResLmmTemporal}
 HEADS: dict[str, Any] = {}
 SLOTS: dict[str, dict[str, Any]] = {
     "view_ops": VIEW_OPS,
