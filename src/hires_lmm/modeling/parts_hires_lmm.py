@@ -27,6 +27,7 @@ from .mini_hires_lmm import HiResLmmMiniCompressor, HiResLmmPromptFuser
 from .mqt_hires_lmm import HiResLmmMqt
 from .objects_hires_lmm import OBJECT_KEY, HiResLmmObjectTokens
 from .own_parts_hires_lmm import is_own, own_class, refusal
+from .region_pack_hires_lmm import HiResLmmRegionPack
 from .routers_hires_lmm import HiResLmmRouter
 from .sa_perceiver_hires_lmm import HiResLmmSaPerceiver
 from .sequence_hires_lmm import LayoutOptions
@@ -54,7 +55,7 @@ ADAPTERS = {
     "query_former": HiResLmmQueryFormerAdapter,
     "mixture": HiResLmmMixtureAdapter,
 }
-MAP_OPS: dict[str, Any] = {}
+MAP_OPS: dict[str, Any] = {"region_pack": HiResLmmRegionPack}
 TOKEN_OPS = {
     "router": HiResLmmRouter,
     "fusion": HiResLmmFusion,
