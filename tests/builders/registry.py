@@ -32,6 +32,9 @@ SMALL = {
     "num_layers": 1,
     "num_heads": 2,
     "pool": [2, 3],
+    "spatial_factor": 2,
+    "temporal_factor": 2,
+    "width": 8,
     "token_id": plain_tokenizer()(QUESTION).input_ids[1],
 }
 """Given to every part that has an option of that name."""
@@ -64,6 +67,7 @@ VARIANTS: dict[str, dict[str, dict]] = {
         "release": {"compat": "release"},
     },
     "prompt_fuser": {"release": {"compat": "release"}},
+    "region_pack": {"release": {"compat": "release"}},
 }
 """Further options of parts that work in several ways; every part also runs with its defaults."""
 
@@ -72,13 +76,14 @@ READS = {
     "conv_gate": ("global", "crops", "detail"),
     "object_tokens": ("global", "crops", "detail"),
     "dual_enhancement": ("global", "crops", "strided"),
+    "region_pack": ("global", "frames"),
 }
 """Kinds of views that a part reads, where they are not global views and crops."""
 
 BESIDE = {"prompt_fuser": {"view_ops": [{"part": "mini_compressor", "num_queries": 4, "num_heads": 2}]}}
 """Parts without which a part cannot be."""
 
-MAKES = {"mini_compressor": "detail", "prompt_fuser": "detail", "object_tokens": "objects"}
+MAKES = {"mini_compressor": "detail", "prompt_fuser": "detail", "object_tokens": "objects", "region_pack": "detail"}
 """Kind of the views that a part makes."""
 
 

@@ -164,8 +164,8 @@ class HiResLmmRegionPack(HiResLmmViewOp):
             frames = len(image.rows(Kind.FRAME))
             if frames % factor and image.num_tokens:  # a blank image has none
                 raise ValueError(
-                    f"Video {number} has {frames} frames, but region_pack joins {factor} at a time; set num_frames of "
-                    f"the processor to a multiple of {factor}."
+                    f"Video {number} has {frames} frames, but region_pack joins {factor} at a time; set num_frames to "
+                    f"a multiple of {factor}."
                 )
         first = self.pack(self.packer, group)
         blanks = -len(first.features) % factor  # behind a blank frame

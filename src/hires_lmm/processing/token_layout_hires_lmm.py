@@ -128,6 +128,13 @@ def count_tokens(plan: ViewPlan, layout: TokenLayout, num_objects: int = 0) -> T
     on = None if layout.budget is None else layout.budget["on"]
     if isinstance(layout.own_tokens, int):
         return TokenCount(layout.own_tokens, layout.own_tokens if on == OWN else 0)
+    for kind, grid in layout.arrangement.grids.items():
+        frames = sum(view.shape.kind in layout.arrangement.sources(kind) for view in plan.views)
+        if frames % grid.view_stride:
+            raise ValueError(
+                f"This model joins {grid.view_stride} frames at a time, and a video has {frames}; set num_frames to a "
+                f"multiple of {grid.view_stride}."
+            )
     counts = layout.arrangement.count([*(view.shape for view in plan.views), object_view(num_objects)])
     if layout.own_tokens is not None:
         return TokenCount(counts[KINDS[layout.own_tokens]], 0)
