@@ -35,6 +35,9 @@ SMALL = {
     "spatial_factor": 2,
     "temporal_factor": 2,
     "width": 8,
+    "first_token_id": 20,
+    "num_rows": 4,
+    "steps": 2,
     "token_id": plain_tokenizer()(QUESTION).input_ids[1],
 }
 """Given to every part that has an option of that name."""

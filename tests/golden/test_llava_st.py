@@ -9,6 +9,7 @@ from builders import randomise
 from hires_lmm import HiResLmmConnectorConfig
 from hires_lmm.modeling.bases_hires_lmm import PartContext
 from hires_lmm.modeling.carriers_hires_lmm import ImageGeometry, ViewFeatures, ViewGroup
+from hires_lmm.modeling.coordinates_hires_lmm import HiResLmmCoordinates, propagate
 from hires_lmm.modeling.geometry_hires_lmm import MAIN_TOWER, Grid, Kind
 from hires_lmm.modeling.region_pack_hires_lmm import HiResLmmRegionPack
 
@@ -81,6 +82,64 @@ def test_packers(name, kind):
         GOLDEN.close(value, f"{name}.{own}", atol=1e-5, rtol=1e-5)
 
 
+STEPS = 1000
+"""Tokens from row to row that say the positions of the set exactly."""
+
+
+def tables(**rows: torch.Tensor) -> HiResLmmCoordinates:
+    """A part with the given rows of one axis or more in both tables, zeros elsewhere."""
+    number, channels = next(iter(rows.values())).shape
+    grids = {(int(Kind.FRAME), MAIN_TOWER): Grid(1, 1)}
+    context = PartContext(None, channels, channels, grids, (1, 1), vocab_size=10**9)
+    part = HiResLmmCoordinates(context, HiResLmmCoordinates.Options(first_token_id=0, num_rows=number, steps=STEPS))
+    stacked = torch.stack([rows.get(name, torch.zeros(number, channels)) for name in ("time", "height", "width")])
+    for table in (part.input_rows, part.output_rows):
+        table.weight.data = stacked.clone()
+    return part
+
+
+def embed_position(rows: torch.Tensor, position: float) -> torch.Tensor:
+    """The embedding of a coordinate in text."""
+    part = tables(time=rows)
+    token = torch.tensor([[round(min(max(position, 0.0), 1.0) * (part.length - 1))]])
+    return part.embed(token, torch.zeros(1, 1, rows.shape[1]))[0, 0]
+
+
+def inject(height: torch.Tensor, width: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """What the places of a grid get."""
+    part = tables(height=height, width=width)
+    group = ViewGroup(int(Kind.GLOBAL), torch.zeros(1, grid[0] * grid[1], height.shape[1]), grid, (0,))
+    image = ImageGeometry(0, ((0, 1, 1, 0, 0, *grid, 0, grid[0], 0, grid[1]),), 1)
+    return part(ViewFeatures([group], [image])).groups[0].features[0].unflatten(0, grid)
+
+
+def learn(weight: torch.Tensor, upstream: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows as they are read, and their gradient."""
+    weight = weight.clone().requires_grad_()
+    value = propagate(weight)
+    value.backward(upstream)
+    return value.detach(), weight.grad
+
+
+def test_neighbours_learn_together():
+    value, gradient = learn(GOLDEN["lape.weight"], GOLDEN["lape.upstream"])
+    assert torch.equal(value, GOLDEN["lape.weight"])
+    GOLDEN.close(value, "lape.value", atol=1e-6)
+    GOLDEN.close(gradient, "lape.grad", atol=1e-5)
+
+
+@pytest.mark.parametrize("case", GOLDEN.cases["coordinates"], ids=lambda case: str(case["position"]))
+@torch.no_grad()
+def test_a_coordinate_in_text(case):
+    GOLDEN.close(embed_position(GOLDEN["lape.weight"], case["position"]), case["case"], atol=1e-5)
+
+
+@torch.no_grad()
+def test_places_of_features():
+    found = inject(GOLDEN["injection.height"], GOLDEN["injection.width"], tuple(GOLDEN.cases["settings"]["grid"]))
+    GOLDEN.close(found, "injection.output", atol=1e-5)
+
+
 # ---- a set at other sizes
 
 
@@ -94,4 +153,13 @@ def remake(folder: Path, seed: int) -> None:
         features = torch.randn(count, 32, settings["width"])
         tensors[f"{name}.input"] = features
         tensors |= {f"{name}.{own}": value for own, value in pack(part, features, kind, settings).items()}
-    write_set(folder, {"seed": seed, "settings": settings}, tensors)
+    weight, upstream = torch.randn(2, 6, 5)
+    value, gradient = learn(weight, upstream)
+    tensors |= {"lape.weight": weight, "lape.upstream": upstream, "lape.value": value, "lape.grad": gradient}
+    height, width = torch.randn(2, 6, 5)
+    tensors |= {"injection.height": height, "injection.width": width}
+    cases = [{"case": f"coordinate{number}", "position": place} for number, place in enumerate((0.0, 0.37, 0.8, 1.2))]
+    with torch.no_grad():
+        tensors["injection.output"] = inject(height, width, tuple(settings["grid"]))
+        tensors |= {case["case"]: embed_position(weight, case["position"]) for case in cases}
+    write_set(folder, {"seed": seed, "settings": settings, "coordinates": cases}, tensors)

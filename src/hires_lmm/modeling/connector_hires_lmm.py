@@ -56,6 +56,7 @@ class HiResLmmConnector(PreTrainedModel):
             router = resolve_part("token_ops", BUDGET_ROUTER, "the budget router")
             self.budget_router = router.part(chain.adapted, router.options)
             self.budget_router.traits = router.part.describe(router.options, chain.adapted)
+        self.vocabularies: list[Any] = [op for op in self.map_ops if op.has_vocabulary]
         self.reads_question = any(step.traits.reads_question for step in steps)
         self.is_count_static = all(step.traits.count != "content" for step in steps)
         self.makes_tokens = chain.own is not None

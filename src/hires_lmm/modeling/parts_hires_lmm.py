@@ -15,6 +15,7 @@ from .adapters_hires_lmm import (
 from .atp_hires_lmm import HiResLmmAtp
 from .bases_hires_lmm import PartContext, Traits, entering, layers_behind
 from .compressors_hires_lmm import HiResLmmConvMerge, HiResLmmQueryCompressor
+from .coordinates_hires_lmm import HiResLmmCoordinates
 from .dual_hires_lmm import HiResLmmDualEnhancement
 from .dyvte_hires_lmm import HiResLmmDyvte
 from .fusion_hires_lmm import HiResLmmFusion
@@ -55,7 +56,7 @@ ADAPTERS = {
     "query_former": HiResLmmQueryFormerAdapter,
     "mixture": HiResLmmMixtureAdapter,
 }
-MAP_OPS: dict[str, Any] = {"region_pack": HiResLmmRegionPack}
+MAP_OPS: dict[str, Any] = {"coordinates": HiResLmmCoordinates, "region_pack": HiResLmmRegionPack}
 TOKEN_OPS = {
     "router": HiResLmmRouter,
     "fusion": HiResLmmFusion,
