@@ -144,7 +144,8 @@ def count_tokens(plan: ViewPlan, layout: TokenLayout, num_objects: int = 0) -> T
 
 def check_frames(plan: ViewPlan, layout: TokenLayout, index: int) -> None:
     """Refuse a video where the model has no place for frames."""
-    if plan.is_video and Kind.FRAME not in layout.arrangement.kinds:
+    arrangement = layout.arrangement
+    if plan.is_video and not any(Kind.FRAME in arrangement.sources(kind) for kind in arrangement.kinds):
         raise ValueError(
             f"Image {index} is a video, but this model places no frames: layout.order is "
             f'{layout.arrangement.order}. Build the model with connector_config={{"layout": {{"order": ["global", '
