@@ -7,6 +7,7 @@ import torch
 from builders import random_image, tiny_config, tiny_model, tiny_processor
 from hires_lmm import HiResLmmForConditionalGeneration
 from hires_lmm.modeling.compat_hires_lmm import CACHE
+from hires_lmm.modeling.geometry_hires_lmm import Kind
 
 
 PACK = {"part": "region_pack", "spatial_factor": 2, "temporal_factor": 2, "width": 8, "num_heads": 2}
@@ -114,6 +115,16 @@ def test_placeholders_are_counted_from_frames_and_sizes_alone():
         batch = processor(text="<video>a", videos=[video], max_image_tokens=budget, return_tensors="pt")
         assert int((batch["input_ids"] == model.config.image_token_id).sum()) == min(budget, count)
     assert [len(part) for part in model(**batch).image_outputs.pooler_output] == [min(budget, count)]
+
+
+def test_slow_tokens_belong_to_the_first_of_their_frames():
+    model, processor = build("packed")
+    seen: list = []
+    model.model.connector.map_ops[0].register_forward_hook(lambda module, given, output: seen.append(output))
+    shown = model(**ask(processor), output_token_map=True).token_map
+    assert shown.view[shown.kind == Kind.DETAIL].tolist() == [0] * 4 + [2] * 4
+    assert shown.view[shown.kind == Kind.FRAME].tolist() == [0, 1, 2, 3]
+    assert {group.kind: group.rows for group in seen[0].groups} == {0: (4,), 3: (0, 1, 2, 3), 4: (0, 2)}
 
 
 @every_chain
