@@ -9,6 +9,7 @@ import torch
 from builders import make_batch, plain_tokenizer, random_image, tiny_config, tiny_model, tiny_text_config
 from hires_lmm import HiResLmmProcessor
 from hires_lmm.processing.coordinate_text_hires_lmm import coordinate_tokens, read_coordinates, snap_coordinates
+from hires_lmm.training import set_options
 
 
 ROWS, STEPS = 5, 4
@@ -169,6 +170,15 @@ def test_a_tokenizer_without_the_tokens_is_told(caplog):
     logging.getLogger("transformers").propagate = True
     HiResLmmProcessor.from_config(config, copy.deepcopy(plain_tokenizer()))
     assert "lacks the 51 coordinates" in caplog.text
+
+
+@torch.no_grad()
+def test_other_parts_change_in_a_live_model():
+    model, processor, _ = build()
+    batch = ask(processor, "at <t=0.3125>?")
+    before = model(**batch).logits
+    set_options(model, {"layer_ops": [{"part": "keep_after", "layers": 0, "share": 1.0}]})
+    torch.testing.assert_close(model(**batch).logits, before)
 
 
 def test_tokens_beyond_the_vocabulary_are_refused():

@@ -10,6 +10,7 @@ from hires_lmm.modeling.compat_hires_lmm import CACHE
 from hires_lmm.modeling.outputs_hires_lmm import HiResLmmImageFeatures
 from hires_lmm.modeling.parts_hires_lmm import POSITION_PLANS
 from hires_lmm.modeling.temporal_hires_lmm import HiResLmmTemporal
+from hires_lmm.training import set_options
 
 
 LAYOUT = {"order": ["global", "frames"], "crop_order": "views"}
@@ -194,6 +195,21 @@ def test_the_index_of_frames(view, kind, shared, following):
         visual = torch.tensor([0] + [1] * 6 + [0] * 2).bool()
         blocks = (same & visual & visual[:, None]) | torch.ones(9, 9).bool().tril()
         assert torch.equal(seen[0, 2:, 2:], blocks)
+
+
+@torch.no_grad()
+def test_a_plan_joins_a_live_model_and_leaves_it(tmp_path):
+    (planned, processor), model = build(), build(plan=False)[0]
+    batch = ask(processor, ONE)
+    before = model(**batch).logits
+    set_options(model, {"position_plan": planned.config.connector_config.position_plan})
+    assert torch.equal(model(**batch).logits, planned(**batch).logits)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(type(model).from_pretrained(tmp_path)(**batch).logits, planned(**batch).logits)
+    set_options(model, {"position_plan": None})
+    assert torch.equal(model(**batch).logits, before)
+    with pytest.raises(ValueError, match="must be a part, such as"):
+        set_options(model, {"position_plan": [{"part": "temporal"}]})
 
 
 def test_options_of_the_plan_are_checked():

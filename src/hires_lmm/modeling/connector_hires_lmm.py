@@ -56,7 +56,6 @@ class HiResLmmConnector(PreTrainedModel):
             router = resolve_part("token_ops", BUDGET_ROUTER, "the budget router")
             self.budget_router = router.part(chain.adapted, router.options)
             self.budget_router.traits = router.part.describe(router.options, chain.adapted)
-        self.vocabularies: list[Any] = [op for op in self.map_ops if op.has_vocabulary]
         self.reads_question = any(step.traits.reads_question for step in steps)
         self.is_count_static = all(step.traits.count != "content" for step in steps)
         self.makes_tokens = chain.own is not None
@@ -94,6 +93,11 @@ class HiResLmmConnector(PreTrainedModel):
         if not self.training or self.training_views == "all":
             return True
         return (kind in (Kind.GLOBAL, Kind.DETAIL)) == (self.training_views == "global")
+
+    @property
+    def vocabularies(self) -> list[Any]:
+        """The parts that have tokens of their own in texts."""
+        return [op for op in self.map_ops if op.has_vocabulary]
 
     @property
     def used(self) -> list[tuple[int, str]]:
