@@ -46,9 +46,15 @@ class HiResLmmRegionPacker(nn.Module):
 
     def __init__(self, config: PreTrainedConfig, width: int, inner_width: int, num_heads: int):
         super().__init__()
-        for name in ("query", "key", "value"):
-            layers = nn.Linear(width, inner_width), nn.GELU(), nn.Linear(inner_width, inner_width)
-            self.add_module(f"{name}_mlp", nn.Sequential(*layers, nn.LayerNorm(inner_width)))
+        self.query_mlp, self.key_mlp, self.value_mlp = (
+            nn.Sequential(
+                nn.Linear(width, inner_width),
+                nn.GELU(),
+                nn.Linear(inner_width, inner_width),
+                nn.LayerNorm(inner_width),
+            )
+            for _ in range(3)
+        )
         self.attention = HiResLmmCrossAttention(config, inner_width, num_heads)
         self.output = nn.Linear(inner_width, width, bias=False)
 
@@ -169,8 +175,8 @@ class HiResLmmRegionPack(HiResLmmViewOp):
                 )
         first = self.pack(self.packer, group)
         blanks = -len(first.features) % factor  # behind a blank frame
-        frames = torch.cat([first.features, *[first.features[-1:]] * blanks])
-        slow = self.slow_packer(frames.unflatten(0, (-1, factor)).transpose(1, 2), (factor,))
+        clips = torch.cat([first.features, *[first.features[-1:]] * blanks]).unflatten(0, (-1, factor))
+        slow = self.slow_packer(clips.transpose(1, 2), (factor,))
         known = {} if blanks else first.scores
         scores = {name: score.unflatten(0, (-1, factor)).mean(dim=1) for name, score in known.items()}
         made = [ViewGroup(SLOW[0], slow, first.grid, group.rows[::factor], scores=scores)]

@@ -9,7 +9,7 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 LETTERS = {"t": "time", "h": "height", "w": "width"}
-PATTERN = re.compile(rf"<([{''.join(LETTERS)}])=(-?\d+(?:\.\d*)?)>")
+PATTERN = re.compile(r"<([thw])=(-?\d+(?:\.\d*)?)>")
 
 
 def write_coordinate(letter: str, place: int, last: int) -> str:
