@@ -175,18 +175,22 @@ def test_a_frame_is_read_whole_where_prompts_are_read_in_pieces():
 FRAMES = ([-1, 0, 0, 1, 1, 2, 2, -1, -1], 3, [0, 1, 1, 2, 2, 3, 3, 3, 4], [0, 1, 1, 2, 2, 3, 3, 4, 5])
 STITCHED = ([-1, 0, 1, 0, 1, 2, 2, -1, -1], 3, [0, 1, 2, 1, 2, 3, 3, 3, 4], [0, 1, 2, 1, 2, 3, 3, 4, 5])
 CROPS = ([-1, 0, 0, 1, 1, 2, 2, -1, -1], 1, [0, 1, 1, 1, 1, 1, 1, 1, 2], [0, 1, 1, 1, 1, 1, 1, 2, 3])
+SLOW = ([-1, 0, 1, 2, 3, 0, 2, -1, -1], [3] * 5 + [4] * 4, [0, 1, 2, 3, 4, 1, 3, 4, 5], [0, 1, 2, 3, 4, 1, 3, 5, 6])
 SEPARATED = ([-1, 0, -1, 1, -1, 2, -1, -1, -1], 3, FRAMES[2], FRAMES[3])  # a separator behind each frame
 
 
 @pytest.mark.parametrize(
-    "view, kind, shared, following", [FRAMES, STITCHED, CROPS, SEPARATED], ids=["frames", "rows", "crops", "marks"]
+    "view, kind, shared, following",
+    [FRAMES, STITCHED, CROPS, SLOW, SEPARATED],
+    ids=["frames", "rows", "crops", "slow", "marks"],
 )
 def test_the_index_of_frames(view, kind, shared, following):
     """One text token, six tokens of an image, two text tokens, with padding in front."""
     for way, wanted in (("shared", shared), ("next", following)):
         part = HiResLmmTemporal(None, HiResLmmTemporal.Options(gamma=2, text_after=way))
         image = torch.tensor([[-1] * 3 + [0] * 6 + [-1] * 2])
-        kinds = [kind if each >= 0 else -1 for each in view]
+        of_views = kind if isinstance(kind, list) else [kind] * len(view)
+        kinds = [own if each >= 0 else -1 for own, each in zip(of_views, view, strict=True)]
         views = (torch.tensor([[-1, -1, *each]]) for each in (view, kinds))
         positions, seen = part(RowTokens(torch.tensor([[False] * 2 + [True] * 9]), image, *views, has_images=True))
         assert positions.dtype == torch.long

@@ -15,11 +15,11 @@ from .question_hires_lmm import latest
 def number_frames(tokens: RowTokens) -> torch.Tensor:
     """Number of the frame of each token, unlike those of other images of the row, `(B, n)`; -1 at text.
 
-    Views that are no frames are one frame an image, and separators belong to the frame before them.
+    What was made of a frame belongs to it, a separator to the frame before it; other views are one frame an image.
     """
     is_separator = (tokens.kind == Kind.SEPARATOR) & (tokens.image >= 0)
-    step = tokens.view.amax() + 2
-    inside = torch.where(tokens.kind == Kind.FRAME, tokens.view + 1, 0)
+    step = tokens.view.amax() + 1
+    inside = torch.where((tokens.kind == Kind.FRAME) | (tokens.kind == Kind.DETAIL), tokens.view, 0)
     before = latest((tokens.image >= 0) & ~is_separator)
     at = before.clamp(min=0)
     follows = is_separator & (before >= 0) & (tokens.image.gather(1, at) == tokens.image)
