@@ -6,9 +6,12 @@ whole sequence again for every new token.
 """
 
 import itertools
+import re
 from collections.abc import Callable
 
 import torch
+
+from builders.tiny import make_batch
 
 
 MIN_SCORE_GAP = 1e-5
@@ -16,7 +19,8 @@ MIN_SCORE_GAP = 1e-5
 
 # --- kinds of visual tokens ----------------------------------------------------------------------------------------
 def layout_kinds(positions: list[list[int]], spans: list[list[int]], layout: dict) -> list[str]:
-    """`"global"`, `"crop"` or `"mark"` for every visual token, from the views of one image and a token layout dict.
+    """`"global"`, `"crop"`, `"frame"` or `"mark"` for every visual token, from the views of one image, or one video of
+    frames alone, and a token layout dict.
 
     Args:
         positions (`list`): Rows of `view_positions` of one image; the first is its global view.
@@ -37,6 +41,10 @@ def layout_kinds(positions: list[list[int]], spans: list[list[int]], layout: dic
             -(-end * n // patches) - start * n // patches if end > start else 0 for start, end, n, patches in sides
         ]
 
+    if positions[0][0] == 3:
+        frames = [["frame"] * (rows * columns) for rows, columns in (extent(span, "frames") for span in spans)]
+        mark = ["mark"] if "between_frames" in marks else []
+        return [kind for number, frame in enumerate(frames) for kind in (mark if number else []) + frame]
     rows, columns = extent(spans[0], "global")
     global_block = ["global"] * (rows * columns)
     row_end = ["mark"] if "token_row_end" in marks else []
@@ -82,7 +90,7 @@ def select_by_saliency(tokens: torch.Tensor, kinds: list[str], budget: int | Non
     assert tokens.shape[0] == count, f"{tokens.shape[0]} visual tokens, {count} kinds"
     if budget is None or budget >= count:
         return list(range(count))
-    scored_kinds = {"all": {"global", "crop"}, "crops": {"crop"}, "global": {"global"}}[on]
+    scored_kinds = {"all": {"global", "crop", "frame"}, "crops": {"crop"}, "global": {"global"}}[on]
     scored = [index for index, kind in enumerate(kinds) if kind in scored_kinds]
     protected = [index for index in range(count) if index not in set(scored)]
     vectors = tokens[scored].double()
@@ -102,8 +110,8 @@ def full_visual_tokens(model, processor, images: list, **images_kwargs) -> tuple
     """All visual tokens of each image from a run without a budget, and their kinds."""
     if not images:
         return [], []
-    text = processor.image_token * len(images)
-    batch = processor(text=[text], images=images, return_tensors="pt", **images_kwargs)
+    text = "".join(processor.video_token if isinstance(source, list) else processor.image_token for source in images)
+    batch = make_batch(processor, [(text, images)], **images_kwargs)
     with torch.no_grad():
         geometry = {name: batch[name] for name in ("view_positions", "view_boxes", "view_spans")}
         pixel_values = batch["pixel_values"].to(model.dtype)
@@ -113,6 +121,11 @@ def full_visual_tokens(model, processor, images: list, **images_kwargs) -> tuple
     layout = model.config.token_layout()
     kinds = [layout_kinds(positions[a:b], spans[a:b], layout) for a, b in itertools.pairwise(starts)]
     return list(features), kinds
+
+
+def split_text(processor, text: str) -> list[str]:
+    """What stands before, between and behind images and videos."""
+    return re.split(f"{re.escape(processor.image_token)}|{re.escape(processor.video_token)}", text)
 
 
 def prompt_embeds(
@@ -128,14 +141,14 @@ def prompt_embeds(
 
     Args:
         text (`str`): Prompt with one `<image>` an image.
-        images (`list`): The images.
+        images (`list`): The images; a list of frames is a video.
         budget (`int`, *optional*): `max_image_tokens` of the call.
         on (`str`): Which kinds compete for the budget.
         select (`Callable`, *optional*): Another selection rule `(tokens, kinds, budget, on) -> indices`.
     """
     tokens, kinds = full_visual_tokens(model, processor, images)
     table = model.model.language_model.get_input_embeddings()
-    pieces = text.split(processor.image_token)
+    pieces = split_text(processor, text)
     assert len(pieces) == len(images) + 1
     parts = []
     for index, piece in enumerate(pieces):

@@ -38,6 +38,9 @@ SMALL = {
     "first_token_id": 20,
     "num_rows": 4,
     "steps": 2,
+    "shape": [3, 2, 3],
+    "query_width": 16,
+    "number": 7,
     "token_id": plain_tokenizer()(QUESTION).input_ids[1],
 }
 """Given to every part that has an option of that name."""
@@ -71,6 +74,8 @@ VARIANTS: dict[str, dict[str, dict]] = {
     },
     "prompt_fuser": {"release": {"compat": "release"}},
     "region_pack": {"release": {"compat": "release"}},
+    "mean_global": {"first": {"rule": "first"}},
+    "tower_mixer": {"scalar": {"weights": "scalar"}},
 }
 """Further options of parts that work in several ways; every part also runs with its defaults."""
 
@@ -80,6 +85,10 @@ READS = {
     "object_tokens": ("global", "crops", "detail"),
     "dual_enhancement": ("global", "crops", "strided"),
     "region_pack": ("global", "frames"),
+    "pool3d": ("global", "frames"),
+    "mean_global": ("global", "frames"),
+    "sample_tokens": ("global", "frames"),
+    "tower_mixer": ("global", "frames", "detail"),
 }
 """Kinds of views that a part reads, where they are not global views and crops."""
 

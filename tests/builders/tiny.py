@@ -186,10 +186,14 @@ def random_image(height: int, width: int, seed: int = 0) -> Image.Image:
 
 
 def make_batch(processor, samples: list[tuple[str, list[Image.Image]]], **kwargs):
-    """Tensors of a batch of `(text, images)` samples; images go in as one flat list, padding is on."""
+    """Tensors of a batch of `(text, images)` samples; images go in as one flat list, padding is on. A list of frames
+    among the images is a video."""
     texts = [text for text, _ in samples]
-    images = [image for _, images in samples for image in images]
-    return processor(text=texts, images=images or None, return_tensors="pt", padding=True, **kwargs)
+    sources = [source for _, sources in samples for source in sources]
+    videos = [source for source in sources if isinstance(source, list)]
+    images = [source for source in sources if not isinstance(source, list)]
+    given = {"images": images or None, "videos": videos or None}
+    return processor(text=texts, **given, return_tensors="pt", padding=True, **kwargs)
 
 
 def geometry_of(batch) -> dict[str, torch.Tensor]:

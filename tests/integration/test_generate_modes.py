@@ -43,10 +43,12 @@ class Case:
     token_ops: str | None = None  # name of the router in `TOKEN_OPS`; None: the one that a budget alone brings
     rule: routing.Rule | None = None  # a router with a reference of its own
     has_answer_prefix: bool = False  # whether the config tells where an answer begins
+    has_video: bool = False  # whether the rows are those of `VIDEO_ROWS`
 
     def __str__(self) -> str:
         router = str(self.rule) if self.rule else self.token_ops or "default"
-        return "-".join([self.preset, self.vision, self.text, router, str(self.budget)])
+        video = ["video"] if self.has_video else []
+        return "-".join([self.preset, self.vision, self.text, router, str(self.budget), *video])
 
 
 def routed(preset: str, vision: str, text: str, budget: int | None, has_answer_prefix: bool, *args, **changes) -> Case:
@@ -80,14 +82,27 @@ ROUTED = [
     routed("llava_next", "siglip", "llama", 40, True, "attention", gamma=0.6),  # a budget goes before the threshold
 ]
 STATIC_EXTRA = [CASES[0], CASES[1], CASES[6]]  # counts that follow from sizes alone, nothing reads the question
-CASES = [*CASES, Case("monkey", "siglip", "mistral"), Case("vlsa", "clip", "qwen2", None), *ROUTED]
+VIDEO = Case("llava_next", "clip", "llama", has_video=True)
+CASES = [*CASES, Case("monkey", "siglip", "mistral"), Case("vlsa", "clip", "qwen2", None), *ROUTED, VIDEO]
 MAIN = CASES[0]
-EXTRA = [*STATIC_EXTRA, ROUTED[0], ROUTED[1]]  # the rarer modes run on these
+EXTRA = [*STATIC_EXTRA, ROUTED[0], ROUTED[1], VIDEO]  # the rarer modes run on these
 ROWS = [
     ("USER: <image>\nHow many cats are on the table? ASSISTANT:", [(100, 180)]),
     ("USER: Describe the image. ASSISTANT:", []),
     ("<image> and <image> How many cats?", [(120, 100), (57, 150)]),
 ]
+VIDEO_ROWS = [  # a list of sizes is a video
+    ("USER: <video>\nHow many cats are on the table? ASSISTANT:", [[(60, 90)] * 3]),
+    ("USER: Describe the image. ASSISTANT:", []),
+    ("<image> and <video> How many cats?", [(120, 100), [(57, 40)] * 2]),
+]
+VIDEO_LAYOUT = {
+    "order": ["global", "crops", "frames"],
+    "separators": {
+        "newline": {"place": "token_row_end", "on": "crops"},
+        "turn": {"place": "between_frames", "value": [7]},
+    },
+}
 all_cases = pytest.mark.parametrize("case", CASES, ids=str)
 extra_cases = pytest.mark.parametrize("case", EXTRA, ids=str)
 static_cases = pytest.mark.parametrize("case", STATIC_EXTRA, ids=str)
@@ -104,6 +119,8 @@ def build(case: Case, seed: int = 0):
 def make_config(case: Case):
     """The preset's config with few queries and the case's router, if it names one."""
     connector = dict(routing.SMALL_CONNECTORS.get(case.preset, {}))
+    if case.has_video:
+        connector["layout"] = VIDEO_LAYOUT
     if case.token_ops is not None:
         connector["token_ops"] = TOKEN_OPS[case.token_ops]
     if case.rule is not None:
@@ -113,14 +130,20 @@ def make_config(case: Case):
 
 
 @functools.cache
-def sample(row: int):
-    text, sizes = ROWS[row]
-    return text, [random_image(*size, seed=10 * row + index) for index, size in enumerate(sizes)]
+def sample(row: int, has_video: bool = False):
+    text, sizes = (VIDEO_ROWS if has_video else ROWS)[row]
+    return text, [
+        [random_image(*each, seed=100 * row + 10 * index + number) for number, each in enumerate(size)]
+        if isinstance(size, list)
+        else random_image(*size, seed=10 * row + index)
+        for index, size in enumerate(sizes)
+    ]
 
 
 def batch_of(case: Case, rows=(0, 1, 2), **kwargs):
     extra = {} if case.budget is None else {"max_image_tokens": case.budget}
-    return make_batch(build(case)[1], [sample(row) for row in rows], padding_side="left", **extra, **kwargs)
+    samples = [sample(row, case.has_video) for row in rows]
+    return make_batch(build(case)[1], samples, padding_side="left", **extra, **kwargs)
 
 
 def selection(case: Case, text: str, before: list[int] | None = None):
@@ -131,7 +154,7 @@ def selection(case: Case, text: str, before: list[int] | None = None):
     if case.has_answer_prefix and ANSWER in text:
         question = text[: text.index(ANSWER)]
         text = text[: text.rindex(ANSWER) + len(ANSWER)] if model.config.question_scope == "prompt" else question
-    ids = [id for piece in text.split(processor.image_token) for id in plain_tokenizer()(piece).input_ids]
+    ids = [id for piece in reference.split_text(processor, text) for id in plain_tokenizer()(piece).input_ids]
     words = model.model.language_model.get_input_embeddings()(torch.tensor([*(before or []), *ids], dtype=torch.long))
     return routing.selection(model, case.rule, words.detach())
 
@@ -144,7 +167,7 @@ def prompt_embeds(case: Case, text: str, images: list, before: list[int] | None 
 
 @functools.cache
 def embeds(case: Case, row: int):
-    return prompt_embeds(case, *sample(row))
+    return prompt_embeds(case, *sample(row, case.has_video))
 
 
 @functools.cache
@@ -629,8 +652,9 @@ def test_features_cached_per_image_serve_any_prompt(case):
     extra = {} if case.budget is None else {"max_image_tokens": case.budget}
     pooled = []
     for row in range(3):
-        for image in sample(row)[1]:
-            single = make_batch(processor, [(processor.image_token, [image])], **extra)
+        for image in sample(row, case.has_video)[1]:
+            token = processor.video_token if isinstance(image, list) else processor.image_token
+            single = make_batch(processor, [(token, [image])], **extra)
             pooled += model.get_image_features(**geometry_of(single), return_dict=True).pooler_output
     features = BaseModelOutputWithPooling(pooler_output=pooled)
     text = {name: batch[name] for name in ("input_ids", "attention_mask")}
@@ -660,7 +684,8 @@ def test_selected_features_serve_rows_apart(case, options):
 def test_right_padded_prompts(case):
     expected = [greedy(case, row) for row in range(3)]
     extra = {} if case.budget is None else {"max_image_tokens": case.budget}
-    batch = make_batch(build(case)[1], [sample(row) for row in range(3)], padding_side="right", **extra)
+    samples = [sample(row, case.has_video) for row in range(3)]
+    batch = make_batch(build(case)[1], samples, padding_side="right", **extra)
     assert generate(case, batch=batch) == expected
     assert generate(case, batch=batch, cache_implementation="static") == expected
 

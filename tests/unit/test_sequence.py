@@ -146,10 +146,8 @@ def test_two_sets_of_tokens_of_one_video():
     assert plan.view.tolist() == [0] * 5 + [1] * 4 + [6] * 4 + [1, 2, 3, 4, 5, 6]  # frames 0 and 5 open a view each
 
 
-def test_frames_of_one_grid_row_lie_side_by_side():
+def test_frames_in_several_columns_are_read_as_one_map():
     order = {"order": ["frames"]}
-    strips = sequence(frames_of(2, 2), {3: Grid(1, 2, None)}, separators={"and": {"place": "between_frames"}}, **order)
-    assert strips == ["0.0.0", "0.0.1", "1.0.0", "1.0.1", "and", "2.0.0", "2.0.1", "3.0.0", "3.0.1"]
     rows = sequence(frames_of(1, 2), {3: Grid(2, 1, None)}, **order)
     assert rows == ["0.0.0", "1.0.0", "0.1.0", "1.1.0"]
     assert sequence(frames_of(1, 2), {3: Grid(2, 1, None)}, crop_order="views", **order) == sorted(rows)

@@ -4,8 +4,9 @@ from typing import Any
 
 import numpy as np
 
-from .geometry_hires_lmm import DENSE_PARTS, Column, Kind
+from .geometry_hires_lmm import DENSE_PARTS, WHOLE_KINDS, Column
 from .image_input_hires_lmm import flatten_images
+from .video_input_hires_lmm import holds_videos
 
 
 CROP_TO_PATCHES = (
@@ -84,7 +85,8 @@ def choose_layout(processor: Any, images: Any, text: Any, options: dict[str, Any
         is_tensor = options.get("padding") is True and options.get("return_tensors") is not None
         layout = "dense" if is_even and is_tensor and given.get("image_boxes") is None else "flat"
     elif layout == "dense" and not is_nested:
-        images = nest_images(images, [sample.count(processor.image_token) for sample in texts])
+        tokens = (processor.image_token, processor.video_token) if holds_videos(images) else (processor.image_token,)
+        images = nest_images(images, [sum(map(sample.count, tokens)) for sample in texts])
     return images, {**options, "image_layout": layout}
 
 
@@ -103,9 +105,9 @@ def pack_samples(data: dict[str, np.ndarray], counts: list[int]) -> dict[str, np
     names = [name for name in data if name.startswith("pixel_values")]
     geometry = np.concatenate([data[name] for name, _ in DENSE_PARTS], axis=1)
     starts = np.cumsum(data["view_positions"][:, Column.STARTS_IMAGE])
-    has_global = {*starts[data["view_positions"][:, Column.KIND] == Kind.GLOBAL].tolist()}
+    is_whole = np.isin(data["view_positions"][:, Column.KIND], WHOLE_KINDS)
     sample_of = np.repeat(np.arange(len(counts)), counts)
-    samples = {name: sample_of[[image - 1 for image in sorted(has_global)]] for name in names[1:]}
+    samples = dict.fromkeys(names[1:], sample_of[starts[is_whole] - 1])
     samples["pixel_values"] = sample_of[starts - 1]
     rows = [
         [(name, row) for name in names for row in np.flatnonzero(samples[name] == own)] for own in range(len(counts))

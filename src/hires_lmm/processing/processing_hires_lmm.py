@@ -24,7 +24,7 @@ from .chat_templates_hires_lmm import (
     question_prefix_ids,
 )
 from .coordinate_text_hires_lmm import check_coordinates, snap_coordinates
-from .dense_layout_hires_lmm import choose_layout, read_positions
+from .dense_layout_hires_lmm import choose_layout, count_samples, read_positions
 from .geometry_hires_lmm import Column
 from .image_input_hires_lmm import flatten_images
 from .image_processing_hires_lmm import HiResLmmImageProcessor, HiResLmmImageProcessorKwargs
@@ -39,7 +39,7 @@ from .processor_options_hires_lmm import (
     prepare_tokenizer,
     refuse_unknown,
 )
-from .video_input_hires_lmm import Video, flatten_videos, is_one_video, merge_videos
+from .video_input_hires_lmm import Video, count_videos, holds_videos, merge_videos
 
 
 logger = logging.get_logger(__name__)
@@ -246,7 +246,7 @@ class HiResLmmProcessor(HiResLmmProcessorBase):
         """
         chats = conversation if _is_batch(conversation) else [conversation]
         chats = [getattr(chat, "messages", chat) for chat in chats]
-        tokens = () if kwargs.get("sanitize_control_tokens") else (self.image_token,)
+        tokens: tuple[str, ...] = () if kwargs.get("sanitize_control_tokens") else (self.image_token,)
         tokens += (self.video_token,) if any(map(holds_video, chats)) else ()
         for name in ("tools", "documents"):
             if kwargs.get(name):
@@ -278,19 +278,22 @@ class HiResLmmProcessor(HiResLmmProcessorBase):
         texts = [text] if isinstance(text, str) else text
         if texts is not None and not all(isinstance(sample, str) for sample in texts):
             return images  # refused where texts are checked
-        merged, num_images, num_videos = merge_videos(images, texts, videos, (self.image_token, self.video_token))
-        for token, number, kind in (
-            (self.image_token, num_images, "image"),
-            (self.video_token, num_videos, "video"),
+        tokens = (self.image_token, self.video_token)
+        merged, num_images, num_videos = merge_videos(images, texts, videos, tokens)
+        if texts is None:
+            return merged
+        is_nested = False
+        for token, number, counts, kind in (
+            (self.image_token, num_images, count_samples(images), "image"),
+            (self.video_token, num_videos, count_videos(videos), "video"),
         ):
-            if texts is not None:
-                self._compare_counts(sum(sample.count(token) for sample in texts), number, "The text", kind)
-        per_text = videos if isinstance(videos, (list, tuple)) and len(videos) == len(texts or ()) else ()
-        if all(own is None or (isinstance(own, (list, tuple)) and not is_one_video(own)) for own in per_text):
-            for number, (sample, own) in enumerate(zip(texts or (), per_text, strict=False)):
-                found = sample.count(self.video_token)
-                self._compare_counts(found, len(flatten_videos(own)), f"Sample {number}", "video")
-        return merged
+            found = [sample.count(token) for sample in texts]
+            if counts is not None and len(counts) == len(texts):
+                is_nested = True
+                for index, (placeholders, own) in enumerate(zip(found, counts, strict=True)):
+                    self._compare_counts(placeholders, own, f"Sample {index}", kind)
+            self._compare_counts(sum(found), number, "The text", kind)
+        return merged if is_nested else flatten_images(merged)
 
     def prepare_inputs_layout(
         self, images: Any = None, text: Any = None, videos: Any = None, audio: Any = None, **kwargs: Any
@@ -325,8 +328,8 @@ class HiResLmmProcessor(HiResLmmProcessorBase):
                     "errors='replace'."
                 )
         given = [] if images is None else images
-        tokens = (self.image_token, self.video_token) if _holds_video(given) else (self.image_token,)
-        placeholders = [sum(map(sample.count, tokens)) for sample in text]
+        marks = (self.image_token, self.video_token) if holds_videos(given) else (self.image_token,)
+        placeholders = [sum(map(sample.count, marks)) for sample in text]
         if self._later_tokens is not None and max(placeholders) > 1:
             number = placeholders.index(max(placeholders))
             raise ValueError(
@@ -532,10 +535,6 @@ def _tokenizer_alone(tokenizer: Any) -> Iterator[None]:
 
 def _is_empty(values: Any) -> bool:
     return values is None or (isinstance(values, (list, tuple)) and not values)
-
-
-def _holds_video(images: Any) -> bool:
-    return any(isinstance(source, Video) for source in flatten_images(images))
 
 
 def _is_batch(conversation: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Whatever a user calls a video, as frames that become 8-bit RGB pictures one by one; and which of them are taken."""
+"""Whatever a user calls a video, as frames that become 8-bit RGB pictures one by one."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +17,7 @@ from transformers.utils import (
 )
 from transformers.video_utils import load_video
 
+from .frame_sampling_hires_lmm import Sampling
 from .image_input_hires_lmm import flatten_images, to_rgb
 
 
@@ -32,74 +33,9 @@ BAR_AFTER = 2.0
 EXTRA = "pip install 'hires-lmm[video]' (PyAV), or install torchcodec"
 
 
-def sample_uniform(total: int, number: int) -> list[int]:
-    """Steps of (total - 1) / number from half a step on.
-
-    Source: PLLaVA's scripts for captions and questions (magic-research/PLLaVA at 6f49fd2).
-    """
-    step = (total - 1) / number
-    return [int(step / 2) + round(step * place) for place in range(number)]
-
-
-def sample_segments(total: int, number: int, first: int = 0, last: int | None = None) -> list[int]:
-    """The middle of each of so many segments between two frames, by default of all.
-
-    Source: the reader of MVBench in magic-research/PLLaVA at 6f49fd2.
-    """
-    step = ((total - 1 if last is None else min(last, total - 1)) - first) / number
-    return [int(first + step / 2 + round(step * place)) for place in range(number)]
-
-
-def sample_linspace(total: int, number: int) -> list[int]:
-    """Numbers from 0 to `total` - 1 at equal distances, in float32, rounded half to even.
-
-    Source: tingyu215/TS-LLaVA at 03cdeae.
-    """
-    return torch.linspace(0, total - 1, number, dtype=torch.float32).round().long().tolist()
-
-
-FRAME_SAMPLERS: dict[str, Callable[[int, int], list[int]]] = {
-    "uniform": sample_uniform,
-    "segments": sample_segments,
-    "linspace": sample_linspace,
-}
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """Which frames of a video are taken: `num_frames` by the rule `sampler`, or as many as `fps` asks for."""
-
-    num_frames: int | None = None
-    fps: float | None = None
-    sampler: str = "uniform"
-
-    def __post_init__(self) -> None:
-        for name, value, kinds in (("num_frames", self.num_frames, int), ("fps", self.fps, (int, float))):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, kinds) or not value > 0):
-                raise ValueError(f"{name}={value!r} must be a number above 0, or None.")
-        if self.num_frames is not None and self.fps is not None:
-            raise ValueError(f"num_frames={self.num_frames} and fps={self.fps} exclude each other; pass one of them.")
-        if self.sampler not in FRAME_SAMPLERS:
-            raise ValueError(f"frame_sampling={self.sampler!r} is unknown; choose one of {', '.join(FRAME_SAMPLERS)}.")
-
-    def count(self, total: int, rate: float | None = None) -> int:
-        """How many frames are taken of a video of `total` frames, at `rate` frames a second."""
-        if self.fps is not None and not rate:
-            raise ValueError(
-                f"fps={self.fps} needs the rate of the video itself, which only a file tells; pass num_frames."
-            )
-        number = max(1, int(total / rate * self.fps)) if self.fps is not None and rate else self.num_frames
-        return total if number is None else min(number, total)
-
-    def choose(self, total: int, rate: float | None = None) -> list[int]:
-        """The frames that are taken, in order; all where there are no more than wanted."""
-        number = self.count(total, rate)
-        return list(range(total)) if number == total else FRAME_SAMPLERS[self.sampler](total, number)
-
-
 @dataclass(frozen=True, eq=False)
 class Video:
-    """A video among images, as it was passed: frames, an array, a path or an address."""
+    """A video among images, as it was passed: frames, an array, a path or an address; or opened, as `Frames`."""
 
     source: Any
 
@@ -119,7 +55,7 @@ class Frames(Sequence):
     def __len__(self) -> int:
         return len(self.frames)
 
-    def __getitem__(self, number: Any) -> Image.Image:
+    def __getitem__(self, number: Any) -> Image.Image:  # type: ignore[override]
         return self.convert(number, self.frames[number])
 
     def map(self, change: Callable[[Image.Image], Image.Image]) -> "Frames":
@@ -156,11 +92,25 @@ def is_one_video(value: Any) -> bool:
     """Whether it is one video, and no list of them."""
     if isinstance(value, (list, tuple)):
         return bool(value) and all(map(_is_frame, value))
-    return isinstance(value, (str, PathLike)) or (_is_array(value) and value.ndim == 4) or _is_frame(value)
+    return isinstance(value, (str, PathLike, Frames)) or (_is_array(value) and value.ndim == 4) or _is_frame(value)
 
 
 def _describe(value: Any) -> str:
     return f"{type(value).__name__} of {value.ndim} dimensions" if _is_array(value) else type(value).__name__
+
+
+def holds_videos(images: Any) -> bool:
+    """Whether there are videos among images."""
+    return any(isinstance(source, Video) for source in flatten_images(images))
+
+
+def count_videos(videos: Any) -> list[int] | None:
+    """Videos of each sample where they come as one list a sample, else None."""
+    if not isinstance(videos, (list, tuple)) or is_one_video(videos):
+        return None
+    if not all(own is None or (isinstance(own, (list, tuple)) and not is_one_video(own)) for own in videos):
+        return None
+    return [len(flatten_videos(own)) for own in videos]
 
 
 def merge_videos(images: Any, text: Any, videos: Any, tokens: tuple[str, str]) -> tuple[Any, int, int]:
@@ -199,6 +149,8 @@ def _next(entries: Iterator) -> list:
 def open_video(video: Video, index: int, sampling: Sampling, settings: Any) -> Frames:
     """Read a video and take its frames; `index` is named in errors, `settings` are those of `to_rgb`."""
     source = video.source
+    if isinstance(source, Frames):
+        return source
     if isinstance(source, (str, PathLike)):
         frames = _load(str(source), index, sampling)
     else:
@@ -206,13 +158,14 @@ def open_video(video: Video, index: int, sampling: Sampling, settings: Any) -> F
         if not len(frames):
             raise ValueError(f"Video {index} has no frames; pass at least one.")
         frames = _select(frames, sampling.choose(len(frames)))
-    unit_floats = settings.do_rescale and _are_unit(frames, index)
+    is_bright = _exceeds_one(frames, index)
+    options = (settings.background, settings.pixel_limit, settings.input_data_format, settings.do_rescale)
 
     def convert(number: int, frame: Any) -> Image.Image:
+        if is_bright and _is_float(frame) and bool(((frame >= 0) & (frame <= 1)).all()):
+            frame = torch.as_tensor(frame).round().to(torch.uint8)  # alone it would be taken for [0, 1]
         try:
-            picture = to_rgb(
-                frame, number, settings.background, settings.pixel_limit, settings.input_data_format, unit_floats
-            )
+            picture = to_rgb(frame, number, *options)
         except ValueError as error:
             raise ValueError(f"Video {index}, frames counted as images: {error}") from error
         if size and (picture.height, picture.width) != size[0]:
@@ -233,13 +186,17 @@ def _select(frames: Any, chosen: list[int]) -> Any:
     return frames if len(chosen) == len(frames) else [frames[number] for number in chosen]
 
 
-def _are_unit(frames: Any, index: int) -> bool:
-    """Whether floats of a video are in [0, 1]: told by all its frames, or a dark one would become a bright one."""
-    arrays = [frame for frame in frames if _is_array(frame) and 0 not in frame.shape]
-    wide = [a for a in arrays if "float" not in str(a.dtype) and not str(a.dtype).endswith(("int8", "bool"))]
-    if any(bool((frame > 255).any()) for frame in wide):
+def _is_float(frame: Any) -> bool:
+    return _is_array(frame) and "float" in str(frame.dtype)
+
+
+def _exceeds_one(frames: Any, index: int) -> bool:
+    """Whether floats of a video are in [0, 255]: told by all its frames. Integers beyond are refused."""
+    arrays = [frame for frame in frames if _is_array(frame)]
+    wide = [a for a in arrays if "int" in str(a.dtype) and not str(a.dtype).endswith("int8")]
+    if any(bool((a > 255).any()) for a in wide):
         raise ValueError(f"Video {index} is of {wide[0].dtype} with values above 255; scale it to 8 bits (uint8).")
-    return all(bool((frame <= 1).all()) for frame in arrays if "float" in str(frame.dtype))
+    return any(bool((a > 1).any()) for a in arrays if _is_float(a))
 
 
 class _Wanted(list):
@@ -304,4 +261,4 @@ def _decode(source: str, backend: str, sampling: Sampling, total: int | None) ->
     return frames, asked[0], asked[0][-1] != NO_END
 
 
-__all__ = ["FRAME_SAMPLERS", "Frames", "Sampling", "Video", "flatten_videos", "open_video"]
+__all__ = ["Frames", "Video", "flatten_videos", "open_video"]
