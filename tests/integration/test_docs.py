@@ -11,7 +11,7 @@ import pytest
 from builders.docs import ROOT, read_blocks, run_page
 from hires_lmm import PRESETS
 from hires_lmm.accounting import PRESET_SETTINGS
-from hires_lmm.modeling.parts_hires_lmm import ADAPTERS, LAYER_OPS, TOKEN_OPS, VIEW_OPS
+from hires_lmm.modeling.parts_hires_lmm import ADAPTERS, LAYER_OPS, POSITION_PLANS, TOKEN_OPS, VIEW_OPS
 from hires_lmm.processing.planners_hires_lmm import PLANNERS
 
 
@@ -75,9 +75,10 @@ def test_tables_are_current(tables, capsys):
 
 
 def test_every_part_has_a_row_in_the_docs():
-    text = "\n".join((ROOT / "docs" / page).read_text(encoding="utf-8") for page in ("parts.md", "presets.md"))
+    pages = ("parts.md", "presets.md", "where-and-when.md")
+    text = "\n".join((ROOT / "docs" / page).read_text(encoding="utf-8") for page in pages)
     rows = set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE))
-    names = {*PRESETS, *PLANNERS, *VIEW_OPS, *ADAPTERS, *TOKEN_OPS, *LAYER_OPS}
+    names = {*PRESETS, *PLANNERS, *VIEW_OPS, *ADAPTERS, *TOKEN_OPS, *LAYER_OPS, *POSITION_PLANS}
     assert names <= rows, f"docs/parts.md and docs/presets.md have no row for {sorted(names - rows)}"
 
 
