@@ -73,7 +73,6 @@ VARIANTS: dict[str, dict[str, dict]] = {
         "release": {"compat": "release"},
     },
     "prompt_fuser": {"release": {"compat": "release"}},
-    "region_pack": {"release": {"compat": "release"}},
     "mean_global": {"first": {"rule": "first"}},
     "tower_mixer": {"scalar": {"weights": "scalar"}},
 }

@@ -8,6 +8,7 @@ import torch
 
 from builders import make_batch, plain_tokenizer, random_image, tiny_config, tiny_model, tiny_text_config
 from hires_lmm import HiResLmmProcessor
+from hires_lmm.modeling.serving_hires_lmm import ENGINE_ATTENTION, check_engine
 from hires_lmm.processing.coordinate_text_hires_lmm import coordinate_tokens, read_coordinates, snap_coordinates
 from hires_lmm.training import set_options
 
@@ -179,6 +180,15 @@ def test_other_parts_change_in_a_live_model():
     before = model(**batch).logits
     set_options(model, {"layer_ops": [{"part": "keep_after", "layers": 0, "share": 1.0}]})
     torch.testing.assert_close(model(**batch).logits, before)
+
+
+def test_an_engine_that_embeds_texts_itself_is_refused():
+    config = build()[0].config
+    config.text_config._attn_implementation = ENGINE_ATTENTION
+    with pytest.raises(
+        ValueError, match="map_ops has HiResLmmCoordinates, which works inside the language model or on"
+    ):
+        check_engine(config)
 
 
 def test_tokens_beyond_the_vocabulary_are_refused():
