@@ -84,11 +84,13 @@ def check_processors(folder, expected, out):
     batch = processor(text=texts["prompts"], images=images, padding=True, return_tensors="pt", **texts["options"])
     alone = image_processor(images=images, return_tensors="pt", **texts["options"])
     wanted = {name: tensors["batch"][name] for name in alone}
+    video = processor(text=texts["video_prompt"], videos=images[0:1] * 5, num_frames=3, return_tensors="pt")
     chat = processor.apply_chat_template(texts["messages"], add_generation_prompt=True, tokenize=False)
     return {
         "modules": [module_of(processor), module_of(image_processor), module_of(processor.image_processor)],
         "different": equal_batches(batch, tensors["batch"]),
         "different_alone": equal_batches(alone, wanted),
+        "different_video": equal_batches(video, tensors["video"]),
         "same_chat": chat == texts["chat"],
         "same_ids": tokenizer(texts["prompts"][0]).input_ids == texts["first_ids"],
         "image_tokens": processor.image_tokens(100, 180),

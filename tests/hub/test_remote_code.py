@@ -14,6 +14,11 @@ from builders.tiny import make_batch, random_image, tiny_config, tiny_model, tin
 
 WORKER = Path(__file__).with_name("remote_checks.py")
 OPTIONS = {"max_image_tokens": 40}
+LAYOUT = {
+    "order": ["global", "crops", "frames"],
+    "separators": {"newline": {"place": "token_row_end", "on": "crops"}},
+}
+VIDEO_PROMPT = "USER: <video>\nWhat moves? ASSISTANT:"
 PROMPTS = ["USER: <image>\nHow many cats are on the table? ASSISTANT:", "<image> A boat? <image>", "A chat."]
 SIZES = [(100, 180), (57, 150), (300, 90)]
 QUESTIONS = ["How many cats?", "What is in the picture?"]
@@ -50,7 +55,7 @@ def checkpoint(tmp_path_factory):
     root = tmp_path_factory.mktemp("hub")
     folder, expected = root / "checkpoint", root / "expected"
     expected.mkdir()
-    config = tiny_config("llava_next", "clip", "llama")
+    config = tiny_config("llava_next", "clip", "llama", connector_config={"layout": LAYOUT})
     model, processor = tiny_model(config, seed=5), tiny_processor(config, "chatml")
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
@@ -63,6 +68,7 @@ def checkpoint(tmp_path_factory):
     with torch.no_grad():
         tensors = {
             "batch": dict(batch),
+            "video": dict(processor(text=VIDEO_PROMPT, videos=images[0:1] * 5, num_frames=3, return_tensors="pt")),
             "logits": model(**batch).logits,
             "hidden": model.model(**batch).last_hidden_state,
             "sequences": model.generate(**batch, max_new_tokens=6, do_sample=False),
@@ -72,6 +78,7 @@ def checkpoint(tmp_path_factory):
     plain_ids = model.generate(**plain, max_new_tokens=6, do_sample=False)[0, plain["input_ids"].shape[1] :]
     texts = {
         "prompts": PROMPTS,
+        "video_prompt": VIDEO_PROMPT,
         "options": OPTIONS,
         "messages": messages,
         "chat": processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False),
@@ -165,6 +172,7 @@ def test_processors_and_tokenizer_give_the_same_batch(results, checkpoint):
     assert all(name.startswith("transformers_modules.") for name in found["modules"])
     assert found["different"] == []
     assert found["different_alone"] == []
+    assert found["different_video"] == []
     assert found["same_chat"]
     assert found["same_ids"]
     assert found["image_tokens"] == checkpoint[2]["image_tokens"]

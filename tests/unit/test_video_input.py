@@ -62,8 +62,9 @@ def test_a_frame_is_drawn_as_the_global_view_of_its_image():
 
 
 def test_dark_floats_stay_dark_where_other_frames_are_bright():
-    for dark in (torch.tensor([1.0, 200.0]), np.array([1.0, 200.0])):
-        frames = processor().open_videos(dark.reshape(2, 1, 1, 1) * np.ones((2, 5, 4, 3)))[0]
+    dark = np.array([1.0, 200.0]).reshape(2, 1, 1, 1) * np.ones((2, 5, 4, 3))
+    for form in (dark, torch.from_numpy(dark), torch.from_numpy(dark).bfloat16()):
+        frames = processor().open_videos(form)[0]
         assert [int(np.asarray(frame).max()) for frame in frames] == [1, 200]
 
 
@@ -147,9 +148,8 @@ def test_squares_are_made_of_every_frame():
 
 def test_an_extra_tower_sees_every_frame():
     towers = {"hires": {"size": 20, "image_mean": [0.0] * 3, "image_std": [1.0] * 3}}
-    seen = processor(extra_towers=towers, global_view="squeeze")(
-        images=[Video(FRAMES[:3]), Image.fromarray(FRAMES[9])]
-    )
+    sources = [Video(FRAMES[:3]), Image.fromarray(FRAMES[9])]
+    seen = processor(extra_towers=towers, global_view="squeeze")(images=sources)
     means = seen["pixel_values_hires"].mean(axis=(1, 2, 3)) * 255 / 6
     np.testing.assert_allclose(means, [0, 1, 2, 9], atol=1e-2)
 

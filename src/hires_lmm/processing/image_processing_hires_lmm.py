@@ -34,7 +34,7 @@ from .own_parts_hires_lmm import HiResLmmOwnPartsMixin, as_name, map_planner, pa
 from .planners_hires_lmm import Planner, find_planner, find_video_planner
 from .rendering_hires_lmm import draw_extra, render, scale_and_shift, squared
 from .token_layout_hires_lmm import TokenLayout, apply_budget, check_frames, count_tokens, min_budget
-from .video_input_hires_lmm import Frames, Video, flatten_videos, open_video
+from .video_input_hires_lmm import Frames, flatten_videos, is_video, open_video
 from .view_plans_hires_lmm import PlannerLimits, ViewPlan, check_count
 
 
@@ -515,14 +515,14 @@ def _is_budget(value: Any) -> bool:
 
 def _open(source: Any, index: int, settings: _Settings) -> Any:
     """An image as a list of one picture, or the frames of a video."""
-    if isinstance(source, Video):
+    if is_video(source):
         return open_video(source, index, settings.sampling, settings)
     colors = (settings.background, settings.pixel_limit, settings.input_data_format)
     return [to_rgb(source, index, *colors, unit_floats=settings.do_rescale)]
 
 
 def _plan(source: Any, settings: _Settings) -> ViewPlan:
-    if isinstance(source, Frames):
+    if is_video(source, "frames"):
         return settings.video_planner(*source.size, settings.video_limits, len(source))
     return settings.planner(source[0].height, source[0].width, settings.limits)
 

@@ -39,7 +39,7 @@ from .processor_options_hires_lmm import (
     prepare_tokenizer,
     refuse_unknown,
 )
-from .video_input_hires_lmm import Video, count_videos, holds_videos, merge_videos
+from .video_input_hires_lmm import count_videos, holds_videos, is_video, merge_videos
 
 
 logger = logging.get_logger(__name__)
@@ -433,7 +433,7 @@ class HiResLmmProcessor(HiResLmmProcessorBase):
         replacements = []
         for index, source in enumerate(flatten_images(images)):
             own = self.replace_image_token(inputs, index, **kwargs)
-            replacements.append(VideoTokens(own) if isinstance(source, Video) else own)
+            replacements.append(VideoTokens(own) if is_video(source) else own)
         return inputs, replacements
 
     def _get_num_multimodal_tokens(

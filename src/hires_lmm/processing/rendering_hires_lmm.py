@@ -13,7 +13,7 @@ from transformers.image_utils import PILImageResampling
 
 from .geometry_hires_lmm import WHOLE_KINDS, Kind, spread_evenly
 from .image_input_hires_lmm import DEFAULT_PIXEL_LIMIT, crop_to_square, mean_color, pad_to_square
-from .video_input_hires_lmm import Frames
+from .video_input_hires_lmm import is_video
 from .video_planners_hires_lmm import collage_grid
 from .view_plans_hires_lmm import View, ViewPlan, square_paste
 
@@ -33,7 +33,7 @@ def squared(source: Any, plan: ViewPlan, settings: Any, index: int) -> Any:
     """`square` for the picture of an image, or for each frame of a video."""
     if plan.square is None:
         return source
-    if isinstance(source, Frames):
+    if is_video(source, "frames"):
         return source.map(lambda picture: square(picture, plan, settings, index))
     return [square(source[0], plan, settings, index)]
 

@@ -38,6 +38,7 @@ class Video:
     """A video among images, as it was passed: frames, an array, a path or an address; or opened, as `Frames`."""
 
     source: Any
+    hires_lmm_kind = "video"
 
 
 class Frames(Sequence):
@@ -48,6 +49,8 @@ class Frames(Sequence):
         convert: Makes a picture of number and frame.
         size (`tuple[int, int]`): Height and width of each, pixels.
     """
+
+    hires_lmm_kind = "frames"
 
     def __init__(self, frames: Any, convert: Callable[[int, Any], Image.Image], size: tuple[int, int]):
         self.frames, self.convert, self.size = frames, convert, size
@@ -64,9 +67,14 @@ class Frames(Sequence):
         return Frames(self.frames, lambda number, frame: change(convert(number, frame)), self.size)
 
 
+def is_video(value: Any, kind: str = "video") -> bool:
+    """Whether it is a `Video`, or opened `Frames`; told by a mark, for as remote code a class may exist twice."""
+    return getattr(value, "hires_lmm_kind", None) == kind
+
+
 def flatten_videos(videos: Any) -> list[Video]:
     """Videos of a call in order: one, a list of them, or nested lists as transformers' processors take them."""
-    if videos is None or isinstance(videos, Video):
+    if videos is None or is_video(videos):
         return [] if videos is None else [videos]
     if _is_array(videos) and videos.ndim == 5:
         return [Video(one) for one in videos]
@@ -92,7 +100,8 @@ def is_one_video(value: Any) -> bool:
     """Whether it is one video, and no list of them."""
     if isinstance(value, (list, tuple)):
         return bool(value) and all(map(_is_frame, value))
-    return isinstance(value, (str, PathLike, Frames)) or (_is_array(value) and value.ndim == 4) or _is_frame(value)
+    is_source = isinstance(value, (str, PathLike)) or is_video(value, "frames")
+    return is_source or (_is_array(value) and value.ndim == 4) or _is_frame(value)
 
 
 def _describe(value: Any) -> str:
@@ -101,7 +110,7 @@ def _describe(value: Any) -> str:
 
 def holds_videos(images: Any) -> bool:
     """Whether there are videos among images."""
-    return any(isinstance(source, Video) for source in flatten_images(images))
+    return any(is_video(source) for source in flatten_images(images))
 
 
 def count_videos(videos: Any) -> list[int] | None:
@@ -149,7 +158,7 @@ def _next(entries: Iterator) -> list:
 def open_video(video: Video, index: int, sampling: Sampling, settings: Any) -> Frames:
     """Read a video and take its frames; `index` is named in errors, `settings` are those of `to_rgb`."""
     source = video.source
-    if isinstance(source, Frames):
+    if is_video(source, "frames"):
         return source
     if isinstance(source, (str, PathLike)):
         frames = _load(str(source), index, sampling)
