@@ -32,6 +32,12 @@ SMALL = {
     "num_layers": 1,
     "num_heads": 2,
     "pool": [2, 3],
+    "spatial_factor": 2,
+    "temporal_factor": 2,
+    "width": 8,
+    "first_token_id": 20,
+    "num_rows": 4,
+    "steps": 2,
     "shape": [3, 2, 3],
     "query_width": 16,
     "number": 7,
@@ -77,6 +83,7 @@ READS = {
     "conv_gate": ("global", "crops", "detail"),
     "object_tokens": ("global", "crops", "detail"),
     "dual_enhancement": ("global", "crops", "strided"),
+    "region_pack": ("global", "frames"),
     "pool3d": ("global", "frames"),
     "mean_global": ("global", "frames"),
     "sample_tokens": ("global", "frames"),
@@ -87,7 +94,7 @@ READS = {
 BESIDE = {"prompt_fuser": {"view_ops": [{"part": "mini_compressor", "num_queries": 4, "num_heads": 2}]}}
 """Parts without which a part cannot be."""
 
-MAKES = {"mini_compressor": "detail", "prompt_fuser": "detail", "object_tokens": "objects"}
+MAKES = {"mini_compressor": "detail", "prompt_fuser": "detail", "object_tokens": "objects", "region_pack": "detail"}
 """Kind of the views that a part makes."""
 
 

@@ -11,7 +11,7 @@ import pytest
 from builders.docs import ROOT, read_blocks, run_page
 from hires_lmm import PRESETS
 from hires_lmm.accounting import PRESET_SETTINGS
-from hires_lmm.modeling.parts_hires_lmm import ADAPTERS, LAYER_OPS, TOKEN_OPS, VIEW_OPS
+from hires_lmm.modeling.parts_hires_lmm import ADAPTERS, LAYER_OPS, MAP_OPS, POSITION_PLANS, TOKEN_OPS, VIEW_OPS
 from hires_lmm.processing.planners_hires_lmm import PLANNERS, VIDEO_PLANNERS
 
 
@@ -76,16 +76,17 @@ def test_tables_are_current(tables, capsys):
 
 def test_the_api_reference_shows_every_part():
     page = (ROOT / "docs" / "api" / "parts.md").read_text(encoding="utf-8")
-    parts = [*VIEW_OPS.values(), *ADAPTERS.values(), *TOKEN_OPS.values(), *LAYER_OPS.values()]
+    tables = (VIEW_OPS, ADAPTERS, MAP_OPS, TOKEN_OPS, LAYER_OPS, POSITION_PLANS)
+    parts = [part for table in tables for part in table.values()]
     assert [part for part in parts if f"::: {part.__module__}\n" not in page] == []
 
 
 def test_every_part_has_a_row_in_the_docs():
-    text = "\n".join(
-        (ROOT / "docs" / page).read_text(encoding="utf-8") for page in ("parts.md", "presets.md", "video.md")
-    )
+    pages = ("parts.md", "presets.md", "video.md", "where-and-when.md")
+    text = "\n".join((ROOT / "docs" / page).read_text(encoding="utf-8") for page in pages)
     rows = set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE))
-    names = {*PRESETS, *PLANNERS, *VIDEO_PLANNERS, *VIEW_OPS, *ADAPTERS, *TOKEN_OPS, *LAYER_OPS}
+    parts = {*VIEW_OPS, *ADAPTERS, *MAP_OPS, *TOKEN_OPS, *LAYER_OPS, *POSITION_PLANS}
+    names = {*PRESETS, *PLANNERS, *VIDEO_PLANNERS, *parts}
     assert names <= rows, f"docs/parts.md and docs/presets.md have no row for {sorted(names - rows)}"
 
 

@@ -1,57 +1,25 @@
-"""Positions and masks that a part decides: a plan as TC-LLaVA has one, a class and a registry line."""
-
-import json
-from dataclasses import dataclass
-from pathlib import Path
+"""Positions and masks that a part decides, with the plan of TC-LLaVA: in every way to read and to generate."""
 
 import pytest
 import torch
-from huggingface_hub.dataclasses import strict
-from safetensors.torch import load_file
-from transformers import LlamaConfig
 
 from builders import make_batch, random_image, tiny_config, tiny_model, tiny_processor
-from hires_lmm import HiResLmmForConditionalGeneration
-from hires_lmm.modeling.bases_hires_lmm import HiResLmmPositionPlan
-from hires_lmm.modeling.carriers_hires_lmm import ImageGeometry, VisualTokens
+from builders.registry import register
+from hires_lmm.modeling.bases_hires_lmm import HiResLmmPositionPlan, RowTokens
 from hires_lmm.modeling.compat_hires_lmm import CACHE
-from hires_lmm.modeling.geometry_hires_lmm import Grid
 from hires_lmm.modeling.outputs_hires_lmm import HiResLmmImageFeatures
 from hires_lmm.modeling.parts_hires_lmm import POSITION_PLANS
+from hires_lmm.modeling.temporal_hires_lmm import HiResLmmTemporal
+from hires_lmm.training import set_options
 
 
-FOLDER = Path(__file__).parents[1] / "fixtures" / "tc_llava"
-CASES, GOLDEN = json.loads((FOLDER / "cases.json").read_text())["cases"], load_file(FOLDER / "tensors.safetensors")
-LAYOUT = {"order": ["global", "crops"], "crop_order": "views"}
-THRESHOLD = {"part": "router", "on": "crops", "score": "cosine", "keep": {"rule": "threshold", "gamma": 0.6}}
-
-
-class TemporalPlan(HiResLmmPositionPlan):
-    """Tokens of one view share a second index, and see each other; text steps by one in both."""
-
-    @strict
-    @dataclass
-    class Options:
-        gamma: float | int = 1.0
-        blocks: bool = True
-
-    def forward(self, tokens):
-        is_visual = tokens.image >= 0
-        frame = torch.where(is_visual, tokens.image * 1000 + tokens.view, -1)
-        before = torch.nn.functional.pad(frame, (1, 0), value=-1)[:, :-1]
-        steps = torch.where(is_visual, frame != before, before < 0) & tokens.real
-        temporal = (steps.long().cumsum(dim=1) - 1).clamp(min=0)
-        positions = tokens.number + self.options.gamma * temporal
-        if not (tokens.has_images and self.options.blocks):
-            return positions, None
-        places = torch.arange(frame.shape[1])
-        seen = (places[None, :] <= places[:, None]) | ((frame[:, None] == frame[:, :, None]) & is_visual[:, None])
-        return positions, seen[:, tokens.num_cached :]
+LAYOUT = {"order": ["global", "frames"], "crop_order": "views"}
+THRESHOLD = {"part": "router", "on": "frames", "score": "cosine", "keep": {"rule": "threshold", "gamma": 0.6}}
 
 
 @pytest.fixture(autouse=True)
 def registered(monkeypatch):
-    monkeypatch.setitem(POSITION_PLANS, "temporal", TemporalPlan)
+    register(monkeypatch)
 
 
 def build(gamma=0.5, text="llama", plan=True, **connector):
@@ -59,7 +27,8 @@ def build(gamma=0.5, text="llama", plan=True, **connector):
     if plan:
         connector["position_plan"] = {"part": "temporal", "gamma": gamma}
     changes = {"answer_prefix_ids": [5, 6]} if "token_ops" in connector else {}
-    config = tiny_config("llava_next", text=text, connector_config=connector, **changes)
+    planner = {"name": "every_kind", "kinds": ["global", "frames"]}
+    config = tiny_config("llava_next", text=text, connector_config=connector, planner=planner, **changes)
     return tiny_model(config), tiny_processor(config)
 
 
@@ -132,48 +101,11 @@ def generated(model, batch, steps=6, **options):
     return output[:, -steps:].tolist()
 
 
-def golden_model(gamma, blocks):
-    text = LlamaConfig(
-        vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=128, rms_norm_eps=1e-6,
-    )  # fmt: skip
-    plan = {"part": "temporal", "gamma": gamma, "blocks": blocks}
-    config = tiny_config(text=text, image_token_id=49, connector_config={"layout": LAYOUT, "position_plan": plan})
-    model = HiResLmmForConditionalGeneration(config).eval()
-    weights = {name.removeprefix("weight."): value for name, value in GOLDEN.items() if name.startswith("weight.")}
-    model.model.language_model.load_state_dict(
-        {name.removeprefix("model."): value for name, value in weights.items() if name.startswith("model.")}
-    )
-    model.lm_head.weight.data = weights["lm_head.weight"]
-    return model
-
-
-@pytest.mark.parametrize("name, blocks", [("logits", True), ("logits_rope_only", False), ("logits_mask_only", True)])
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case["case"])
-def test_logits_are_those_of_the_equation(case, name, blocks):
-    model = golden_model(0.0 if name == "logits_mask_only" else case["gamma"], blocks)
-    rows, cols = case["grid"]
-    size, start = rows * cols, case["visual_start"]
-    count = size * case["frames"]
-    embeds = GOLDEN[f"{case['case']}.input"].clone()
-    visual = embeds[0, start : start + count].clone()
-    embeds[0, start : start + count] = model.get_input_embeddings().weight[model.config.image_token_id]
-    none, view = torch.zeros(count, 2, dtype=torch.long), torch.arange(count) // size
-    images = [ImageGeometry(0, ((0, 1, 1, 0, 0, rows, cols, 0, rows, 0, cols),) * case["frames"], count)]
-    tokens = VisualTokens(visual, [count], [count], view, none, 0 * view, {0: Grid(rows, cols)}, images)
-    features = HiResLmmImageFeatures(pooler_output=[visual], tokens=tokens)
-    calls = listen(model)
-    with torch.no_grad():
-        logits = model(inputs_embeds=embeds, mm_encoder_outputs={"image": features}).logits
-    torch.testing.assert_close(logits, GOLDEN[f"{case['case']}.{name}"], atol=1e-4, rtol=1e-4)
-    if name == "logits":
-        torch.testing.assert_close(calls[0]["position_ids"][0].float(), GOLDEN[f"{case['case']}.positions"])
-
-
-@pytest.mark.parametrize("text", ["llama", "qwen2", "gemma3_text"])
+@pytest.mark.parametrize("text, attention", [("llama", "sdpa"), ("qwen2", "eager"), ("gemma3_text", "sdpa")])
 @pytest.mark.parametrize("samples", [[ONE], [TWO], [ONE, TWO, NONE], [NONE]], ids=["one", "two", "padded", "text"])
-def test_each_token_stands_and_sees_as_a_plain_loop_says(samples, text):
+def test_each_token_stands_and_sees_as_a_plain_loop_says(samples, text, attention):
     (model, processor), plain = build(text=text), build(text=text, plan=False)[0]
+    model.set_attn_implementation(attention)
     batch = ask(processor, *samples)
     calls, length = listen(model), batch["input_ids"].shape[1]
     with torch.no_grad():
@@ -218,16 +150,83 @@ def test_generation_on_a_cache_equals_none(samples, drops):
     assert wanted == [without_cache(model, ask(processor, sample))[0] for sample in samples]
 
 
+@pytest.mark.parametrize("text", ["llama", "gemma3_text"])
 @pytest.mark.parametrize(
     "options",
     [{"cache_implementation": "static"}, {"prompt_lookup_num_tokens": 3}, {"num_beams": 3}, {"prefill_chunk_size": 7}],
     ids=["static", "lookup", "beams", "chunks"],
 )
-def test_other_ways_to_generate_equal_none(options):
-    model, processor = build()
-    batch = ask(processor, ONE) if "prompt_lookup_num_tokens" in options else ask(processor, ONE, TWO)
+def test_other_ways_to_generate_equal_none(options, text):
+    model, processor = build(text=text)
+    batch = ask(processor, ONE) if "prompt_lookup_num_tokens" in options else ask(processor, ONE, TWO, NONE)
     beams = {"num_beams": 3} if "num_beams" in options else {}
     assert generated(model, batch, **options) == generated(model, batch, use_cache=False, **beams)
+
+
+@torch.no_grad()
+def test_a_frame_is_read_whole_where_prompts_are_read_in_pieces():
+    model, processor = build()
+    batch = ask(processor, ONE, NONE)
+    options = {"max_new_tokens": 1, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    wanted, found = (model.generate(**batch, **options, **more).logits[0] for more in ({}, {"prefill_chunk_size": 7}))
+    torch.testing.assert_close(found, wanted)
+
+
+FRAMES = ([-1, 0, 0, 1, 1, 2, 2, -1, -1], 3, [0, 1, 1, 2, 2, 3, 3, 3, 4], [0, 1, 1, 2, 2, 3, 3, 4, 5])
+STITCHED = ([-1, 0, 1, 0, 1, 2, 2, -1, -1], 3, [0, 1, 2, 1, 2, 3, 3, 3, 4], [0, 1, 2, 1, 2, 3, 3, 4, 5])
+CROPS = ([-1, 0, 0, 1, 1, 2, 2, -1, -1], 1, [0, 1, 1, 1, 1, 1, 1, 1, 2], [0, 1, 1, 1, 1, 1, 1, 2, 3])
+SLOW = ([-1, 0, 1, 2, 3, 0, 2, -1, -1], [3] * 5 + [4] * 4, [0, 1, 2, 3, 4, 1, 3, 4, 5], [0, 1, 2, 3, 4, 1, 3, 5, 6])
+SEPARATED = ([-1, 0, -1, 1, -1, 2, -1, -1, -1], 3, FRAMES[2], FRAMES[3])  # a separator behind each frame
+
+
+@pytest.mark.parametrize(
+    "view, kind, shared, following",
+    [FRAMES, STITCHED, CROPS, SLOW, SEPARATED],
+    ids=["frames", "rows", "crops", "slow", "marks"],
+)
+def test_the_index_of_frames(view, kind, shared, following):
+    """One text token, six tokens of an image, two text tokens, with padding in front."""
+    for way, wanted in (("shared", shared), ("next", following)):
+        part = HiResLmmTemporal(None, HiResLmmTemporal.Options(gamma=2, text_after=way))
+        image = torch.tensor([[-1] * 3 + [0] * 6 + [-1] * 2])
+        of_views = kind if isinstance(kind, list) else [kind] * len(view)
+        kinds = [own if each >= 0 else -1 for own, each in zip(of_views, view, strict=True)]
+        views = (torch.tensor([[-1, -1, *each]]) for each in (view, kinds))
+        positions, seen = part(RowTokens(torch.tensor([[False] * 2 + [True] * 9]), image, *views, has_images=True))
+        assert positions.dtype == torch.long
+        assert positions[0, 2:].tolist() == [place + 2 * index for place, index in enumerate(wanted)]
+        same = torch.tensor(shared)[:, None] == torch.tensor(shared)
+        visual = torch.tensor([0] + [1] * 6 + [0] * 2).bool()
+        blocks = (same & visual & visual[:, None]) | torch.ones(9, 9).bool().tril()
+        assert torch.equal(seen[0, 2:, 2:], blocks)
+
+
+@torch.no_grad()
+def test_a_plan_joins_a_live_model_and_leaves_it(tmp_path):
+    (planned, processor), model = build(), build(plan=False)[0]
+    batch = ask(processor, ONE)
+    before = model(**batch).logits
+    set_options(model, {"position_plan": planned.config.connector_config.position_plan})
+    assert torch.equal(model(**batch).logits, planned(**batch).logits)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(type(model).from_pretrained(tmp_path)(**batch).logits, planned(**batch).logits)
+    set_options(model, {"position_plan": None})
+    assert torch.equal(model(**batch).logits, before)
+    with pytest.raises(ValueError, match="must be a part, such as"):
+        set_options(model, {"position_plan": [{"part": "temporal"}]})
+
+
+def test_options_of_the_plan_are_checked():
+    for gamma in (-1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="must be 0 or a positive number"):
+            tiny_config(connector_config={"position_plan": {"part": "temporal", "gamma": gamma}})
+
+
+def test_an_attention_function_whose_masks_are_not_known_is_refused():
+    model, processor = build()
+    model.model.language_model.config._attn_implementation = "of_a_server"
+    with pytest.raises(ValueError, match="which of_a_server cannot take"):
+        model(**ask(processor, ONE))
 
 
 def test_a_second_turn_goes_on_where_the_first_ended():

@@ -18,7 +18,7 @@ def row_end(value):
         ({"adapter": {"part": "mlx"}}, "adapter names the unknown part 'mlx'; known parts of this slot: identity"),
         (
             {"map_ops": [{"part": "pool"}]},
-            r"map_ops\[0\] names the unknown part 'pool'; no part is built in for this slot",
+            r"map_ops\[0\] names the unknown part 'pool'; known parts of this slot: ",
         ),
         (
             {"heads": {"n": {"part": "x"}}},

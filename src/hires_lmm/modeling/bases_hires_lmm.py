@@ -150,6 +150,8 @@ class HiResLmmPart(nn.Module):
     traits: Traits
     needs_equal_views = False
     """Whether it would read what pads views of unequal size."""
+    has_vocabulary = False
+    """Whether some tokens of the text are its own: it is asked to `embed`, `score` and `soften` them."""
 
     def untrained_parameters(self) -> list[nn.Parameter]:
         """The parameters that no loss reaches."""

@@ -95,6 +95,11 @@ class HiResLmmConnector(PreTrainedModel):
         return (kind in (Kind.GLOBAL, Kind.DETAIL)) == (self.training_views == "global")
 
     @property
+    def vocabularies(self) -> list[Any]:
+        """The parts that have tokens of their own in texts."""
+        return [op for op in self.map_ops if op.has_vocabulary]
+
+    @property
     def used(self) -> list[tuple[int, str]]:
         """Kind and tower of the groups that are used."""
         return [key for key in self.entering if self.uses(key[0])]

@@ -218,7 +218,7 @@ def take_text(
     """Embed and check the text of a call, and take what says of it out of the keyword arguments."""
     if (ids is None) == (embeds is None):
         raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
-    embeds = model.get_input_embeddings()(ids) if embeds is None else embeds
+    embeds = model.embed_text(ids) if embeds is None else embeds
     text = PromptText(ids, embeds, attention_mask, *(options.pop(name, None) for name in TEXT_ARGUMENTS))
     check_text(text, cache, options, model.config.vision_feature_layer)
     return text

@@ -16,6 +16,7 @@ from .compat_hires_lmm import CACHE, takes_cache
 from .configuration_hires_lmm import HiResLmmConfig, HiResLmmConnectorConfig, check_fit
 from .connector_hires_lmm import HiResLmmConnector
 from .conversation_hires_lmm import Conversation
+from .coordinates_hires_lmm import soften_labels
 from .generation_hires_lmm import HiResLmmGenerationMixin
 from .heads_hires_lmm import add_head_losses, run_heads, take_heads
 from .inputs_hires_lmm import (
@@ -167,6 +168,13 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
     def embed_token(self, ids: torch.Tensor) -> torch.Tensor:
         """Look up token embeddings; a function, because accelerate moves modules that are passed as arguments."""
         return self.get_input_embeddings()(ids)
+
+    def embed_text(self, ids: torch.Tensor) -> torch.Tensor:
+        """Embeddings of a text, in which parts may have tokens of their own."""
+        embeds = self.embed_token(ids)
+        for part in self.connector.vocabularies:
+            embeds = part.embed(ids, embeds)
+        return embeds
 
     def get_placeholder_mask(
         self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor, prompt_length: int | None = None
@@ -376,10 +384,13 @@ class HiResLmmForConditionalGeneration(HiResLmmPreTrainedModel, HiResLmmGenerati
             )
         else:
             hidden = select_positions(outputs.last_hidden_state, logits_to_keep)
-        logits = scale_logits(self.lm_head(hidden), self.config.text_config)
+        logits, own = scale_logits(self.lm_head(hidden), self.config.text_config), self.model.connector.vocabularies
+        for part in own:
+            logits = part.score(hidden, logits, self.config.text_config)
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
+            lacking = soften_labels(own, logits, labels, kwargs) if own else 0.0
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs) + lacking
         loss = add_head_losses(self.model, loss, outputs.aux or {}, labels, kwargs)
         fields = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
         if learned is not None:

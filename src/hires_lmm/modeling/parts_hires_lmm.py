@@ -15,6 +15,7 @@ from .adapters_hires_lmm import (
 from .atp_hires_lmm import HiResLmmAtp
 from .bases_hires_lmm import PartContext, Traits, entering, layers_behind
 from .compressors_hires_lmm import HiResLmmConvMerge, HiResLmmQueryCompressor
+from .coordinates_hires_lmm import HiResLmmCoordinates
 from .dual_hires_lmm import HiResLmmDualEnhancement
 from .dyvte_hires_lmm import HiResLmmDyvte
 from .fusion_hires_lmm import HiResLmmFusion
@@ -28,9 +29,11 @@ from .mixer_hires_lmm import HiResLmmTowerMixer
 from .mqt_hires_lmm import HiResLmmMqt
 from .objects_hires_lmm import OBJECT_KEY, HiResLmmObjectTokens
 from .own_parts_hires_lmm import is_own, own_class, refusal
+from .region_pack_hires_lmm import HiResLmmRegionPack
 from .routers_hires_lmm import HiResLmmRouter
 from .sa_perceiver_hires_lmm import HiResLmmSaPerceiver
 from .sequence_hires_lmm import LayoutOptions
+from .temporal_hires_lmm import HiResLmmTemporal
 from .uhd_hires_lmm import HiResLmmUhdResampler
 from .video_hires_lmm import HiResLmmMeanGlobal, HiResLmmPool3d, HiResLmmSampleTokens
 from .yopo_hires_lmm import HiResLmmYopo
@@ -60,6 +63,8 @@ ADAPTERS = {
 MAP_OPS = {
     "pool3d": HiResLmmPool3d,
     "tower_mixer": HiResLmmTowerMixer,
+    "coordinates": HiResLmmCoordinates,
+    "region_pack": HiResLmmRegionPack,
 }
 TOKEN_OPS = {
     "router": HiResLmmRouter,
@@ -74,7 +79,7 @@ LAYER_OPS = {
     "yopo": HiResLmmYopo,
     "slice_restore": HiResLmmSliceRestore,
 }
-POSITION_PLANS: dict[str, Any] = {}
+POSITION_PLANS: dict[str, Any] = {"temporal": HiResLmmTemporal}
 HEADS: dict[str, Any] = {}
 SLOTS: dict[str, dict[str, Any]] = {
     "view_ops": VIEW_OPS,

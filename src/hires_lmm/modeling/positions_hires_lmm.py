@@ -12,6 +12,7 @@ from .layer_ops_hires_lmm import Placed
 
 
 RECORD = "positions"
+MASKED_ATTENTION = ("eager", "sdpa", "flex_attention")
 
 
 class RowRecord(Record):
@@ -75,7 +76,7 @@ def read_rows(prompt: Any) -> RowTokens:
 
 def make_mask(config: Any, embeds: torch.Tensor, cache: Any, tokens: RowTokens, seen: torch.Tensor) -> Any:
     """The mask in which a token of the call sees what `seen` `(B, P, n)` says, in the form of the attention."""
-    if "flash" in config._attn_implementation:
+    if config._attn_implementation not in MASKED_ATTENTION:
         raise ValueError(
             f"The position plan has a mask, which {config._attn_implementation} cannot take; load the model with "
             'attn_implementation="sdpa".'
@@ -126,4 +127,5 @@ def plan_positions(model: Any, prompt: Any, cache: Any) -> None:
             f"{type(plan).__name__} has a mask, and layer ops of the language model make masks of their own; leave "
             "one of the two out."
         )
+    prompt.chunk_size = None  # tokens may see some behind them, so the prompt is read in one piece
     prompt.attention_mask = make_mask(model.language_model.config, prompt.embeds, cache, tokens, seen)

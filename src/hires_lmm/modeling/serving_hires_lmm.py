@@ -31,6 +31,7 @@ def check_engine(config: Any) -> None:
     never = {
         "layer_ops": [step for step in chain.of("layer_ops") if step.options.of == "language_model"],
         "position_plan": chain.of("position_plan"),
+        "map_ops": [step for step in chain.of("map_ops") if step.part.has_vocabulary],
         "token_ops": [step for step in chain.of("token_ops") if step.traits.writes_question],
     }
     for slot, steps in never.items():

@@ -23,6 +23,7 @@ from .chat_templates_hires_lmm import (
     answer_prefix_ids,
     question_prefix_ids,
 )
+from .coordinate_text_hires_lmm import check_coordinates, snap_coordinates
 from .dense_layout_hires_lmm import choose_layout, count_samples, read_positions
 from .geometry_hires_lmm import Column
 from .image_input_hires_lmm import flatten_images
@@ -172,6 +173,7 @@ class HiResLmmProcessor(HiResLmmProcessorBase):
         """
         options = image_options(config, image_stats, changes)
         image_token = prepare_tokenizer(tokenizer, config.image_token_id)
+        check_coordinates(config, tokenizer)
         template = choose_template(tokenizer) if chat_template is None else chat_template
         template = CHAT_TEMPLATES.get(template, template)
         if options["token_layout"].get("later_tokens") is not None:
@@ -207,6 +209,7 @@ class HiResLmmProcessor(HiResLmmProcessorBase):
         if not _is_empty(videos):
             images, videos = self._with_videos(images, text, videos), None
         images, kwargs = choose_layout(self, images, text, kwargs)
+        text = snap_coordinates(text, self.tokenizer)
         with _tokenizer_alone(self.tokenizer):
             inputs = super().__call__(images=images, text=text, videos=videos, audio=audio, **kwargs)
         if text is not None and not self._has_warned:

@@ -129,6 +129,13 @@ def count_tokens(plan: ViewPlan, layout: TokenLayout, num_objects: int = 0) -> T
     on = None if layout.budget is None else layout.budget["on"]
     if isinstance(layout.own_tokens, int):
         return TokenCount(layout.own_tokens, layout.own_tokens if on == OWN else 0)
+    for kind, grid in layout.arrangement.grids.items():
+        frames = sum(view.shape.kind in layout.arrangement.sources(kind) for view in plan.views)
+        if frames % grid.view_stride:
+            raise ValueError(
+                f"This model joins {grid.view_stride} frames at a time, and a video has {frames}; set num_frames to a "
+                f"multiple of {grid.view_stride}."
+            )
     counts = layout.arrangement.count([*(view.shape for view in plan.views), object_view(num_objects)])
     if layout.own_tokens is not None:
         return TokenCount(counts[KINDS[layout.own_tokens]], 0)
@@ -137,7 +144,8 @@ def count_tokens(plan: ViewPlan, layout: TokenLayout, num_objects: int = 0) -> T
 
 def check_frames(plan: ViewPlan, layout: TokenLayout, index: int) -> None:
     """Refuse a video where the model has no place for frames."""
-    if plan.is_video and Kind.FRAME not in layout.arrangement.kinds:
+    arrangement = layout.arrangement
+    if plan.is_video and not any(Kind.FRAME in arrangement.sources(kind) for kind in arrangement.kinds):
         raise ValueError(
             f"Image {index} is a video, but this model places no frames: layout.order is "
             f'{layout.arrangement.order}. Build the model with connector_config={{"layout": {{"order": ["global", '

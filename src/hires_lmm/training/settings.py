@@ -13,8 +13,8 @@ from ..modeling.parts_hires_lmm import SLOTS
 from .parameters import find_base
 
 
-REPLACED = ("token_ops", "layer_ops")
-"""Slots whose whole list may change in a live model."""
+REPLACED = ("token_ops", "layer_ops", "position_plan")
+"""Slots that may change as a whole in a live model."""
 
 
 def set_options(model: nn.Module, options: dict[str, Any]) -> None:
@@ -24,9 +24,10 @@ def set_options(model: nn.Module, options: dict[str, Any]) -> None:
         model (`nn.Module`): A model of this package, bare or wrapped by PEFT.
         options (`dict[str, Any]`): Place of the part and name of the option -> value, such as
             `{"connector.adapter.forced_expert": "mlp", "connector.token_ops.0.question": False}`. What may change
-            is named by the class of the part, in `switches`. Or the whole list of token or layer operations, where
-            neither the old nor the new ones have weights: `{"token_ops": [{"part": "globalcom2"}]}`,
-            `{"layer_ops": [{"part": "keep_after", "layers": 2}]}`; None, as in a configuration, means none.
+            is named by the class of the part, in `switches`. Or the whole list of token or layer operations, or the
+            position plan, where neither the old nor the new ones have weights:
+            `{"token_ops": [{"part": "globalcom2"}]}`, `{"layer_ops": [{"part": "keep_after", "layers": 2}]}`,
+            `{"position_plan": {"part": "temporal"}}`; None, as in a configuration, means none.
 
     Raises:
         ValueError: If there is no such switch, a value is wrong, operations have weights or do not fit the model, or a
@@ -73,17 +74,22 @@ def _replace(model: nn.Module, base: Any, slot: str, options: dict[str, Any]) ->
     if hasattr(model, "peft_config"):
         raise ValueError(f"An adapter folder cannot hold {slot}; set them in the base model before get_peft_model.")
     config, old, given = deepcopy(base.config), base.connector, options[slot]
-    if not (given is None or isinstance(given, (list, tuple))):
+    if slot == "position_plan":
+        if not (given is None or isinstance(given, dict)):
+            raise ValueError(f"{slot}={given!r} must be a part, such as {{'part': name}}, or None.")
+        config.connector_config.position_plan = deepcopy(given)
+    elif given is None or isinstance(given, (list, tuple)):
+        setattr(config.connector_config, slot, deepcopy(list(given or [])))
+    else:
         raise ValueError(f"{slot}={given!r} must be a list of parts, such as [{{'part': name}}], or None.")
-    setattr(config.connector_config, slot, deepcopy(list(given or [])))
     config.fitted_chain()
     with torch.device("meta"):
         new = HiResLmmConnector(config.connector_config, config.part_context())
     for connector, what in ((new, "which this model lacks"), (old, "which would be lost")):
-        weights = sorted(name for name, _ in getattr(connector, slot).named_parameters())
+        weights = sorted(name for name, _ in connector.named_parameters() if name.startswith(f"{slot}."))
         if weights:
             raise ValueError(
-                f"{getattr(connector.config, slot)} of {slot} have weights ({slot}.{weights[0]}, …), {what}; make a "
+                f"{getattr(connector.config, slot)} of {slot} have weights ({weights[0]}, …), {what}; make a "
                 "model with the parts that you want (hires-lmm compose) and train it."
             )
     _write(base, config.connector_config)
