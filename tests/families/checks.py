@@ -80,9 +80,9 @@ def with_cache_as_without(model, processor, folder: Path) -> None:
 @torch.no_grad()
 def dropped_tokens(model, processor, folder: Path) -> None:
     """A threshold and a budget: rows of a batch as alone, and as if what left had never been there."""
-    from hires_lmm import set_options
+    from hires_lmm.training.settings import set_options
 
-    for rule, limits in (({"rule": "threshold", "gamma": 0.5}, {}), ({"rule": "budget"}, {"max_image_tokens": 9})):
+    for rule, limits in (({"rule": "threshold", "gamma": 0.5}, {}), ({"rule": "budget"}, {"max_image_tokens": 40})):
         op = {"part": "router", "score": "cosine", "keep": rule}
         own = copy.deepcopy(model)
         set_options(own, {"token_ops": [op]})

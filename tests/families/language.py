@@ -65,7 +65,7 @@ DENSE = {
     "cohere": {},
     "starcoder2": {},
     "gpt_neox": {},
-    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0},
 }
 SPARSE = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None, **HEAD},

@@ -14,7 +14,8 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import ModelOutput
 
-from .compat_hires_lmm import CACHE
+from .compat_hires_lmm import CACHE, keeps_keys
+from .conversation_hires_lmm import cached_length
 from .inputs_hires_lmm import (
     IMAGE_ARGUMENTS,
     extra_arguments,
@@ -177,10 +178,16 @@ class HiResLmmGenerationMixin(GenerationMixin):
         the main model, so it may go on with a packed cache.
         """
         cache = model_kwargs.get(CACHE)
-        past = int(cache.get_seq_length()) if isinstance(cache, Cache) else 0
+        past = cached_length(cache) if isinstance(cache, Cache) else 0
         is_new = mask_length(length, model_kwargs, generation_config) != length
         if not past or is_new or generation_config.is_assistant:
             return 0
+        if not keeps_keys(self.config.text_config):
+            raise ValueError(
+                f"The cache of {self.config.text_config.model_type!r} is a state, which does not tell the {past} "
+                "positions that it has read; pass the new ids alone, with an attention_mask of all, or start without "
+                "cache."
+            )
         if not self.model.connector.is_count_static and bool(placeholder.any()):
             raise ValueError(
                 f"The cache holds {past} positions of a model that may drop visual tokens, so the {length} ids of "

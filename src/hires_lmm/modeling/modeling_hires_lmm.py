@@ -12,7 +12,7 @@ from transformers.utils import TransformersKwargs, logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 
 from .carriers_hires_lmm import ImageGeometry, ViewFeatures, drop, read_geometry
-from .compat_hires_lmm import CACHE, takes_cache
+from .compat_hires_lmm import CACHE, keeps_keys, takes_cache
 from .configuration_hires_lmm import HiResLmmConfig, HiResLmmConnectorConfig, check_fit
 from .connector_hires_lmm import HiResLmmConnector
 from .conversation_hires_lmm import Conversation
@@ -243,7 +243,8 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
         )
         conversation = None
         parts, may_cache = self.connector, cache is not None or use_cache is not False
-        if parts.layer_ops or parts.position_plan is not None or (parts.has_turns and may_cache):
+        counts = not keeps_keys(self.config.text_config)
+        if parts.layer_ops or parts.position_plan is not None or counts or (parts.has_turns and may_cache):
             conversation = Conversation.of(cache).follow(cache, len(text.embeds))
         features = self._see(given, text, **{name: kwargs.get(name) for name in TOWER_OUTPUTS})
         if features is not None:
@@ -262,7 +263,7 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
         return HiResLmmModelOutputWithPast(
             last_hidden_state=hidden,
             hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
+            attentions=outputs.get("attentions"),
             **{CACHE: outputs.get(CACHE)},
             **prompt.outputs,
         )
@@ -297,7 +298,7 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
 class HiResLmmForConditionalGeneration(HiResLmmPreTrainedModel, HiResLmmGenerationMixin):
     """The model with its language-modelling head."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}  # what a model has: __init__
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
 
@@ -305,6 +306,9 @@ class HiResLmmForConditionalGeneration(HiResLmmPreTrainedModel, HiResLmmGenerati
         super().__init__(config)
         self.model = HiResLmmModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        words = next(name for name, part in self.named_modules() if part is self.get_input_embeddings())
+        self._tied_weights_keys = {"lm_head.weight": f"{words}.weight"}
+        self._is_stateful = bool(getattr(self.model.language_model, "_is_stateful", False))  # no assistant then
         self.post_init()
 
     def get_image_features(self, *args: Any, **kwargs: Any) -> tuple | BaseModelOutputWithPooling:

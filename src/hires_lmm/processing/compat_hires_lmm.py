@@ -7,6 +7,7 @@ from functools import wraps
 from inspect import signature
 from typing import Any
 
+import torch
 import transformers
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -20,6 +21,18 @@ TESTED = ((5, 20), (5, 24))
 
 CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 """Name of the cache in calls, in outputs and in what `generate` hands on: `cache` since 5.24."""
+
+STATES_ALONE = {"linear_attention", "mamba", "conv"}
+"""Kinds of layers whose cache is a state and holds no keys."""
+
+STATE_KINDS = STATES_ALONE | {"hybrid", "hybrid_sliding"}
+"""Kinds of layers whose cache has a state."""
+
+STATE_BIASES = ("use_bias", "mamba_proj_bias", "conv_bias")
+"""Fields of configurations that put a bias before a state, where padding then is not zero."""
+
+FORGETFUL = ("MambaMixer",)
+"""Ends of the class names of mixers that take no state with several positions."""
 
 CACHE_NAMES = ("cache", "past_key_values")
 """Every name that a caller may use for it."""
@@ -116,3 +129,56 @@ def attention_window(text_config: Any, layer: int) -> int | None:
     if kinds[layer] not in ("full_attention", "sliding_attention"):
         raise ValueError(f"Layer ops work with full and sliding attention, and layer {layer} has {kinds[layer]}.")
     return window if kinds[layer] == "sliding_attention" else None
+
+
+def keeps_keys(text_config: Any) -> bool:
+    """Whether any layer of a language model has attention, so that its cache knows how many positions it holds."""
+    kinds = set(getattr(text_config, "layer_types", None) or ())
+    return not kinds or not kinds <= STATES_ALONE
+
+
+def keeps_state(text_config: Any) -> bool:
+    """Whether any layer of a language model is recurrent: its cache cannot be cropped, and padding could reach it."""
+    return bool(STATE_KINDS & set(getattr(text_config, "layer_types", None) or ()))
+
+
+def forgets_state(language_model: Any) -> bool:
+    """Whether it reads several positions behind a cache as if there were no state: the first form of Mamba."""
+    return any(type(part).__name__.endswith(FORGETFUL) for part in language_model.modules())
+
+
+def call_language_model(
+    model: Any, embeds: torch.Tensor, mask: Any, positions: torch.Tensor | None, cache: Any, options: dict
+) -> Any:
+    """One pass. State-space models know no positions, want the mask of the call alone, and name their cache apart.
+
+    Raises:
+        ValueError: If the model would forget what it has read before, or padding would reach its state.
+    """
+    count, recurrent, is_mask = embeds.shape[1], keeps_state(model.config), getattr(mask, "ndim", None) == 2
+    bias = next((name for name in STATE_BIASES if recurrent and getattr(model.config, name, False)), None)
+    if bias is not None and is_mask and count > 1 and bool((mask[:, -count:].long().diff(dim=1) > 0).any()):
+        raise ValueError(
+            f"{bias}=True lets padding reach the states of {model.config.model_type!r}; pass rows of one length, or one "
+            "at a time."
+        )
+    states = cache is not None and recurrent
+    if states and count > 1 and forgets_state(model) and cache.has_previous_state():
+        raise ValueError(
+            f"The language model {model.config.model_type!r} goes on from a cache one position at a time, and the call "
+            f"has {count}; pass the whole text without cache, and no prefill_chunk_size."
+        )
+    if states and positions is None and keeps_keys(model.config):  # Bamba would begin at 0 again
+        past = cache.get_seq_length()
+        positions = torch.arange(past, past + count, device=embeds.device)[None]
+    known = signature(type(model).forward).parameters
+    name = next((each for each in (CACHE, "cache_params") if each in known), CACHE)
+    inputs = {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": positions, name: cache}
+    if not keeps_keys(model.config):
+        inputs["attention_mask"] = mask[:, -count:] if is_mask and count > 1 else None
+        if "position_ids" not in known:
+            del inputs["position_ids"]
+    outputs = model(**inputs, return_dict=True, **options)
+    if name != CACHE:
+        outputs[CACHE] = outputs.get(name)
+    return outputs
