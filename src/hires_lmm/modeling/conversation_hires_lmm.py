@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from transformers.cache_utils import EncoderDecoderCache
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 
 class Record:
@@ -108,3 +108,11 @@ def cached_length(cache: Any) -> int:
     if not layers or not all(cache.is_linear):
         return int(cache.get_seq_length())
     return Conversation.of(cache).held if cache.has_previous_state() else 0
+
+
+class StateCache(DynamicCache):
+    """A cache of states alone that knows its length, which `generate` asks for up to transformers 5.23."""
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Positions that it holds."""
+        return cached_length(self)

@@ -15,7 +15,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import ModelOutput
 
 from .compat_hires_lmm import CACHE, keeps_keys
-from .conversation_hires_lmm import cached_length
+from .conversation_hires_lmm import StateCache, cached_length
 from .inputs_hires_lmm import (
     IMAGE_ARGUMENTS,
     extra_arguments,
@@ -159,6 +159,22 @@ class HiResLmmGenerationMixin(GenerationMixin):
         )
         return {**model_kwargs, "mm_encoder_outputs": {"image": image if image.pooler_output else None}}
 
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any
+    ) -> Any:
+        """As in the library; a cache of states alone has one size and one form."""
+        text_config, given = self.config.get_text_config(), model_kwargs.get(CACHE)
+        wanted = generation_config.cache_implementation
+        if not keeps_keys(text_config) and wanted not in (None, "dynamic"):
+            raise ValueError(
+                f"cache_implementation={wanted!r} is for keys and values, and {text_config.model_type!r} has states "
+                "alone; leave it out."
+            )
+        prepared = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+        if not keeps_keys(text_config) and given is None and model_kwargs.get(CACHE) is not None:
+            model_kwargs[CACHE] = StateCache(config=text_config)
+        return prepared
+
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> Any:
         """As in the library; what combines contexts acts first, on the model's own scores."""
         processors = super()._get_logits_processor(*args, **kwargs)
@@ -238,15 +254,19 @@ class HiResLmmGenerationMixin(GenerationMixin):
     @staticmethod
     def create_masks_for_generate(*, attention_mask: Any, is_first_iteration: bool = False, **kwargs: Any) -> Any:
         """Leave the mask of the first step two-dimensional: tokens may still be dropped inside `forward`."""
-        if is_first_iteration:
+        is_linear = kwargs[CACHE].is_linear if kwargs.get(CACHE) is not None else []
+        if is_first_iteration or (is_linear and all(is_linear)):
             return attention_mask
         return create_masks_for_generate(attention_mask=attention_mask, **kwargs)
 
     def _valid_auto_compile_criteria(self, model_kwargs: dict[str, Any], generation_config: GenerationConfig) -> bool:
-        """Layer ops and position plans look at what is cached, so a static cache does not have the model compiled."""
+        """Layer ops and position plans look at what is cached, so a static cache does not have the model compiled.
+
+        Nor has a cache of states, which counts.
+        """
         valid: Any = super()._valid_auto_compile_criteria
         connector = self.model.connector
-        looks = connector.layer_ops or connector.position_plan is not None
+        looks = connector.layer_ops or connector.position_plan is not None or self.model.counts_positions
         return not looks and valid(model_kwargs, generation_config)
 
     def _update_model_kwargs_for_generation(

@@ -65,6 +65,7 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
         )
         self.language_model = AutoModel.from_config(config.text_config)
         check_fit(config, self.language_model)
+        self.counts_positions = not keeps_keys(config.text_config)
         self.layer_hooks: list[Any] = []
         install_layer_ops(self)
         self.post_init()
@@ -243,8 +244,8 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
         )
         conversation = None
         parts, may_cache = self.connector, cache is not None or use_cache is not False
-        counts = not keeps_keys(self.config.text_config)
-        if parts.layer_ops or parts.position_plan is not None or counts or (parts.has_turns and may_cache):
+        remembers = parts.layer_ops or parts.position_plan is not None or self.counts_positions
+        if remembers or (parts.has_turns and may_cache):
             conversation = Conversation.of(cache).follow(cache, len(text.embeds))
         features = self._see(given, text, **{name: kwargs.get(name) for name in TOWER_OUTPUTS})
         if features is not None:
