@@ -1,4 +1,4 @@
-"""What every language model and every tower must do: the columns of the two tables in the docs, and how they are written.
+"""What every language model and every tower must do, the columns of the tables in the docs, and how these are written.
 
 A check takes a model, its processor and a folder; it returns nothing, or fails with a sentence.
 """
@@ -71,9 +71,7 @@ def with_cache_as_without(model, processor, folder: Path) -> None:
     close(torch.cat(pieces, dim=1), whole, "logits")
     batch = make_batch(processor, SAMPLES)
     for beams in (1, 3):
-        found = [
-            model.generate(**batch, max_new_tokens=6, num_beams=beams, use_cache=use) for use in (True, False)
-        ]
+        found = [model.generate(**batch, max_new_tokens=6, num_beams=beams, use_cache=use) for use in (True, False)]
         assert torch.equal(*found), f"{beams} beams"
 
 
@@ -146,7 +144,7 @@ def run_checks(model, processor, folder: Path) -> list[str]:
         try:
             check(model, processor, folder / re.sub(r"\W", "", name))
             cells.append("yes")
-        except Exception as error:  # noqa: BLE001 - a table says what happened
+        except Exception as error:
             cells.append(f"{type(error).__name__}: {error}".splitlines()[0][:120])
     return cells
 

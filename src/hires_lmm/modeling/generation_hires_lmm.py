@@ -117,6 +117,10 @@ class HiResLmmGenerationMixin(GenerationMixin):
                 f"assistant_early_exit={generation_config.assistant_early_exit} drafts with the first layers of a "
                 "language model alone; leave it out, and pass an assistant_model or prompt_lookup_num_tokens."
             )
+        if generation_config.is_assistant and self.model.counts_positions:
+            raise ValueError(
+                f"{self.config.text_config.model_type!r} cannot draft as an assistant: its states cannot be cropped."
+            )
         token_maps = model_kwargs.pop("output_token_map", None)  # here, or an assistant would get it too
         ids = inputs_tensor if inputs_tensor.ndim == 2 else model_kwargs.get("input_ids")
         placeholder = self.model.get_placeholder_mask(ids if ids is not None and ids.shape[1] else None, inputs_tensor)

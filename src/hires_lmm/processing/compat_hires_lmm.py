@@ -159,14 +159,14 @@ def call_language_model(
     bias = next((name for name in STATE_BIASES if recurrent and getattr(model.config, name, False)), None)
     if bias is not None and is_mask and count > 1 and bool((mask[:, -count:].long().diff(dim=1) > 0).any()):
         raise ValueError(
-            f"{bias}=True lets padding reach the states of {model.config.model_type!r}; pass rows of one length, or one "
-            "at a time."
+            f"{bias}=True lets padding reach the states of {model.config.model_type!r}; pass rows of one length, or "
+            "one at a time."
         )
     states = cache is not None and recurrent
     if states and count > 1 and forgets_state(model) and cache.has_previous_state():
         raise ValueError(
-            f"The language model {model.config.model_type!r} goes on from a cache one position at a time, and the call "
-            f"has {count}; pass the whole text without cache, and no prefill_chunk_size."
+            f"The language model {model.config.model_type!r} goes on from a cache one position at a time, and the "
+            f"call has {count}; pass the whole text without cache, and no prefill_chunk_size."
         )
     if states and positions is None and keeps_keys(model.config):  # Bamba would begin at 0 again
         past = cache.get_seq_length()
@@ -181,4 +181,6 @@ def call_language_model(
     outputs = model(**inputs, return_dict=True, **options)
     if name != CACHE:
         outputs[CACHE] = outputs.get(name)
+    if not keeps_keys(model.config):  # their norm may answer in float32
+        outputs.last_hidden_state = outputs.last_hidden_state.to(embeds.dtype)
     return outputs
