@@ -29,7 +29,7 @@ def close(found: torch.Tensor, wanted: torch.Tensor, what: str) -> None:
     """Compare two tensors, relative to the larger one's largest value."""
     assert found.shape == wanted.shape, f"{what}: shapes {tuple(found.shape)}, {tuple(wanted.shape)}"
     assert wanted.isfinite().all(), f"{what}: not finite"
-    error = float((found - wanted).abs().max() / wanted.abs().max())
+    error = float(((found - wanted).abs().max() / wanted.abs().max()).detach())
     assert error < CLOSE, f"{what}: {error:.1e}"
 
 

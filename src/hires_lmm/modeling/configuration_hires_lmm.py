@@ -281,6 +281,8 @@ class HiResLmmConfig(HiResLmmOwnPartsMixin, PreTrainedConfig):
         "token_map",
         "aux",
         "heads",
+        "router_logits",
+        "aux_loss",
     ]
     sub_configs_defaults = {
         "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="clip_vision_model"),

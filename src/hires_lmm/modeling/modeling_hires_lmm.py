@@ -16,6 +16,7 @@ from .compat_hires_lmm import CACHE, keeps_keys, takes_cache
 from .configuration_hires_lmm import HiResLmmConfig, HiResLmmConnectorConfig, check_fit
 from .connector_hires_lmm import HiResLmmConnector
 from .conversation_hires_lmm import Conversation
+from .experts_hires_lmm import add_aux_loss, read_routers, wants_routers
 from .generation_hires_lmm import HiResLmmGenerationMixin
 from .heads_hires_lmm import add_head_losses, run_heads, take_heads
 from .inputs_hires_lmm import (
@@ -223,7 +224,8 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
                 `HiResLmmProcessor.question_ids`. `labels_<name>` `(N, ...)`: what a head should read at the
                 occurrences of its token. `output_heads`: whether heads run; by default where no earlier positions are
                 cached. `layer_options`: what layer ops are told in this call, such as
-                `{"exit_after": 8}`. The rest goes to the language model.
+                `{"exit_after": 8}`. `output_router_logits`: what the routers of experts say, and their loss. The rest
+                goes to the language model.
 
         Returns:
             `HiResLmmModelOutputWithPast`.
@@ -259,6 +261,8 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
         outputs = prompt.read(self.language_model, cache, use_cache=use_cache, **kwargs)
         prompt.remember(outputs.get(CACHE))
         hidden = prompt.expand(outputs.last_hidden_state)
+        if wants_routers(self.config.text_config, kwargs):
+            prompt.outputs |= read_routers(self, prompt, attention_mask, outputs.get("router_logits"))
         if heads is not None:
             run_heads(self, text, hidden, heads, prompt.outputs)
         return HiResLmmModelOutputWithPast(
@@ -385,6 +389,7 @@ class HiResLmmForConditionalGeneration(HiResLmmPreTrainedModel, HiResLmmGenerati
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
+        loss = add_aux_loss(self.config.text_config, loss, outputs)
         loss = add_head_losses(self.model, loss, outputs.aux or {}, labels, kwargs)
         fields = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
         if learned is not None:

@@ -87,6 +87,14 @@ def layers_of(model: Any) -> nn.ModuleList:
     return next(part for part in model.modules() if isinstance(part, nn.ModuleList) and len(part) == depth)
 
 
+def router_layers(language_model: Any) -> list[int]:
+    """The layers with experts, in order: those with a module of the class whose output is noted as router logits."""
+    recorder = (language_model._can_record_outputs or {}).get("router_logits")
+    router = getattr(recorder, "target_class", recorder)
+    layers = enumerate(layers_of(language_model))
+    return [number for number, layer in layers if any(isinstance(part, router) for part in layer.modules())]
+
+
 def runs_twice_without_graph(model: nn.Module) -> bool:
     """Whether checkpointing of a layer is reentrant: its first pass makes no graph."""
     for part in model.modules():
