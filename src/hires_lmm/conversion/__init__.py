@@ -7,6 +7,7 @@ from .fusion import convert_fusion
 from .llava_next import convert_llava_next
 from .random_model import compose_random, preset_processor
 from .released import convert_released, convert_to_released
+from .upcycle import upcycle
 
 
 __all__ = [
@@ -19,4 +20,5 @@ __all__ = [
     "convert_to_released",
     "export",
     "preset_processor",
+    "upcycle",
 ]

@@ -90,9 +90,12 @@ def layers_of(model: Any) -> nn.ModuleList:
 def router_layers(language_model: Any) -> list[int]:
     """The layers with experts, in order: those with a module of the class whose output is noted as router logits."""
     recorder = (language_model._can_record_outputs or {}).get("router_logits")
-    router = getattr(recorder, "target_class", recorder)
-    layers = enumerate(layers_of(language_model))
-    return [number for number, layer in layers if any(isinstance(part, router) for part in layer.modules())]
+    router, where = getattr(recorder, "target_class", recorder), getattr(recorder, "layer_name", None) or ""
+    return [
+        number
+        for number, layer in enumerate(layers_of(language_model))
+        if any(isinstance(part, router) and where in name for name, part in layer.named_modules())
+    ]
 
 
 def runs_twice_without_graph(model: nn.Module) -> bool:
