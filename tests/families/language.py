@@ -1,18 +1,19 @@
 """Every family of language models that was run, tiny; `python tests/families/language.py [NAMES]` writes the table."""
 
+import copy
 import sys
 import tempfile
 from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from builders.tiny import plain_tokenizer, tiny_config, tiny_model, tiny_processor
-from families.checks import COLUMNS, ROOT, run_checks, write_table
+from builders.tiny import make_batch, plain_tokenizer, tiny_config, tiny_model, tiny_processor
+from families.checks import COLUMNS, ROOT, TEXT, close, run_checks, write_table
 
 
 PAGE = ROOT / "docs" / "language-models.md"
@@ -43,6 +44,9 @@ DEEPSEEK = {
     "qk_rope_head_dim": 8,
     "v_head_dim": 8,
 }
+SCALES = {"logits_scaling": 3.0, "logit_scale": 0.3, "lm_head_multiplier": 0.3, "final_logit_softcapping": 5.0}
+"""What families do behind their head, with values that tell."""
+
 GEMMA = {**HEAD, **SLIDING, "query_pre_attn_scalar": 8}
 
 DENSE = {
@@ -53,7 +57,6 @@ DENSE = {
     "gemma": HEAD,
     "gemma2": GEMMA,
     "gemma3_text": GEMMA,
-    "phi": {},
     "phi3": {},
     "stablelm": {},
     "glm": HEAD,
@@ -131,14 +134,29 @@ def family_model(family: str, **changes):
     return tiny_model(config), tiny_processor(config)
 
 
+@torch.no_grad()
+def as_own_class(model, processor, folder: Path) -> None:
+    """Logits of text are those of transformers' own class with the same weights, scales and caps included."""
+    config = copy.deepcopy(model.config.text_config)
+    changes = {name: value for name, value in SCALES.items() if getattr(config, name, None) is not None}
+    for each in (config, model.config.text_config):
+        each.update(changes)
+    own = AutoModelForCausalLM.from_config(config).eval()
+    own.base_model.load_state_dict(model.model.language_model.state_dict())
+    own.get_output_embeddings().load_state_dict(model.lm_head.state_dict())
+    batch = make_batch(processor, [TEXT, ("USER: A small red boat on a lake, or in the picture? ASSISTANT: A", [])])
+    real = batch["attention_mask"].bool()
+    close(model(**batch).logits[real], own(**batch).logits[real], "logits")
+
+
+CHECKS = {"own class": as_own_class, **COLUMNS}
+
+
 def family_row(family: str) -> list[str]:
     """The cells of a family."""
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
-        try:
-            return run_checks(*family_model(family), Path(folder))
-        except Exception as error:
-            return [f"{type(error).__name__}: {error}".splitlines()[0][:200]] + [""] * (len(COLUMNS) - 1)
+        return run_checks(*family_model(family), Path(folder), CHECKS)
 
 
 if __name__ == "__main__":
@@ -149,4 +167,4 @@ if __name__ == "__main__":
         rows.append([f"`{name}`", *family_row(name)])
         print(*rows[-1], sep=" | ", flush=True)
     if names == list(FAMILIES):
-        write_table(PAGE, "language models", ["family", *COLUMNS], rows)
+        write_table(PAGE, "language models", ["family", *CHECKS], rows)
