@@ -129,6 +129,25 @@ def test_padding_that_would_reach_a_state_is_refused(family, field):
     close(logits[0, : len(alone)], alone, "padding behind what is read")
 
 
+@pytest.mark.parametrize("family", ["mamba2", "falcon_h1", "lfm2"])
+@torch.no_grad()
+def test_padding_between_a_cache_and_what_comes_is_refused(family):
+    model, _, batch, _ = made(family)
+    rows = len(batch["input_ids"])
+    more = {"input_ids": torch.full((rows, 3), 20), "use_cache": True}
+    for later in (torch.ones(rows, 3), torch.tensor([[0, 1, 1]]).expand(rows, -1)):
+        cache = model(**batch, use_cache=True)[CACHE]
+        mask = torch.cat([batch["attention_mask"], later.long()], dim=1)
+        if later.all():
+            whole = torch.cat([batch["input_ids"], more["input_ids"]], dim=1)
+            images = {name: part for name, part in batch.items() if name not in ("input_ids", "attention_mask")}
+            wanted = model(input_ids=whole, attention_mask=mask, **images).logits[:, -3:]
+            close(model(**more, attention_mask=mask, cache=cache).logits, wanted, family)
+        else:
+            with pytest.raises(ValueError, match=r"Padding between what .* has read and what comes"):
+                model(**more, attention_mask=mask, cache=cache)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("family", ALONE)
 def test_states_in_half_precision_give_logits_of_that_precision(family):

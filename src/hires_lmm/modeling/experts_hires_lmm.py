@@ -44,16 +44,16 @@ def read_routers(model: Any, prompt: Any, attention_mask: Any, router_logits: An
             logits = expand(logits, level.plan)
         shown.append((logits if prompt.packing is None else expand(logits, prompt.packing)).flatten(0, 1))
     found: dict[str, Any] = {"router_logits": tuple(shown)}
-    config = model.config.text_config
-    if getattr(config, ROUTER_COEFFICIENT, None) is not None:
-        number = getattr(config, "num_local_experts", None) or config.num_experts
-        found["aux_loss"] = load_balancing_loss_func(tuple(counted), number, config.num_experts_per_tok)
+    text_config = model.config.text_config
+    if getattr(text_config, ROUTER_COEFFICIENT, None) is not None:
+        number = getattr(text_config, "num_local_experts", None) or text_config.num_experts
+        found["aux_loss"] = load_balancing_loss_func(tuple(counted), number, text_config.num_experts_per_tok)
     return found
 
 
-def add_aux_loss(config: Any, loss: torch.Tensor | None, outputs: Any) -> Any:
+def add_aux_loss(text_config: Any, loss: torch.Tensor | None, outputs: Any) -> Any:
     """The language loss with the weighed loss of the routers, as in transformers; None stays None."""
     found = outputs.aux_loss
     if loss is None or found is None:
         return loss
-    return loss + getattr(config, ROUTER_COEFFICIENT) * found.to(loss)
+    return loss + getattr(text_config, ROUTER_COEFFICIENT) * found.to(loss)

@@ -166,32 +166,39 @@ def call_language_model(
     Raises:
         ValueError: If the model would forget what it has read before, or padding would reach its state.
     """
-    count, recurrent, is_mask = embeds.shape[1], keeps_state(model.config), getattr(mask, "ndim", None) == 2
-    bias = next((name for name in STATE_BIASES if recurrent and getattr(model.config, name, False)), None)
-    if bias is not None and is_mask and count > 1 and bool((mask[:, -count:].long().diff(dim=1) > 0).any()):
-        raise ValueError(
-            f"{bias}=True lets padding reach the states of {model.config.model_type!r}; pass rows of one length, or "
-            "one at a time."
-        )
+    text_config, count, is_mask = model.config, embeds.shape[1], getattr(mask, "ndim", None) == 2
+    recurrent, family = keeps_state(text_config), text_config.model_type
     states = cache is not None and recurrent
-    if states and count > 1 and forgets_state(model) and cache.has_previous_state():
-        raise ValueError(
-            f"The language model {model.config.model_type!r} goes on from a cache one position at a time, and the "
-            f"call has {count}; pass the whole text without cache, and no prefill_chunk_size."
-        )
-    if states and positions is None and keeps_keys(model.config):  # Bamba would begin at 0 again
+    if recurrent and count > 1:
+        goes_on = states and cache.has_previous_state()
+        if goes_on and forgets_state(model):
+            raise ValueError(
+                f"The language model {family!r} goes on from a cache one position at a time, and the call has "
+                f"{count}; pass the whole text without cache, and no prefill_chunk_size."
+            )
+        if goes_on and is_mask and bool((mask.long().diff(dim=1) < 0).any()):
+            raise ValueError(
+                f"Padding between what {family!r} has read and what comes would change its state; go on with rows of "
+                "one length, or pass the whole text without cache."
+            )
+        bias = next((name for name in STATE_BIASES if getattr(text_config, name, False)), None)
+        if bias is not None and is_mask and bool((mask[:, -count:].long().diff(dim=1) > 0).any()):
+            raise ValueError(
+                f"{bias}=True lets padding reach the states of {family!r}; pass rows of one length, or one at a time."
+            )
+    if states and positions is None and keeps_keys(text_config):  # Bamba would begin at 0 again
         past = cache.get_seq_length()
         positions = torch.arange(past, past + count, device=embeds.device)[None]
     known = signature(type(model).forward).parameters
     name = next((each for each in (CACHE, "cache_params") if each in known), CACHE)
     inputs = {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": positions, name: cache}
-    if not keeps_keys(model.config):
+    if not keeps_keys(text_config):
         inputs["attention_mask"] = mask[:, -count:] if is_mask and count > 1 else None
         if "position_ids" not in known:
             del inputs["position_ids"]
     outputs = model(**inputs, return_dict=True, **options)
     if name != CACHE:
         outputs[CACHE] = outputs.get(name)
-    if not keeps_keys(model.config):  # their norm may answer in float32
+    if not keeps_keys(text_config):  # their norm may answer in float32
         outputs.last_hidden_state = outputs.last_hidden_state.to(embeds.dtype)
     return outputs
