@@ -161,16 +161,27 @@ def forgets_state(language_model: Any) -> bool:
 def call_language_model(
     model: Any, embeds: torch.Tensor, mask: Any, positions: torch.Tensor | None, cache: Any, options: dict
 ) -> Any:
-    """One pass. State-space models know no positions, want the mask of the call alone, and name their cache apart.
+    """One pass of a language model."""
+    if keeps_state(model.config):
+        return _call_recurrent(model, embeds, mask, positions, cache, options)
+    inputs: dict[str, Any] = {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": positions}
+    return model(**inputs, **{CACHE: cache}, return_dict=True, **options)
+
+
+def _call_recurrent(
+    model: Any, embeds: torch.Tensor, mask: Any, positions: torch.Tensor | None, cache: Any, options: dict
+) -> Any:
+    """One pass of a state-space model or a hybrid.
+
+    The former know no positions, want the mask of the call alone, and before 5.24 named their cache apart.
 
     Raises:
         ValueError: If the model would forget what it has read before, or padding would reach its state.
     """
     text_config, count, is_mask = model.config, embeds.shape[1], getattr(mask, "ndim", None) == 2
-    recurrent, family = keeps_state(text_config), text_config.model_type
-    states = cache is not None and recurrent
-    if recurrent and count > 1:
-        goes_on = states and cache.has_previous_state()
+    family, has_keys = text_config.model_type, keeps_keys(text_config)
+    if count > 1:
+        goes_on = cache is not None and cache.has_previous_state()
         if goes_on and forgets_state(model):
             raise ValueError(
                 f"The language model {family!r} goes on from a cache one position at a time, and the call has "
@@ -186,19 +197,18 @@ def call_language_model(
             raise ValueError(
                 f"{bias}=True lets padding reach the states of {family!r}; pass rows of one length, or one at a time."
             )
-    if states and positions is None and keeps_keys(text_config):  # Bamba would begin at 0 again
+    if has_keys and positions is None and cache is not None:  # Bamba would begin at 0 again
         past = cache.get_seq_length()
         positions = torch.arange(past, past + count, device=embeds.device)[None]
+    if not has_keys:
+        mask = mask[:, -count:] if is_mask and count > 1 else None
     known = signature(type(model).forward).parameters
-    name = next((each for each in (CACHE, "cache_params") if each in known), CACHE)
-    inputs = {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": positions, name: cache}
-    if not keeps_keys(text_config):
-        inputs["attention_mask"] = mask[:, -count:] if is_mask and count > 1 else None
-        if "position_ids" not in known:
-            del inputs["position_ids"]
+    name = CACHE if CACHE in known else "cache_params"
+    inputs = {"inputs_embeds": embeds, "attention_mask": mask, name: cache}
+    inputs |= {"position_ids": positions} if "position_ids" in known else {}
     outputs = model(**inputs, return_dict=True, **options)
     if name != CACHE:
         outputs[CACHE] = outputs.get(name)
-    if not keeps_keys(text_config):  # their norm may answer in float32
+    if not has_keys:  # their norm may answer in float32
         outputs.last_hidden_state = outputs.last_hidden_state.to(embeds.dtype)
     return outputs
