@@ -17,6 +17,8 @@ from hires_lmm.conversion import ConversionError, compose, export, upcycle
 
 
 FAMILIES = {"llama": "mixtral", "mistral": "mixtral", "qwen2": "qwen2_moe", "qwen3": "qwen3_moe"}
+SLOW = pytest.mark.slow
+QUICK_AND_SLOW = [pytest.param(name, marks=[] if name in ("mistral", "qwen2") else SLOW) for name in FAMILIES]
 SCALED = {"rope_type": "llama3", "rope_theta": 5e4, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 CHANGES = {  # what the two families have other defaults for
     "llama": {"rms_norm_eps": 1e-3, "rope_parameters": {**SCALED, "original_max_position_embeddings": 64}},
@@ -44,7 +46,7 @@ def sparse_layers(language_model) -> list[int]:
     return [number for number, layer in enumerate(language_model.layers) if hasattr(layer.mlp, "experts")]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", QUICK_AND_SLOW)
 @torch.no_grad()
 def test_a_checkpoint_with_experts_answers_as_the_dense_one(family, tmp_path):
     every = 1 if FAMILIES[family] == "mixtral" else 2
@@ -71,7 +73,7 @@ def test_a_checkpoint_with_experts_answers_as_the_dense_one(family, tmp_path):
     export(tmp_path / "out", tmp_path / "again")  # what others do with checkpoints, they do with this one
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", QUICK_AND_SLOW)
 @torch.no_grad()
 def test_a_text_model_with_experts_is_that_of_transformers(family, tmp_path):
     config = family_config(family, num_hidden_layers=3, **CHANGES[family])
@@ -124,7 +126,9 @@ def test_the_command_writes_it_and_refuses_in_one_line(tmp_path):
     assert run.exit_code == 1 and "'qwen3_moe' cannot be upcycled" in run.output
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "mamba2", "gpt_neox", "opt"])
+@pytest.mark.parametrize(
+    "family", ["qwen3_moe", "mamba2", *(pytest.param(name, marks=SLOW) for name in ("mixtral", "gpt_neox", "opt"))]
+)
 @torch.no_grad()
 def test_compose_takes_language_models_that_name_their_halves_otherwise(family, tmp_path):
     from transformers import AutoModel

@@ -115,6 +115,17 @@ def test_layer_ops_and_position_plans_are_refused_by_name(family):
         tiny_model(tiny_config("llava_next", text=family_config(family), **plan))
 
 
+@pytest.mark.parametrize("family", STATES)
+@torch.no_grad()
+def test_padding_of_a_row_alone_does_not_reach_its_state(family):
+    model, processor, _, one = made(family)
+    pad = torch.full((1, 6), processor.tokenizer.pad_token_id)
+    mask = torch.cat([torch.zeros_like(pad), one["attention_mask"]], dim=1)
+    padded = {**one, "input_ids": torch.cat([pad, one["input_ids"]], dim=1), "attention_mask": mask}
+    close(model(**padded).logits[:, 6:], model(**one).logits, family)
+    assert torch.equal(model.generate(**padded, max_new_tokens=SHORT)[:, 6:], answer(family))
+
+
 @pytest.mark.parametrize(
     ("family", "field"), [("mamba", "use_bias"), ("falcon_h1", "mamba_proj_bias"), ("lfm2", "conv_bias")]
 )

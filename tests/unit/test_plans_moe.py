@@ -38,7 +38,7 @@ def moved(model, processor, stage, folder, steps: int) -> dict[str, torch.Tensor
     return {name: after[name] - value for name, value in before.items() if not torch.equal(after[name], value)}
 
 
-@pytest.mark.parametrize("family", ["qwen2", "llama"])
+@pytest.mark.parametrize("family", ["qwen2", pytest.param("llama", marks=pytest.mark.slow)])
 def test_three_steps_of_the_third_stage_change_experts_and_gates_alone(family, tmp_path):
     config = tiny_config("llava_next", text=family_config(family))
     model, processor = tiny_model(config), tiny_processor(config, "chatml")
