@@ -302,7 +302,12 @@ def _upcycle(
         from hires_lmm.conversion import upcycle
 
         with progress_bar() as progress:
-            options = {"experts": experts, "top_k": top_k, "every": every, "trust_remote_code": trust_remote_code}
+            options: dict[str, Any] = {
+                "experts": experts,
+                "top_k": top_k,
+                "every": every,
+                "trust_remote_code": trust_remote_code,
+            }
             report = upcycle(dense, destination, progress=progress, **options)
         output.print(f"wrote {escape(str(destination))}; its language model is {report['family']}")
 

@@ -89,7 +89,7 @@ def layers_of(model: Any) -> nn.ModuleList:
 
 def router_layers(language_model: Any) -> list[int]:
     """The layers with experts, in order: those with a module of the class whose output is noted as router logits."""
-    recorder = (language_model._can_record_outputs or {}).get("router_logits")
+    recorder: Any = (language_model._can_record_outputs or {}).get("router_logits")
     router, where = getattr(recorder, "target_class", recorder), getattr(recorder, "layer_name", None) or ""
     return [
         number
