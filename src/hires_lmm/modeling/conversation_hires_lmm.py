@@ -104,8 +104,8 @@ def cached_length(cache: Any) -> int:
     """Positions that a cache holds; one of states alone does not know, so its conversation counts."""
     if cache is None:
         return 0
-    layers = getattr(_holder(cache), "layers", None)
-    if not layers or not all(cache.is_linear):
+    own = _holder(cache)
+    if not getattr(own, "layers", None) or not all(own.is_linear):
         return int(cache.get_seq_length())
     return Conversation.of(cache).held if cache.has_previous_state() else 0
 
