@@ -308,6 +308,33 @@ def _compose(
         _show_choices(destination)
 
 
+@app.command("upcycle")
+def _upcycle(
+    dense: Annotated[str, typer.Argument(help="A checkpoint or a text model: folder or Hub id.", show_default=False)],
+    destination: Destination,
+    experts: Annotated[int, typer.Option(min=2, help="Experts of a layer.")] = 4,
+    top_k: Annotated[int, typer.Option(min=1, help="Experts that a token passes.")] = 2,
+    every: Annotated[int, typer.Option(min=1, help="Layers from one with experts to the next.")] = 1,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Give a dense language model experts.
+
+    Each is a copy of its feed-forward, so answers stay the same.
+    """
+    with quiet_work():
+        from hires_lmm.conversion import upcycle
+
+        with progress_bar() as progress:
+            options: dict[str, Any] = {
+                "experts": experts,
+                "top_k": top_k,
+                "every": every,
+                "trust_remote_code": trust_remote_code,
+            }
+            report = upcycle(dense, destination, progress=progress, **options)
+        output.print(f"wrote {escape(str(destination))}; its language model is {report['family']}")
+
+
 def _show_choices(folder: Path) -> None:
     """What a conversion chose, and what the folder lacks."""
     from hires_lmm.conversion.cards import describe_choices

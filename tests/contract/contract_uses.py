@@ -46,6 +46,11 @@ USES = [
         "views of extra towers have names that only the configuration knows",
     ),
     Use(
+        f"{GENERATION}._prepare_cache_for_generation",
+        "self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length",
+        "a cache of states alone is one that knows its length",
+    ),
+    Use(
         f"{GENERATION}.init_continuous_batching",
         "self, generation_config, continuous_batching_config, workload_hints",
         "continuous batching, which comes here however it is asked for, is refused",
@@ -115,6 +120,20 @@ USES = [
     Use(f"{MODEL}._no_split_modules", None, "blocks that FSDP and `device_map` keep whole"),
     Use(f"{MODEL}._skip_keys_device_placement", None, "the cache stays where it is under `device_map`"),
     Use(f"{MODEL}._tied_weights_keys", None, "the head may be the word embeddings"),
+    Use(f"{MODEL}._is_stateful", None, "assisted decoding refuses language models with states by it"),
+    Use(f"{MODEL}._can_record_outputs", None, "which module of a layer tells the router logits"),
+    Use(
+        "transformers.models.mixtral.modeling_mixtral:load_balancing_loss_func",
+        "gate_logits, num_experts, top_k, attention_mask",
+        "the loss that balances experts, which all families share",
+    ),
+    Use("transformers.cache_utils:Cache.is_linear", None, "whether a cache holds states alone"),
+    Use("transformers.cache_utils:Cache.has_previous_state", "self, layer_idx, state_idx", "whether it holds any"),
+    Use(
+        "transformers.core_model_loading:revert_weight_conversion",
+        "model, state_dict",
+        "names of experts in files, which differ from those in the model",
+    ),
     Use(f"{MODEL}._tp_plan", None, "the head under tensor parallelism"),
     Use(f"{MODEL}._fsdp_plan", None, "the head under FSDP"),
     Use(f"{MODEL}._keys_to_ignore_on_load_unexpected", None, "the base model loads from a file with a head"),

@@ -10,7 +10,7 @@ from hires_lmm.conversion.configs import model_shapes, text_config_of
 from hires_lmm.conversion.llava_formats import FORMATS
 from hires_lmm.conversion.mapping import check_complete, map_backward, map_forward
 from hires_lmm.conversion.open_clip import RULES, read_convnext
-from hires_lmm.conversion.pipeline import grow_embeddings
+from hires_lmm.conversion.pipeline import EMBEDDINGS, grow_embeddings
 from hires_lmm.conversion.tensors import Entry, entry_of
 from hires_lmm.conversion.towers import find_tower
 from hires_lmm.modeling.configuration_hires_lmm import PRESETS
@@ -104,7 +104,7 @@ def test_every_key_is_used_once_and_fits_at_true_sizes(name, tmp_path):
     rules = form.rules(read)
     mapped = map_forward(rules, entries)
     back = map_backward(rules, dict(mapped.entries))
-    grow_embeddings(mapped, 1)
+    grow_embeddings(mapped, 1, EMBEDDINGS)
     check_complete(mapped, model_shapes(ours), rules)
     assert sorted(record["source"] for record in mapped.records) == sorted(entries)
     assert back.problems == [] and {k: e.shape for k, e in back.entries.items()} == shapes

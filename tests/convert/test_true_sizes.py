@@ -9,7 +9,7 @@ from convert_tools import golden_config
 from hires_lmm import HiResLmmConfig
 from hires_lmm.conversion.configs import model_shapes, text_config_of
 from hires_lmm.conversion.mapping import check_complete, map_backward, map_forward
-from hires_lmm.conversion.pipeline import grow_embeddings
+from hires_lmm.conversion.pipeline import EMBEDDINGS, grow_embeddings
 from hires_lmm.conversion.slime import key_table
 from hires_lmm.conversion.slime_options import connector_settings
 from hires_lmm.conversion.tensors import Entry, entry_of
@@ -134,7 +134,7 @@ def test_every_key_is_used_once_and_fits(size, tmp_path):
     )
     rules = key_table(released["mm_projector_type"], released["mm_resampler_type"])
     mapped = map_forward(rules, entries)
-    grow_embeddings(mapped, 1)
+    grow_embeddings(mapped, 1, EMBEDDINGS)
     check_complete(mapped, model_shapes(config), rules)
     assert sorted(record["source"] for record in mapped.records) == sorted(entries)
     targets = [target for record in mapped.records for target in record["targets"]]

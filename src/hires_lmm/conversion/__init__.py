@@ -8,6 +8,7 @@ from .llava_next import convert_llava_next
 from .presets import apply_preset
 from .random_model import compose_random, preset_processor
 from .released import convert_released, convert_to_released
+from .upcycle import upcycle
 
 
 __all__ = [
@@ -21,4 +22,5 @@ __all__ = [
     "convert_to_released",
     "export",
     "preset_processor",
+    "upcycle",
 ]

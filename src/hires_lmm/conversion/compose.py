@@ -11,7 +11,7 @@ from ..modeling.configuration_hires_lmm import PRESETS
 from ..modeling.connector_hires_lmm import HiResLmmConnector
 from ..processing.processor_options_hires_lmm import choose_template
 from ..processing.sequence_hires_lmm import LayoutOptions
-from .configs import common_dtype
+from .configs import common_dtype, language_rules
 from .errors import ConversionError, readable
 from .hub import is_repository, resolve_folder
 from .keys import Rename, Rule, Unused
@@ -34,8 +34,6 @@ MARKS = {13: ("<0x0A>", "Ċ", "\n"), 1919: ("▁,", ","), 29892: (",",)}
 
 RULES: list[Rule] = [
     Unused("model.layers.{}.self_attn.rotary_emb.inv_freq"),
-    Rename("model.**", "model.language_model.**"),
-    Rename("lm_head.weight", "lm_head.weight"),
     Rename(f"{VISION}**", "model.vision_tower.**"),
     Rename(f"{EXTRA}**", "model.extra_towers.**"),
 ]
@@ -106,6 +104,7 @@ def read_pair(
     settings = with_extra_towers(changes, configs, preset)
     if "layout" not in (changes.get("connector_config") or {}):
         settings = with_own_marks(settings, preset, tokenizer.get_vocab())
+    rules = [*RULES, *language_rules(text_config)]
     is_tied = text_config.tie_word_embeddings or changes.get("tie_word_embeddings", False)
     return Source(
         format="compose",
@@ -113,7 +112,7 @@ def read_pair(
         summary=f"An untrained model of the preset `{preset}`: a pretrained vision tower and a pretrained language "
         "model with a new connector between them, ready for the first stage of training.",
         entries={**words, **seen},
-        rules=[Unused("lm_head.weight"), *RULES] if is_tied else RULES,
+        rules=[Unused(rules[-1].source), *rules] if is_tied else rules,
         vision_config=vision_config,
         text_config=text_config,
         settings=settings,

@@ -4,10 +4,12 @@ from collections import Counter
 from typing import Any
 
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.core_model_loading import revert_weight_conversion
 
 from ..modeling.modeling_hires_lmm import HiResLmmForConditionalGeneration
 from .errors import ConversionError, readable
+from .keys import Rename, Rule
 from .tensors import Entries
 
 
@@ -45,12 +47,32 @@ def with_dtype(config: Any, dtype: torch.dtype) -> Any:
 
 def model_shapes(config: Any) -> dict[str, tuple[int, ...]]:
     """Names and shapes of all tensors of a model, in its order, tied ones once; takes no memory."""
+    return saved_shapes(meta_model(config))
+
+
+def meta_model(config: Any) -> HiResLmmForConditionalGeneration:
+    """The model of a configuration of ours without memory."""
     with readable("The model of this configuration"), torch.device("meta"):
-        model = HiResLmmForConditionalGeneration(config)
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    if config.tie_word_embeddings:
+        return HiResLmmForConditionalGeneration(config)
+
+
+def saved_shapes(model: Any) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors of a model as its files have them: experts one by one, tied ones once."""
+    tensors = {name: tensor.to("meta") for name, tensor in model.state_dict().items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in revert_weight_conversion(model, tensors).items()}
+    if model.config.tie_word_embeddings:
         shapes.pop("lm_head.weight", None)
     return shapes
+
+
+def language_rules(text_config: Any) -> list[Rule]:
+    """The key table of a language model in its own class, whatever that calls its backbone and its head."""
+    with readable("The language model"), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(text_config)
+    head = model.get_output_embeddings()
+    name = next(f"{name}.weight" for name, part in model.named_modules() if part is head)
+    saved = next(iter(revert_weight_conversion(model, {name: head.weight})))
+    return [Rename(f"{model.base_model_prefix}.**", "model.language_model.**"), Rename(saved, "lm_head.weight")]
 
 
 def common_dtype(entries: Entries, named: Any = None) -> torch.dtype:

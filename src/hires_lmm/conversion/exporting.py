@@ -42,11 +42,11 @@ def export(
     """
     with new_folder(destination) as work:
         folder = resolve_folder(checkpoint, "The checkpoint", with_code=trust_remote_code)
-        config = _read_config(folder, trust_remote_code)
+        config = read_checkpoint_config(folder, trust_remote_code)
         entries = folder_entries(folder)
         check_complete(Mapped(entries), model_shapes(config), [], f"the checkpoint {folder.name}")
         write_tensors(work, entries, max_shard_bytes, progress)
-        image_processor = _copy_processor(folder, work, config, trust_remote_code)
+        image_processor = copy_processor(folder, work, config, trust_remote_code)
         if (folder / "generation_config.json").is_file():
             with readable("The generation configuration"):
                 GenerationConfig.from_pretrained(folder).save_pretrained(work)
@@ -61,7 +61,8 @@ def export(
     return Path(destination)
 
 
-def _read_config(folder: Path, trust_remote_code: bool) -> Any:
+def read_checkpoint_config(folder: Path, trust_remote_code: bool) -> Any:
+    """The configuration of a checkpoint of ours, its own parts found."""
     if (folder / "adapter_config.json").is_file():
         raise ConversionError(
             f"{folder.name} holds a LoRA adapter; merge it first (merge_and_unload) and export that."
@@ -75,7 +76,7 @@ def _read_config(folder: Path, trust_remote_code: bool) -> Any:
     return config
 
 
-def _copy_processor(folder: Path, work: Path, config: Any, trust_remote_code: bool) -> Any:
+def copy_processor(folder: Path, work: Path, config: Any, trust_remote_code: bool) -> Any:
     """Save the checkpoint's own processor; where it has none, the one its configuration describes."""
     if not (folder / "processor_config.json").is_file():
         return save_assets(work, config, PromptAssets(load_tokenizer(folder), image_stats_of(folder)))

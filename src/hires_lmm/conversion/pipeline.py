@@ -1,7 +1,7 @@
 """The one way into our format: a format reads its checkpoint into a `Source`, `convert` writes it as one of ours."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ from ..modeling.configuration_hires_lmm import HiResLmmConfig
 from ..processing.processor_options_hires_lmm import place_image_token
 from .cards import write_card
 from .checkpoint import REPORT_NAME, UNUSED_STEM, finish_report, save_assets, save_code, versions
-from .configs import common_dtype, model_shapes, parse_dtype, with_dtype
+from .configs import common_dtype, meta_model, parse_dtype, saved_shapes, with_dtype
 from .errors import ConversionError, readable
 from .keys import Rule
 from .mapping import Mapped, cast, check_complete, grow_rows, map_forward, record
@@ -23,6 +23,7 @@ from .writing import MAX_SHARD_BYTES, Progress, new_folder, write_tensors
 
 
 EMBEDDINGS = ("model.language_model.embed_tokens.weight", "lm_head.weight")
+"""Of most families."""
 
 
 @dataclass
@@ -106,11 +107,11 @@ def convert(
             source = read()
         added = _place_image_token(source)
         config = _build_config(source, wanted)
-        mapped = map_forward(source.rules, source.entries)
-        grow_embeddings(mapped, added)
+        model, mapped = meta_model(config), map_forward(source.rules, source.entries)
+        grow_embeddings(mapped, added, (*model._tied_weights_keys.values(), *model._tied_weights_keys))
         if source.new_tensors is not None:
             add_tensors(mapped, source.new_tensors(config))
-        check_complete(mapped, model_shapes(config), source.rules, f"the source {source.name}")
+        check_complete(mapped, saved_shapes(model), source.rules, f"the source {source.name}")
         entries = cast(mapped.entries, config.dtype if source.one_dtype else wanted)
         write_tensors(work, entries, max_shard_bytes, progress)
         if mapped.unused and source.keeps_unused:
@@ -130,9 +131,9 @@ def convert(
     return report
 
 
-def grow_embeddings(mapped: Mapped, added: int) -> None:
-    """Give the tables of embeddings their new rows."""
-    for name in EMBEDDINGS:
+def grow_embeddings(mapped: Mapped, added: int, names: Iterable[str]) -> None:
+    """Give the tables of embeddings, by their names, new rows."""
+    for name in names:
         if name in mapped.entries and mapped.entries[name].shape:
             mapped.entries[name] = grow_rows(mapped.entries[name], mapped.entries[name].shape[0] + added)
 

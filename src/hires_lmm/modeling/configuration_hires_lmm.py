@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 from transformers.models.auto import AutoConfig
 
-from .compat_hires_lmm import CACHE_NAMES, warn_if_untested
+from .compat_hires_lmm import CACHE_NAMES, keeps_state, warn_if_untested
 from .geometry_hires_lmm import KINDS, MADE_KINDS, MAIN_TOWER, OBJECTS, WHOLE_KINDS, Grid, Kind
 from .own_parts_hires_lmm import (
     HiResLmmOwnPartsMixin,
@@ -310,6 +310,8 @@ class HiResLmmConfig(HiResLmmOwnPartsMixin, PreTrainedConfig):
         "token_map",
         "aux",
         "heads",
+        "router_logits",
+        "aux_loss",
     ]
     sub_configs_defaults = {
         "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="clip_vision_model"),
@@ -571,11 +573,6 @@ def check_fit(config: HiResLmmConfig, language_model: Any) -> None:
     """Refuse settings that tower or language model cannot serve."""
     vocabulary, layer = config.text_config.vocab_size, config.vision_feature_layer
     depth = config.vision_config.num_hidden_layers
-    if not hasattr(language_model, "embed_tokens"):
-        raise ValueError(
-            f"The language model {config.text_config.model_type!r} has no embed_tokens; use a causal language model "
-            "such as Llama, Qwen, Mistral or Gemma."
-        )
     if not 0 <= config.image_token_id < vocabulary:
         raise ValueError(
             f"image_token_id={config.image_token_id} is no token of the language model, which has {vocabulary}; add a "
@@ -583,6 +580,11 @@ def check_fit(config: HiResLmmConfig, language_model: Any) -> None:
         )
     if not -depth - 1 <= layer <= depth:
         raise ValueError(f"vision_feature_layer={layer} does not exist; the vision tower has {depth} layers.")
+    if config.connector_config.position_plan is not None and keeps_state(config.text_config):
+        raise ValueError(
+            f"A position plan moves what attention sees, and the language model {config.text_config.model_type!r} has "
+            "recurrent layers, which read in order; leave position_plan out."
+        )
 
 
 __all__ = ["HiResLmmConfig", "HiResLmmConnectorConfig"]

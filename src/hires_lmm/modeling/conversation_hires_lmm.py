@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from transformers.cache_utils import EncoderDecoderCache
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 
 class Record:
@@ -32,12 +32,13 @@ class Conversation:
         batch_size (`int`): Rows of the last call.
         num_rows (`int`): Rows before any were repeated; all repetitions of one are the same and stand together.
         length (`int`): Positions that the cache held when the last call began.
+        held (`int`): Positions that it held when the last call ended.
         is_foreign (`bool`): Whether others filled the cache, so that nobody knows what it holds.
     """
 
     def __init__(self) -> None:
         self.records: dict[str, Record] = {}
-        self.batch_size = self.num_rows = self.length = 0
+        self.batch_size = self.num_rows = self.length = self.held = 0
         self.is_foreign = False
 
     @classmethod
@@ -58,7 +59,7 @@ class Conversation:
         Args:
             cache (`Cache`, *optional*): An empty one, or None, starts anew; a cropped one trims each record.
         """
-        self.length = 0 if cache is None else int(cache.get_seq_length())
+        self.length = cached_length(cache)
         self.is_foreign = self.length > 0 and (self.is_foreign or not self.batch_size)
         if not self.length:
             self.records.clear()
@@ -97,3 +98,21 @@ class Conversation:
 def _holder(cache: Any) -> Any:
     """The cache that is asked: of an encoder and a decoder, that of the decoder's own text."""
     return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+
+
+def cached_length(cache: Any) -> int:
+    """Positions that a cache holds; one of states alone does not know, so its conversation counts."""
+    if cache is None:
+        return 0
+    own = _holder(cache)
+    if not getattr(own, "layers", None) or not all(own.is_linear):
+        return int(cache.get_seq_length())
+    return Conversation.of(cache).held if cache.has_previous_state() else 0
+
+
+class StateCache(DynamicCache):
+    """A cache of states alone that knows its length, which `generate` asks for up to transformers 5.23."""
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Positions that it holds."""
+        return cached_length(self)

@@ -143,7 +143,7 @@ class HiResLmmFusion(HiResLmmTokenOp):
         counts = [sum(block.num_slots for block in own.blocks) for own in asked]
         features = self.output(slots)
         if self.training:  # the word embeddings take part in every loss, also where no question is read
-            features = features + (0.0 * self.model.embed_tokens.weight[:1]).sum()
+            features = features + (0.0 * self.model.get_input_embeddings().weight[:1]).sum()
         total = len(slots)
         result = replace(
             tokens,
@@ -202,7 +202,7 @@ class HiResLmmFusion(HiResLmmTokenOp):
         pieces = [] if visual is None else [visual.to(self.queries.dtype)]
         for block in blocks:
             ids = torch.tensor(block.question, dtype=torch.long, device=self.queries.device)
-            pieces += [self.model.embed_tokens(ids), self.slots(block.num_slots)]
+            pieces += [self.model.get_input_embeddings()(ids), self.slots(block.num_slots)]
         return torch.cat(pieces)
 
     def _run(self, parts: list[torch.Tensor], asked: list[Asked], keeps: bool) -> list[tuple[Prefix, torch.Tensor]]:

@@ -14,7 +14,8 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import ModelOutput
 
-from .compat_hires_lmm import CACHE
+from .compat_hires_lmm import CACHE, keeps_keys
+from .conversation_hires_lmm import StateCache, cached_length
 from .inputs_hires_lmm import (
     IMAGE_ARGUMENTS,
     extra_arguments,
@@ -116,6 +117,10 @@ class HiResLmmGenerationMixin(GenerationMixin):
                 f"assistant_early_exit={generation_config.assistant_early_exit} drafts with the first layers of a "
                 "language model alone; leave it out, and pass an assistant_model or prompt_lookup_num_tokens."
             )
+        if generation_config.is_assistant and self.model.counts_positions:
+            raise ValueError(
+                f"{self.config.text_config.model_type!r} cannot draft as an assistant: its states cannot be cropped."
+            )
         token_maps = model_kwargs.pop("output_token_map", None)  # here, or an assistant would get it too
         ids = inputs_tensor if inputs_tensor.ndim == 2 else model_kwargs.get("input_ids")
         placeholder = self.model.get_placeholder_mask(ids if ids is not None and ids.shape[1] else None, inputs_tensor)
@@ -158,6 +163,22 @@ class HiResLmmGenerationMixin(GenerationMixin):
         )
         return {**model_kwargs, "mm_encoder_outputs": {"image": image if image.pooler_output else None}}
 
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any
+    ) -> Any:
+        """As in the library; a cache of states alone has one size and one form."""
+        text_config, given = self.config.get_text_config(), model_kwargs.get(CACHE)
+        wanted = generation_config.cache_implementation
+        if not keeps_keys(text_config) and wanted not in (None, "dynamic"):
+            raise ValueError(
+                f"cache_implementation={wanted!r} is for keys and values, and {text_config.model_type!r} has states "
+                "alone; leave it out."
+            )
+        prepared = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+        if not keeps_keys(text_config) and given is None and model_kwargs.get(CACHE) is not None:
+            model_kwargs[CACHE] = StateCache(config=text_config)
+        return prepared
+
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> Any:
         """As in the library; what combines contexts acts first, on the model's own scores."""
         processors = super()._get_logits_processor(*args, **kwargs)
@@ -177,10 +198,16 @@ class HiResLmmGenerationMixin(GenerationMixin):
         the main model, so it may go on with a packed cache.
         """
         cache = model_kwargs.get(CACHE)
-        past = int(cache.get_seq_length()) if isinstance(cache, Cache) else 0
+        past = cached_length(cache) if isinstance(cache, Cache) else 0
         is_new = mask_length(length, model_kwargs, generation_config) != length
         if not past or is_new or generation_config.is_assistant:
             return 0
+        if not keeps_keys(self.config.text_config):
+            raise ValueError(
+                f"The cache of {self.config.text_config.model_type!r} is a state, which does not tell the {past} "
+                "positions that it has read; pass the new ids alone, with an attention_mask of all, or start without "
+                "cache."
+            )
         if not self.model.connector.is_count_static and bool(placeholder.any()):
             raise ValueError(
                 f"The cache holds {past} positions of a model that may drop visual tokens, so the {length} ids of "
@@ -231,15 +258,19 @@ class HiResLmmGenerationMixin(GenerationMixin):
     @staticmethod
     def create_masks_for_generate(*, attention_mask: Any, is_first_iteration: bool = False, **kwargs: Any) -> Any:
         """Leave the mask of the first step two-dimensional: tokens may still be dropped inside `forward`."""
-        if is_first_iteration:
+        is_linear = kwargs[CACHE].is_linear if kwargs.get(CACHE) is not None else []
+        if is_first_iteration or (is_linear and all(is_linear)):
             return attention_mask
         return create_masks_for_generate(attention_mask=attention_mask, **kwargs)
 
     def _valid_auto_compile_criteria(self, model_kwargs: dict[str, Any], generation_config: GenerationConfig) -> bool:
-        """Layer ops and position plans look at what is cached, so a static cache does not have the model compiled."""
+        """Layer ops and position plans look at what is cached, so a static cache does not have the model compiled.
+
+        Nor has a cache of states, which counts.
+        """
         valid: Any = super()._valid_auto_compile_criteria
         connector = self.model.connector
-        looks = connector.layer_ops or connector.position_plan is not None
+        looks = connector.layer_ops or connector.position_plan is not None or self.model.counts_positions
         return not looks and valid(model_kwargs, generation_config)
 
     def _update_model_kwargs_for_generation(

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from .conversation_hires_lmm import cached_length
 from .logits_hires_lmm import IGNORED_LABEL
 from .question_hires_lmm import PromptText
 from .splice_hires_lmm import find_placeholders
@@ -21,7 +22,7 @@ def take_heads(model: Any, options: dict[str, Any], cache: Any) -> dict[str, tor
     found = {name: options.pop(f"labels_{name}", None) for name in model.connector.heads}
     labels = {name: given for name, given in found.items() if given is not None}
     if wanted is None:
-        wanted = bool(labels) or cache is None or not cache.get_seq_length()
+        wanted = bool(labels) or cache is None or not cached_length(cache)
     return labels if wanted else None
 
 

@@ -161,8 +161,8 @@ class LanguageCall:
         self.aux: dict[str, torch.Tensor] = {}
 
     def level(self, layer: int) -> Level:
-        """What enters a layer."""
-        return self.levels[max(start for start in self.levels if start <= layer)]
+        """What enters a layer; before the first with ops nothing has left."""
+        return self.levels[max((start for start in self.levels if start <= layer), default=self.first)]
 
     def keys(self, layer: int) -> Keys:
         """The keys of a layer with those of this call."""

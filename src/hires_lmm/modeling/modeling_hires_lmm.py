@@ -12,11 +12,12 @@ from transformers.utils import TransformersKwargs, logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 
 from .carriers_hires_lmm import ImageGeometry, ViewFeatures, drop, read_geometry
-from .compat_hires_lmm import CACHE, takes_cache
+from .compat_hires_lmm import CACHE, keeps_keys, takes_cache
 from .configuration_hires_lmm import HiResLmmConfig, HiResLmmConnectorConfig, check_fit
 from .connector_hires_lmm import HiResLmmConnector
 from .conversation_hires_lmm import Conversation
 from .coordinates_hires_lmm import soften_labels
+from .experts_hires_lmm import add_aux_loss, read_routers, wants_routers
 from .generation_hires_lmm import HiResLmmGenerationMixin
 from .heads_hires_lmm import add_head_losses, run_heads, take_heads
 from .inputs_hires_lmm import (
@@ -66,6 +67,7 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
         )
         self.language_model = AutoModel.from_config(config.text_config)
         check_fit(config, self.language_model)
+        self.counts_positions = not keeps_keys(config.text_config)
         self.layer_hooks: list[Any] = []
         install_layer_ops(self)
         self.post_init()
@@ -230,7 +232,8 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
                 `HiResLmmProcessor.question_ids`. `labels_<name>` `(N, ...)`: what a head should read at the
                 occurrences of its token. `output_heads`: whether heads run; by default where no earlier positions are
                 cached. `layer_options`: what layer ops are told in this call, such as
-                `{"exit_after": 8}`. The rest goes to the language model.
+                `{"exit_after": 8}`. `output_router_logits`: what the routers of experts say, and their loss. The rest
+                goes to the language model.
 
         Returns:
             `HiResLmmModelOutputWithPast`.
@@ -251,7 +254,8 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
         )
         conversation = None
         parts, may_cache = self.connector, cache is not None or use_cache is not False
-        if parts.layer_ops or parts.position_plan is not None or (parts.has_turns and may_cache):
+        remembers = parts.layer_ops or parts.position_plan is not None or self.counts_positions
+        if remembers or (parts.has_turns and may_cache):
             conversation = Conversation.of(cache).follow(cache, len(text.embeds))
         features = self._see(given, text, **{name: kwargs.get(name) for name in TOWER_OUTPUTS})
         if features is not None:
@@ -265,12 +269,14 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
         outputs = prompt.read(self.language_model, cache, use_cache=use_cache, **kwargs)
         prompt.remember(outputs.get(CACHE))
         hidden = prompt.expand(outputs.last_hidden_state)
+        if wants_routers(self.config.text_config, kwargs):
+            prompt.outputs |= read_routers(self, prompt, attention_mask, outputs.get("router_logits"))
         if heads is not None:
             run_heads(self, text, hidden, heads, prompt.outputs)
         return HiResLmmModelOutputWithPast(
             last_hidden_state=hidden,
             hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
+            attentions=outputs.get("attentions"),
             **{CACHE: outputs.get(CACHE)},
             **prompt.outputs,
         )
@@ -305,7 +311,7 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
 class HiResLmmForConditionalGeneration(HiResLmmPreTrainedModel, HiResLmmGenerationMixin):
     """The model with its language-modelling head."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}  # what a model has: __init__
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
 
@@ -313,6 +319,9 @@ class HiResLmmForConditionalGeneration(HiResLmmPreTrainedModel, HiResLmmGenerati
         super().__init__(config)
         self.model = HiResLmmModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        words = next(name for name, part in self.named_modules() if part is self.get_input_embeddings())
+        self._tied_weights_keys = {"lm_head.weight": f"{words}.weight"}
+        self._is_stateful = bool(getattr(self.model.language_model, "_is_stateful", False))  # no assistant then
         self.post_init()
 
     def get_image_features(self, *args: Any, **kwargs: Any) -> tuple | BaseModelOutputWithPooling:
@@ -391,6 +400,7 @@ class HiResLmmForConditionalGeneration(HiResLmmPreTrainedModel, HiResLmmGenerati
         if labels is not None:
             lacking = soften_labels(own, logits, labels, kwargs) if own else 0.0
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs) + lacking
+        loss = add_aux_loss(self.config.text_config, loss, outputs)
         loss = add_head_losses(self.model, loss, outputs.aux or {}, labels, kwargs)
         fields = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
         if learned is not None:

@@ -134,6 +134,8 @@ class _WithImages(ModelOutput):
     token_map: TokenMap | None = None
     aux: dict | None = None
     heads: dict | None = None
+    router_logits: tuple[torch.Tensor, ...] | None = None
+    aux_loss: torch.Tensor | None = None
 
     def to_tuple(self) -> tuple:
         """All values, those of the features of the images as a tuple in it."""
@@ -159,6 +161,10 @@ class HiResLmmModelOutputWithPast(_WithImages, BaseModelOutputWithPast):
             loss of a head before it is weighed.
         heads (`dict[str, torch.Tensor]`, *optional*): By name, what each head reads at its token: `(N, ...)`, one row
             an occurrence, in reading order.
+        router_logits (`tuple[torch.Tensor]`, *optional*): With `output_router_logits=True`, of each layer with experts
+            `(B * S, E)`; a dropped position repeats the kept one before.
+        aux_loss (`torch.Tensor` of shape `()`, *optional*): The loss that balances experts, over the positions that
+            are no padding and were kept; None where the family has none.
     """
 
 

@@ -8,8 +8,8 @@ import torch
 from transformers.cache_utils import Cache
 
 from .carriers_hires_lmm import Question, VisualTokens, drop
-from .compat_hires_lmm import CACHE
-from .conversation_hires_lmm import Conversation
+from .compat_hires_lmm import call_language_model
+from .conversation_hires_lmm import Conversation, cached_length
 from .inputs_hires_lmm import check_context, placeholders_per_image
 from .layer_ops_hires_lmm import LanguageCall, Placed, place
 from .outputs_hires_lmm import HiResLmmImageFeatures, build_token_map
@@ -48,15 +48,15 @@ class Prompt:
         """
         length, mask, positions = self.embeds.shape[1], self.attention_mask, self.position_ids
         if self.chunk_size is None or self.chunk_size >= length or cache is None or self.layers is not None:
-            return _call(language_model, cache, self.embeds, mask, positions, options)
-        past, read = cache.get_seq_length(), []
+            return call_language_model(language_model, self.embeds, mask, positions, cache, options)
+        past, read = cached_length(cache), []
         for start in range(0, length, self.chunk_size):
             stop = min(start + self.chunk_size, length)
             seen = mask
             if isinstance(mask, torch.Tensor):
                 seen = mask[:, : past + stop] if mask.ndim == 2 else mask[:, :, start:stop, : past + stop]
             here = None if positions is None else positions[..., start:stop]
-            outputs = _call(language_model, cache, self.embeds[:, start:stop], seen, here, options)
+            outputs = call_language_model(language_model, self.embeds[:, start:stop], seen, here, cache, options)
             read.append(outputs.last_hidden_state)
         outputs.last_hidden_state = torch.cat(read, dim=1)
         return outputs
@@ -71,20 +71,12 @@ class Prompt:
         if self.layers is not None:
             self.layers.remember(cache, self.outputs)
         if self.conversation is not None:
-            self.conversation.attach(cache)
+            self.conversation.attach(cache).held = self.conversation.length + self.embeds.shape[1]
         images: Any = self.outputs.get("image_outputs")
         token_map = self.outputs.get("token_map")
         if token_map is not None and images.prompt is not None and images.prompt.token_maps == []:
             sources = images.tokens.sources or range(images.tokens.num_images)
             images.prompt.token_maps.append(token_map.merge_images(sources))
-
-
-def _call(
-    model: Any, cache: Cache | None, embeds: torch.Tensor, mask: Any, positions: torch.Tensor | None, options: dict
-) -> Any:
-    """One pass of the language model."""
-    inputs: dict[str, Any] = {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": positions}
-    return model(**inputs, **{CACHE: cache}, return_dict=True, **options)
 
 
 @dataclass
@@ -147,7 +139,7 @@ def splice_images(
     output_token_map: bool = False,
 ) -> Prompt:
     """Run what needs the question, write visual tokens over placeholders, and take those that are dropped out."""
-    past = cache.get_seq_length() if cache is not None else 0
+    past = cached_length(cache)
     known = features.prompt
     prompt_length = None if known is None else known.length
     if known is not None and text.ids is None:  # PEFT puts virtual tokens before what generate was given

@@ -9,6 +9,8 @@ from .stages import Stage, tower_rates
 ALIGN_RATE, TUNE_RATE = 1e-3, 2e-5
 ALIGN_BATCH, TUNE_BATCH = 256, 128
 COLUMNS = ("released",)
+EXPERTS = ("language_model.*.mlp.experts", "language_model.*.mlp.gate")
+"""Experts and gates of the families that `hires-lmm upcycle` makes."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,7 @@ def two_stages(column: str = "released", tower_rate: Any = None, system: str = "
     Raises:
         ValueError: If the column is unknown.
     """
-    if column not in COLUMNS:
-        raise ValueError(f"Unknown column {column!r} of the plan {system!r}; known columns: {', '.join(COLUMNS)}.")
+    _check_column(column, system)
     own = SYSTEMS[system]
     tuned = dict.fromkeys(("connector", "language_model", "lm_head"), TUNE_RATE)
     align = Stage(
@@ -98,3 +99,33 @@ def two_stages(column: str = "released", tower_rate: Any = None, system: str = "
             max_image_tokens=own.tune_tokens,
         ),
     ]
+
+
+def moe_llava(column: str = "released", tower_rate: Any = None) -> list[Stage]:
+    """MoE-LLaVA's three stages: the connector, connector and language model, and the experts of the upcycled model.
+
+    Args:
+        column, tower_rate: As in `two_stages`; the third stage leaves the tower alone.
+
+    Returns:
+        `moe_llava/I` and `moe_llava/II` for the dense model; `moe_llava/III`, experts and gates, for what
+        `hires-lmm upcycle` makes of it.
+
+    Raises:
+        ValueError: If the column is unknown.
+
+    Source: MoE-LLaVA, huggingface.co/papers/2401.15947, scripts/v1 (PKU-YuanGroup/MoE-LLaVA at 6cb5f66). Its third
+        stage trains every feed-forward, those of dense layers too; here the experts alone.
+    """
+    _check_column(column, "moe_llava")
+    align, tune = two_stages(column, tower_rate, "inf_llava")
+    return [
+        replace(align, name="moe_llava/I"),
+        replace(tune, name="moe_llava/II", zero_stage=2),
+        replace(tune, name="moe_llava/III", trainable=dict.fromkeys(EXPERTS, TUNE_RATE), zero_stage=2),
+    ]
+
+
+def _check_column(column: str, plan: str) -> None:
+    if column not in COLUMNS:
+        raise ValueError(f"Unknown column {column!r} of the plan {plan!r}; known columns: {', '.join(COLUMNS)}.")
