@@ -32,6 +32,8 @@ SMALL = {
     "num_layers": 1,
     "num_heads": 2,
     "pool": [2, 3],
+    "state_size": 8,
+    "head_dim": 16,
     "token_id": plain_tokenizer()(QUESTION).input_ids[1],
 }
 """Given to every part that has an option of that name."""

@@ -29,6 +29,7 @@ from .objects_hires_lmm import OBJECT_KEY, HiResLmmObjectTokens
 from .own_parts_hires_lmm import is_own, own_class, refusal
 from .routers_hires_lmm import HiResLmmRouter
 from .sa_perceiver_hires_lmm import HiResLmmSaPerceiver
+from .scan_hires_lmm import HiResLmmScanMixer
 from .sequence_hires_lmm import LayoutOptions
 from .uhd_hires_lmm import HiResLmmUhdResampler
 from .yopo_hires_lmm import HiResLmmYopo
@@ -45,6 +46,7 @@ VIEW_OPS = {
     "dual_enhancement": HiResLmmDualEnhancement,
     "uhd_resampler": HiResLmmUhdResampler,
     "self_mining_sampler": HiResLmmSelfMiningSampler,
+    "scan_mixer": HiResLmmScanMixer,
 }
 ADAPTERS = {
     "identity": HiResLmmIdentityAdapter,
