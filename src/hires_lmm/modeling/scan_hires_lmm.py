@@ -1,7 +1,7 @@
 """A state space block that scans the patches of a view in several orders."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from .geometry_hires_lmm import kinds_on
 
 
 EXPAND, CHUNK = 2, 64
-"""Width of the mixer's inside over its outside; steps that it computes at once, which changes speed and memory alone."""
+"""Inner width of the block over its width; steps that it computes at once, which changes speed and memory alone."""
 
 
 def scan_orders(rows: int, cols: int, scan: str) -> list[tuple[int, ...]]:
@@ -45,6 +45,14 @@ def scan_indices(rows: int, cols: int, scan: str, device: str) -> tuple[torch.Te
 def merge_scans(outputs: list[torch.Tensor], back: tuple[torch.Tensor, ...]) -> torch.Tensor:
     """The sum `(V, L, C)` of what four scans gave, each put back into raster order."""
     return torch.stack([output[:, places] for output, places in zip(outputs, back, strict=True)]).sum(dim=0)
+
+
+class HiResLmmScanBlock(Mamba2Mixer):
+    """The block of `transformers`, which starts its own parameters where a checkpoint lacks them."""
+
+    def init_weights(self) -> None:
+        """Start steps, decays and the direct way; the library knows the rest."""
+        self.init_mamba2_weights()
 
 
 class HiResLmmScanMixer(HiResLmmViewOp):
@@ -89,11 +97,7 @@ class HiResLmmScanMixer(HiResLmmViewOp):
         config = Mamba2Config(
             **sizes, state_size=options.state_size, n_groups=1, chunk_size=CHUNK, num_hidden_layers=1
         )
-        self.norm, self.mixer = nn.LayerNorm(width), Mamba2Mixer(config, layer_idx=0)
-
-    def init_weights(self) -> None:
-        """Start the block's own parameters as transformers does; the others are known to it."""
-        self.mixer.init_mamba2_weights()
+        self.norm, self.mixer = nn.LayerNorm(width), HiResLmmScanBlock(config, layer_idx=0)
 
     def forward_group(self, features: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """Mix `(V, L, C)`; orders that are the same are read once."""
