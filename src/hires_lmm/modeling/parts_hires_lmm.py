@@ -25,6 +25,7 @@ from .hires_llava_hires_lmm import HiResLmmSelfMiningSampler, HiResLmmSliceResto
 from .keep_after_hires_lmm import HiResLmmKeepAfter
 from .mini_hires_lmm import HiResLmmMiniCompressor, HiResLmmPromptFuser
 from .mqt_hires_lmm import HiResLmmMqt
+from .number_decoder_hires_lmm import HiResLmmNumberDecoder
 from .objects_hires_lmm import OBJECT_KEY, HiResLmmObjectTokens
 from .own_parts_hires_lmm import is_own, own_class, refusal
 from .routers_hires_lmm import HiResLmmRouter
@@ -70,7 +71,7 @@ LAYER_OPS = {
     "slice_restore": HiResLmmSliceRestore,
 }
 POSITION_PLANS: dict[str, Any] = {}
-HEADS: dict[str, Any] = {}
+HEADS = {"number_decoder": HiResLmmNumberDecoder}
 SLOTS: dict[str, dict[str, Any]] = {
     "view_ops": VIEW_OPS,
     "adapter": ADAPTERS,
