@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from transformers import Qwen2MoeConfig
 
 from builders.objectives import objective_trainer
 from builders.tiny import tiny_config, tiny_model, tiny_processor, tiny_text_config
 from builders.training import conversations
 from hires_lmm.conversion.random_model import build_byte_tokenizer
-from hires_lmm.training import HiResLmmCollator, Stage
+from hires_lmm.training import HiResLmmCollator, Stage, get_plan
 from hires_lmm.training.objectives import Mimic, StepValues, mimic_losses
 from training_run import text
 
@@ -203,3 +204,34 @@ def test_settings_build_it_anew(alike):
     objective = Mimic({"name": alike, "dtype": "bfloat16"}, temperature=2.0, compat="release", same_inputs=True)
     again = Mimic.from_settings(objective.settings())
     assert again.settings() == objective.settings() and again.teacher.model.dtype == torch.bfloat16
+
+
+def test_the_published_plan_teaches_in_two_stages(alike, tmp_path):
+    """One step of each stage: rates, what moves, and that the language loss counts nothing in the second."""
+    stages = get_plan("llava_mod")
+    assert [set(stage.trainable.values()) for stage in stages] == [{1e-3}, {2e-5}, {2e-5}, {2e-6}]
+    own = tiny_text_config("qwen2").to_dict()
+    shared = {name: own[name] for name in own if name in Qwen2MoeConfig.__dataclass_fields__ and name != "model_type"}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    config = tiny_config("llava_next", text=Qwen2MoeConfig(**{**shared, **experts}))
+    model, processor = tiny_model(config).train(), tiny_processor(config, "chatml")
+    wanted = [("connector",), ("connector", "language_model", "lm_head"), *[("language_model.layers.",)] * 2]
+    for stage, parts in zip(stages, wanted, strict=True):
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        objectives = {"mimic": Mimic(alike)} if stage.loss_weights else {}
+        trainer = objective_trainer(
+            model, processor, stage, objectives, conversations(2), tmp_path / stage.name, max_steps=1
+        )
+        trainer.train()
+        log = trainer.state.log_history[0]
+        if stage.loss_weights:
+            total = log["loss/mimic"] + stage.loss_weights["generation"] * log["loss/generation"]
+            assert log["loss"] == pytest.approx(total, abs=1e-3)
+        names = [
+            name.removeprefix("model.") for name in before if not torch.equal(before[name], model.state_dict()[name])
+        ]
+        assert names and all(name.startswith(parts) for name in names)
+        assert len(parts) == 3 or parts == ("connector",) or all(".mlp." in name for name in names)
+    assert any(".mlp.gate." in name for name in names) and any(".mlp.experts." in name for name in names)
+    with pytest.raises(ValueError, match="Unknown column 'vicuna_7b' of the plan 'llava_mod'"):
+        get_plan("llava_mod", "vicuna_7b")
