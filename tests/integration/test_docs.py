@@ -11,7 +11,7 @@ import pytest
 from builders.docs import ROOT, read_blocks, run_page
 from hires_lmm import PRESETS
 from hires_lmm.accounting import PRESET_SETTINGS
-from hires_lmm.modeling.parts_hires_lmm import ADAPTERS, LAYER_OPS, TOKEN_OPS, VIEW_OPS
+from hires_lmm.modeling.parts_hires_lmm import ADAPTERS, HEADS, LAYER_OPS, TOKEN_OPS, VIEW_OPS
 from hires_lmm.processing.planners_hires_lmm import PLANNERS
 
 
@@ -78,6 +78,8 @@ def test_every_part_has_a_row_in_the_docs():
     text = "\n".join((ROOT / "docs" / page).read_text(encoding="utf-8") for page in ("parts.md", "presets.md"))
     rows = set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE))
     names = {*PRESETS, *PLANNERS, *VIEW_OPS, *ADAPTERS, *TOKEN_OPS, *LAYER_OPS}
+    heads = (ROOT / "docs" / "heads.md").read_text(encoding="utf-8")
+    assert all(f"## `{name}`" in heads for name in HEADS)
     assert names <= rows, f"docs/parts.md and docs/presets.md have no row for {sorted(names - rows)}"
 
 
