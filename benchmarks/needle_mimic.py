@@ -6,9 +6,9 @@
 
 The teacher is the shipped checkpoint with its router off: 208 visual tokens, four layers. The student is its tower,
 its connector and the first two of its layers. Each run trains connector and language model on the same pictures and
-questions, with the language loss alone (`alone`), with both losses (`mimic`), or with the divergence alone (`only`).
-The seed orders scenes and chooses questions. Rate and length are the same for all and were not searched. Test scenes
-are asked once.
+questions, with the language loss alone (`alone`), with both losses (`mimic`), or, where it is named, with the
+divergence alone (`only`). The seed orders scenes and chooses questions. Rate and length are the same for all and were
+not searched. Test scenes are asked once.
 """
 
 import argparse
@@ -130,7 +130,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=ROOT / "outputs" / "needle" / "mimic")
     parser.add_argument("--results", type=Path, default=RESULTS / "needle")
     parser.add_argument("--checkpoint", type=Path, default=ROOT / "checkpoints" / "needle-slime")
-    parser.add_argument("--methods", nargs="+", default=["teacher", *METHODS], choices=["teacher", *METHODS])
+    parser.add_argument("--methods", nargs="+", default=["teacher", "alone", "mimic"], choices=["teacher", *METHODS])
     parser.add_argument("--split", default="test", choices=("validation", "test"))
     parser.add_argument("--scenes", type=int, default=60, help="scenes that are asked about")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
