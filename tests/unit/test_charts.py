@@ -37,6 +37,7 @@ def test_the_distance_is_that_of_normalised_numbers():
     assert not check_numbers([2, 8, 5], near + 0.2).reliable
     assert check_numbers([2, 8, 5], near + 0.02, threshold=0.01).reliable is False
     assert check_numbers([4, 4], torch.zeros(4)) == (0.0, True)  # no range: all at 0
+    assert check_numbers([0, 1, 3], [0.0, 0.3333, 1.0]).distance < 1e-9  # four digits
     assert check_numbers([0.3], torch.tensor([0.5])).distance == pytest.approx(0.2)  # one number stays as it is
 
 
