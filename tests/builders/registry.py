@@ -41,6 +41,8 @@ SMALL = {
     "shape": [3, 2, 3],
     "query_width": 16,
     "number": 7,
+    "state_size": 8,
+    "head_dim": 16,
     "token_id": plain_tokenizer()(QUESTION).input_ids[1],
 }
 """Given to every part that has an option of that name."""

@@ -208,6 +208,16 @@ USES = [
         "an attention function that gives the queries of a layer, with its scale and cap",
     ),
     Use(
+        "transformers.models.mamba2.modeling_mamba2:Mamba2Mixer",
+        "config, layer_idx, initialize_mixer_weights",
+        "the block of `scan_mixer`, which calls it with hidden states alone",
+    ),
+    Use(
+        "transformers.models.mamba2.modeling_mamba2:Mamba2Mixer.init_mamba2_weights",
+        "self",
+        "its own parameters start by their own rule",
+    ),
+    Use(
         "transformers.models.llama.modeling_llama:LlamaDecoderLayer.forward",
         f"self, hidden_states, attention_mask, position_ids, {CACHE}, use_cache, position_embeddings, **kwargs",
         "hooks before a layer change its mask and positions; what the model does not know reaches it",

@@ -1,4 +1,4 @@
-"""LLaVA-MoD's preference losses are losses of TRL: the same numbers and gradients through TRL's own methods."""
+"""LLaVA-MoD's mimic loss; and its preference losses, which are those of TRL, through TRL's own methods."""
 
 from collections import defaultdict
 from pathlib import Path
@@ -7,6 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+
+from hires_lmm.training.objectives import Mimic, StepValues, mimic_losses
+from hires_lmm.training.objectives import mimic as mimic_file
 
 from .base import GoldenSet, write_set
 
@@ -19,7 +22,62 @@ from trl import DPOTrainer, KTOTrainer
 NAME = "llava_mod"
 GOLDEN = GoldenSet(NAME)
 CASES = GOLDEN.cases["preference"]
+STUDENT, TEACHER = "student_logits", "teacher_logits"
 LOGPS = ("policy_chosen", "policy_rejected", "reference_chosen", "reference_rejected")
+
+
+class Teacher:
+    """A second model that gives these logits, in which rows begin with more tokens than the student's."""
+
+    def __init__(self, logits: torch.Tensor, ahead: int):
+        self.logits = torch.nn.functional.pad(logits, (0, 0, ahead, 0), value=9.0)
+        self.model = SimpleNamespace(forward=lambda input_ids: None)
+
+    def __call__(self, inputs: dict, logits_to_keep: torch.Tensor) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.logits[:, logits_to_keep])
+
+
+def mimic(student: torch.Tensor, tensors: dict[str, torch.Tensor], compat: str | None) -> torch.Tensor:
+    """The objective on answers, as a run weighs it: the mean over the tokens of all rows."""
+    labels, ahead = tensors["labels"], 2
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mimic_file, "SecondModel", lambda **_: Teacher(tensors[TEACHER], ahead))
+        objective = Mimic("teacher", compat=compat)
+    read = {"labels": torch.nn.functional.pad(labels, (ahead, 0), value=-100)}
+    outputs, columns = SimpleNamespace(logits=student), {mimic_file.COLUMN: read}
+    rows = objective(StepValues(outputs, columns, {"labels": labels}, True, None))
+    shares = ((labels if compat else labels[:, 1:]) != -100).sum(dim=1)
+    return (rows * shares / shares.sum()).sum()
+
+
+def mimic_all(student: torch.Tensor, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    """At every position, prompts too."""
+    return mimic_losses(student.flatten(0, 1), tensors[TEACHER].flatten(0, 1), compat="release").mean()
+
+
+def mimics(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Each loss and its gradient by name, those of the released code and the shifted divergence."""
+    found = {}
+    ways = {
+        "mimic_response": lambda own: mimic(own, tensors, "release"),
+        "mimic_all": lambda own: mimic_all(own, tensors),
+        "kl_shifted_response": lambda own: mimic(own, tensors, None),
+    }
+    for name, way in ways.items():
+        student = tensors[STUDENT].clone().requires_grad_()
+        value = way(student)
+        value.backward()
+        found |= {name: value.detach(), f"{name}.grad": student.grad}
+    return found
+
+
+def test_the_mimic_losses_and_their_gradients():
+    found = mimics(GOLDEN.tensors)
+    for name, value in found.items():
+        if name in GOLDEN.tensors:
+            GOLDEN.close(value, name, atol=1e-6 if name.endswith("grad") else 1e-4)
+    for case in GOLDEN.cases["mimic"]:
+        assert found[case["tensor"]].item() == pytest.approx(case["value"], abs=1e-4)
 
 
 class Output(dict):
@@ -145,11 +203,14 @@ def test_log_probabilities_of_sequences():
 
 
 def remake(folder: Path, seed: int) -> None:
-    """Another set, by TRL's methods; what other tests read of it stays."""
+    """Another set, by our own loss and TRL's methods."""
     beta = 0.25
-    tensors = dict(GOLDEN.tensors) | {name: -20 * torch.rand(5) - 5 for name in LOGPS}
-    tensors |= {"student_logits": torch.randn(3, 12, 17)}
-    tensors["sequence_logps"] = sequence_logps(tensors["student_logits"], tensors["labels"])
+    tensors = {name: -20 * torch.rand(5) - 5 for name in LOGPS}
+    tensors |= {name: torch.randn(2, 9, 11) for name in (STUDENT, TEACHER)}
+    tensors["labels"] = torch.randint(0, 11, (2, 9)).masked_fill(torch.arange(9) < torch.tensor([[3], [5]]), -100)
+    tensors |= mimics(tensors)
+    tensors["sequence_logps"] = sequence_logps(tensors[STUDENT], tensors["labels"])
+    settled = [{**case, "value": tensors[case["tensor"]].item()} for case in GOLDEN.cases["mimic"]]
     cases = [{**case, "beta": beta} for case in CASES]
     for case in cases:
         logps = {name: tensors[name].clone().requires_grad_(name.startswith("policy")) for name in LOGPS}
@@ -158,4 +219,4 @@ def remake(folder: Path, seed: int) -> None:
         found.mean().backward()
         for name in ("chosen", "rejected"):
             tensors[f"{case['tensor']}.grad_{name}"] = logps[f"policy_{name}"].grad
-    write_set(folder, {**GOLDEN.cases, "seed": seed, "preference": cases}, tensors)
+    write_set(folder, {**GOLDEN.cases, "seed": seed, "mimic": settled, "preference": cases}, tensors)

@@ -11,7 +11,15 @@ import pytest
 from builders.docs import ROOT, read_blocks, run_page
 from hires_lmm import PRESETS
 from hires_lmm.accounting import PRESET_SETTINGS
-from hires_lmm.modeling.parts_hires_lmm import ADAPTERS, LAYER_OPS, MAP_OPS, POSITION_PLANS, TOKEN_OPS, VIEW_OPS
+from hires_lmm.modeling.parts_hires_lmm import (
+    ADAPTERS,
+    HEADS,
+    LAYER_OPS,
+    MAP_OPS,
+    POSITION_PLANS,
+    TOKEN_OPS,
+    VIEW_OPS,
+)
 from hires_lmm.processing.planners_hires_lmm import PLANNERS, VIDEO_PLANNERS
 
 
@@ -76,7 +84,7 @@ def test_tables_are_current(tables, capsys):
 
 def test_the_api_reference_shows_every_part():
     page = (ROOT / "docs" / "api" / "parts.md").read_text(encoding="utf-8")
-    tables = (VIEW_OPS, ADAPTERS, MAP_OPS, TOKEN_OPS, LAYER_OPS, POSITION_PLANS)
+    tables = (VIEW_OPS, ADAPTERS, MAP_OPS, TOKEN_OPS, LAYER_OPS, POSITION_PLANS, HEADS)
     parts = [part for table in tables for part in table.values()]
     assert [part for part in parts if f"::: {part.__module__}\n" not in page] == []
 
@@ -87,6 +95,8 @@ def test_every_part_has_a_row_in_the_docs():
     rows = set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE))
     parts = {*VIEW_OPS, *ADAPTERS, *MAP_OPS, *TOKEN_OPS, *LAYER_OPS, *POSITION_PLANS}
     names = {*PRESETS, *PLANNERS, *VIDEO_PLANNERS, *parts}
+    heads = (ROOT / "docs" / "heads.md").read_text(encoding="utf-8")
+    assert all(f"## `{name}`" in heads for name in HEADS)
     assert names <= rows, f"docs/parts.md and docs/presets.md have no row for {sorted(names - rows)}"
 
 

@@ -1,62 +1,19 @@
-"""Heads on hidden states at a token: a decoder of numbers as OneChart has one, a class and a registry line."""
-
-import json
-from dataclasses import dataclass
-from pathlib import Path
+"""Heads on hidden states at a token, with the decoder of numbers that OneChart has."""
 
 import pytest
 import torch
-from huggingface_hub.dataclasses import strict
-from safetensors.torch import load_file
-from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from builders import make_batch, random_image, tiny_config, tiny_model, tiny_processor, tiny_text_config
 from builders.training import conversation
 from hires_lmm import HiResLmmForConditionalGeneration
 from hires_lmm.conversion.cards import write_card
-from hires_lmm.modeling.bases_hires_lmm import HiResLmmHead
-from hires_lmm.modeling.parts_hires_lmm import HEADS
 from hires_lmm.training import HiResLmmCollator
 from hires_lmm.training.columns import BatchColumn
 
 
-FOLDER = Path(__file__).parents[1] / "fixtures" / "onechart"
-CASES, GOLDEN = json.loads((FOLDER / "cases.json").read_text()), load_file(FOLDER / "tensors.safetensors")
 NUMBER = 7
 """Id of the token, which the texts below hold nowhere."""
-
-
-class NumberDecoder(HiResLmmHead):
-    """The numbers of a chart, normalised by their range, from the state of one token."""
-
-    @strict
-    @dataclass
-    class Options(HiResLmmHead.Options):
-        slots: int = 256
-
-    def __init__(self, context, options):
-        super().__init__(context, options)
-        width, half = context.text_width, context.text_width // 2
-        self.num_decoder = nn.Sequential(
-            nn.Linear(width, half), nn.ReLU(), nn.Linear(half, half), nn.ReLU(), nn.Linear(half, options.slots)
-        )
-
-    def forward(self, hidden):
-        return self.num_decoder(hidden)
-
-    def loss(self, output, labels):
-        given = ~labels.isnan()
-        low = labels.masked_fill(~given, torch.inf).amin(dim=1, keepdim=True)
-        high = labels.masked_fill(~given, -torch.inf).amax(dim=1, keepdim=True)
-        targets = (labels - low) / (high - low)  # equal numbers have no range and count nothing
-        counted = ~targets.isnan()
-        return (output - targets)[counted].abs().sum() / counted.sum().clamp(min=1)
-
-
-@pytest.fixture(autouse=True)
-def registered(monkeypatch):
-    monkeypatch.setitem(HEADS, "number_decoder", NumberDecoder)
 
 
 def build(preset="llava_next", width=32, slots=6, weight=1.0, **connector):
@@ -85,37 +42,6 @@ def answer_labels(batch):
     labels = batch["input_ids"].clone()
     labels[:, :-4] = -100
     return labels
-
-
-def test_prediction_loss_and_gradient_are_those_of_the_released_decoder():
-    """The states of four tokens are put in place of what the language model gives there."""
-    settings, states = CASES["settings"], GOLDEN["hidden"].clone().requires_grad_()
-    model, processor = build(width=settings["width"], slots=settings["slots"], weight=2.0)
-    head = model.model.connector.heads["numbers"]
-    weights = {name.removeprefix("weight."): value for name, value in GOLDEN.items() if name.startswith("weight.")}
-    head.load_state_dict(weights)
-    batch = ask(processor, (90, 60), (40, 200), marks=[(4,), (2, 3, 1)])
-
-    def put(module, args, output):
-        here = (batch["input_ids"] == NUMBER)[..., None]
-        output.last_hidden_state = output.last_hidden_state.detach().masked_scatter(here, states)
-        return output
-
-    model.model.language_model.register_forward_hook(put)
-    numbers = padded(CASES["numbers"], settings["slots"])
-    plain = model(**batch, labels=answer_labels(batch))
-    outputs = model(**batch, labels=answer_labels(batch), labels_numbers=numbers)
-    torch.testing.assert_close(outputs.heads["numbers"], GOLDEN["prediction"], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(outputs.aux["loss/numbers"], GOLDEN["loss"], atol=1e-6, rtol=1e-6)
-    torch.testing.assert_close(outputs.loss - plain.loss, 2.0 * GOLDEN["loss"], atol=1e-5, rtol=1e-5)
-    outputs.aux["loss/numbers"].backward()
-    torch.testing.assert_close(states.grad, GOLDEN["grad.hidden"], atol=1e-6, rtol=1e-5)
-    for check, own, row in zip(CASES["self_check"], CASES["numbers"], outputs.heads["numbers"], strict=True):
-        own = torch.tensor(own)
-        wanted = ((own - own.min()) / (own.max() - own.min() + 1e-9) * 1e4).round() / 1e4
-        distance = (row[: len(own)] - wanted).abs().mean().item()
-        assert abs(distance - check["distance"]) < 1e-4
-        assert (distance < settings["released"]["threshold"]) == check["reliable"]
 
 
 @pytest.mark.parametrize("preset", ["llava_next", "slime"])
@@ -154,6 +80,59 @@ def test_what_was_generated_is_read_by_a_forward_pass_on_its_ids():
     found = model(**whole)
     hidden = model.model(**whole).last_hidden_state[0, length + 1]
     torch.testing.assert_close(found.heads["numbers"][0], model.model.connector.heads["numbers"](hidden))
+
+
+def forced(writes):
+    """A logits processor that has each row write the token at one of its new positions."""
+    start = []
+
+    def force(ids, scores):
+        start.append(ids.shape[1])
+        chosen = torch.tensor([ids.shape[1] - start[0] == place for place in writes])
+        others = torch.full_like(scores, -1e9).index_fill(1, torch.tensor([NUMBER]), 0.0)
+        return torch.where(chosen[:, None], others, scores.index_fill(1, torch.tensor([NUMBER]), -1e9))
+
+    return force
+
+
+@pytest.mark.parametrize("preset", ["llava_next", "slime"])
+@torch.no_grad()
+def test_generate_tells_what_heads_read_while_it_wrote(preset):
+    """Where each row wrote the token, and where its prompt holds it; as one call on the finished ids reads it."""
+    model, processor = build(preset)
+    sizes = ((90, 60), (40, 200), (60, 50))
+    batch = ask(processor, *sizes, marks=[(), (2,), ()])
+    options = {"max_new_tokens": 5, "do_sample": False, "return_dict_in_generate": True, "eos_token_id": None}
+    options |= {"logits_processor": [forced([0, 2, 4])], "output_heads": True}
+    output = model.generate(**batch, **options)
+    counts = [1, 2, 0]  # nothing reads the last token that is written
+    assert [len(own) for own in output.heads["numbers"]] == counts
+    length = batch["input_ids"].shape[1]
+    assert [row[length:].tolist().count(NUMBER) for row in output.sequences] == [1, 1, 1]
+    mask = torch.cat([batch["attention_mask"], torch.ones(3, 5, dtype=torch.long)], dim=1)
+    placed = {name: value for name, value in batch.items() if name not in ("input_ids", "attention_mask")}
+    prompt = torch.arange(length + 5).expand(3, -1) < length
+    if preset == "slime":  # its router reads the prompt
+        placed["prompt_mask"] = prompt & (output.sequences != model.config.image_token_id) & mask.bool()
+    whole = model(input_ids=output.sequences, attention_mask=mask, **placed).heads["numbers"]
+    torch.testing.assert_close(torch.cat(output.heads["numbers"]), whole[:-1], atol=1e-4, rtol=1e-4)
+    assert torch.equal(model.generate(**batch, **{**options, "logits_processor": [forced([0, 2, 4])],
+                                                  "output_heads": None}).sequences, output.sequences)  # fmt: skip
+
+
+def test_heads_are_not_read_where_tokens_may_be_taken_back():
+    model, processor = build()
+    batch = ask(processor, (90, 60))
+    for options, message in (
+        ({"num_beams": 2}, "num_beams=2.*reads tokens as they are written"),
+        ({"prompt_lookup_num_tokens": 2}, "prompt_lookup_num_tokens=2"),
+        ({"assistant_model": model}, "assistant_model: output_heads=True"),
+        ({"return_dict_in_generate": False}, "output_heads=True needs return_dict_in_generate=True"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.generate(
+                **batch, max_new_tokens=2, output_heads=True, **{"return_dict_in_generate": True, **options}
+            )
 
 
 @torch.no_grad()

@@ -5,12 +5,15 @@ import math
 import re
 import runpy
 import sys
+from itertools import combinations
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from builders.docs import ROOT
+from hires_lmm.training import HiResLmmCollator
 from needle import NeedleOptions, ask_questions, needle_scene
 from needle.dataset import draw
 
@@ -61,6 +64,40 @@ def test_dpo(questions, tmp_path, monkeypatch, capsys):
     _, losses = run("dpo", questions, tmp_path, monkeypatch, capsys)
     assert len(losses) == 5 and losses[0] > math.log(2)
     assert has_learnt(tmp_path)
+
+
+@torch.no_grad()
+def log_ratio(model, processor, row, wrong):
+    """Log-probability of the right answer of a row minus that of a wrong one, each text by itself."""
+    found = []
+    for answer in (row["answer"], wrong):
+        turns = [{"role": "user", "content": f"<image>{row['question']}"}, {"role": "assistant", "content": answer}]
+        batch = HiResLmmCollator(processor)([{"messages": turns, "images": [row["picture"]]}])
+        labels = batch["labels"][0, 1:]
+        logs = model(**batch).logits[0, :-1].log_softmax(-1)
+        found.append(sum(logs[place, token] for place, token in enumerate(labels.tolist()) if token >= 0))
+    return float(found[0] - found[1])
+
+
+def test_preference_distillation_starts_at_the_distance_from_its_teacher(questions, tmp_path, monkeypatch, capsys):
+    """The first loss is that of two of the pairs, by the log-probabilities of student and teacher."""
+    processor = AutoProcessor.from_pretrained(CHECKPOINT)
+    teacher, student = (AutoModelForImageTextToText.from_pretrained(CHECKPOINT) for _ in range(2))
+    with torch.no_grad():
+        student.model.language_model.layers[0].mlp.down_proj.weight.zero_()
+    student.save_pretrained(tmp_path / "student")
+    processor.save_pretrained(tmp_path / "student")
+    own = ["--model", str(tmp_path / "student"), "--steps", "1"]
+    _, losses = run("preference_distillation", questions, tmp_path / "out", monkeypatch, capsys, *own)
+    rows, each = json.loads(questions.read_text()), []
+    for index, row in enumerate(rows):
+        row["picture"], wrong = str(questions.parent / row["image"]), rows[(index + 1) % len(rows)]["answer"]
+        mine, theirs = (log_ratio(model, processor, row, wrong) for model in (student, teacher))
+        each.append(math.log1p(math.exp(-0.1 * (mine - theirs))))
+    pairs = [sum(pair) / 2 for pair in combinations(each, 2)]
+    assert min(abs(losses[0] - pair) for pair in pairs) < 1e-3
+    assert all(abs(pair - math.log(2)) > 1e-2 for pair in pairs)
+    assert has_learnt(tmp_path / "out")
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """What the comparisons of selectors and of exits count: operations, kept tokens, other thresholds."""
 
 import importlib
+import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -81,3 +82,23 @@ def test_gates_with_another_bias_are_put_together_from_fixed_exits(load):
     row = module.summarise(model.config.text_config, "gates 0", own)
     assert sum(row["exits"]["all"].values()) == len(own) == 16
     assert module.savings(model.config.text_config, found["all"]) == [0.0] * 16
+
+
+def test_the_student_is_the_beginning_of_its_teacher(load, tmp_path):
+    """Two of its layers, tower and connector as they are; and the table says what was right, seed by seed."""
+    module = load("needle_mimic")
+    checkpoint = ROOT / "checkpoints" / "needle-slime"
+    (teacher, processor), (student, _) = (module.without_router(checkpoint, layers) for layers in (None, 2))
+    assert len(teacher.model.language_model.layers) == 4 and len(student.model.language_model.layers) == 2
+    whole = teacher.state_dict()
+    assert all(torch.equal(value, whole[name]) for name, value in student.state_dict().items())
+    batch = make_batch(processor, [("<image>which digit is red ?", [random_image(384, 384, 1)])])
+    assert int((batch["input_ids"] == processor.image_token_id).sum()) == 208
+    with torch.no_grad():
+        assert not torch.allclose(student(**batch).logits, teacher(**batch).logits, atol=1e-2)
+    options = SimpleNamespace(results=tmp_path, split="test", seeds=[0, 1])
+    for method, seed, right in (("teacher", 0, 9), ("alone", 0, 5), ("alone", 1, 7)):
+        scores = {group: {"right": right, "questions": 10, "accuracy": right / 10} for group in module.GROUPS}
+        module.result_file(options, method, seed).write_text(json.dumps({"scores": scores}))
+    lines = module.report(options).splitlines()
+    assert "| `alone` | 50.0, 70.0 (mean 60.0) |" in lines[-1] and "| `teacher` | 90.0 (59.6" in lines[-2]

@@ -16,6 +16,7 @@ from transformers.utils import ModelOutput
 
 from .compat_hires_lmm import CACHE, keeps_keys
 from .conversation_hires_lmm import StateCache, cached_length
+from .heads_hires_lmm import join_heads
 from .inputs_hires_lmm import (
     IMAGE_ARGUMENTS,
     extra_arguments,
@@ -60,6 +61,12 @@ def mask_length(length: int, model_kwargs: dict[str, Any], generation_config: Ge
     return mask.shape[1] if mask is not None else vars(generation_config).get("_mask_length", length)
 
 
+HEADS_AS_WRITTEN = (
+    "output_heads=True reads tokens as they are written, but here some may be taken back; leave it out and read the "
+    "finished ids by one call of the model."
+)
+
+
 class HiResLmmGenerationMixin(GenerationMixin):
     """The stock `generate` with hooks for encoded images, beams, masks and positions."""
 
@@ -72,24 +79,37 @@ class HiResLmmGenerationMixin(GenerationMixin):
         for table in (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES):
             table.setdefault(cls.__name__, cls.__name__)
 
-    def generate(self, *args: Any, output_token_map: bool = False, **kwargs: Any) -> Any:
-        """The stock `generate`, which can also tell what became of every visual token.
+    def generate(
+        self, *args: Any, output_token_map: bool = False, output_heads: bool | None = None, **kwargs: Any
+    ) -> Any:
+        """The stock `generate`, which can also tell what became of every visual token, and what heads read.
 
         Args:
             args, kwargs: As in transformers.
             output_token_map (`bool`): Add `token_map`, a `TokenMap` of the images as passed, to the dict that
                 `return_dict_in_generate=True` returns; None without images. Needs `view_boxes`.
+            output_heads (`bool`, *optional*): Add `heads` to that dict: by name, for each sequence `(n, ...)`, what a
+                head read where its token stands in the prompt or was written, but for a last token, which nothing
+                reads. Greedy search and sampling.
 
         Raises:
-            ValueError: If a token map is asked for and no dict is returned that could hold it.
+            ValueError: If no dict is returned that could hold it, or tokens may be taken back once they were read.
         """
-        if not output_token_map:
+        asked = {"output_token_map": output_token_map, "output_heads": output_heads}
+        found: dict[str, list] = {name: [] for name, wanted in asked.items() if wanted}
+        if not found:
             return super().generate(*args, **kwargs)
-        found: list = []
-        output = super().generate(*args, output_token_map=found, **kwargs)
+        if output_heads and kwargs.get("assistant_model") is not None:
+            raise ValueError(f"assistant_model: {HEADS_AS_WRITTEN}")
+        output = super().generate(*args, **found, **kwargs)
         if not isinstance(output, ModelOutput):
-            raise ValueError("output_token_map=True needs return_dict_in_generate=True, or there is no place for it.")
-        output["token_map"] = found[0] if found else None
+            raise ValueError(
+                f"{next(iter(found))}=True needs return_dict_in_generate=True, or there is no place for it."
+            )
+        if output_token_map:
+            output["token_map"] = (found["output_token_map"] or [None])[0]
+        if output_heads:
+            output["heads"] = join_heads(found["output_heads"], len(output.sequences))
         return output
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
@@ -101,7 +121,7 @@ class HiResLmmGenerationMixin(GenerationMixin):
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         """As in the library; `forward` does not name all that speaks of images."""
-        known = [*IMAGE_ARGUMENTS, "output_token_map", "layer_options", *extra_arguments(self.config)]
+        known = [*IMAGE_ARGUMENTS, "output_token_map", "output_heads", "layer_options", *extra_arguments(self.config)]
         super()._validate_model_kwargs({key: value for key, value in model_kwargs.items() if key not in known})
 
     def _maybe_prepare_encoder_kwargs_for_generation(
@@ -120,6 +140,12 @@ class HiResLmmGenerationMixin(GenerationMixin):
         if generation_config.is_assistant and self.model.counts_positions:
             raise ValueError(
                 f"{self.config.text_config.model_type!r} cannot draft as an assistant: its states cannot be cropped."
+            )
+        takes_back = generation_config.num_beams > 1 or generation_config.prompt_lookup_num_tokens
+        if model_kwargs.get("output_heads") is not None and takes_back:
+            raise ValueError(
+                f"num_beams={generation_config.num_beams}, prompt_lookup_num_tokens="
+                f"{generation_config.prompt_lookup_num_tokens}: {HEADS_AS_WRITTEN}"
             )
         token_maps = model_kwargs.pop("output_token_map", None)  # here, or an assistant would get it too
         ids = inputs_tensor if inputs_tensor.ndim == 2 else model_kwargs.get("input_ids")

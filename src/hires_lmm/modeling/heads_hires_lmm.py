@@ -1,6 +1,6 @@
 """Heads: what is read off the last hidden states at a token, beside the logits."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -10,8 +10,15 @@ from .question_hires_lmm import PromptText
 from .splice_hires_lmm import find_placeholders
 
 
-def take_heads(model: Any, options: dict[str, Any], cache: Any) -> dict[str, torch.Tensor] | None:
-    """Take what concerns heads out of the keyword arguments of a call: their labels by name, or None if none run."""
+class HeadCall(NamedTuple):
+    """What a call wants of heads: their labels by name; and where `generate` takes what they read, with its rows."""
+
+    labels: dict[str, torch.Tensor]
+    taken: list | None
+
+
+def take_heads(model: Any, options: dict[str, Any], cache: Any) -> HeadCall | None:
+    """Take what concerns heads out of the keyword arguments of a call; None if none run."""
     wanted = options.pop("output_heads", None)
     heads = [f"labels_{name}" for name in model.connector.heads]
     unknown = next((name for name in options if name.startswith("labels_") and name not in heads), None)
@@ -23,16 +30,15 @@ def take_heads(model: Any, options: dict[str, Any], cache: Any) -> dict[str, tor
     labels = {name: given for name, given in found.items() if given is not None}
     if wanted is None:
         wanted = bool(labels) or cache is None or not cached_length(cache)
-    return labels if wanted else None
+    taken = wanted if isinstance(wanted, list) else None
+    return HeadCall(labels, taken) if wanted or taken is not None else None
 
 
-def run_heads(
-    model: Any, text: PromptText, hidden: torch.Tensor, labels: dict[str, torch.Tensor], outputs: dict[str, Any]
-) -> None:
+def run_heads(model: Any, text: PromptText, hidden: torch.Tensor, call: HeadCall, outputs: dict[str, Any]) -> None:
     """Run all heads on `(B, S, D)` hidden states; `outputs` gets `heads` and, where there are labels, `aux`."""
     read, losses = {}, {}
     for name, head in model.connector.heads.items():
-        token_id, wanted = head.options.token_id, labels.get(name)
+        token_id, wanted = head.options.token_id, call.labels.get(name)
         found = find_placeholders(text.ids, text.embeds, token_id, model.embed_token).to(hidden.device)
         states = hidden[found]
         count = len(states)
@@ -42,6 +48,8 @@ def run_heads(
                 "pass one row an occurrence, in reading order."
             )
         read[name] = head(states)
+        if call.taken is not None:
+            call.taken.append((name, found.nonzero()[:, 0].tolist(), read[name]))
         if model.training:  # without the token too, every parameter gets a gradient on every process
             losses[f"loss/{name}"] = 0.0 * read[name].sum()
         if wanted is not None and count:
@@ -50,6 +58,16 @@ def run_heads(
     outputs["heads"] = read
     if losses:
         outputs["aux"] = {**(outputs.get("aux") or {}), **losses}
+
+
+def join_heads(taken: list, num_rows: int) -> dict[str, list[torch.Tensor]]:
+    """What heads read while a text was generated: by name, for each of its rows `(n, ...)`, in reading order."""
+    found: dict[str, list[list]] = {}
+    for name, rows, values in taken:
+        own = found.setdefault(name, [[values[:0]] for _ in range(num_rows)])
+        for row, value in zip(rows, values, strict=True):
+            own[row].append(value[None])
+    return {name: [torch.cat(values) for values in rows] for name, rows in found.items()}
 
 
 def add_head_losses(model: Any, loss: torch.Tensor | None, aux: dict, labels: Any, options: dict) -> Any:

@@ -27,11 +27,13 @@ from .keep_after_hires_lmm import HiResLmmKeepAfter
 from .mini_hires_lmm import HiResLmmMiniCompressor, HiResLmmPromptFuser
 from .mixer_hires_lmm import HiResLmmTowerMixer
 from .mqt_hires_lmm import HiResLmmMqt
+from .number_decoder_hires_lmm import HiResLmmNumberDecoder
 from .objects_hires_lmm import OBJECT_KEY, HiResLmmObjectTokens
 from .own_parts_hires_lmm import is_own, own_class, refusal
 from .region_pack_hires_lmm import HiResLmmRegionPack
 from .routers_hires_lmm import HiResLmmRouter
 from .sa_perceiver_hires_lmm import HiResLmmSaPerceiver
+from .scan_hires_lmm import HiResLmmScanMixer
 from .sequence_hires_lmm import LayoutOptions
 from .temporal_hires_lmm import HiResLmmTemporal
 from .uhd_hires_lmm import HiResLmmUhdResampler
@@ -52,6 +54,7 @@ VIEW_OPS = {
     "self_mining_sampler": HiResLmmSelfMiningSampler,
     "mean_global": HiResLmmMeanGlobal,
     "sample_tokens": HiResLmmSampleTokens,
+    "scan_mixer": HiResLmmScanMixer,
 }
 ADAPTERS = {
     "identity": HiResLmmIdentityAdapter,
@@ -80,7 +83,7 @@ LAYER_OPS = {
     "slice_restore": HiResLmmSliceRestore,
 }
 POSITION_PLANS: dict[str, Any] = {"temporal": HiResLmmTemporal}
-HEADS: dict[str, Any] = {}
+HEADS = {"number_decoder": HiResLmmNumberDecoder}
 SLOTS: dict[str, dict[str, Any]] = {
     "view_ops": VIEW_OPS,
     "adapter": ADAPTERS,

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 from .plans_fusion import fusion, fusion_nested
-from .plans_published import SYSTEMS, moe_llava, two_stages
+from .plans_published import SYSTEMS, llava_mod, moe_llava, two_stages
 from .plans_vlsa import ROWS, vlsa
 from .stages import Stage, tower_rates
 
@@ -140,6 +140,7 @@ PLANS: dict[str, Callable[..., list[Stage]]] = {
     "fusion": fusion,
     "fusion_nested": fusion_nested,
     "moe_llava": moe_llava,
+    "llava_mod": llava_mod,
     **{row: partial(vlsa, row=row) for row in ROWS},
     **{system: partial(two_stages, system=system) for system in SYSTEMS},
 }

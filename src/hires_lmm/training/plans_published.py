@@ -6,7 +6,7 @@ from typing import Any
 from .stages import Stage, tower_rates
 
 
-ALIGN_RATE, TUNE_RATE = 1e-3, 2e-5
+ALIGN_RATE, TUNE_RATE, PREFERENCE_RATE = 1e-3, 2e-5, 2e-6
 ALIGN_BATCH, TUNE_BATCH = 256, 128
 COLUMNS = ("released",)
 EXPERTS = ("language_model.*.mlp.experts", "language_model.*.mlp.gate")
@@ -123,6 +123,37 @@ def moe_llava(column: str = "released", tower_rate: Any = None) -> list[Stage]:
         replace(align, name="moe_llava/I"),
         replace(tune, name="moe_llava/II", zero_stage=2),
         replace(tune, name="moe_llava/III", trainable=dict.fromkeys(EXPERTS, TUNE_RATE), zero_stage=2),
+    ]
+
+
+def llava_mod(column: str = "released", tower_rate: Any = None) -> list[Stage]:
+    """Distillation from a larger model: AdamW, a cosine schedule with a warm-up of 0.03, one epoch each.
+
+    Args:
+        column (`str`): `"released"`, the one set of numbers.
+        tower_rate (`float` or `dict`, *optional*): See `tower_rates`, in stage II; frozen by default, as released.
+
+    Returns:
+        `llava_mod/I`, the connector; `llava_mod/II`, connector and language model, which learn the teacher's
+        distributions alone; `llava_mod/III`, the feed-forward layers and gates of the model with experts that
+        `hires-lmm upcycle` makes of it, which learn distributions and answers; `llava_mod/IV`, the same layers, for a
+        trainer of preferences whose reference is the teacher. II and III want the objective `mimic`. Batches are not
+        published: the scripts have 8 a device.
+
+    Raises:
+        ValueError: If the column is unknown.
+
+    Source: LLaVA-MoD, huggingface.co/papers/2408.15881, shells/train/qwen (shufangxun/LLaVA-MoD at 481ca57).
+    """
+    _check_column(column, "llava_mod")
+    dense = dict.fromkeys(("connector", "language_model", "lm_head"), TUNE_RATE)
+    sparse = "language_model.layers.*.mlp"
+    only, both = {"generation": 0.0, "mimic": 1.0}, {"generation": 1.0, "mimic": 1.0}
+    return [
+        Stage("llava_mod/I", {"connector": ALIGN_RATE}, zero_stage=2),
+        Stage("llava_mod/II", {**tower_rates(tower_rate), **dense}, loss_weights=only, zero_stage=2),
+        Stage("llava_mod/III", {sparse: TUNE_RATE}, loss_weights=both, zero_stage=2),
+        Stage("llava_mod/IV", {sparse: PREFERENCE_RATE}, zero_stage=2, noise=False),
     ]
 
 

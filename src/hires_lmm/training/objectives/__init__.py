@@ -6,6 +6,7 @@ from .contrastive import Contrastive
 from .exit_gate import ExitGate, exit_labels
 from .files import load_objectives, save_objectives
 from .gate_balance import GateBalance, gate_balance
+from .mimic import Mimic, mimic_losses
 from .reconstruction import Reconstruction
 from .registry import GENERATION, OBJECTIVES
 from .second_model import SecondModel
@@ -20,6 +21,7 @@ __all__ = [
     "Contrastive",
     "ExitGate",
     "GateBalance",
+    "Mimic",
     "Objective",
     "Reconstruction",
     "SecondModel",
@@ -28,6 +30,7 @@ __all__ = [
     "exit_labels",
     "gate_balance",
     "load_objectives",
+    "mimic_losses",
     "save_objectives",
     "token_budget",
 ]

@@ -32,12 +32,15 @@ class StepValues:
     model: Any
     head: Any = None
 
+    def model_inputs(self) -> dict[str, Any]:
+        """What the model read, without labels and what shapes its output."""
+        mine = ("labels", "return_logits", "logits_to_keep", "return_dict", "num_items_in_batch")
+        return {name: value for name, value in self.inputs.items() if name not in mine}
+
     @torch.no_grad()
     def run_again(self, **options: Any) -> torch.Tensor:
         """Logits `(B, S, V)` of the batch once more, without gradient, with other arguments of the model."""
-        mine = ("labels", "return_logits", "logits_to_keep", "return_dict")
-        inputs = {name: value for name, value in self.inputs.items() if name not in mine}
-        outputs = self.model(**{**inputs, "question_labels": self.inputs.get("labels"), **options})
+        outputs = self.model(**{**self.model_inputs(), "question_labels": self.inputs.get("labels"), **options})
         return scale_logits(self.head(outputs.last_hidden_state), self.model.config.text_config)
 
     @property

@@ -5,6 +5,7 @@ from .cg_vlm import CgVlm
 from .contrastive import Contrastive
 from .exit_gate import ExitGate
 from .gate_balance import GateBalance
+from .mimic import Mimic
 from .reconstruction import Reconstruction
 from .token_budget import TokenBudget
 
@@ -14,6 +15,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "contrastive": Contrastive,
     "exit_gate": ExitGate,
     "gate_balance": GateBalance,
+    "mimic": Mimic,
     "reconstruction": Reconstruction,
     "token_budget": TokenBudget,
 }

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import transformers
 
+from ...modeling.logits_hires_lmm import IGNORED_LABEL
 from ..columns import BatchColumn
 
 
@@ -48,9 +49,11 @@ class SecondModel:
         """The arguments that load it anew, for `Objective.settings`."""
         return dict(self._settings)
 
-    def column(self, name: str, select: Callable[[list[dict]], list[dict]] | None = None) -> "SecondModelColumn":
-        """The column of its inputs, for `Objective.columns`."""
-        return SecondModelColumn(name, self.processor, select)
+    def column(
+        self, name: str, select: Callable[[list[dict]], list[dict]] | None = None, labels: bool = False
+    ) -> "SecondModelColumn":
+        """The column of its inputs, for `Objective.columns`; see `SecondModelColumn`."""
+        return SecondModelColumn(name, self.processor, select, labels)
 
     @torch.no_grad()
     def __call__(self, inputs: dict[str, Any], **options: Any) -> Any:
@@ -69,11 +72,27 @@ class SecondModelColumn(BatchColumn):
         name (`str`): Name in the batch.
         processor: A processor or a tokenizer, which reads the text parts alone.
         select (`Callable`, *optional*): Messages -> those that are read.
+        labels (`bool`): Add `labels`: the answers, as the chat template marks them; -100 elsewhere, and in rows whose
+            answers are empty.
+
+    Raises:
+        ValueError: If there are to be labels, but the chat template marks no answers.
     """
 
-    def __init__(self, name: str, processor: Any, select: Callable[[list[dict]], list[dict]] | None = None):
+    def __init__(
+        self,
+        name: str,
+        processor: Any,
+        select: Callable[[list[dict]], list[dict]] | None = None,
+        labels: bool = False,
+    ):
         super().__init__(name)
-        self.processor, self.select = processor, select
+        if labels and "generation" not in (processor.chat_template or ""):
+            raise ValueError(
+                f"The chat template of the {type(processor).__name__} of a second model does not mark answers with "
+                "{% generation %}, so nobody knows where they stand; set processor.chat_template to one that does."
+            )
+        self.processor, self.select, self.labels = processor, select, labels
 
     def encode(self, messages: list[dict]) -> list[dict]:
         """The messages that are read; the processor pads whole batches."""
@@ -81,17 +100,27 @@ class SecondModelColumn(BatchColumn):
 
     def join(self, values: list[list[dict]]) -> dict[str, torch.Tensor]:
         """The inputs of the second model, one row a sample."""
+        options = {"return_dict": True, "return_tensors": "pt", "return_assistant_tokens_mask": self.labels}
         if hasattr(self.processor, "image_processor"):
             batch = self.processor.apply_chat_template(
-                values, tokenize=True, return_dict=True, return_tensors="pt", processor_kwargs={"padding": True}
+                values, tokenize=True, processor_kwargs={"padding": True}, **options
             )
-            return dict(batch)
+            return self._with_labels(dict(batch), values)
         plain = [[{"role": message["role"], "content": _text(message)} for message in messages] for messages in values]
         if self.processor.chat_template is None:
             texts = ["\n".join(message["content"] for message in messages) for messages in plain]
             return dict(self.processor(texts, padding=True, return_tensors="pt"))
-        batch = self.processor.apply_chat_template(plain, return_dict=True, return_tensors="pt", padding=True)
-        return dict(batch)
+        batch = self.processor.apply_chat_template(plain, padding=True, **options)
+        return self._with_labels(dict(batch), values)
+
+    def _with_labels(self, batch: dict[str, Any], values: list[list[dict]]) -> dict[str, torch.Tensor]:
+        """Put labels in place of the mask of answers."""
+        marks = batch.pop("assistant_masks", None)
+        if self.labels:
+            said = [any(_text(m) for m in messages if m["role"] == "assistant") for messages in values]
+            is_answer = torch.as_tensor(marks).bool() & torch.tensor(said)[:, None]
+            batch["labels"] = torch.where(is_answer, batch["input_ids"], IGNORED_LABEL)
+        return batch
 
 
 def _text(message: dict) -> str:
