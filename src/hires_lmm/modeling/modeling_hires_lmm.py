@@ -4,6 +4,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import AutoModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling, SequenceClassifierOutputWithPast
@@ -41,7 +42,7 @@ from .pretrained_hires_lmm import HiResLmmPreTrainedModel
 from .question_hires_lmm import PromptText
 from .serving_hires_lmm import asked_question, check_engine
 from .splice_hires_lmm import Prompt, find_placeholders, splice_images
-from .towers_hires_lmm import blank_groups, run_tower, run_towers
+from .towers_hires_lmm import blank_groups, prepare_tower, run_tower, run_towers
 
 
 logger = logging.get_logger(__name__)
@@ -56,9 +57,9 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
     def __init__(self, config: HiResLmmConfig):
         super().__init__(config)
         check_engine(config)
-        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.vision_tower = prepare_tower(AutoModel.from_config(config.vision_config), config.unequal_views)
         self.extra_towers = nn.ModuleDict(
-            {name: AutoModel.from_config(tower) for name, tower in config.extra_tower_configs().items()}
+            {name: prepare_tower(AutoModel.from_config(tower)) for name, tower in config.extra_tower_configs().items()}
         )
         self.connector = HiResLmmConnector(
             cast("HiResLmmConnectorConfig", config.connector_config), config.part_context()
@@ -68,6 +69,14 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
         self.layer_hooks: list[Any] = []
         install_layer_ops(self)
         self.post_init()
+
+    def train(self, mode: bool = True) -> "HiResLmmModel":
+        """As in torch; batch norms of towers keep their statistics, else what an image gives would depend on others."""
+        super().train(mode)
+        for module in (*self.vision_tower.modules(), *self.extra_towers.modules()):
+            if isinstance(module, _BatchNorm):
+                module.eval()
+        return self
 
     def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
         """Leave the head out of what is reported: this class has none.
