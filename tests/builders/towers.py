@@ -70,7 +70,7 @@ TIMM_TOWERS: dict[str, dict] = {
 
 
 def tiny_tower(name: str) -> PreTrainedConfig:
-    """The configuration of a tiny tower by its name in a table above; a test of one of timm is skipped without timm."""
+    """The configuration of a tiny tower by its name above; a test of one of timm is skipped without timm."""
     if name in TIMM_TOWERS and not has_timm():
         pytest.skip("timm is not installed")
     values = {**TOWERS, **TIMM_TOWERS}[name]

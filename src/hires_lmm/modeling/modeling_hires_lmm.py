@@ -42,7 +42,7 @@ from .pretrained_hires_lmm import HiResLmmPreTrainedModel
 from .question_hires_lmm import PromptText
 from .serving_hires_lmm import asked_question, check_engine
 from .splice_hires_lmm import Prompt, find_placeholders, splice_images
-from .towers_hires_lmm import blank_groups, prepare_tower, run_tower, run_towers
+from .towers_hires_lmm import blank_groups, build_tower, run_tower, run_towers
 
 
 logger = logging.get_logger(__name__)
@@ -57,9 +57,9 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
     def __init__(self, config: HiResLmmConfig):
         super().__init__(config)
         check_engine(config)
-        self.vision_tower = prepare_tower(AutoModel.from_config(config.vision_config), config.unequal_views)
+        self.vision_tower = build_tower(config.vision_config, config.unequal_views)
         self.extra_towers = nn.ModuleDict(
-            {name: prepare_tower(AutoModel.from_config(tower)) for name, tower in config.extra_tower_configs().items()}
+            {name: build_tower(tower) for name, tower in config.extra_tower_configs().items()}
         )
         self.connector = HiResLmmConnector(
             cast("HiResLmmConnectorConfig", config.connector_config), config.part_context()
@@ -71,7 +71,7 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
         self.post_init()
 
     def train(self, mode: bool = True) -> "HiResLmmModel":
-        """As in torch; batch norms of towers keep their statistics, else what an image gives would depend on others."""
+        """As in torch; batch norms of towers keep their statistics, or images would depend on each other."""
         super().train(mode)
         for module in (*self.vision_tower.modules(), *self.extra_towers.modules()):
             if isinstance(module, _BatchNorm):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import logging
 
@@ -49,18 +49,29 @@ class TowerLayers(torch.nn.ModuleList):
         return iter([*self._modules.values()][:depth])
 
 
-def prepare_tower(tower: PreTrainedModel, unequal_views: bool = False) -> PreTrainedModel:
-    """Let a new tower stop behind the last layer that is read, and compare a timm tower with its configuration.
+def build_tower(config: Any, unequal_views: bool = False) -> PreTrainedModel:
+    """A new tower, which can stop behind the last layer that is read.
 
     Raises:
         ValueError: If a timm tower gives other features than its configuration says.
     """
-    config = tower.config
-    if tower_family(config).has_layers:
+    family = tower_family(config)
+    if family.has_layers:
+        tower = AutoModel.from_config(config)
         layers_of(tower).__class__ = TowerLayers
-    if not tower_family(config).reads_last:
         return tower
-    inner: Any = tower.timm_model
+    tower = AutoModel.from_config(config, attn_implementation="sdpa" if family.reads_last else "eager")
+    for name in ("sdpa", "flash_attn", "flex_attn"):  # nothing in it asks, so it goes with what the others have
+        setattr(tower, f"_supports_{name}", True)
+    if family.reads_last:
+        check_timm(tower, unequal_views)
+    return tower
+
+
+def check_timm(tower: Any, unequal_views: bool) -> None:
+    """Compare a timm tower with what its configuration says."""
+    config = tower.config
+    inner = tower.timm_model
     found = {"hidden_size": inner.num_features, "patch_size": inner.feature_info[-1]["reduction"]}
     if getattr(inner, "output_fmt", "NCHW") != "NCHW":
         raise ValueError(f"timm's {config.architecture} shrinks its maps as Swin does; use a ViT or a ConvNeXt.")
@@ -79,7 +90,6 @@ def prepare_tower(tower: PreTrainedModel, unequal_views: bool = False) -> PreTra
             f"{' and unequal ones' if unequal_views else ''}; put model_args={{'dynamic_img_size': True}} into its "
             "configuration."
         )
-    return tower
 
 
 @contextmanager

@@ -63,6 +63,7 @@ class TowerFamily:
         return not self.is_map and not self.reads_last
 
 
+_PLAIN = TowerFamily()
 _PACKED = TowerFamily(
     refused="it reads patches of images of any shape in one sequence, not views of one size; use a tower of fixed size"
 )
@@ -100,14 +101,6 @@ TOWERS = {
         "resolution (siglip2-so400m-patch14-384, ...) are siglip_vision_model"
     ),
     "pixtral": _PACKED,
-    "qwen2_vl": _PACKED,
-    "qwen2_vl_vision": _PACKED,
-    "qwen2_5_vl": _PACKED,
-    "qwen2_5_vl_vision": _PACKED,
-    "qwen3_vl": _PACKED,
-    "qwen3_vl_vision": _PACKED,
-    "qwen3_vl_moe": _PACKED,
-    "qwen3_vl_moe_vision": _PACKED,
     "swin": _SHRINKING,
     "swinv2": _SHRINKING,
 }
@@ -121,8 +114,12 @@ TIMM = {
 
 
 def tower_family(config: Any) -> TowerFamily:
-    """The family of a tower's configuration; one that is not in the table has patches behind its prefix, if any."""
-    return TOWERS.get(config.model_type, TowerFamily())
+    """The family of a tower's configuration; one that is not in the table has patches behind its prefix, if any.
+
+    Qwen's towers, and others that merge patches, show it by a field.
+    """
+    other = _PACKED if hasattr(config, "spatial_merge_size") else _SHRINKING if hasattr(config, "depths") else _PLAIN
+    return TOWERS.get(config.model_type, other)
 
 
 def known_stats(config: Any) -> dict[str, Any] | None:
@@ -149,7 +146,7 @@ def _of_timm(config: Any) -> dict[str, Any]:
 
 
 def complete_tower(config: Any, view_size: int | None = None, patch_size: int | None = None) -> Any:
-    """A tower's configuration with what its class leaves out, and without the pooling head, which nothing reads.
+    """A tower's configuration with what its class leaves out, without the pooling head and without noise of positions.
 
     Args:
         config (`PreTrainedConfig`): Of the tower; it is not changed.
@@ -160,6 +157,9 @@ def complete_tower(config: Any, view_size: int | None = None, patch_size: int | 
     for head in ("vision_use_head", "use_head"):  # it gets no gradients, and offloading breaks it
         if getattr(config, head, False):
             setattr(config, head, False)
+    for noise in ("pos_embed_shift", "pos_embed_jitter", "pos_embed_rescale"):  # DINOv3's, in training
+        if hasattr(config, noise):
+            setattr(config, noise, None)
     known = _of_timm(config) if family.reads_last else {}
     for name in ("image_size", "patch_size", "hidden_size") if family.reads_last else ():
         if getattr(config, name, None) is None and name in known:
@@ -190,8 +190,6 @@ def check_tower(config: Any, where: str) -> None:
     family = tower_family(config)
     if family.refused is not None:
         raise ValueError(f"{where}: a tower of type {config.model_type!r} does not work here: {family.refused}.")
-    if config.model_type not in TOWERS and hasattr(config, "depths"):
-        raise ValueError(f"{where}: a tower of type {config.model_type!r} does not work here: {_SHRINKING.refused}.")
     sizes = {"image_size": view_side(config), "patch_size": _first(getattr(config, "patch_size", None))}
     if family.is_map:
         sizes = {"image_size": sizes["image_size"], "hidden_sizes": _first(config.hidden_sizes)}
