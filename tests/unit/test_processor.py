@@ -192,7 +192,7 @@ def test_from_config_adds_the_image_token():
 
 @pytest.mark.parametrize("given, expected", [("plain", "plain"), (None, "llama3"), ("{{ 'x' }}", None)])
 def test_from_config_template(given, expected):
-    tokenizer = tiny_tokenizer("{{ messages[0]['content'] }}")
+    tokenizer = tiny_tokenizer("{{ messages[0]['content'] }}" if given else None)
     built = HiResLmmProcessor.from_config(config(), tokenizer, chat_template=given)
     assert built.chat_template == tokenizer.chat_template == (CHAT_TEMPLATES[expected] if expected else given)
 

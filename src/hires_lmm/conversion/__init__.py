@@ -1,6 +1,6 @@
 """Checkpoints in and out: one key table a format, read in both directions."""
 
-from .compose import compose
+from .compose import compose, read_settings
 from .errors import ConversionError
 from .exporting import export
 from .fusion import convert_fusion
@@ -19,4 +19,5 @@ __all__ = [
     "convert_to_released",
     "export",
     "preset_processor",
+    "read_settings",
 ]

@@ -30,6 +30,7 @@ from .loading_names_hires_lmm import is_loading_name
 from .messages_hires_lmm import QUERY_TOKEN, clean_messages, drop_marks, protect, protect_messages
 from .own_parts_hires_lmm import HiResLmmOwnPartsMixin
 from .planners_hires_lmm import find_planner
+from .template_choice_hires_lmm import choose_template
 from .tower_table_hires_lmm import TOWERS, known_stats, patch_side, view_side
 
 
@@ -48,8 +49,6 @@ response_template split_special_tokens tokenizer_file tokenizer_type truncation_
 SURROGATE = "[\ud800-\udfff]"
 LOCKS: dict[int, Lock] = {}
 """One lock a process: a forked one would inherit a lock that another thread holds for ever."""
-
-TEMPLATE_BY_TOKEN = {"<|start_header_id|>": "llama3", "<|im_start|>": "chatml"}
 
 
 class HiResLmmProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
@@ -146,8 +145,8 @@ class HiResLmmProcessor(HiResLmmProcessorBase):
                 length of the language model, beyond which a call warns.
             image_stats (*optional*): The tower's image processor, or a dict of `image_mean`, `image_std`, `resample`;
                 default by tower family.
-            chat_template (`str`, *optional*): A name in `CHAT_TEMPLATES` or a Jinja text; default the tokenizer's own
-                if it reads images, else the one its special tokens belong to, else `"plain"`.
+            chat_template (`str`, *optional*): A name in `CHAT_TEMPLATES` or a Jinja text; default the tokenizer's own,
+                widened to images, see `choose_template`.
             changes: Options of `HiResLmmImageProcessor` that replace those of the config (`max_crops=6`).
 
         Raises:
@@ -156,9 +155,12 @@ class HiResLmmProcessor(HiResLmmProcessorBase):
         """
         options = image_options(config, image_stats, changes)
         image_token = _prepare_tokenizer(tokenizer, config.image_token_id)
-        template = choose_template(tokenizer) if chat_template is None else chat_template
-        template = CHAT_TEMPLATES.get(template, template)
-        if options["token_layout"].get("later_tokens") is not None:
+        has_later = options["token_layout"].get("later_tokens") is not None
+        if chat_template is None:
+            chat_template, note, is_changed = choose_template(tokenizer, has_later)
+            (logger.warning_once if is_changed else logger.info)(f"Chat template: {note}.")
+        template = CHAT_TEMPLATES.get(chat_template, chat_template)
+        if has_later:
             template = add_queries(template)
         tokenizer.chat_template = template
         context = getattr(config.text_config, "max_position_embeddings", None)
@@ -527,15 +529,6 @@ def _prepare_tokenizer(tokenizer: Any, image_token_id: int) -> str:
 def _pad_left(tokenizer: Any) -> None:
     tokenizer.padding_side = "left"
     tokenizer.init_kwargs["padding_side"] = "left"
-
-
-def choose_template(tokenizer: Any) -> str:
-    """The template for a text model: its own if that reads images, else the one its special tokens belong to."""
-    own = tokenizer.chat_template
-    if isinstance(own, str) and "'image'" in own.replace('"', "'"):
-        return own
-    vocabulary = tokenizer.get_vocab()
-    return next((name for token, name in TEMPLATE_BY_TOKEN.items() if token in vocabulary), "plain")
 
 
 def image_options(config: Any, image_stats: Any = None, changes: dict[str, Any] | None = None) -> dict[str, Any]:
