@@ -3,6 +3,7 @@
 from .compose import compose, read_settings
 from .errors import ConversionError
 from .exporting import export
+from .fast_vlm import convert_fast_vlm
 from .fusion import convert_fusion
 from .llava_next import convert_llava_next
 from .random_model import compose_random, preset_processor
@@ -13,6 +14,7 @@ __all__ = [
     "ConversionError",
     "compose",
     "compose_random",
+    "convert_fast_vlm",
     "convert_fusion",
     "convert_llava_next",
     "convert_released",

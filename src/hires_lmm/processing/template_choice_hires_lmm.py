@@ -72,13 +72,11 @@ def choose_template(tokenizer: Any, needs_queries: bool = False) -> TemplateChoi
         return TemplateChoice(with_opening(CHAT_TEMPLATES[name], system), note)
     if needs_queries:
         note = f"REPLACED by {likely}: the tokenizer's own has no place for the query tokens of later turns"
-        return TemplateChoice(likely, note)
-    marks = (
-        ""
-        if re.search(r"{%-?\s*generation", own)
-        else "; it does not mark answers, so training needs another: pass chat_template"
-    )
-    return TemplateChoice(_FLATTEN + own, f"the tokenizer's own, WIDENED to images{marks}")
+        return TemplateChoice(likely, note, is_changed=True)
+    note = "the tokenizer's own, WIDENED to images"
+    if not re.search(r"{%-?\s*generation", own):
+        note += "; it does not mark answers, so training needs another: pass chat_template"
+    return TemplateChoice(_FLATTEN + own, note, is_changed=True)
 
 
 def with_opening(template: str, opening: str) -> str:
