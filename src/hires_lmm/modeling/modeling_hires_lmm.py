@@ -75,7 +75,7 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
         super().train(mode)
         for module in (*self.vision_tower.modules(), *self.extra_towers.modules()):
             if isinstance(module, _BatchNorm):
-                module.eval()
+                module.train(False)
         return self
 
     def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:

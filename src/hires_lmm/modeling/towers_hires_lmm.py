@@ -58,7 +58,11 @@ def build_tower(config: Any, unequal_views: bool = False) -> PreTrainedModel:
     family = tower_family(config)
     if family.has_layers:
         tower = AutoModel.from_config(config)
-        layers_of(tower).__class__ = TowerLayers
+        layers = layers_of(tower)
+        for module in list(tower.modules()):
+            for name, child in module.named_children():
+                if child is layers:
+                    setattr(module, name, TowerLayers(layers))
         return tower
     tower = AutoModel.from_config(config, attn_implementation="sdpa" if family.reads_last else "eager")
     for name in ("sdpa", "flash_attn", "flex_attn"):  # nothing in it asks, so it goes with what the others have

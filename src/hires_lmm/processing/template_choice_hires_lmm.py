@@ -27,12 +27,12 @@ _FLATTEN = (
 """Put before a template of texts: it then gets every message as one text, images as their tokens."""
 
 _USER, _ANSWER = {"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me."}
-_SYSTEM = {"role": "system", "content": "Be kind."}
+_RULE = {"role": "system", "content": "Be kind."}
 PROBES: tuple[tuple[list[dict], bool], ...] = (
     ([_USER], False),
     ([_USER], True),
     ([_USER, _ANSWER, _USER], True),
-    ([_SYSTEM, _USER], True),
+    ([_RULE, _USER], True),
 )
 """Conversations by which templates are compared, and whether an answer is opened at their end."""
 
@@ -62,14 +62,14 @@ def choose_template(tokenizer: Any, needs_queries: bool = False) -> TemplateChoi
     if not isinstance(own, str):
         return TemplateChoice(likely, f"the tokenizer has none, so {likely} was taken by its special tokens")
     for name in dict.fromkeys((likely, *CHAT_TEMPLATES)):
-        system = own_opening(tokenizer, CHAT_TEMPLATES[name])
-        if system is None:
+        opening = own_opening(tokenizer, CHAT_TEMPLATES[name])
+        if opening is None:
             continue
         tools = "; tools, which the tokenizer's own reads, are left out" if "tools" in own else ""
-        if not system:
+        if not opening:
             return TemplateChoice(name, f"{name}, which writes what the tokenizer's own writes{tools}")
-        note = f"{name} with what the tokenizer's own writes first, {system!r}; of texts both write the same{tools}"
-        return TemplateChoice(with_opening(CHAT_TEMPLATES[name], system), note)
+        note = f"{name} with what the tokenizer's own writes first, {opening!r}; of texts both write the same{tools}"
+        return TemplateChoice(with_opening(CHAT_TEMPLATES[name], opening), note)
     if needs_queries:
         note = f"REPLACED by {likely}: the tokenizer's own has no place for the query tokens of later turns"
         return TemplateChoice(likely, note, is_changed=True)

@@ -113,21 +113,21 @@ TIMM = {
 """What timm's architectures leave out of their configuration: FastViTHD, as FastVLM has it, and its larger sibling."""
 
 
-def tower_family(config: Any) -> TowerFamily:
+def tower_family(tower: Any) -> TowerFamily:
     """The family of a tower's configuration; one that is not in the table has patches behind its prefix, if any.
 
     Qwen's towers, and others that merge patches, show it by a field.
     """
-    other = _PACKED if hasattr(config, "spatial_merge_size") else _SHRINKING if hasattr(config, "depths") else _PLAIN
-    return TOWERS.get(config.model_type, other)
+    other = _PACKED if hasattr(tower, "spatial_merge_size") else _SHRINKING if hasattr(tower, "depths") else _PLAIN
+    return TOWERS.get(tower.model_type, other)
 
 
-def known_stats(config: Any) -> dict[str, Any] | None:
+def known_stats(tower: Any) -> dict[str, Any] | None:
     """Mean, standard deviation and filter of the image processors of a tower; None where they are not known."""
-    family = tower_family(config)
+    family = tower_family(tower)
     stats, resample = family.stats, family.resample
     if family.reads_last:
-        said = _of_timm(config)
+        said = _of_timm(tower)
         stats = tuple(tuple(said[name]) for name in ("mean", "std")) if {"mean", "std"} <= said.keys() else None
         resample = PILImageResampling[str(said.get("interpolation", resample.name)).upper()]
     if stats is None:
@@ -135,50 +135,50 @@ def known_stats(config: Any) -> dict[str, Any] | None:
     return {"image_mean": stats[0], "image_std": stats[1], "resample": resample}
 
 
-def _of_timm(config: Any) -> dict[str, Any]:
+def _of_timm(tower: Any) -> dict[str, Any]:
     """What a timm checkpoint says of its pixels, else what is known of its architecture."""
-    said = dict(config.pretrained_cfg or {}) if hasattr(config, "pretrained_cfg") else {}
+    said = dict(tower.pretrained_cfg or {}) if hasattr(tower, "pretrained_cfg") else {}
     if "input_size" in said:
         said["image_size"] = said["input_size"][-1]
-    if hasattr(config, "num_features"):
-        said["hidden_size"] = config.num_features
-    return {**TIMM.get(config.architecture.partition(".")[0], {}), **said}
+    if hasattr(tower, "num_features"):
+        said["hidden_size"] = tower.num_features
+    return {**TIMM.get(tower.architecture.partition(".")[0], {}), **said}
 
 
-def complete_tower(config: Any, view_size: int | None = None, patch_size: int | None = None) -> Any:
+def complete_tower(tower: Any, view_size: int | None = None, patch_size: int | None = None) -> Any:
     """A tower's configuration with what its class leaves out, without the pooling head and without noise of positions.
 
     Args:
-        config (`PreTrainedConfig`): Of the tower; it is not changed.
+        tower (`PreTrainedConfig`): Of the tower; it is not changed.
         view_size (`int`, *optional*): Side of views in pixels, where it is not the tower's own.
         patch_size (`int`, *optional*): Pixels from one feature to the next, for towers that do not name theirs.
     """
-    config, family = deepcopy(config), tower_family(config)
+    tower, family = deepcopy(tower), tower_family(tower)
     for head in ("vision_use_head", "use_head"):  # it gets no gradients, and offloading breaks it
-        if getattr(config, head, False):
-            setattr(config, head, False)
+        if getattr(tower, head, False):
+            setattr(tower, head, False)
     for noise in ("pos_embed_shift", "pos_embed_jitter", "pos_embed_rescale"):  # DINOv3's, in training
-        if hasattr(config, noise):
-            setattr(config, noise, None)
-    known = _of_timm(config) if family.reads_last else {}
+        if hasattr(tower, noise):
+            setattr(tower, noise, None)
+    known = _of_timm(tower) if family.reads_last else {}
     for name in ("image_size", "patch_size", "hidden_size") if family.reads_last else ():
-        if getattr(config, name, None) is None and name in known:
-            setattr(config, name, known[name])
-    if family.reads_last and not hasattr(config, "num_channels"):
-        config.num_channels = 3
+        if getattr(tower, name, None) is None and name in known:
+            setattr(tower, name, known[name])
+    if family.reads_last and not hasattr(tower, "num_channels"):
+        tower.num_channels = 3
     if view_size is not None:
-        config.view_size = view_size
+        tower.view_size = view_size
     if patch_size is not None:
-        if getattr(config, "patch_size", None) not in (None, patch_size):
+        if getattr(tower, "patch_size", None) not in (None, patch_size):
             raise ValueError(
-                f"vision_patch_size={patch_size}, but a tower of type {config.model_type!r} has patches of "
-                f"{config.patch_size}; leave it out."
+                f"vision_patch_size={patch_size}, but a tower of type {tower.model_type!r} has patches of "
+                f"{tower.patch_size}; leave it out."
             )
-        config.patch_size = patch_size
-    return config
+        tower.patch_size = patch_size
+    return tower
 
 
-def check_tower(config: Any, where: str) -> None:
+def check_tower(tower: Any, where: str) -> None:
     """Refuse towers that cannot be, before anyone builds them layer by layer.
 
     Args:
@@ -187,39 +187,39 @@ def check_tower(config: Any, where: str) -> None:
     Raises:
         ValueError: If its kind does not fit, or sizes are missing or out of range.
     """
-    family = tower_family(config)
+    family = tower_family(tower)
     if family.refused is not None:
-        raise ValueError(f"{where}: a tower of type {config.model_type!r} does not work here: {family.refused}.")
-    sizes = {"image_size": view_side(config), "patch_size": _first(getattr(config, "patch_size", None))}
+        raise ValueError(f"{where}: a tower of type {tower.model_type!r} does not work here: {family.refused}.")
+    sizes = {"image_size": view_side(tower), "patch_size": _first(getattr(tower, "patch_size", None))}
     if family.is_map:
-        sizes = {"image_size": sizes["image_size"], "hidden_sizes": _first(config.hidden_sizes)}
-        sizes["depths"] = _first(config.depths)
+        sizes = {"image_size": sizes["image_size"], "hidden_sizes": _first(tower.hidden_sizes)}
+        sizes["depths"] = _first(tower.depths)
     else:
-        sizes["hidden_size"] = getattr(config, "hidden_size", None)
+        sizes["hidden_size"] = getattr(tower, "hidden_size", None)
         if not family.reads_last:
-            sizes["num_hidden_layers"] = getattr(config, "num_hidden_layers", None)
+            sizes["num_hidden_layers"] = getattr(tower, "num_hidden_layers", None)
     for name, value in sizes.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             remedy = ""
             if family.reads_last:
                 remedy = f"; name it in {where} (of the main tower also as vision_view_size and vision_patch_size)"
             raise ValueError(
-                f"{where}.{name}={value!r} of a {config.model_type!r} must be an integer above 0{remedy}."
+                f"{where}.{name}={value!r} of a {tower.model_type!r} must be an integer above 0{remedy}."
             )
-    if tower_depth(config) > LAYERS_LIMIT:
-        raise ValueError(f"{where}.num_hidden_layers={tower_depth(config)} is more than {LAYERS_LIMIT}.")
+    if tower_depth(tower) > LAYERS_LIMIT:
+        raise ValueError(f"{where}.num_hidden_layers={tower_depth(tower)} is more than {LAYERS_LIMIT}.")
     for name in ("image_size", "patch_size"):
-        value = getattr(config, name, None)
+        value = getattr(tower, name, None)
         if isinstance(value, (list, tuple)) and len(set(value)) > 1:
             raise ValueError(f"{where}.{name}={value} is no square; views and patches are square.")
-    if family.is_fixed and view_side(config) != own_side(config):
+    if family.is_fixed and view_side(tower) != own_side(tower):
         raise ValueError(
-            f"{where} has views of {view_side(config)} pixels, but a tower of type {config.model_type!r} takes views "
-            f"of {own_side(config)} alone."
+            f"{where} has views of {view_side(tower)} pixels, but a tower of type {tower.model_type!r} takes views "
+            f"of {own_side(tower)} alone."
         )
-    if not 1 <= tower_grid(config)[0] <= GRID_LIMIT:
+    if not 1 <= tower_grid(tower)[0] <= GRID_LIMIT:
         raise ValueError(
-            f"{where} has image_size={view_side(config)} and patch_size={patch_side(config)}; a view must have 1 to "
+            f"{where} has image_size={view_side(tower)} and patch_size={patch_side(tower)}; a view must have 1 to "
             f"{GRID_LIMIT} patches a side."
         )
 
@@ -229,46 +229,46 @@ def _first(value: Any) -> Any:
     return value[0] if isinstance(value, (list, tuple)) and value else value
 
 
-def own_side(config: Any) -> Any:
+def own_side(tower: Any) -> Any:
     """Side in pixels of the views that a tower was made for; None where it names none."""
-    return _first(getattr(config, "image_size", None))
+    return _first(getattr(tower, "image_size", None))
 
 
-def view_side(config: Any) -> Any:
+def view_side(tower: Any) -> Any:
     """Side of a view in pixels: that which was chosen, else the tower's own."""
-    size = config.view_size if hasattr(config, "view_size") else None
-    return own_side(config) if size is None else size
+    size = tower.view_size if hasattr(tower, "view_size") else None
+    return own_side(tower) if size is None else size
 
 
-def patch_side(config: Any) -> int:
+def patch_side(tower: Any) -> int:
     """Side of a patch in pixels; of a convolutional tower, of the stride of its last map."""
-    size = config.patch_size if hasattr(config, "patch_size") else 4  # DINOv3's ConvNeXt does not name its own
-    return _first(size) * 2 ** (len(config.depths) - 1) if tower_family(config).is_map else _first(size)
+    size = tower.patch_size if hasattr(tower, "patch_size") else 4  # DINOv3's ConvNeXt does not name its own
+    return _first(size) * 2 ** (len(tower.depths) - 1) if tower_family(tower).is_map else _first(size)
 
 
-def tower_width(config: Any) -> int:
+def tower_width(tower: Any) -> int:
     """Channels of its features."""
-    return config.hidden_sizes[-1] if tower_family(config).is_map else config.hidden_size
+    return tower.hidden_sizes[-1] if tower_family(tower).is_map else tower.hidden_size
 
 
-def tower_levels(config: Any) -> tuple[int, ...]:
+def tower_levels(tower: Any) -> tuple[int, ...]:
     """Channels of the map of each stage, first to last; a tower that is not convolutional has one."""
-    return tuple(config.hidden_sizes) if tower_family(config).is_map else (config.hidden_size,)
+    return tuple(tower.hidden_sizes) if tower_family(tower).is_map else (tower.hidden_size,)
 
 
-def tower_depth(config: Any) -> int:
+def tower_depth(tower: Any) -> int:
     """Layers whose hidden states can be read; of a tower of which the last alone can be read, 0."""
-    family = tower_family(config)
-    return sum(config.depths) if family.is_map else 0 if family.reads_last else config.num_hidden_layers
+    family = tower_family(tower)
+    return sum(tower.depths) if family.is_map else 0 if family.reads_last else tower.num_hidden_layers
 
 
-def tower_grid(config: Any) -> tuple[int, int]:
+def tower_grid(tower: Any) -> tuple[int, int]:
     """Patch rows and columns of a view of the tower's own size."""
-    side = view_side(config) // patch_side(config)
+    side = view_side(tower) // patch_side(tower)
     return side, side
 
 
-def prefix_tokens(config: Any) -> int:
+def prefix_tokens(tower: Any) -> int:
     """Tokens before the patches: the class token and registers."""
-    registers = config.num_register_tokens if hasattr(config, "num_register_tokens") else 0
-    return tower_family(config).prefix + registers
+    registers = tower.num_register_tokens if hasattr(tower, "num_register_tokens") else 0
+    return tower_family(tower).prefix + registers
