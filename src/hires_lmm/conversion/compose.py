@@ -174,7 +174,7 @@ def read_settings(preset: str, pairs: list[str]) -> dict[str, Any]:
             value = text
         place: Any = values
         for key, step in zip([field, *steps], [*steps, None], strict=True):
-            at = int(key) if isinstance(place, list) and key.isdigit() else key
+            at: Any = int(key) if isinstance(place, list) and key.isdigit() else key
             if isinstance(place, list) and (at is key or at >= len(place)):
                 raise ConversionError(f"{path}: the preset {preset!r} has {len(place)} there, counted from 0.")
             if step is None:

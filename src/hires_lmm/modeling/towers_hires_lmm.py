@@ -86,7 +86,7 @@ def check_timm(tower: Any, unequal_views: bool) -> None:
                 "(and vision_patch_size)."
             )
     patches = getattr(inner, "patch_embed", None)
-    own = getattr(patches, "img_size", None)
+    own: Any = getattr(patches, "img_size", None)
     is_free = own is None or getattr(inner, "dynamic_img_size", False) or not getattr(patches, "strict_img_size", True)
     if not is_free and (unequal_views or tuple(own) != (view_side(config),) * 2):
         raise ValueError(
