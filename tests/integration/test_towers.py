@@ -132,6 +132,16 @@ def test_views_may_have_another_size_than_the_tower_was_made_for(name):
     assert HiResLmmConfig.from_dict(model.config.to_dict()).view_size == side
 
 
+@pytest.mark.parametrize("name", ["DINOv3 ViT", "InternViT", "ConvNeXt v2"])
+def test_views_of_unequal_size_give_in_a_batch_what_they_give_alone(name):
+    layout = {"order": ["crops", "global"], "crop_order": "views"}
+    changes = {"planner": {"name": "llava_uhd"}, "connector_config": {"layout": layout}}
+    model = tower_table.tower_model(name, "llava_uhd", **changes)
+    batch = make_batch(tiny_processor(model.config), tower_table.samples(model))
+    assert len(set(map(tuple, batch["view_positions"][:, 5:7].tolist()))) > 1
+    assert tower_table.is_single(model)
+
+
 @pytest.mark.parametrize("name", ["CLIP", "DINOv2", "DINOv2 with registers", "ViT"])
 @torch.no_grad()
 def test_scores_of_the_class_token_are_the_attention_that_the_tower_computes(name):

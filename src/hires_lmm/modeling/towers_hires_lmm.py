@@ -268,7 +268,7 @@ def _pad_output(output: TowerOutput, grid: tuple[int, int]) -> TowerOutput:
         grid,
         {name: pad(score)[..., 0] for name, score in output.scores.items()},
         {number: pad(states) for number, states in output.hidden.items()},
-        BaseModelOutput(last_hidden_state=output.output.last_hidden_state[:, :0]),
+        BaseModelOutput(last_hidden_state=output.output.last_hidden_state.flatten(1)[:, :0]),
     )
 
 

@@ -203,9 +203,7 @@ def check_tower(tower: Any, where: str) -> None:
             remedy = ""
             if family.reads_last:
                 remedy = f"; name it in {where} (of the main tower also as vision_view_size and vision_patch_size)"
-            raise ValueError(
-                f"{where}.{name}={value!r} of a {tower.model_type!r} must be an integer above 0{remedy}."
-            )
+            raise ValueError(f"{where}.{name}={value!r} of a {tower.model_type!r} must be an integer above 0{remedy}.")
     if tower_depth(tower) > LAYERS_LIMIT:
         raise ValueError(f"{where}.num_hidden_layers={tower_depth(tower)} is more than {LAYERS_LIMIT}.")
     for name in ("image_size", "patch_size"):
