@@ -254,8 +254,10 @@ def test_export_writes_a_folder_that_answers(checkpoint, tmp_path):
         ("convert_to_released", ["convert", "to-slime", "SRC", "DST"], (("slime", "SRC", Path("DST")), {})),
         (
             "compose",
-            ["compose", "--vision", "V", "--text", "T", "DST", "--preset", "monkey", "--extra-tower", "fine=F"]
-            + ["--set", "vision_feature_layer=-1"],
+            [
+                *("compose", "--vision", "V", "--text", "T", "DST", "--preset", "monkey"),
+                *("--extra-tower", "fine=F", "--set", "vision_feature_layer=-1"),
+            ],
             (
                 ("V", "T", "monkey", Path("DST")),
                 {
