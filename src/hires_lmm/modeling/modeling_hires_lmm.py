@@ -119,7 +119,8 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
                 tower; others are not read.
 
         Returns:
-            `HiResLmmImageFeatures`; its `pooler_output` holds one `(n_i, D)` tensor an image.
+            `HiResLmmImageFeatures`; its `pooler_output` holds one `(n_i, D)` tensor an image, its `last_hidden_state`
+            the layer of the tower that was read, or with `output_hidden_states` or `output_attentions` the last one.
 
         Raises:
             ValueError: If the tensors do not belong together or do not fit the model.
