@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable
+from contextvars import Context, copy_context
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -109,11 +110,13 @@ class Case:
     def survey(self) -> "Survey":
         """Run one prefill and note what goes into tower and language model, and the operations of each module."""
         counter, seen, spent = operation_counter(), {}, Counter()
+        contexts = {}
         named = {"tower": self.tower, "language_model": self.language_model, "head": self.model.lm_head}
         named |= {} if self.between is None else {"between": self.between}
 
         def enter(name: str, args: tuple, kwargs: dict) -> None:
             seen.setdefault(name, (args, dict(kwargs)))
+            contexts.setdefault(name, copy_context())  # how far our tower goes
             spent[name] -= counter.get_total_flops()
 
         def leave(name: str) -> None:
@@ -132,7 +135,7 @@ class Case:
         for name in seen.keys() & {"language_model", "between"}:
             seen[name][1].update({CACHE: None, "use_cache": True})
         total = counter.get_total_flops()
-        return Survey(self, seen, total, total - sum(spent.values()))
+        return Survey(self, seen, total, total - sum(spent.values()), contexts["tower"])
 
 
 @dataclass
@@ -144,12 +147,14 @@ class Survey:
         seen (`dict`): Positional and named arguments of `tower` and `language_model`.
         operations (`int`): Counted in all.
         between (`int`): Those outside tower, language model, head and what else runs alone.
+        context (`Context`): In which the tower ran.
     """
 
     case: Case
     seen: dict[str, tuple[tuple, dict]]
     operations: int
     between: int
+    context: Context
 
     def alone(self) -> dict[str, Callable[[], Any]]:
         """Whole models on exactly what the prefill gives them, as calls of their own."""
@@ -158,7 +163,7 @@ class Survey:
         def tower() -> Any:
             args, kwargs = self.seen["tower"]
             with torch.no_grad():
-                return case.tower(*args, **kwargs)
+                return self.context.run(case.tower, *args, **kwargs)
 
         def language_model() -> Any:
             args, kwargs = self.seen["language_model"]

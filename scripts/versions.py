@@ -54,7 +54,12 @@ SUBSETS = {
         "families",
     ],
     "parity": ["golden"],
-    "registry": ["conformance", "integration/test_seams.py", "integration/test_heads.py"],
+    "registry": [
+        "conformance",
+        "integration/test_seams.py",
+        "integration/test_heads.py",
+        "integration/test_towers.py",
+    ],
     "remote code": [
         "hub/test_remote_code.py",
         "hub/test_remote_fusion.py",

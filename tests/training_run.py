@@ -1,8 +1,8 @@
 """One training run in a process of its own: `python training_run.py <json>`, alone or under a launcher.
 
 Settings: folder, stage (fields), data ("images", "text", "mixed", "by_rank"), resume, kill_at (a step), connector,
-reconstruct (a VLSA model with that objective, its noise fixed), and `arguments` for TrainingArguments. Writes losses
-and sums of the trained weights to `<folder>/result-<rank>.json`.
+reconstruct (a VLSA model with that objective, its noise fixed), tower (a name of `builders.towers`), and `arguments`
+for TrainingArguments. Writes losses and sums of the trained weights to `<folder>/result-<rank>.json`.
 """
 
 import json
@@ -19,9 +19,10 @@ from accelerate import DistributedType, PartialState
 from transformers import TrainerCallback, set_seed
 
 from builders.objectives import fixed_reconstruction, objective_trainer, vlsa_parts
-from builders.tiny import random_image
+from builders.tiny import random_image, tiny_processor
 from builders.training import conversation, losses, make_trainer, slime_parts
 from hires_lmm.training import Stage
+from tower_table import tower_model
 
 
 class KillAt(TrainerCallback):
@@ -80,6 +81,9 @@ def main(settings: dict) -> None:
     if settings.get("reconstruct"):
         model, processor = vlsa_parts()
         objectives = {"reconstruction": fixed_reconstruction(model)}
+    elif settings.get("tower"):
+        model, objectives = tower_model(settings["tower"]).train(), {}
+        processor = tiny_processor(model.config, "chatml")
     else:
         model, processor = slime_parts(**settings.get("connector", {}))
         objectives = {}

@@ -267,13 +267,17 @@ def _export(checkpoint: Checkpoint, destination: Destination, trust_remote_code:
 @app.command("compose")
 def _compose(
     destination: Destination,
-    vision: Annotated[str | None, typer.Option(help="Folder or Hub id of a CLIP or SigLIP tower.")] = None,
+    vision: Annotated[str | None, typer.Option(help="Folder or Hub id of a vision tower, see docs/towers.md.")] = None,
     text: Annotated[str | None, typer.Option(help="Folder or Hub id of a causal language model.")] = None,
     preset: Annotated[str, typer.Option(help="How the parts between them are put together.")] = "slime",
     dtype: SaveDtype = None,
     chat_template: Annotated[str | None, typer.Option(help="llama3, vicuna, chatml, plain or a Jinja text.")] = None,
     extra_tower: Annotated[
         list[str] | None, typer.Option(metavar="NAME=SOURCE", help="A further tower, by a name of its own.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="FIELD=VALUE", help="Such as connector.view_ops.0.num_queries=64."),
     ] = None,
     random: Annotated[bool, typer.Option("--random", help="A small model with random weights instead.")] = False,
     seed: Annotated[int, typer.Option(help="Of the random weights.")] = 0,
@@ -289,11 +293,13 @@ def _compose(
     if random and (dtype is not None or chat_template is not None):
         raise typer.BadParameter("a random model is float32 and speaks chatml.", param_hint="--dtype, --chat-template")
     towers = dict(each.partition("=")[::2] for each in extra_tower or [])
+    if random and settings:
+        raise typer.BadParameter("a random model is as its preset says.", param_hint="--set")
     if not all(towers.values()) or (random and towers):
         raise typer.BadParameter("write NAME=SOURCE, and no --random.", param_hint="--extra-tower")
     with quiet_work():
         from hires_lmm import PRESETS
-        from hires_lmm.conversion import compose, compose_random
+        from hires_lmm.conversion import compose, compose_random, read_settings
 
         if preset not in PRESETS:
             raise typer.BadParameter(f"{preset!r} is none of {', '.join(PRESETS)}.", param_hint="--preset")
@@ -303,8 +309,10 @@ def _compose(
             return
         build = partial(compose, vision, text, preset, destination, dtype=dtype, chat_template=chat_template)
         with progress_bar() as progress:
-            build(extra_towers=towers, progress=progress)
+            report = build(extra_towers=towers, progress=progress, **read_settings(preset, settings or []))
         output.print(f"wrote {escape(str(destination))}; its new parts are untrained")
+        for choice in report["choices"]:
+            notes.print(f"[bold yellow]{escape(choice)}[/]")
         _show_choices(destination)
 
 

@@ -52,6 +52,11 @@ def add_convert_commands(app: typer.Typer, convert: Callable[..., Any]) -> None:
         """Convert a LLaVA-NeXT checkpoint in transformers' format."""
         convert("convert_llava_next", source, destination=destination, dtype=dtype)
 
+    @app.command("fast-vlm")
+    def fast_vlm(source: Source, destination: Destination, dtype: SaveDtype = None) -> None:
+        """Convert a FastVLM checkpoint in transformers' format."""
+        convert("convert_fast_vlm", source, destination=destination, dtype=dtype)
+
     @app.command("fusion")
     def fusion(source: Source, destination: Destination, dtype: SaveDtype = None) -> None:
         """Convert a released checkpoint of the token-scaling paper."""

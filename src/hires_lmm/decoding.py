@@ -18,7 +18,7 @@ from .modeling.geometry_hires_lmm import Kind, ViewShape
 from .modeling.inputs_hires_lmm import unpack_samples
 from .modeling.outputs_hires_lmm import HiResLmmImageFeatures
 from .modeling.packing_hires_lmm import plan_packing
-from .modeling.tower_table_hires_lmm import patch_side, tower_family
+from .modeling.tower_table_hires_lmm import patch_side, prefix_tokens, tower_family
 from .modeling.towers_hires_lmm import class_products, run_tower
 
 
@@ -361,7 +361,7 @@ def _attention(
     states = run_tower(tower, pixels, -1, output_hidden_states=True).output.hidden_states
     layer = base.config.vision_feature_layer % len(states) - 1
     products = class_products(tower, states, max(layer, 0), merged)
-    patches = products.softmax(dim=-1).mean(dim=1)[:, tower_family(tower.config).prefix :]
+    patches = products.softmax(dim=-1).mean(dim=1)[:, prefix_tokens(tower.config) :]
     patches = patches.unflatten(1, (view.patch_rows, view.patch_cols))
     grid = tokens.grids[view.kind].of((view.patch_rows, view.patch_cols))
     means = torch.nn.functional.adaptive_avg_pool2d(patches, grid)[0]

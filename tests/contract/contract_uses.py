@@ -138,6 +138,13 @@ USES = [
     Use(f"{MODEL}._fsdp_plan", None, "the head under FSDP"),
     Use(f"{MODEL}._keys_to_ignore_on_load_unexpected", None, "the base model loads from a file with a head"),
     Use(f"{MODEL}._keys_to_ignore_on_save", None, "weights of objectives stay out of checkpoints"),
+    Use(f"{MODEL}._set_gradient_checkpointing", None, "towers of timm have a switch of their own"),
+    Use(
+        f"{MODEL}.supports_gradient_checkpointing",
+        None,
+        "whether a tower of timm has that switch",
+    ),
+    Use(f"{MODEL}.train", "self, mode", "batch norms of towers keep their statistics"),
     Use(f"{MODEL}._supports_flash_attn", None, "parts and language model take every backend of attention"),
     Use(f"{MODEL}._supports_sdpa", None, "as above"),
     Use(f"{MODEL}._supports_flex_attn", None, "as above"),

@@ -254,10 +254,18 @@ def test_export_writes_a_folder_that_answers(checkpoint, tmp_path):
         ("convert_to_released", ["convert", "to-slime", "SRC", "DST"], (("slime", "SRC", Path("DST")), {})),
         (
             "compose",
-            ["compose", "--vision", "V", "--text", "T", "DST", "--preset", "monkey", "--extra-tower", "fine=F"],
+            [
+                *("compose", "--vision", "V", "--text", "T", "DST", "--preset", "monkey"),
+                *("--extra-tower", "fine=F", "--set", "vision_feature_layer=-1"),
+            ],
             (
                 ("V", "T", "monkey", Path("DST")),
-                {"dtype": None, "chat_template": None, "extra_towers": {"fine": "F"}},
+                {
+                    "dtype": None,
+                    "chat_template": None,
+                    "extra_towers": {"fine": "F"},
+                    "vision_feature_layer": -1,
+                },
             ),
         ),
     ],
@@ -270,7 +278,7 @@ def test_conversions_pass_their_arguments_on(function, arguments, expected, monk
     def stand_in(*args, progress, **kwargs):
         progress(1, 2, "tensors")
         calls.append((args, kwargs))
-        return {"conversion": args[0], "unused": ["a.key"]}
+        return {"conversion": args[0], "unused": ["a.key"], "choices": ["layer: -1"]}
 
     monkeypatch.setattr(hires_lmm.conversion, function, stand_in)
     monkeypatch.setattr("hires_lmm.cli._show_choices", lambda folder: None)
@@ -278,6 +286,7 @@ def test_conversions_pass_their_arguments_on(function, arguments, expected, monk
     assert result.exit_code == 0, result.output
     assert calls == [expected]
     assert ("not used: a.key" in result.stderr) == ("convert" in arguments)
+    assert ("layer: -1" in result.stderr) == ("compose" in arguments)
 
 
 def test_compose_random_writes_what_can_be_asked_and_repeated(checkpoint, tmp_path):

@@ -1,5 +1,7 @@
 """`compose`: a new model from a vision tower and a language model; the connector between them is untrained."""
 
+import json
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -7,10 +9,11 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from ..modeling.configuration_hires_lmm import PRESETS
+from ..modeling.configuration_hires_lmm import PRESETS, HiResLmmConfig
 from ..modeling.connector_hires_lmm import HiResLmmConnector
-from ..processing.processor_options_hires_lmm import choose_template
 from ..processing.sequence_hires_lmm import LayoutOptions
+from ..processing.template_choice_hires_lmm import choose_template
+from ..processing.tower_table_hires_lmm import tower_family
 from .configs import common_dtype, language_rules
 from .errors import ConversionError, readable
 from .hub import is_repository, resolve_folder
@@ -54,19 +57,20 @@ def compose(
     """Make an untrained model from two pretrained ones, ready for its first stage of training.
 
     Args:
-        vision (`str` or `Path`): Folder or Hub repository of a CLIP or SigLIP model, or of its tower alone.
+        vision (`str` or `Path`): Folder or Hub repository of a vision tower, alone or in a model of image and text;
+            docs/towers.md lists the families.
         text (`str` or `Path`): Folder or Hub repository of a causal language model.
         preset (`str`): A name in `hires_lmm.PRESETS`.
         destination, dtype, progress, max_shard_bytes: As in `convert`; the dtype is by default the language model's.
-        chat_template (`str`, *optional*): A name in `CHAT_TEMPLATES` or a Jinja text; by default the tokenizer's own
-            if it reads images, else the one its special tokens belong to.
-        extra_towers (`dict[str, str]`, *optional*): Name -> folder or Hub repository of further towers (CLIP, SigLIP,
-            ConvNeXt). The tokens of one enter the sequence behind the others, unless `changes` has a `layout` or
-            `map_ops` in `connector_config`.
+        chat_template (`str`, *optional*): A name in `CHAT_TEMPLATES` or a Jinja text; by default the tokenizer's own,
+            widened to images where it reads texts alone, see `choose_template`.
+        extra_towers (`dict[str, str]`, *optional*): Name -> folder or Hub repository of further towers. The tokens of
+            one enter the sequence behind the others, unless `changes` has a `layout` or `map_ops` in
+            `connector_config`.
         changes: Fields of `HiResLmmConfig` that replace those of the preset.
 
     Returns:
-        The report, which is also saved as `conversion_report.json`.
+        The report, which is also saved as `conversion_report.json`; its `choices` say what was decided and changed.
 
     Raises:
         ConversionError: If the two are not what they should be or do not fit the preset.
@@ -101,9 +105,20 @@ def read_pair(
     for name, folder in extra.items():
         seen |= {f"{EXTRA}{name}.{key}": entry for key, entry in tower_entries(folder).items()}
     configs = {name: tower_config(read_json(folder / "config.json"), folder.name) for name, folder in extra.items()}
+    choices = []
+    if not tower_family(vision_config).has_layers and "vision_feature_layer" not in changes:
+        changes = {**changes, "vision_feature_layer": -1}
+        choices.append(f"vision_feature_layer=-1: a {vision_config.model_type} gives its last features alone")
+    if note := without_quantization(text_config, words, language.name):
+        choices.append(note)
     settings = with_extra_towers(changes, configs, preset)
     if "layout" not in (changes.get("connector_config") or {}):
         settings = with_own_marks(settings, preset, tokenizer.get_vocab())
+    if chat_template is None:
+        with readable("The configuration"):
+            layout = HiResLmmConfig.from_preset(preset, vision_config, text_config, **settings).token_layout()
+        chat_template, note, _ = choose_template(tokenizer, layout["later_tokens"] is not None)
+        choices.append(f"chat template: {note}")
     rules = [*RULES, *language_rules(text_config)]
     is_tied = text_config.tie_word_embeddings or changes.get("tie_word_embeddings", False)
     return Source(
@@ -120,7 +135,7 @@ def read_pair(
         dtype=common_dtype(words, text_config.dtype),
         one_dtype=True,
         tokenizer=tokenizer,
-        chat_template=chat_template if chat_template is not None else choose_template(tokenizer),
+        chat_template=chat_template,
         image_stats=image_stats_of(tower),
         generation=language,
         new_tensors=new_connector,
@@ -133,8 +148,54 @@ def read_pair(
             )
             if is_repository(name)
         ],
-        report={"preset": preset},
+        report={"preset": preset, "choices": choices},
     )
+
+
+def read_settings(preset: str, pairs: list[str]) -> dict[str, Any]:
+    """Changes of a preset from texts such as `vision_feature_layer=-1` and `connector.view_ops.0.num_queries=64`.
+
+    Args:
+        pairs (`list[str]`): A field of `HiResLmmConfig`, or a path into it, and its value as JSON; else it is a text.
+
+    Raises:
+        ConversionError: If there is no such field or place.
+    """
+    values, changes = deepcopy(PRESETS[preset]), {}
+    for pair in pairs:
+        path, _, text = pair.partition("=")
+        field, *steps = path.replace("connector.", "connector_config.", 1).split(".")
+        if field not in HiResLmmConfig.__dataclass_fields__ or not text:
+            raise ConversionError(f"{pair!r} sets no field of HiResLmmConfig; write FIELD=VALUE.")
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError:
+            value = text
+        place: Any = values
+        for key, step in zip([field, *steps], [*steps, None], strict=True):
+            at: Any = int(key) if isinstance(place, list) and key.isdigit() else key
+            if isinstance(place, list) and (at is key or at >= len(place)):
+                raise ConversionError(f"{path}: the preset {preset!r} has {len(place)} there, counted from 0.")
+            if step is None:
+                place[at] = value
+            else:
+                place = place[at] if isinstance(place, list) else place.setdefault(at, {})
+        changes[field] = values[field]
+    return changes
+
+
+def without_quantization(text_config: Any, words: Entries, name: str) -> str | None:
+    """Take out what a quantised language model left in its configuration though its weights are whole again (GGUF)."""
+    left = getattr(text_config, "quantization_config", None)
+    if left is None:
+        return None
+    if packed := next((key for key, entry in words.items() if not entry.dtype.is_floating_point), None):
+        raise ConversionError(
+            f"{name} is quantised: {packed} is {words[packed].dtype}. Take the model before quantisation, or load it "
+            "with dequantize=True and save it."
+        )
+    del text_config.quantization_config
+    return f"quantization_config of the language model was DROPPED, as its weights are not quantised: {left}"
 
 
 def with_extra_towers(changes: dict, configs: dict[str, Any], preset: str) -> dict:

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import AutoConfig
 
 from ..modeling.logits_hires_lmm import DIVIDERS, MULTIPLIERS
-from ..processing.processor_options_hires_lmm import choose_template
+from ..processing.template_choice_hires_lmm import choose_template
 from ..processing.tower_table_hires_lmm import TOWERS
 from .errors import ConversionError, readable
 from .hub import is_repository, resolve_folder
@@ -78,7 +78,7 @@ def read_llava_next(source: str | Path) -> Source:
     rules = tie_rules(theirs, entries)
     plain_head(theirs.text_config)
     tokenizer = load_tokenizer(folder)
-    template = source_template(folder) or (choose_template(tokenizer) if tokenizer is not None else None)
+    template = source_template(folder) or (choose_template(tokenizer).template if tokenizer is not None else None)
     return Source(
         format="llava-next",
         name=folder.name,

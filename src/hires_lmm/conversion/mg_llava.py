@@ -108,14 +108,15 @@ def read_mg_llava(source: str | Path, names: dict[str, Any], chat_template: str 
     tokenizer = load_tokenizer(language)
     if tokenizer is None:
         raise ConversionError(f"{language.name} has no tokenizer; pass the whole language model as base.")
-    stats = image_stats_of(tower) or known_stats("clip_vision_model") or {}
+    vision_config = tower_config(read_json(tower / "config.json"), tower.name)
+    stats = image_stats_of(tower) or known_stats(vision_config) or {}
     return Source(
         format="mg-llava",
         name=path.name,
         summary="An MG-LLaVA model in the format of hires_lmm, converted from the released format.",
         entries=entries,
         rules=RULES,
-        vision_config=tower_config(read_json(tower / "config.json"), tower.name),
+        vision_config=vision_config,
         text_config=text_config,
         settings={"planner": {"square": "pad"}, "extra_towers": {TOWER: convnext.to_dict()}},
         preset="mg_llava",

@@ -3,12 +3,15 @@
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
+import torch
+from transformers import MODEL_MAPPING, AutoConfig, AutoModel
+from transformers.utils import is_timm_available
 
-from .configs import known_fields
+from ..processing.tower_table_hires_lmm import TOWERS, complete_tower, tower_family
+from .configs import common_dtype, known_fields
 from .errors import ConversionError, readable
 from .hub import resolve_folder
-from .tensors import Entries, folder_entries, read_json
+from .tensors import Entries, entry_of, folder_entries, read_json
 
 
 KNOWN_TOWERS = {
@@ -25,37 +28,88 @@ KNOWN_TOWERS = {
 }
 """Sizes of the tower that every published SliME model uses, so that a full checkpoint converts without a network."""
 
-COMPOSITES = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
+COMPOSITES = {
+    "clip": "clip_vision_model",
+    "siglip": "siglip_vision_model",
+    "siglip2": "siglip2_vision_model",
+    "aimv2": "aimv2_vision_model",
+    "internvl": "internvl_vision",
+}
+"""Models of image and text whose tower can be taken alone, and the type of it."""
+
 CONVOLUTIONAL = ("convnext", "convnextv2")
-_UNREAD = ("embeddings.position_ids", "head.", "classifier.")
-"""Beginnings of names that no model of ours has: a buffer, SigLIP's pooling head, ConvNeXt's classifier."""
+INSIDE = ("model.vision_tower.", "vision_tower.", "model.vision_model.", "vision_model.")
+"""What models of image and text put before the names of their tower."""
+
+TIMM_FIELDS = ("pretrained_cfg", "num_features", "hidden_size", "image_size", "patch_size", "view_size")
+SEED = 0
 
 
 def tower_config(values: dict, name: str) -> Any:
-    """The configuration of a tower alone, from its `config.json` or that of a model of image and text."""
-    model_type = str(values.get("model_type"))
+    """The configuration of a tower alone, from its `config.json` or that of a model of image and text, or of timm."""
+    model_type = str(values.get("model_type") or ("timm_wrapper" if "pretrained_cfg" in values else None))
     if model_type in COMPOSITES:
         projection = {key: values[key] for key in ("projection_dim",) if key in values and model_type == "clip"}
         model_type = COMPOSITES[model_type]
         values = {**projection, **(values.get("vision_config") or {})}
-    if model_type not in (*COMPOSITES.values(), *CONVOLUTIONAL):
-        known = ", ".join([*COMPOSITES.values(), *COMPOSITES, *CONVOLUTIONAL])
-        raise ConversionError(f"{name} describes a model of type {model_type!r}; vision towers can be: {known}.")
+    known = [kind for kind, family in TOWERS.items() if family.refused is None]
+    if model_type in TOWERS and TOWERS[model_type].refused is not None:
+        raise ConversionError(f"{name} is a tower of type {model_type!r}: {TOWERS[model_type].refused}.")
+    if model_type not in known:
+        names = ", ".join([*known, *COMPOSITES])
+        raise ConversionError(f"{name} describes a model of type {model_type!r}; vision towers can be: {names}.")
+    is_timm = model_type == "timm_wrapper"
+    others = TIMM_FIELDS if is_timm else ("vision_use_head", "view_size")
+    fields = known_fields(values, model_type, *others)
     with readable(f"The vision tower's configuration in {name}"):
-        return AutoConfig.for_model(model_type, **known_fields(values, model_type, "vision_use_head"))
+        for field in ("num_classes", "label_names") if is_timm else ():
+            fields.pop(field, None)
+        config = complete_tower(AutoConfig.for_model(model_type, **fields))
+        return ask_timm(config) if is_timm else config
 
 
-def tower_entries(folder: Path) -> Entries:
+def ask_timm(config: Any) -> Any:
+    """What timm knows of an architecture and its checkpoint does not say; nothing where timm is not installed."""
+    sizes = [getattr(config, name, None) for name in ("patch_size", "hidden_size")]
+    if None not in sizes or not is_timm_available():
+        return config
+    import timm
+
+    model = timm.create_model(config.architecture, num_classes=0, **(config.model_args or {}))
+    config.patch_size, config.hidden_size = model.feature_info[-1]["reduction"], model.num_features
+    if getattr(config, "image_size", None) is None:
+        config.image_size = model.pretrained_cfg["input_size"][-1]
+    return config
+
+
+def tower_entries(folder: Path, config: Any = None) -> Entries:
     """The weights of a tower, named as in the tower alone; what else a model has, text or classes, is left out."""
+    config = tower_config(read_json(folder / "config.json"), folder.name) if config is None else config
     entries = folder_entries(folder)
-    for name in CONVOLUTIONAL:
-        entries = {key.removeprefix(f"{name}."): entry for key, entry in entries.items()}
-    inside = {key.removeprefix("vision_model."): entry for key, entry in entries.items() if key.startswith("vision_")}
-    inside = {key: entry for key, entry in inside.items() if f"vision_model.{key}" in entries}
-    found = {key: entry for key, entry in (inside or entries).items() if not key.startswith(_UNREAD)}
-    if not {"embeddings.patch_embedding.weight", "embeddings.patch_embeddings.weight"} & set(found):
-        raise ConversionError(f"{folder.name} holds no vision tower: it has no embeddings.patch_embedding.weight.")
-    return found
+    for prefix in INSIDE:
+        inside = {key.removeprefix(prefix): entry for key, entry in entries.items() if key.startswith(prefix)}
+        if inside:
+            entries = inside
+            break
+    with torch.device("meta"):
+        wanted = AutoModel.from_config(config).state_dict()
+    if set(wanted) <= set(entries):
+        return {key: entries[key] for key in wanted}
+    return _renamed_entries(entries, config, folder.name)
+
+
+def _renamed_entries(entries: Entries, config: Any, name: str) -> Entries:
+    """The weights of a tower that a checkpoint names otherwise, as transformers reads them."""
+    tensors = {key: entry.read() for key, entry in entries.items() if not key.startswith("language_model.")}
+    with readable(f"The vision tower in {name}"), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        model, info = MODEL_MAPPING[type(config)].from_pretrained(
+            None, config=config, state_dict=tensors, dtype=common_dtype(entries), output_loading_info=True
+        )
+    unread = tower_family(config).unread
+    if missing := sorted(key for key in info["missing_keys"] if not key.startswith(unread)):
+        raise ConversionError(f"{name} holds no vision tower of type {config.model_type!r}: it has no {missing[0]}.")
+    return {key: entry_of(tensor, note="read by transformers") for key, tensor in model.state_dict().items()}
 
 
 def find_tower(choice: str | Path | None, name: str | None, folder: Path) -> tuple[Any, Path | None]:

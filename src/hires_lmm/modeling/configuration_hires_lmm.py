@@ -21,7 +21,18 @@ from .own_parts_hires_lmm import (
     map_planner,
     part_loader,
 )
-from .tower_table_hires_lmm import patch_side, tower_family, tower_grid, tower_levels, tower_width, view_side
+from .tower_table_hires_lmm import (
+    LAYERS_LIMIT,
+    check_tower,
+    complete_tower,
+    patch_side,
+    tower_depth,
+    tower_family,
+    tower_grid,
+    tower_levels,
+    tower_width,
+    view_side,
+)
 
 
 AUTO_MAP = {
@@ -33,12 +44,6 @@ AUTO_MAP = {
     "AutoProcessor": "processing_hires_lmm.HiResLmmProcessor",
     "AutoImageProcessor": "image_processing_hires_lmm.HiResLmmImageProcessor",
 }
-
-LAYERS_LIMIT = 1000
-"""Most layers of a tower or language model; the deepest published ones have a few hundred."""
-
-GRID_LIMIT = 1024
-"""Most patches along a side of a view."""
 
 LLAVA_NEXT_GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
 
@@ -283,7 +288,11 @@ class HiResLmmConfig(HiResLmmOwnPartsMixin, PreTrainedConfig):
         planner (`dict`, *optional*): Name and limits of the slicing rule, read by `HiResLmmProcessor.from_config`.
         video_planner (`dict`, *optional*): The same for videos, with `num_frames`, `fps` and `frame_sampling`.
         image_token_id (`int`): Id of the placeholder token.
-        vision_feature_layer (`int`): Layer of the tower whose hidden states are used.
+        vision_feature_layer (`int`): Layer of the tower whose hidden states are used; convolutional and timm towers
+            give their last alone, -1.
+        vision_view_size (`int`, *optional*): Side of views in pixels, where it is not the tower's own or the tower
+            names none.
+        vision_patch_size (`int`, *optional*): Pixels from one feature to the next, of a timm tower that names none.
         vision_chunk_size (`int`, *optional*): Most views that pass the tower at once, which bounds its memory; None =
             all views of a batch.
         question_scope (`str`): `"turn"`: an image is routed by the user text of its own turn. `"prompt"`: by the whole
@@ -328,6 +337,8 @@ class HiResLmmConfig(HiResLmmOwnPartsMixin, PreTrainedConfig):
     video_planner: dict[str, Any] | None = None
     image_token_id: int = 32000
     vision_feature_layer: int = -2
+    vision_view_size: int | None = None
+    vision_patch_size: int | None = None
     vision_chunk_size: int | None = None
     question_scope: Literal["turn", "prompt"] = "turn"
     answer_prefix_ids: list | None = None
@@ -346,9 +357,9 @@ class HiResLmmConfig(HiResLmmOwnPartsMixin, PreTrainedConfig):
         for where, dtype in dtypes.items():
             check_dtype(dtype, where)
         super().__post_init__(**kwargs)
+        self.vision_config = complete_tower(self.vision_config, self.vision_view_size, self.vision_patch_size)
         self._read_extra_towers()
         self._check_halves()
-        self.vision_config = _without_head(self.vision_config)
         self.planner = map_planner(self.planner if self.planner is not None else {"name": "slime"}, as_name)
         self.video_planner = None if self.video_planner is None else map_planner(self.video_planner, as_name)
         self.auto_map = {**AUTO_MAP, **(self.auto_map or {})}
@@ -361,37 +372,27 @@ class HiResLmmConfig(HiResLmmOwnPartsMixin, PreTrainedConfig):
 
     def _check_halves(self) -> None:
         """Refuse towers and language models that cannot be, before anyone builds them layer by layer."""
-        halves = {
-            "vision_config": (self.vision_config, ("image_size", "patch_size", "hidden_size", "num_hidden_layers")),
-            "text_config": (self.text_config, ("vocab_size", "hidden_size", "num_hidden_layers")),
-            **{
-                f"extra_towers.{name}": (
-                    tower,
-                    ("image_size", "hidden_sizes", "depths")
-                    if tower_family(tower).is_map
-                    else ("image_size", "patch_size", "num_hidden_layers"),
-                )
-                for name, tower in self.extra_tower_configs().items()
-            },
-        }
-        if self.vision_config.model_type == "siglip2_vision_model":
+        towers = {"vision_config": self.vision_config}
+        towers |= {f"extra_towers.{name}": tower for name, tower in self.extra_tower_configs().items()}
+        for where, tower in towers.items():
+            check_tower(tower, where)
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers"):
+            value = getattr(self.text_config, name, None)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                kind = self.text_config.model_type
+                raise ValueError(f"text_config.{name}={value!r} of a {kind!r} must be an integer above 0.")
+        if self.text_config.num_hidden_layers > LAYERS_LIMIT:
+            layers = self.text_config.num_hidden_layers
+            raise ValueError(f"text_config.num_hidden_layers={layers} is more than {LAYERS_LIMIT}.")
+        kind, family = self.vision_config.model_type, tower_family(self.vision_config)
+        if self.unequal_views and family.is_fixed:
             raise ValueError(
-                "Towers of type siglip2_vision_model read patches of images of any shape, not views of one size. The "
-                "SigLIP 2 checkpoints of a fixed resolution (siglip2-so400m-patch14-384, ...) are siglip_vision_model."
+                f"unequal_views needs a tower that takes views of any size; one of type {kind!r} takes its own alone."
             )
-        for where, (half, names) in halves.items():
-            for name in names:
-                value = getattr(half, name, None)
-                first = value[0] if isinstance(value, (list, tuple)) and value else value
-                if isinstance(first, bool) or not isinstance(first, int) or first < 1:
-                    raise ValueError(f"{where}.{name}={value!r} of a {half.model_type!r} must be an integer above 0.")
-            layers = sum(half.depths) if tower_family(half).is_map else half.num_hidden_layers
-            if layers > LAYERS_LIMIT:
-                raise ValueError(f"{where}.num_hidden_layers={layers} is more than {LAYERS_LIMIT}.")
-        if not 1 <= self.patch_grid[0] <= GRID_LIMIT:
+        if not family.has_layers and self.vision_feature_layer != -1:
             raise ValueError(
-                f"vision_config has image_size={self.vision_config.image_size} and "
-                f"patch_size={self.vision_config.patch_size}; a view must have 1 to {GRID_LIMIT} patches a side."
+                f"vision_feature_layer={self.vision_feature_layer}, but a tower of type {kind!r} gives its last "
+                "features alone; pass vision_feature_layer=-1."
             )
 
     def _read_extra_towers(self) -> None:
@@ -410,7 +411,7 @@ class HiResLmmConfig(HiResLmmOwnPartsMixin, PreTrainedConfig):
             name: AutoConfig.for_model(**tower) if isinstance(tower, dict) else tower
             for name, tower in (self.extra_towers or {}).items()
         }
-        self.extra_towers = {name: _without_head(tower).to_dict() for name, tower in towers.items()} or None
+        self.extra_towers = {name: complete_tower(tower).to_dict() for name, tower in towers.items()} or None
 
     @classmethod
     def from_preset(
@@ -503,11 +504,7 @@ class HiResLmmConfig(HiResLmmOwnPartsMixin, PreTrainedConfig):
         """What the towers give and the language model takes, a `PartContext`."""
         from .bases_hires_lmm import PartContext
 
-        towers, depth, layer = (
-            self.extra_tower_configs(),
-            self.vision_config.num_hidden_layers,
-            self.vision_feature_layer,
-        )
+        towers, depth, layer = self.extra_tower_configs(), tower_depth(self.vision_config), self.vision_feature_layer
         kinds = self.connector_config.resolve().kinds
         grids = {(int(KINDS[name]), MAIN_TOWER): Grid(*self.patch_grid) for name in kinds if name not in MADE_KINDS}
         for name, tower in towers.items():
@@ -529,7 +526,16 @@ class HiResLmmConfig(HiResLmmOwnPartsMixin, PreTrainedConfig):
 
     def fitted_chain(self) -> Any:
         """All parts with what surrounds each, a `FittedChain`; refused where they do not fit together."""
-        chain = self.connector_config.resolve().fit(self.part_context())
+        resolved = self.connector_config.resolve()
+        inside = any(op.options.of == "vision_tower" for op in resolved.layer_ops)
+        if inside and not tower_family(self.vision_config).has_layers:
+            raise ValueError(
+                f"A layer op of the vision tower needs layers to run behind, which a tower of type "
+                f"{self.vision_config.model_type!r} does not show; leave it out, or use a ViT of transformers."
+            )
+        if inside and self.unequal_views:
+            raise ValueError("A layer op of the vision tower needs views of one size; leave out unequal_views.")
+        chain = resolved.fit(self.part_context())
         if chain.width != self.text_config.hidden_size:
             raise ValueError(
                 f"The adapter gives features of width {chain.adapted.width}, but the language model has width "
@@ -542,8 +548,6 @@ class HiResLmmConfig(HiResLmmOwnPartsMixin, PreTrainedConfig):
                         f"layout.separators.{name} is the token id {mark}, but the language model has "
                         f'{self.text_config.vocab_size} tokens; use one of them, or "learned".'
                     )
-        if self.unequal_views and any(step.options.of == "vision_tower" for step in chain.of("layer_ops")):
-            raise ValueError("A layer op of the vision tower needs views of one size; leave out unequal_views.")
         for step in chain.steps if self.unequal_views else ():
             if step.part.needs_equal_views and any(grid.stride is not None for grid in step.context.grids.values()):
                 raise ValueError(
@@ -561,24 +565,16 @@ class HiResLmmConfig(HiResLmmOwnPartsMixin, PreTrainedConfig):
         return self.fitted_chain().token_layout()
 
 
-def _without_head(tower: PreTrainedConfig) -> PreTrainedConfig:
-    """Leave out the pooling head of SigLIP: nothing reads it, it gets no gradients, and offloading breaks it."""
-    if tower.model_type.startswith("siglip") and getattr(tower, "vision_use_head", True):
-        tower = deepcopy(tower)
-        tower.vision_use_head = False
-    return tower
-
-
 def check_fit(config: HiResLmmConfig, language_model: Any) -> None:
     """Refuse settings that tower or language model cannot serve."""
     vocabulary, layer = config.text_config.vocab_size, config.vision_feature_layer
-    depth = config.vision_config.num_hidden_layers
+    depth = tower_depth(config.vision_config)
     if not 0 <= config.image_token_id < vocabulary:
         raise ValueError(
             f"image_token_id={config.image_token_id} is no token of the language model, which has {vocabulary}; add a "
             "token and resize, or use a spare one."
         )
-    if not -depth - 1 <= layer <= depth:
+    if tower_family(config.vision_config).has_layers and not -depth - 1 <= layer <= depth:
         raise ValueError(f"vision_feature_layer={layer} does not exist; the vision tower has {depth} layers.")
     if config.connector_config.position_plan is not None and keeps_state(config.text_config):
         raise ValueError(

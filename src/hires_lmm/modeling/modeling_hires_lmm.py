@@ -4,6 +4,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import AutoModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling, SequenceClassifierOutputWithPast
@@ -43,7 +44,7 @@ from .pretrained_hires_lmm import HiResLmmPreTrainedModel
 from .question_hires_lmm import PromptText
 from .serving_hires_lmm import asked_question, check_engine
 from .splice_hires_lmm import Prompt, find_placeholders, splice_images
-from .towers_hires_lmm import blank_groups, run_tower, run_towers
+from .towers_hires_lmm import blank_groups, build_tower, run_tower, run_towers
 
 
 logger = logging.get_logger(__name__)
@@ -58,9 +59,9 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
     def __init__(self, config: HiResLmmConfig):
         super().__init__(config)
         check_engine(config)
-        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.vision_tower = build_tower(config.vision_config, config.unequal_views)
         self.extra_towers = nn.ModuleDict(
-            {name: AutoModel.from_config(tower) for name, tower in config.extra_tower_configs().items()}
+            {name: build_tower(tower) for name, tower in config.extra_tower_configs().items()}
         )
         self.connector = HiResLmmConnector(
             cast("HiResLmmConnectorConfig", config.connector_config), config.part_context()
@@ -71,6 +72,14 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
         self.layer_hooks: list[Any] = []
         install_layer_ops(self)
         self.post_init()
+
+    def train(self, mode: bool = True) -> "HiResLmmModel":
+        """As in torch; batch norms of towers keep their statistics, or images would depend on each other."""
+        super().train(mode)
+        for module in (*self.vision_tower.modules(), *self.extra_towers.modules()):
+            if isinstance(module, _BatchNorm):
+                module.train(False)
+        return self
 
     def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
         """Leave the head out of what is reported: this class has none.
@@ -113,7 +122,8 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
                 tower; others are not read.
 
         Returns:
-            `HiResLmmImageFeatures`; its `pooler_output` holds one `(n_i, D)` tensor an image.
+            `HiResLmmImageFeatures`; its `pooler_output` holds one `(n_i, D)` tensor an image, its `last_hidden_state`
+            the layer of the tower that was read, or with `output_hidden_states` or `output_attentions` the last one.
 
         Raises:
             ValueError: If the tensors do not belong together or do not fit the model.

@@ -42,6 +42,13 @@ class HiResLmmPreTrainedModel(HiResLmmLoadingMixin, PreTrainedModel):
         present = {type(module).__name__ for module in self.modules()}
         self._no_split_modules = {name for name in self._no_split_modules if name in present}
 
+    def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
+        """As in transformers, and in towers of timm, which have a switch of their own."""
+        super()._set_gradient_checkpointing(enable, *args, **kwargs)
+        for module in self.modules():
+            if hasattr(module, "timm_model") and module.supports_gradient_checkpointing:
+                module.timm_model.set_grad_checkpointing(enable)
+
     def get_submodule(self, target: str) -> nn.Module:
         """A module by its path; under the name that PEFT's prompt tuning asks for, the word embeddings.
 

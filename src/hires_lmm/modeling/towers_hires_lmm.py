@@ -1,10 +1,13 @@
 """Running a vision tower: bounded chunks of views, one layer of hidden states, and what parts ask for beside it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import logging
 
@@ -15,13 +18,95 @@ from .geometry_hires_lmm import KINDS, MAIN_TOWER, WHOLE_KINDS, Kind
 from .inputs_hires_lmm import ImageInputs
 from .layer_ops_hires_lmm import TowerPass, open_tower
 from .layout_hires_lmm import idle_image
-from .tower_table_hires_lmm import patch_side, tower_family, tower_grid, tower_levels, tower_width, view_side
+from .tower_table_hires_lmm import (
+    own_side,
+    patch_side,
+    prefix_tokens,
+    tower_depth,
+    tower_family,
+    tower_grid,
+    tower_levels,
+    tower_width,
+    view_side,
+)
 
 
 logger = logging.get_logger(__name__)
 
 EXTRA_LAYER = -1
 """Layer of an extra tower whose hidden states are used."""
+
+
+DEPTH: ContextVar[int | None] = ContextVar("hires_lmm_tower_depth", default=None)
+"""Layers that the running tower goes through; None = all."""
+
+
+class TowerLayers(torch.nn.ModuleList):
+    """The layers of a tower; a pass goes through as many as are read."""
+
+    def __iter__(self) -> Iterator[torch.nn.Module]:
+        depth = None if torch.compiler.is_compiling() else DEPTH.get()
+        return iter([*self._modules.values()][:depth])
+
+
+def build_tower(config: Any, unequal_views: bool = False) -> PreTrainedModel:
+    """A new tower, which can stop behind the last layer that is read.
+
+    Raises:
+        ValueError: If a timm tower gives other features than its configuration says.
+    """
+    family = tower_family(config)
+    if family.has_layers:
+        tower = AutoModel.from_config(config)
+        layers = layers_of(tower)
+        for module in list(tower.modules()):
+            for name, child in module.named_children():
+                if child is layers:
+                    setattr(module, name, TowerLayers(layers))
+        return tower
+    tower = AutoModel.from_config(config, attn_implementation="sdpa" if family.reads_last else "eager")
+    for name in ("sdpa", "flash_attn", "flex_attn"):  # nothing in it asks, so it goes with what the others have
+        setattr(tower, f"_supports_{name}", True)
+    if family.reads_last:
+        check_timm(tower, unequal_views)
+    return tower
+
+
+def check_timm(tower: Any, unequal_views: bool) -> None:
+    """Compare a timm tower with what its configuration says."""
+    config = tower.config
+    inner = tower.timm_model
+    found = {"hidden_size": inner.num_features, "patch_size": inner.feature_info[-1]["reduction"]}
+    if getattr(inner, "output_fmt", "NCHW") != "NCHW":
+        raise ValueError(f"timm's {config.architecture} shrinks its maps as Swin does; use a ViT or a ConvNeXt.")
+    for name, value in found.items():
+        if getattr(config, name) != value:
+            raise ValueError(
+                f"timm's {config.architecture} has {name}={value}, not {getattr(config, name)}; correct vision_config "
+                "(and vision_patch_size)."
+            )
+    patches = getattr(inner, "patch_embed", None)
+    own: Any = getattr(patches, "img_size", None)
+    is_free = own is None or getattr(inner, "dynamic_img_size", False) or not getattr(patches, "strict_img_size", True)
+    if not is_free and (unequal_views or tuple(own) != (view_side(config),) * 2):
+        raise ValueError(
+            f"timm's {config.architecture} takes views of {own[0]} pixels alone, not {view_side(config)}"
+            f"{' and unequal ones' if unequal_views else ''}; put model_args={{'dynamic_img_size': True}} into its "
+            "configuration."
+        )
+
+
+@contextmanager
+def going_through(tower: PreTrainedModel, depth: int) -> Iterator[None]:
+    """Let a tower go through so many layers; all where it is spread over processes or compiled."""
+    if torch.compiler.is_compiling() or depth >= tower_depth(tower.config) or is_sharded(tower):
+        yield
+        return
+    before = DEPTH.set(depth)
+    try:
+        yield
+    finally:
+        DEPTH.reset(before)
 
 
 @torch.compiler.assume_constant_result  # names of types are nothing to compile
@@ -89,32 +174,49 @@ def run_tower(
     """
     if sizes and len(set(sizes)) > 1:
         return _run_by_size(tower, pixels, layer, needs, chunk_size, sizes)
-    needs = Needs() if needs is None else needs
+    needs, family = Needs() if needs is None else needs, tower_family(tower.config)
     keeps = tower.config.output_hidden_states if output_hidden_states is None else output_hidden_states
     options: dict[str, Any] = {} if output_attentions is None else {"output_attentions": output_attentions}
     side = patch_side(tower.config)
     grid = (pixels.shape[2] // side, pixels.shape[3] // side)
-    if tuple(pixels.shape[2:]) != (view_side(tower.config),) * 2 and not tower_family(tower.config).is_map:
+    if family.has_layers and tuple(pixels.shape[2:]) != (own_side(tower.config),) * 2:
         options["interpolate_pos_encoding"] = True
+    if family.reads_last:
+        options["do_pooling"] = False
+    count = tower_depth(tower.config) + 1
+    read = {number: number % count if family.has_layers else number for number in (layer, *needs.layers)}
+    depth = max([*read.values(), *([count - 2] if needs.scores else [])])
+    shows_all = keeps or output_attentions or tower.config.output_attentions or not family.has_layers
     pieces = []
     views = split_views(pixels, chunk_size, tower)
     chunks: Any = [(piece, {}) for piece in views]
     if layers is not None:  # no image is split
         chunks = layers.split(pixels, chunk_size if len(views) > 1 else None)
-    for piece, call in chunks:
-        output = tower(piece.to(tower.dtype), output_hidden_states=True, return_dict=True, **options, **call)
-        states = output.hidden_states
-        pieces.append(
-            TowerOutput(
-                _patches(states[layer], grid),
-                grid,
-                {name: SCORES[name](tower, states) for name in needs.scores},
-                {wanted: _patches(states[wanted], grid) for wanted in needs.layers},
-                BaseModelOutput(
-                    output.last_hidden_state, states if keeps else None, getattr(output, "attentions", None)
-                ),
+    with going_through(tower, count if shows_all else depth):
+        for piece, call in chunks:
+            output = tower(
+                piece.to(tower.dtype),
+                output_hidden_states=not family.reads_last or keeps,
+                return_dict=True,
+                **options,
+                **call,
             )
-        )
+            states = output.hidden_states
+            if family.reads_last:
+                states = (*(output.hidden_states or ()), output.last_hidden_state)
+            pieces.append(
+                TowerOutput(
+                    _patches(states[read[layer]], grid),
+                    grid,
+                    {name: SCORES[name](tower, states) for name in needs.scores},
+                    {wanted: _patches(states[read[wanted]], grid) for wanted in needs.layers},
+                    BaseModelOutput(
+                        output.last_hidden_state if shows_all else states[read[layer]],
+                        output.hidden_states if keeps else None,
+                        getattr(output, "attentions", None),
+                    ),
+                )
+            )
     return pieces[0] if len(pieces) == 1 else _join_pieces(pieces)
 
 
@@ -166,7 +268,7 @@ def _pad_output(output: TowerOutput, grid: tuple[int, int]) -> TowerOutput:
         grid,
         {name: pad(score)[..., 0] for name, score in output.scores.items()},
         {number: pad(states) for number, states in output.hidden.items()},
-        BaseModelOutput(last_hidden_state=output.output.last_hidden_state[:, :0]),
+        BaseModelOutput(last_hidden_state=output.output.last_hidden_state.flatten(1)[:, :0]),
     )
 
 
@@ -196,12 +298,12 @@ def class_products(
 
 def cls_logits(tower: PreTrainedModel, states: tuple[torch.Tensor, ...]) -> torch.Tensor:
     """How much the class token attends to each patch of the last layer, before softmax: `(V, L)`, mean of heads."""
-    return class_products(tower, states).mean(dim=1)[:, tower_family(tower.config).prefix :]
+    return class_products(tower, states).mean(dim=1)[:, prefix_tokens(tower.config) :]
 
 
 def cls_probabilities(tower: PreTrainedModel, states: tuple[torch.Tensor, ...]) -> torch.Tensor:
     """The same behind the softmax; what it gives to tokens before the patches is left out."""
-    return class_products(tower, states).softmax(dim=-1).mean(dim=1)[:, tower_family(tower.config).prefix :]
+    return class_products(tower, states).softmax(dim=-1).mean(dim=1)[:, prefix_tokens(tower.config) :]
 
 
 SCORES = {"cls_logits": cls_logits, "cls_probabilities": cls_probabilities}

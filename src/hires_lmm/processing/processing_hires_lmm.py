@@ -40,13 +40,13 @@ from .messages_hires_lmm import (
 )
 from .own_parts_hires_lmm import HiResLmmOwnPartsMixin
 from .processor_options_hires_lmm import (
-    choose_template,
     image_options,
     known_token_id,
     pad_left,
     prepare_tokenizer,
     refuse_unknown,
 )
+from .template_choice_hires_lmm import choose_template
 from .video_input_hires_lmm import count_videos, merge_videos
 
 
@@ -163,8 +163,8 @@ class HiResLmmProcessor(HiResLmmProcessorBase):
                 length of the language model, beyond which a call warns.
             image_stats (*optional*): The tower's image processor, or a dict of `image_mean`, `image_std`, `resample`;
                 default by tower family.
-            chat_template (`str`, *optional*): A name in `CHAT_TEMPLATES` or a Jinja text; default the tokenizer's own
-                if it reads images, else the one its special tokens belong to, else `"plain"`.
+            chat_template (`str`, *optional*): A name in `CHAT_TEMPLATES` or a Jinja text; default the tokenizer's own,
+                widened to images, see `choose_template`.
             changes: Options of `HiResLmmImageProcessor` that replace those of the config (`max_crops=6`).
 
         Raises:
@@ -174,9 +174,12 @@ class HiResLmmProcessor(HiResLmmProcessorBase):
         options = image_options(config, image_stats, changes)
         image_token = prepare_tokenizer(tokenizer, config.image_token_id)
         check_coordinates(config, tokenizer)
-        template = choose_template(tokenizer) if chat_template is None else chat_template
-        template = CHAT_TEMPLATES.get(template, template)
-        if options["token_layout"].get("later_tokens") is not None:
+        has_later = options["token_layout"].get("later_tokens") is not None
+        if chat_template is None:
+            chat_template, note, is_changed = choose_template(tokenizer, has_later)
+            (logger.warning_once if is_changed else logger.info)(f"Chat template: {note}.")
+        template = CHAT_TEMPLATES.get(chat_template, chat_template)
+        if has_later:
             template = add_queries(template)
         tokenizer.chat_template = template
         context = getattr(config.text_config, "max_position_embeddings", None)

@@ -4,7 +4,7 @@ from typing import Any
 
 from .image_processing_hires_lmm import HiResLmmImageProcessorKwargs
 from .planners_hires_lmm import find_planner, find_video_planner
-from .tower_table_hires_lmm import TOWERS, known_stats, view_side
+from .tower_table_hires_lmm import TOWERS, known_stats, patch_side, view_side
 
 
 PLANNERS_WITH_FILTERS = ("hd",)
@@ -12,7 +12,6 @@ VIDEO_NAMES = ("num_frames", "fps", "frame_sampling")
 """Options of the image processor that a configuration holds with its planner of videos."""
 
 STAT_NAMES = ("image_mean", "image_std", "resample")
-TEMPLATE_BY_TOKEN = {"<|start_header_id|>": "llama3", "<|im_start|>": "chatml"}
 
 
 def refuse_unknown(given: set[str], known: set[str], what: str) -> None:
@@ -61,24 +60,6 @@ def pad_left(tokenizer: Any) -> None:
     tokenizer.init_kwargs["padding_side"] = "left"
 
 
-def choose_template(tokenizer: Any) -> str:
-    """The template for a text model: its own if that reads images, else the one its special tokens belong to."""
-    own = tokenizer.chat_template
-    if isinstance(own, str) and "'image'" in own.replace('"', "'"):
-        return own
-    vocabulary = tokenizer.get_vocab()
-    return next((name for token, name in TEMPLATE_BY_TOKEN.items() if token in vocabulary), "plain")
-
-
-def _view_size(vision_config: Any) -> int:
-    size = vision_config.image_size if hasattr(vision_config, "image_size") else None
-    if isinstance(size, (list, tuple)) and len(set(size)) == 1:
-        size = size[0]
-    if not isinstance(size, int):
-        raise ValueError(f"vision_config.image_size={size!r} is no side of a square; pass view_size=… (pixels).")
-    return size
-
-
 def image_options(config: Any, image_stats: Any = None, changes: dict[str, Any] | None = None) -> dict[str, Any]:
     """Options of the image processor that fits a model, some of them changed."""
     changes = changes or {}
@@ -92,11 +73,15 @@ def image_options(config: Any, image_stats: Any = None, changes: dict[str, Any] 
         options["video_planner"] = {"name": name, **given} if given else name
     options["extra_towers"] = _extra_towers(config)
     options["token_layout"] = config.token_layout()
-    options["patch_size"] = config.vision_config.patch_size
+    options["patch_size"] = patch_side(config.vision_config)
     if not {"view_size", "size"} & set(changes):
-        options["view_size"] = _view_size(config.vision_config)
+        options["view_size"] = view_side(config.vision_config)
+        if not isinstance(options["view_size"], int):
+            raise ValueError(
+                f"vision_config.image_size={options['view_size']!r} is no side; pass view_size=… (pixels)."
+            )
     planner = find_planner(changes.get("planner", options["planner"]))[0]
-    options.update(_tower_stats(config.vision_config.model_type, planner, image_stats))
+    options.update(_tower_stats(config.vision_config, planner, image_stats))
     return {**options, **changes}
 
 
@@ -104,19 +89,19 @@ def _extra_towers(config: Any) -> dict[str, dict] | None:
     """Size and numbers of the views of extra towers."""
     towers = {}
     for name, tower in config.extra_tower_configs().items():
-        stats = known_stats(tower.model_type)
+        stats = known_stats(tower)
         if stats is None:
             raise ValueError(f"Mean and deviation of the extra tower {name!r} ({tower.model_type}) are not known.")
         towers[name] = {"size": view_side(tower), **{key: list(stats[key]) for key in ("image_mean", "image_std")}}
     return towers or None
 
 
-def _tower_stats(model_type: str, planner: str, image_stats: Any) -> dict[str, Any]:
+def _tower_stats(tower: Any, planner: str, image_stats: Any) -> dict[str, Any]:
     if image_stats is None:
-        stats = known_stats(model_type)
+        stats = known_stats(tower)
         if stats is None:
             known = ", ".join(name for name, family in TOWERS.items() if family.stats is not None)
-            raise ValueError(f"vision_config.model_type={model_type!r} is none of {known}; pass image_stats=….")
+            raise ValueError(f"vision_config.model_type={tower.model_type!r} is none of {known}; pass image_stats=….")
         if planner in PLANNERS_WITH_FILTERS:
             del stats["resample"]
         return stats

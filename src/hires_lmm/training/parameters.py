@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from ..modeling.compat_hires_lmm import layers_of
+from ..modeling.tower_table_hires_lmm import tower_family
 from ..modeling.towers_hires_lmm import EXTRA_LAYER
 
 
@@ -23,9 +24,6 @@ PARTS = (
     "lm_head",
 )
 """Parts in the order of the data."""
-
-UNREAD = ("post_layernorm", "layernorm", "head", "pooler")
-"""What towers compute behind their layers, for a pooled output that nobody reads."""
 
 _WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.", "modules_to_save.default.")
 _PEFT_PREFIX = "base_model.model."
@@ -66,15 +64,20 @@ def learnable_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]
 
 def unread_parameters(base: Any) -> set[int]:
     """`id` of what gets no gradients: towers behind the layer that is read, and what parts call untrained."""
-    unread: list[nn.Module] = []
+    unread: list[nn.Module | nn.Parameter] = []
     towers = [(base.vision_tower, base.config.vision_feature_layer)]
     for tower, layer in [*towers, *((tower, EXTRA_LAYER) for tower in base.extra_towers.values())]:
-        layers = layers_of(tower)
-        unread += layers[layer + len(layers) + 1 if layer < 0 else layer :]  # 0 are the embeddings
-        unread += [module for name, module in tower.named_modules() if name.removeprefix("vision_model.") in UNREAD]
+        family = tower_family(tower.config)
+        if family.has_layers:
+            layers = layers_of(tower)
+            unread += layers[layer + len(layers) + 1 if layer < 0 else layer :]  # 0 are the embeddings
+        named = (*tower.named_modules(), *tower.named_parameters())
+        unread += [part for name, part in named if name.removeprefix("vision_model.") in family.unread]
     parts = [module for module in base.connector.modules() if hasattr(module, "untrained_parameters")]
     untrained = [parameter for part in parts for parameter in part.untrained_parameters()]
-    return {id(parameter) for parameter in (*untrained, *(own for module in unread for own in module.parameters()))}
+    for part in unread:
+        untrained += [part] if isinstance(part, nn.Parameter) else part.parameters()
+    return {id(parameter) for parameter in untrained}
 
 
 def _is_peft_parameter(name: str) -> bool:
