@@ -22,7 +22,7 @@ def row_end(value):
         ),
         (
             {"heads": {"n": {"part": "x"}}},
-            r"heads.n names the unknown part 'x'; no part is built in .* so give a class",
+            "heads.n names the unknown part 'x'; known parts of this slot: number_decoder",
         ),
         (
             {"adapter": {"part": "mlp", "size": 1}},

@@ -353,7 +353,7 @@ def test_empty_lists_of_what_it_does_not_read_mean_none(checkpoint):
     plain = processor(text="<image> boat", images=[picture], return_tensors="pt")
     given = processor(text="<image> boat", images=[picture], videos=[], audios=[], return_tensors="pt")
     assert {name: value.tolist() for name, value in given.items()} == {n: v.tolist() for n, v in plain.items()}
-    with pytest.raises(ValueError, match="videos=list was passed"):
-        processor(text="boat", videos=["film.mp4"])
+    with pytest.raises(ValueError, match="0 <video> placeholders, but 1 videos were passed"):
+        processor(text="boat", videos=[[picture]])
     with pytest.raises(ValueError, match="audio=list was passed"):
         processor(text="boat", audios=["song.wav"])

@@ -140,6 +140,7 @@ def config(planner=None, model_type="clip_vision_model", image_token_id=3, **vis
     vision = {"image_size": 28, "patch_size": 14, "model_type": model_type, **vision}
     return SimpleNamespace(
         planner=planner or {"name": "slime", "max_crops": 6, "unpad": True},
+        connector_config=SimpleNamespace(map_ops=[]),
         vision_config=SimpleNamespace(**vision),
         text_config=SimpleNamespace(max_position_embeddings=512),
         token_layout=lambda: LAYOUT,

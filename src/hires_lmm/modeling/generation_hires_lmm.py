@@ -141,7 +141,7 @@ class HiResLmmGenerationMixin(GenerationMixin):
             raise ValueError(
                 f"{self.config.text_config.model_type!r} cannot draft as an assistant: its states cannot be cropped."
             )
-        takes_back = generation_config.num_beams > 1 or generation_config.prompt_lookup_num_tokens
+        takes_back = (generation_config.num_beams or 1) > 1 or generation_config.prompt_lookup_num_tokens
         if model_kwargs.get("output_heads") is not None and takes_back:
             raise ValueError(
                 f"num_beams={generation_config.num_beams}, prompt_lookup_num_tokens="
