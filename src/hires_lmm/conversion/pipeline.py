@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.core_model_loading import revert_weight_conversion
 
 from ..modeling.configuration_hires_lmm import HiResLmmConfig
 from ..processing.processor_options_hires_lmm import place_image_token
@@ -111,7 +112,9 @@ def convert(
         grow_embeddings(mapped, added, (*model._tied_weights_keys.values(), *model._tied_weights_keys))
         if source.new_tensors is not None:
             add_tensors(mapped, source.new_tensors(config))
-        check_complete(mapped, saved_shapes(model), source.rules, f"the source {source.name}")
+        shapes = saved_shapes(model)
+        name_as_saved(mapped, model, shapes)
+        check_complete(mapped, shapes, source.rules, f"the source {source.name}")
         entries = cast(mapped.entries, config.dtype if source.one_dtype else wanted)
         write_tensors(work, entries, max_shard_bytes, progress)
         if mapped.unused and source.keeps_unused:
@@ -129,6 +132,18 @@ def convert(
         report = finish_report({"conversion": source.format, "source": source.name, **facts}, mapped, entries)
         (work / REPORT_NAME).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return report
+
+
+def name_as_saved(mapped: Mapped, model: Any, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Give tensors that bear the names of the model in memory those of its files."""
+    tensors = model.state_dict()
+    names = {}
+    for name in mapped.entries:
+        if name in tensors and name not in shapes:
+            names[name] = next(iter(revert_weight_conversion(model, {name: tensors[name]})))
+    mapped.entries = {names.get(name, name): entry for name, entry in mapped.entries.items()}
+    for each in mapped.records:
+        each["targets"] = [names.get(target, target) for target in each["targets"]]
 
 
 def grow_embeddings(mapped: Mapped, added: int, names: Iterable[str]) -> None:
