@@ -27,12 +27,13 @@ from .image_input_hires_lmm import (
     flatten_budgets,
     flatten_images,
     open_image,
-    to_rgb,
 )
 from .loading_names_hires_lmm import is_loading_name, is_service_name
 from .own_parts_hires_lmm import HiResLmmOwnPartsMixin, as_name, map_planner, part_loader
 from .planners_hires_lmm import Planner, find_planner
-from .rendering_hires_lmm import draw_whole, render, scale_and_shift, square
+from .reading_hires_lmm import DECODES, in_threads, locks_of, read_picture
+from .rendering_hires_lmm import Drawn, cut, cut_towers, draw, scale_and_shift
+from .resizing_hires_lmm import RESIZE_BACKENDS
 from .token_layout_hires_lmm import TokenLayout, apply_budget, count_tokens, min_budget
 from .view_plans_hires_lmm import PlannerLimits, ViewPlan
 
@@ -62,6 +63,12 @@ class HiResLmmImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[c
         image_boxes (`list`, *optional*): In a call, the objects of each image that become tokens, see `read_objects`.
         background (`list[int]`): Colour under transparent pixels, RGB.
         pixel_limit (`int`): Most pixels of a source image.
+        resize_backend (`str`): `"torch"`, or `"pillow"`, several times slower, for the very pixels of published
+            processors: bicubic and bilinear filters of both differ by at most 2 of 255 levels.
+        decode (`str`): `"full"`, or `"scaled"`: a JPEG file is decoded at a half, a quarter or an eighth where no view
+            needs more. Pixels differ a little; sizes, plan and boxes are those of the whole picture.
+        num_threads (`int`, *optional*): Images that are read and drawn at once. `None`: as many threads as torch has,
+            at most 4; 1 in the workers of a data loader.
     """
 
     planner: str | dict | type | None
@@ -82,6 +89,9 @@ class HiResLmmImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[c
     image_std: float | int | list | tuple | None
     background: list[int] | tuple[int, ...] | None
     pixel_limit: int | None
+    resize_backend: str | None
+    decode: str | None
+    num_threads: int | None
 
 
 FIXED_OPTIONS = {
@@ -118,6 +128,9 @@ class _Settings:
     do_rescale: bool
     extra_towers: dict | None
     rescale_factor: float
+    resize_backend: str
+    decode: str
+    num_threads: int | None
 
 
 class HiResLmmImageProcessor(HiResLmmOwnPartsMixin, PilBackend):
@@ -149,6 +162,9 @@ class HiResLmmImageProcessor(HiResLmmOwnPartsMixin, PilBackend):
     image_layout = None
     background = (255, 255, 255)
     pixel_limit = DEFAULT_PIXEL_LIMIT
+    resize_backend = "torch"
+    decode = "full"
+    num_threads = None
 
     resample = None
     image_mean = OPENAI_CLIP_MEAN
@@ -238,32 +254,25 @@ class HiResLmmImageProcessor(HiResLmmOwnPartsMixin, PilBackend):
         """
         settings = self._settings(kwargs)
         samples = require_samples(images) if kwargs.get("image_layout") == "dense" else None
-        sources = flatten_images(self.fetch_images(images))
+        sources = flatten_images(images)
         if not sources:
             raise ValueError("There is no image: the list is empty; pass at least one image or leave images out.")
-        pictures = [
-            to_rgb(
-                source,
-                index,
-                settings.background,
-                settings.pixel_limit,
-                settings.input_data_format,
-                unit_floats=settings.do_rescale,
-            )
-            for index, source in enumerate(sources)
-        ]
-        plans = [settings.planner(picture.height, picture.width, settings.limits) for picture in pictures]
+        locks = locks_of(sources)
+
+        def read(index: int) -> tuple[ViewPlan, Drawn]:
+            source = sources[index]
+            with locks[id(source)]:
+                picture, plan = read_picture(source, index, settings)
+            _check_views(plan, index)
+            return plan, draw(picture, plan, settings, index)
+
+        found = in_threads(read, range(len(sources)), settings.num_threads)
+        plans, drawn = [plan for plan, _ in found], [own for _, own in found]
         boxes = read_objects(kwargs.get("image_boxes"), plans)
         counts = self._count(plans, settings, images, list(map(len, boxes)))
-        _check_views(plans)
-        pictures = [square(*own, settings, index) for index, own in enumerate(zip(pictures, plans, strict=True))]
-        data = {"pixel_values": render(pictures, plans, settings), **_geometry(plans, counts)}
-        pairs = zip(pictures, plans, strict=True)
-        whole = [pair for pair in pairs if any(view.kind == Kind.GLOBAL for view in pair[1].views)]
-        for name, tower in (settings.extra_towers or {}).items():
-            views = [draw_whole(picture, plan, tower, settings) for picture, plan in whole]
-            empty = np.zeros((0, 3, tower["size"], tower["size"]), dtype=np.float32)
-            data[f"pixel_values_{name}"] = np.stack(views) if views else empty
+        _check_padded(plans)
+        data = {"pixel_values": cut(drawn, plans, settings), **_geometry(plans, counts)}
+        data.update({f"pixel_values_{name}": views for name, views in cut_towers(drawn, settings).items()})
         if samples is not None:
             refuse_boxes(boxes)
             data = pack_samples(data, samples)
@@ -392,6 +401,7 @@ class HiResLmmImageProcessor(HiResLmmOwnPartsMixin, PilBackend):
             scale=scale,
             shift=shift,
             **{name: options[name] for name in ("max_image_tokens", "resample", "pixel_limit", "do_rescale")},
+            **{name: options[name] for name in ("resize_backend", "decode", "num_threads")},
             extra_towers=options["extra_towers"],
             rescale_factor=options["rescale_factor"] if options["do_rescale"] else 1.0,
             background=tuple(options["background"]),
@@ -415,6 +425,9 @@ def _check_values(options: dict[str, Any]) -> None:
         "background": (_is_color(color), "three integers from 0 to 255 (RGB)"),
         "pixel_limit": (limit is not None and limit >= 1, "an integer of at least 1"),
         "input_data_format": (order in (None, *FORMATS), f"'{FORMATS[0]}' or '{FORMATS[1]}'"),
+        "resize_backend": (options["resize_backend"] in RESIZE_BACKENDS, "'torch' or 'pillow'"),
+        "decode": (options["decode"] in DECODES, "'full' or 'scaled'"),
+        "num_threads": (options["num_threads"] is None or options["num_threads"] >= 1, "at least 1, or None"),
         "image_layout": (options["image_layout"] in (None, "flat", "dense"), "'flat', 'dense' or None"),
         "max_image_tokens": (_is_budget(budget), "an integer of at least 1 (in a call also a list), or None"),
     }
@@ -462,17 +475,24 @@ def _num_tokens(plan: ViewPlan, budget: int | None, num_objects: int, settings: 
     return number
 
 
-def _check_views(plans: list[ViewPlan]) -> None:
-    """Refuse an image whose views, padded to the largest of the batch, hold more pixels than any source may have."""
-    sizes = [plan.view_pixels(view) for plan in plans for view in plan.views]
+def _check_views(plan: ViewPlan, index: int, padded: tuple[int, int] = (0, 0)) -> None:
+    """Refuse an image whose views, perhaps padded, hold more pixels than any source may have."""
+    sizes = [*map(plan.view_pixels, plan.views), padded]
     high, wide = (max(size[axis] for size in sizes) for axis in (0, 1))
+    pixels = len(plan.views) * high * wide
+    if pixels > DEFAULT_PIXEL_LIMIT:
+        raise ValueError(
+            f"Image {index} would become {len(plan.views)} views of {high}x{wide} = {pixels} pixels, more than "
+            f"{DEFAULT_PIXEL_LIMIT}; lower max_crops or view_size, or leave out images of very different aspect."
+        )
+
+
+def _check_padded(plans: list[ViewPlan]) -> None:
+    """The same for views that are padded to the largest of the batch."""
+    sizes = [plan.view_pixels(view) for plan in plans for view in plan.views]
+    largest = (max(size[0] for size in sizes), max(size[1] for size in sizes))
     for index, plan in enumerate(plans):
-        pixels = len(plan.views) * high * wide
-        if pixels > DEFAULT_PIXEL_LIMIT:
-            raise ValueError(
-                f"Image {index} would become {len(plan.views)} views of {high}x{wide} = {pixels} pixels, more than "
-                f"{DEFAULT_PIXEL_LIMIT}; lower max_crops or view_size, or leave out images of very different aspect."
-            )
+        _check_views(plan, index, largest)
 
 
 def _geometry(plans: list[ViewPlan], counts: list[int]) -> dict[str, np.ndarray]:

@@ -3,6 +3,8 @@
 What the functions take as `settings` are the checked options of a call of the image processor.
 """
 
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, cast
 
 import numpy as np
@@ -12,42 +14,84 @@ from torch.nn.functional import interpolate
 from transformers.image_utils import PILImageResampling
 
 from .geometry_hires_lmm import Kind
-from .image_input_hires_lmm import DEFAULT_PIXEL_LIMIT, crop_to_square, mean_color, pad_to_square
+from .image_input_hires_lmm import crop_to_square, mean_color, pad_to_square
+from .reading_hires_lmm import in_threads
+from .resizing_hires_lmm import Picture, as_image, resize_all, size_of
 from .view_plans_hires_lmm import View, ViewPlan, square_paste
 
 
-def square(picture: Image.Image, plan: ViewPlan, settings: Any, index: int) -> Image.Image:
+@dataclass(frozen=True)
+class Drawn:
+    """What is drawn of one image, before it is cut: the global view (float32 where it is interpolated), the canvas and
+    the view of each extra tower, `(height, width, 3)`; None or no entry where the plan has none."""
+
+    whole: np.ndarray | None
+    canvas: np.ndarray | None
+    towers: dict[str, np.ndarray]
+
+
+def draw(picture: Picture, plan: ViewPlan, settings: Any, index: int) -> Drawn:
+    """Draw all that a plan needs of a picture, each size once; `index` is named in errors."""
+    picture = square(picture, plan, settings, index)
+    filters = [settings.resample if settings.resample is not None else own for own in plan.resample]
+    filters = [PILImageResampling.BICUBIC if own is None else own for own in filters]
+    has_global = any(view.kind == Kind.GLOBAL for view in plan.views)
+    is_interpolated = plan.global_square is not None and settings.resample is None
+    has_canvas = any(plan.canvas)
+    towers = {name: plan.whole(tower["size"]) for name, tower in (settings.extra_towers or {}).items() if has_global}
+    wanted = [(resized, PILImageResampling.BICUBIC) for resized, _ in towers.values()]
+    wanted += [(plan.resized, filters[1])] if has_canvas and not plan.transposed else []
+    wanted += [(plan.global_size, filters[0])] if has_global and not is_interpolated else []
+    resized = dict(zip(wanted, resize_all(picture, wanted, settings.resize_backend), strict=True))
+
+    whole = canvas = None
+    if has_global and is_interpolated:
+        whole = _interpolated_square(picture, plan)
+    elif has_global:
+        side = plan.view_pixels(next(view for view in plan.views if view.kind == Kind.GLOBAL))
+        whole = _paste(resized[plan.global_size, filters[0]], side, plan.global_paste, plan.global_fill)
+    if has_canvas and plan.transposed:
+        canvas = _transposed_canvas(picture, plan, filters[1])
+    elif has_canvas:
+        canvas = _paste(resized[plan.resized, filters[1]], plan.canvas, plan.paste, plan.fill)
+    views = {
+        name: _paste(resized[own, PILImageResampling.BICUBIC], (side, side), paste, plan.global_fill)
+        for (name, (own, paste)), side in zip(towers.items(), _tower_sizes(settings), strict=False)
+    }
+    return Drawn(whole, canvas, views)
+
+
+def square(picture: Picture, plan: ViewPlan, settings: Any, index: int) -> Picture:
     """What is drawn in place of a picture: itself, or a square, cut at the largest size at which it will be drawn."""
     if settings.limits.square == "pad":
-        return pad_to_square(picture, mean_color(settings.image_mean), settings.pixel_limit, index)
+        return pad_to_square(as_image(picture), mean_color(settings.image_mean), settings.pixel_limit, index)
     if settings.limits.square == "crop":
-        towers = [tower["size"] for tower in (settings.extra_towers or {}).values()]
-        largest = max(plan.view_size, *plan.canvas, *towers)
-        return crop_to_square(picture, plan.global_square or largest, settings.resample)
+        largest = max(plan.view_size, *plan.canvas, *_tower_sizes(settings))
+        return crop_to_square(as_image(picture), plan.global_square or largest, settings.resample)
     return picture
 
 
-def render(pictures: list[Image.Image], plans: list[ViewPlan], settings: Any) -> np.ndarray:
-    """Draw all views: two resizes of each source at most, and every pixel is normalised where it will stay."""
-    sizes = [plan.view_pixels(view) for plan in plans for view in plan.views]
-    largest = [max(size[axis] for size in sizes) for axis in (0, 1)]
-    make = np.empty if len(set(sizes)) == 1 else np.zeros
-    pixels, row = make((len(sizes), 3, *largest), dtype=np.float32), 0
-    for picture, plan in zip(pictures, plans, strict=True):
-        given = [chosen if settings.resample is None else settings.resample for chosen in plan.resample]
-        filters = [PILImageResampling.BICUBIC if chosen is None else chosen for chosen in given]
-        canvas = _draw_canvas(picture, plan, filters[1]) if any(plan.canvas) else None
-        for view in plan.views:
-            height, width = sizes[row]
-            if view.kind == Kind.GLOBAL:
-                drawn = _draw_global(picture, plan, sizes[row], settings.resample, filters[0])
-            else:
-                drawn = _cut(cast("np.ndarray", canvas), view, sizes[row])
-            own = pixels[row, :, :height, :width]
-            own[...] = drawn.transpose(2, 0, 1)
-            own *= settings.scale
-            own += settings.shift
-            row += 1
+def _tower_sizes(settings: Any) -> list[int]:
+    return [tower["size"] for tower in (settings.extra_towers or {}).values()]
+
+
+def cut(drawn: list[Drawn], plans: list[ViewPlan], settings: Any) -> np.ndarray:
+    """Cut all views from what was drawn; every pixel is normalised where it will stay."""
+    sizes = [[plan.view_pixels(view) for view in plan.views] for plan in plans]
+    largest = [max(size[axis] for own in sizes for size in own) for axis in (0, 1)]
+    number = sum(map(len, sizes))
+    make = np.empty if len({size for own in sizes for size in own}) == 1 else np.zeros
+    pixels = make((number, 3, *largest), dtype=np.float32)
+    ends = list(accumulate(map(len, sizes)))
+
+    def fill(index: int) -> None:
+        own = pixels[ends[index] - len(sizes[index]) : ends[index]]
+        for view, size, room in zip(plans[index].views, sizes[index], own, strict=True):
+            whole, canvas = (cast("np.ndarray", own) for own in (drawn[index].whole, drawn[index].canvas))
+            source = whole if view.kind == Kind.GLOBAL else _cut(canvas, view, size)
+            _normalise(source, room[:, : size[0], : size[1]], settings.scale, settings.shift)
+
+    in_threads(fill, range(len(plans)), settings.num_threads)
     return pixels
 
 
@@ -59,55 +103,48 @@ def _cut(canvas: np.ndarray, view: View, size: tuple[int, int]) -> np.ndarray:
     return canvas[top : top + size[0], left : left + size[1]]
 
 
-def draw_whole(picture: Image.Image, plan: ViewPlan, tower: dict[str, Any], settings: Any) -> np.ndarray:
-    """What the global view shows on the square of an extra tower, with the numbers of that tower."""
-    side = tower["size"]
-    factor = settings.rescale_factor
-    scale, shift = scale_and_shift(factor, tower["image_mean"], tower["image_std"])
-    resized, paste = plan.whole(side)
-    drawn = _draw(picture, resized, (side, side), paste, plan.global_fill, PILImageResampling.BICUBIC)
-    return drawn.transpose(2, 0, 1).astype(np.float32) * scale + shift
+def _normalise(drawn: np.ndarray, room: np.ndarray, scale: np.ndarray, shift: np.ndarray) -> None:
+    room[...] = drawn.transpose(2, 0, 1)
+    room *= scale
+    room += shift
 
 
-def _draw(
-    picture: Image.Image,
-    resized: tuple[int, int],
-    canvas: tuple[int, int],
-    paste: tuple[int, int],
-    fill: tuple[int, int, int],
-    resample: int,
+def cut_towers(drawn: list[Drawn], settings: Any) -> dict[str, np.ndarray]:
+    """What each extra tower sees of the images with a global view, with the numbers of that tower."""
+    found = {}
+    for name, tower in (settings.extra_towers or {}).items():
+        numbers = scale_and_shift(settings.rescale_factor, tower["image_mean"], tower["image_std"])
+        views = [own.towers[name] for own in drawn if name in own.towers]
+        found[name] = np.empty((len(views), 3, tower["size"], tower["size"]), dtype=np.float32)
+        for view, room in zip(views, found[name], strict=True):
+            _normalise(view, room, *numbers)
+    return found
+
+
+def _paste(
+    resized: np.ndarray, canvas: tuple[int, int], paste: tuple[int, int], fill: tuple[int, int, int]
 ) -> np.ndarray:
-    """Resize a picture and paste it on a filled canvas; `(height, width, 3)` uint8."""
-    if resized != (picture.height, picture.width):
-        if resized[1] * picture.height > DEFAULT_PIXEL_LIMIT:  # Pillow widens all rows first; here that is too much
-            picture = picture.resize((picture.width, resized[0]), resample)
-        picture = picture.resize((resized[1], resized[0]), resample)
-    if resized == canvas:
-        return np.asarray(picture)
+    """A resized picture on a filled canvas; `(height, width, 3)` uint8."""
+    if resized.shape[:2] == canvas:
+        return resized
     drawn = np.full((*canvas, 3), fill[0] if len(set(fill)) == 1 else fill, dtype=np.uint8)
-    drawn[paste[0] : paste[0] + resized[0], paste[1] : paste[1] + resized[1]] = np.asarray(picture)
+    drawn[paste[0] : paste[0] + resized.shape[0], paste[1] : paste[1] + resized.shape[1]] = resized
     return drawn
 
 
-def _draw_global(
-    picture: Image.Image, plan: ViewPlan, size: tuple[int, int], asked: int | None, resample: int
-) -> np.ndarray:
-    """The global view as uint8, or as float32 where it is interpolated; a filter that was asked for goes first."""
-    side, square = plan.view_size, plan.global_square
-    if square is None or asked is not None:
-        return _draw(picture, plan.global_size, size, plan.global_paste, plan.global_fill, resample)
-    own = (picture.height, picture.width)
-    drawn = _draw(picture, own, (square, square), square_paste(own, square), plan.global_fill, resample)
-    planes = torch.tensor(drawn).permute(2, 0, 1)[None].float()
-    return interpolate(planes, size=(side, side), mode="bicubic", align_corners=False)[0].permute(1, 2, 0).numpy()
+def _interpolated_square(picture: Picture, plan: ViewPlan) -> np.ndarray:
+    """The global view as float32, interpolated from a square on which the picture stands at its own size."""
+    side = cast("int", plan.global_square)
+    drawn = _paste(np.asarray(picture), (side, side), square_paste(size_of(picture), side), plan.global_fill)
+    planes = torch.from_numpy(drawn.astype(np.float32)).permute(2, 0, 1)[None]
+    size = (plan.view_size, plan.view_size)
+    return interpolate(planes, size=size, mode="bicubic", align_corners=False)[0].permute(1, 2, 0).numpy()
 
 
-def _draw_canvas(picture: Image.Image, plan: ViewPlan, resample: int) -> np.ndarray:
-    if not plan.transposed:
-        return _draw(picture, plan.resized, plan.canvas, plan.paste, plan.fill, resample)
-    turned = picture.transpose(Image.Transpose.TRANSPOSE)
-    drawn = _draw(turned, plan.resized[::-1], plan.canvas[::-1], plan.paste[::-1], plan.fill, resample)
-    return drawn.transpose(1, 0, 2)
+def _transposed_canvas(picture: Picture, plan: ViewPlan, resample: int) -> np.ndarray:
+    turned = as_image(picture).transpose(Image.Transpose.TRANSPOSE)
+    (resized,) = resize_all(turned, [(plan.resized[::-1], resample)], "pillow")
+    return _paste(resized, plan.canvas[::-1], plan.paste[::-1], plan.fill).transpose(1, 0, 2)
 
 
 def scale_and_shift(factor: float, mean: Any, std: Any) -> tuple[np.ndarray, np.ndarray]:
