@@ -20,6 +20,7 @@ NAMES = (
     "unpad",
     "global_view",
     "views",
+    "enlarge",
     "token_layout",
 )
 

@@ -76,7 +76,7 @@ def _plan(settings: dict[str, Any], height: int, width: int, changes: dict[str, 
     """The views of an image and the order of its tokens."""
     name, planner, own = find_planner(settings["planner"])
     given = {**settings, **changes}
-    known = ("view_size", "patch_size", "max_crops", "pinpoints", "unpad", "global_view", "views")
+    known = ("view_size", "patch_size", "max_crops", "pinpoints", "unpad", "global_view", "views", "enlarge")
     limits = planner.build_options(name, {**{each: given[each] for each in known if each in given}, **own})
     layout = settings.get("token_layout")
     return (

@@ -50,6 +50,7 @@ class HiResLmmImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[c
         unpad (`bool`, *optional*): Whether only patches that show the image enter the sequence.
         global_view (`str`, *optional*): `"squeeze"` or `"pad"`.
         views (`str`): `"all"`, `"global"` or `"crops"`.
+        enlarge (`bool`, *optional*): False: no crops of an image that its global view shows at its own size or larger.
         token_layout (`dict`, *optional*): `config.token_layout()` of the model; `None` = every patch is a token.
         extra_towers (`dict[str, dict]`, *optional*): Name of an extra tower -> `size`, `image_mean`, `image_std`; each
             sees every image whole, as `pixel_values_<name>`.
@@ -79,6 +80,7 @@ class HiResLmmImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[c
     unpad: bool | None
     global_view: str | None
     views: str | None
+    enlarge: bool | None
     token_layout: dict | None
     extra_towers: dict | None
     max_image_tokens: int | list | tuple | None
@@ -156,6 +158,7 @@ class HiResLmmImageProcessor(HiResLmmOwnPartsMixin, PilBackend):
     unpad = None
     global_view = None
     views = "all"
+    enlarge = None
     token_layout = None
     extra_towers = None
     max_image_tokens = None
@@ -387,7 +390,7 @@ class HiResLmmImageProcessor(HiResLmmOwnPartsMixin, PilBackend):
         options = {**own, **given}
         _check_values(options)
         name, planner, planner_options = find_planner(options["planner"])
-        shared = ("view_size", "patch_size", "max_crops", "pinpoints", "unpad", "global_view", "views")
+        shared = ("view_size", "patch_size", "max_crops", "pinpoints", "unpad", "global_view", "views", "enlarge")
         limits = planner.build_options(name, {**{each: options[each] for each in shared}, **planner_options})
         layout = options["token_layout"]
         scale, shift = scale_and_shift(

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from .own_parts_hires_lmm import as_name, is_own, own_class, refusal
@@ -149,11 +149,14 @@ class Planner:
 
     def __call__(self, height: int, width: int, options: PlannerLimits) -> ViewPlan:
         """Plan one image."""
-        if options.square is None:
-            return self.plan(height, width, options)
         size = checked_size(height, width)
         side = max(size) if options.square == "pad" else min(size)
-        return place_square(self.plan(side, side, options), size)
+        drawn = size if options.square is None else (side, side)
+        plan = self.plan(*drawn, options)
+        is_shown = all(own >= source for own, source in zip(plan.global_size, drawn, strict=True))
+        if options.enlarge is False and options.views == "all" and is_shown and any(plan.canvas):
+            plan = self.plan(*drawn, replace(options, views="global"))
+        return plan if options.square is None else place_square(plan, size)
 
     def build_options(self, name: str, values: dict[str, Any]) -> PlannerLimits:
         """Check options by name; None leaves a choice to the planner."""

@@ -76,5 +76,3 @@ def _scale_down(image: Any, plan: ViewPlan, settings: Any) -> None:
     sizes += [plan.whole(tower["size"])[0] for tower in (settings.extra_towers or {}).values()]
     largest = tuple(max(1, *(size[axis] for size in sizes)) for axis in (0, 1))
     image.draft(None, largest if orientation(image) in TURNED else largest[::-1])
-
-

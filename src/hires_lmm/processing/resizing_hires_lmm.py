@@ -36,11 +36,9 @@ def as_image(picture: Picture) -> Image.Image:
 
 def resize_all(picture: Picture, wanted: list[tuple[Size, int]], backend: str) -> list[np.ndarray]:
     """A picture at several sizes, each with a filter of Pillow, as arrays `(height, width, 3)`; not to be written to."""
-    found: dict[tuple[Size, int], np.ndarray] = {}
     own = size_of(picture)
     by_torch = [each for each in dict.fromkeys(wanted) if backend == "torch" and _is_for_torch(own, *each)]
-    if by_torch:
-        found = dict(zip(by_torch, _resize_by_torch(picture, by_torch), strict=True))
+    found = _resize_by_torch(picture, by_torch)
     for size, resample in wanted:
         if (size, resample) not in found:
             found[size, resample] = np.asarray(picture if size == own else _resize_by_pillow(picture, size, resample))
@@ -48,8 +46,9 @@ def resize_all(picture: Picture, wanted: list[tuple[Size, int]], backend: str) -
 
 
 def _is_for_torch(own: Size, size: Size, resample: int) -> bool:
-    """Whether torch has the filter, and the picture is not so long that its rows should not be widened first."""
-    return size != own and resample in TORCH_FILTERS and own[0] * size[1] <= DEFAULT_PIXEL_LIMIT
+    """Whether torch has the filter, and the picture between the two passes is not too large."""
+    between = size[0] * own[1] if _first_axis(own, size) == 0 else own[0] * size[1]
+    return size != own and resample in TORCH_FILTERS and between <= DEFAULT_PIXEL_LIMIT
 
 
 def _resize_by_pillow(picture: Picture, size: Size, resample: int) -> Image.Image:
@@ -59,25 +58,47 @@ def _resize_by_pillow(picture: Picture, size: Size, resample: int) -> Image.Imag
     return image.resize((size[1], size[0]), resample)
 
 
-def _resize_by_torch(picture: Picture, wanted: list[tuple[Size, int]]) -> list[np.ndarray]:
-    """Rows are resized band by band, then columns: what torch does with the whole picture, bit by bit."""
-    height, width = size_of(picture)
-    step = max(1, BAND_BYTES // (3 * width))
-    narrow = [np.empty((height, size[1], 3), dtype=np.uint8) for size, _ in wanted]
-    for top in range(0, height, step):
-        bottom = min(top + step, height)
-        band = picture.crop((0, top, width, bottom)) if isinstance(picture, Image.Image) else picture[top:bottom]
-        band = np.require(band, requirements=["C", "W"])
-        for (size, resample), rows in zip(wanted, narrow, strict=True):
-            rows[top:bottom] = _interpolate(band, (bottom - top, size[1]), TORCH_FILTERS[resample])  # type: ignore[index]
-    return [
-        _interpolate(rows, size, TORCH_FILTERS[resample])  # type: ignore[index]
-        for (size, resample), rows in zip(wanted, narrow, strict=True)
-    ]
+def _resize_by_torch(picture: Picture, wanted: list[tuple[Size, int]]) -> dict[tuple[Size, int], np.ndarray]:
+    """One axis, then the other, in the order of Pillow 13: else two passes that round would differ by more."""
+    own, found = size_of(picture), {}
+    for axis in (0, 1):
+        group = [each for each in wanted if _first_axis(own, each[0]) == axis]
+        halves = _resize_axis(picture, axis, [(size[axis], resample) for size, resample in group])
+        for (size, resample), half in zip(group, halves, strict=True):
+            found[size, resample] = _interpolate(half, size, resample)
+    return found
 
 
-def _interpolate(array: np.ndarray, size: Size, mode: str) -> np.ndarray:
+def _first_axis(own: Size, size: Size) -> int:
+    """Height comes first where it is lowered, by more than twice the pixels that width is."""
+    lowered = own[0] - size[0]
+    return 0 if own[1] == size[1] or (lowered > 0 and lowered > 2 * (own[1] - size[1])) else 1
+
+
+def _resize_axis(picture: Picture, axis: int, wanted: list[tuple[int, int]]) -> list[np.ndarray]:
+    """One axis of a picture at several lengths, each with a filter, band by band along the other axis."""
+    own, along = size_of(picture), 1 - axis
+    halves = [np.empty((length, own[1], 3) if axis == 0 else (own[0], length, 3), np.uint8) for length, _ in wanted]
+    step = max(1, BAND_BYTES // (3 * own[axis]))
+    for start in range(0, own[along] if wanted else 0, step):
+        end = min(start + step, own[along])
+        band = _band(picture, along, start, end)
+        for half, (length, resample) in zip(halves, wanted, strict=True):
+            part = half[start:end] if along == 0 else half[:, start:end]
+            part[...] = _interpolate(band, part.shape[:2], resample)
+    return halves
+
+
+def _band(picture: Picture, along: int, start: int, end: int) -> np.ndarray:
+    """Rows or columns of a picture as an array of its own, unless it is a writable array that lies so already."""
+    if isinstance(picture, Image.Image):
+        box = (0, start, picture.width, end) if along == 0 else (start, 0, end, picture.height)
+        return np.array(picture.crop(box))
+    return np.require(picture[start:end] if along == 0 else picture[:, start:end], requirements=["C", "W"])
+
+
+def _interpolate(array: np.ndarray, size: tuple[int, ...], resample: int) -> np.ndarray:
     if array.shape[:2] == size:
         return array
-    planes = torch.from_numpy(array).permute(2, 0, 1)[None]
+    planes, mode = torch.from_numpy(array).permute(2, 0, 1)[None], TORCH_FILTERS[PILImageResampling(resample)]
     return interpolate(planes, size=size, mode=mode, antialias=True)[0].permute(1, 2, 0).numpy()
