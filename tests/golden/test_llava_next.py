@@ -22,7 +22,6 @@ from builders import (
     tiny_text_config,
     tiny_vision_config,
 )
-
 from builders.images import assert_same_views
 
 from .base import GoldenSet

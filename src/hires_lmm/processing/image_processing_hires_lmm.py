@@ -20,7 +20,6 @@ from transformers.processing_utils import ImagesKwargs, Unpack
 
 from .compat_hires_lmm import warn_if_untested
 from .dense_layout_hires_lmm import CROP_TO_PATCHES, pack_samples, refuse_boxes, require_samples
-from .geometry_hires_lmm import Kind
 from .image_boxes_hires_lmm import check_objects, read_objects, write_objects
 from .image_input_hires_lmm import (
     DEFAULT_PIXEL_LIMIT,
