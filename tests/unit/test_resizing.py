@@ -1,4 +1,4 @@
-"""How pictures are resized, decoded and read in threads: by torch and Pillow, whole and scaled, one and many at once."""
+"""Pictures resized by torch and by Pillow, decoded whole and scaled, read one by one and in threads."""
 
 import io
 import multiprocessing
@@ -62,7 +62,7 @@ def test_bands_change_no_bit(step, monkeypatch):
 @pytest.mark.skipif(PILLOW < 13, reason="its axes come in another order")
 @pytest.mark.parametrize("step", [1, 3000, 10**9])
 def test_the_axes_come_in_the_order_of_pillow(step, monkeypatch):
-    """Black and white noise, where the other order is 10 levels off: lower and wider, much lower and a bit narrower."""
+    """On black and white noise the other order is more than 10 levels off."""
     monkeypatch.setattr(resizing, "BAND_BYTES", step)
     noise = np.random.default_rng(0).integers(0, 2, (90, 60, 3), dtype=np.uint8) * 255
     for size in ((30, 80), (20, 59), (20, 26), (20, 24), (120, 20), (120, 90)):
@@ -198,7 +198,7 @@ def test_grey_cmyk_and_damaged_jpeg_files_are_scaled_as_well():
         assert np.abs(found - whole).mean() < 0.03
     with pytest.raises(ValueError, match="Image 1 cannot be decoded"):
         small(decode="scaled")([picture(9, 9), jpeg(random_image(640, 480))[:3000]])
-    with pytest.raises(ValueError, match="Image 0 has 640x480 .* more than pixel_limit=1000"):
+    with pytest.raises(ValueError, match=r"Image 0 has 640x480 .* more than pixel_limit=1000"):
         small(decode="scaled", pixel_limit=1000)(jpeg(random_image(640, 480)))
 
 

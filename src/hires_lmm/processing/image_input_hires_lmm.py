@@ -241,6 +241,7 @@ def _without_metadata(data: bytes) -> bytes:
 
 
 def check_size(height: int, width: int, index: int, pixel_limit: int) -> None:
+    """Refuse a picture that is empty, too large or too long."""
     if height < 1 or width < 1:
         raise ValueError(f"Image {index} is empty: {height}x{width} pixels; both sides must be at least 1.")
     if height * width > pixel_limit:

@@ -70,7 +70,7 @@ def _file_of(image: Any) -> bytes:
 
 def _scale_down(image: Any, plan: ViewPlan, settings: Any) -> None:
     """Let a JPEG file decode itself at an eighth, quarter or half, never below a size at which it will be drawn."""
-    if settings.limits.square is not None or plan.global_square is not None:
+    if plan.square is not None or plan.global_square is not None:
         return  # drawn at its own size
     sizes = [plan.global_size, plan.resized]
     sizes += [plan.whole(tower["size"])[0] for tower in (settings.extra_towers or {}).values()]

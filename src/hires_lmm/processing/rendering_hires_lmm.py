@@ -5,6 +5,7 @@ What the functions take as `settings` are the checked options of a call of the i
 
 from dataclasses import dataclass
 from itertools import accumulate
+from threading import Lock
 from typing import Any, cast
 
 import numpy as np
@@ -13,21 +14,59 @@ from PIL import Image
 from torch.nn.functional import interpolate
 from transformers.image_utils import PILImageResampling
 
-from .geometry_hires_lmm import Kind
-from .image_input_hires_lmm import crop_to_square, mean_color, pad_to_square
-from .reading_hires_lmm import in_threads
+from .geometry_hires_lmm import WHOLE_KINDS, Kind, spread_evenly
+from .image_input_hires_lmm import DEFAULT_PIXEL_LIMIT, crop_to_square, mean_color, pad_to_square
+from .reading_hires_lmm import in_threads, locks_of, read_picture
 from .resizing_hires_lmm import Picture, as_image, resize_all, size_of
+from .video_input_hires_lmm import Frames, Video, open_video
+from .video_planners_hires_lmm import collage_grid
 from .view_plans_hires_lmm import View, ViewPlan, square_paste
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """What is drawn of one image, before it is cut: the global view (float32 where it is interpolated), the canvas and
-    the view of each extra tower, `(height, width, 3)`; None or no entry where the plan has none."""
+    """What is drawn of an image or frame, before it is cut, `(height, width, 3)`: the whole view (float32 where it is
+    interpolated), the canvas, and the view of each extra tower; None or no entry where the plan has none."""
 
     whole: np.ndarray | None
     canvas: np.ndarray | None
     towers: dict[str, np.ndarray]
+
+
+def draw_sources(sources: list[Any], settings: Any) -> tuple[list[ViewPlan], list[dict[int, Drawn]]]:
+    """Read, plan and draw images and videos, a few pictures at once: plans, and what is drawn of each by frame."""
+    locks = locks_of(sources)
+
+    def read(index: int) -> tuple[ViewPlan, Any]:
+        source = sources[index]
+        with locks[id(source)]:
+            if isinstance(source, Video):
+                frames = open_video(source, index, settings.sampling, settings)
+                plan = settings.video_planner(*frames.size, settings.video_limits, len(frames))
+            else:
+                picture, plan = read_picture(source, index, settings)
+        check_views(plan, index)
+        return plan, frames if isinstance(source, Video) else {0: draw(picture, plan, settings, index)}
+
+    found = in_threads(read, range(len(sources)), settings.num_threads)
+    plans = [plan for plan, _ in found]
+    drawn = [
+        own if isinstance(own, dict) else _draw_frames(own, plan, settings, index)
+        for index, (plan, own) in enumerate(found)
+    ]
+    return plans, drawn
+
+
+def _draw_frames(frames: Frames, plan: ViewPlan, settings: Any, index: int) -> dict[int, Drawn]:
+    lock = Lock()
+
+    def draw_frame(number: int) -> Drawn:
+        with lock:  # the same image may stand there twice
+            picture = frames[number]
+        return draw(picture, plan, settings, index)
+
+    numbers = sorted({view.frame for view in plan.views})
+    return dict(zip(numbers, in_threads(draw_frame, numbers, settings.num_threads), strict=True))
 
 
 def draw(picture: Picture, plan: ViewPlan, settings: Any, index: int) -> Drawn:
@@ -35,48 +74,58 @@ def draw(picture: Picture, plan: ViewPlan, settings: Any, index: int) -> Drawn:
     picture = square(picture, plan, settings, index)
     filters = [settings.resample if settings.resample is not None else own for own in plan.resample]
     filters = [PILImageResampling.BICUBIC if own is None else own for own in filters]
-    has_global = any(view.kind == Kind.GLOBAL for view in plan.views)
+    side = next((plan.view_pixels(view) for view in plan.views if view.kind in WHOLE_KINDS), None)
     is_interpolated = plan.global_square is not None and settings.resample is None
     has_canvas = any(plan.canvas)
-    towers = {name: plan.whole(tower["size"]) for name, tower in (settings.extra_towers or {}).items() if has_global}
+    sides = {name: tower["size"] for name, tower in (settings.extra_towers or {}).items() if side is not None}
+    towers = {name: plan.whole(own) for name, own in sides.items()}
     wanted = [(resized, PILImageResampling.BICUBIC) for resized, _ in towers.values()]
     wanted += [(plan.resized, filters[1])] if has_canvas and not plan.transposed else []
-    wanted += [(plan.global_size, filters[0])] if has_global and not is_interpolated else []
+    wanted += [(plan.global_size, filters[0])] if side is not None and not is_interpolated else []
     resized = dict(zip(wanted, resize_all(picture, wanted, settings.resize_backend), strict=True))
 
     whole = canvas = None
-    if has_global and is_interpolated:
+    if side is not None and is_interpolated:
         whole = _interpolated_square(picture, plan)
-    elif has_global:
-        side = plan.view_pixels(next(view for view in plan.views if view.kind == Kind.GLOBAL))
+    elif side is not None:
         whole = _paste(resized[plan.global_size, filters[0]], side, plan.global_paste, plan.global_fill)
     if has_canvas and plan.transposed:
         canvas = _transposed_canvas(picture, plan, filters[1])
     elif has_canvas:
         canvas = _paste(resized[plan.resized, filters[1]], plan.canvas, plan.paste, plan.fill)
     views = {
-        name: _paste(resized[own, PILImageResampling.BICUBIC], (side, side), paste, plan.global_fill)
-        for (name, (own, paste)), side in zip(towers.items(), _tower_sizes(settings), strict=False)
+        name: _paste(resized[own, PILImageResampling.BICUBIC], (sides[name],) * 2, paste, plan.global_fill)
+        for name, (own, paste) in towers.items()
     }
     return Drawn(whole, canvas, views)
 
 
+def check_views(plan: ViewPlan, index: int, padded: tuple[int, int] = (0, 0)) -> None:
+    """Refuse an image whose views, perhaps padded, hold more pixels than any source may have."""
+    sizes = [*map(plan.view_pixels, plan.views), padded]
+    high, wide = (max(size[axis] for size in sizes) for axis in (0, 1))
+    pixels = len(plan.views) * high * wide
+    if pixels > DEFAULT_PIXEL_LIMIT:
+        raise ValueError(
+            f"Image {index} would become {len(plan.views)} views of {high}x{wide} = {pixels} pixels, more than "
+            f"{DEFAULT_PIXEL_LIMIT}; lower max_crops, num_frames or view_size, or leave out images of very "
+            "different aspect."
+        )
+
+
 def square(picture: Picture, plan: ViewPlan, settings: Any, index: int) -> Picture:
     """What is drawn in place of a picture: itself, or a square, cut at the largest size at which it will be drawn."""
-    if settings.limits.square == "pad":
+    if plan.square == "pad":
         return pad_to_square(as_image(picture), mean_color(settings.image_mean), settings.pixel_limit, index)
-    if settings.limits.square == "crop":
-        largest = max(plan.view_size, *plan.canvas, *_tower_sizes(settings))
+    if plan.square == "crop":
+        towers = [tower["size"] for tower in (settings.extra_towers or {}).values()]
+        largest = max(plan.view_size, *plan.canvas, *towers)
         return crop_to_square(as_image(picture), plan.global_square or largest, settings.resample)
     return picture
 
 
-def _tower_sizes(settings: Any) -> list[int]:
-    return [tower["size"] for tower in (settings.extra_towers or {}).values()]
-
-
-def cut(drawn: list[Drawn], plans: list[ViewPlan], settings: Any) -> np.ndarray:
-    """Cut all views from what was drawn; every pixel is normalised where it will stay."""
+def cut(drawn: list[dict[int, Drawn]], plans: list[ViewPlan], settings: Any) -> np.ndarray:
+    """Cut all views from what was drawn of each source, by frame; every pixel is normalised where it will stay."""
     sizes = [[plan.view_pixels(view) for view in plan.views] for plan in plans]
     largest = [max(size[axis] for own in sizes for size in own) for axis in (0, 1)]
     number = sum(map(len, sizes))
@@ -85,14 +134,36 @@ def cut(drawn: list[Drawn], plans: list[ViewPlan], settings: Any) -> np.ndarray:
     ends = list(accumulate(map(len, sizes)))
 
     def fill(index: int) -> None:
-        own = pixels[ends[index] - len(sizes[index]) : ends[index]]
-        for view, size, room in zip(plans[index].views, sizes[index], own, strict=True):
-            whole, canvas = (cast("np.ndarray", own) for own in (drawn[index].whole, drawn[index].canvas))
-            source = whole if view.kind == Kind.GLOBAL else _cut(canvas, view, size)
+        plan, own = plans[index], pixels[ends[index] - len(sizes[index]) : ends[index]]
+        for view, size, room in zip(plan.views, sizes[index], own, strict=True):
+            shown = drawn[index][view.frame]
+            whole, canvas = cast("np.ndarray", shown.whole), cast("np.ndarray", shown.canvas)
+            source = whole if view.kind in WHOLE_KINDS else _cut(canvas, view, size)
             _normalise(source, room[:, : size[0], : size[1]], settings.scale, settings.shift)
+        if plan.collage:
+            high, wide = sizes[index][0]
+            own[0, :, :high, :wide] = draw_collage(own[1:, :, :high, :wide], plan.collage, (high, wide))
 
     in_threads(fill, range(len(plans)), settings.num_threads)
     return pixels
+
+
+def draw_collage(frames: np.ndarray, number: int, size: tuple[int, int]) -> np.ndarray:
+    """Some of the normalised frames (T, 3, height, width), equidistant, side by side in a view of a size.
+
+    A side that does not divide leaves zeros at bottom or right.
+    """
+    chosen = frames[spread_evenly(len(frames), number)]
+    rows, cols = collage_grid(number)
+    high, wide = size[0] // rows, size[1] // cols
+    shrinks = high < frames.shape[2] or wide < frames.shape[3]
+    options: dict[str, Any] = {"mode": "area"} if shrinks else {"mode": "bilinear", "align_corners": False}
+    small = interpolate(torch.from_numpy(chosen), size=(high, wide), **options).numpy()
+    collage = np.zeros((3, *size), dtype=np.float32)
+    for place, tile in enumerate(small):
+        top, left = place // cols * high, place % cols * wide
+        collage[:, top : top + high, left : left + wide] = tile
+    return collage
 
 
 def _cut(canvas: np.ndarray, view: View, size: tuple[int, int]) -> np.ndarray:
@@ -109,12 +180,18 @@ def _normalise(drawn: np.ndarray, room: np.ndarray, scale: np.ndarray, shift: np
     room += shift
 
 
-def cut_towers(drawn: list[Drawn], settings: Any) -> dict[str, np.ndarray]:
-    """What each extra tower sees of the images with a global view, with the numbers of that tower."""
+def cut_towers(drawn: list[dict[int, Drawn]], plans: list[ViewPlan], settings: Any) -> dict[str, np.ndarray]:
+    """What each extra tower sees of global views and frames, with its own numbers, `(n, 3, size, size)` each."""
+    towers = settings.extra_towers or {}
+    if towers and any(plan.collage for plan in plans):
+        raise ValueError("video_planner='thumbnail' makes no collage for an extra tower; use 'frames'.")
     found = {}
-    for name, tower in (settings.extra_towers or {}).items():
+    for name, tower in towers.items():
         numbers = scale_and_shift(settings.rescale_factor, tower["image_mean"], tower["image_std"])
-        views = [own.towers[name] for own in drawn if name in own.towers]
+        of_views = zip(drawn, plans, strict=True)
+        views = [
+            own[view.frame].towers[name] for own, plan in of_views for view in plan.views if view.kind in WHOLE_KINDS
+        ]
         found[name] = np.empty((len(views), 3, tower["size"], tower["size"]), dtype=np.float32)
         for view, room in zip(views, found[name], strict=True):
             _normalise(view, room, *numbers)

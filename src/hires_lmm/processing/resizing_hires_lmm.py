@@ -35,7 +35,7 @@ def as_image(picture: Picture) -> Image.Image:
 
 
 def resize_all(picture: Picture, wanted: list[tuple[Size, int]], backend: str) -> list[np.ndarray]:
-    """A picture at several sizes, each with a filter of Pillow, as arrays `(height, width, 3)`; not to be written to."""
+    """A picture at several sizes, each with a filter of Pillow, as arrays `(height, width, 3)` to read."""
     own = size_of(picture)
     by_torch = [each for each in dict.fromkeys(wanted) if backend == "torch" and _is_for_torch(own, *each)]
     found = _resize_by_torch(picture, by_torch)
@@ -83,7 +83,7 @@ def _resize_axis(picture: Picture, axis: int, wanted: list[tuple[int, int]]) -> 
     for start in range(0, own[along] if wanted else 0, step):
         end = min(start + step, own[along])
         band = _band(picture, along, start, end)
-        for half, (length, resample) in zip(halves, wanted, strict=True):
+        for half, (_, resample) in zip(halves, wanted, strict=True):
             part = half[start:end] if along == 0 else half[:, start:end]
             part[...] = _interpolate(band, part.shape[:2], resample)
     return halves

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 
 from huggingface_hub.dataclasses import strict
 
-from .geometry_hires_lmm import Grid, Kind, ViewShape, kinds_on
+from .geometry_hires_lmm import Grid, Kind, ViewShape, kinds_on, spread_evenly
 
 
 PLACES = (
@@ -29,7 +29,7 @@ PLACES = (
 CROP_PLACES = ("crop_column", "crop_row_end", "between_crop_rows")
 LEARNED = "learned"
 GRID_KINDS = (Kind.CROP, Kind.STRIDED)
-"""Kinds whose views lie in a grid."""
+"""Kinds whose views lie in a grid; frames do where it has several columns."""
 
 
 @strict
@@ -101,8 +101,8 @@ class LayoutOptions:
 
     Args:
         order (`list[str]`): Kinds of views that enter, in order.
-        crop_order (`str`): `"raster"` reads the map of all crops, side by side, row by row, and that of all strided
-            views, interleaved; `"views"` one after another.
+        crop_order (`str`): `"raster"` reads the map of all crops, side by side, row by row, that of all frames of a
+            video in several columns, and that of all strided views, interleaved; `"views"` one after another.
         separators (`dict[str, dict]`): Name -> fields of `Separator`.
     """
 
@@ -156,7 +156,7 @@ class Arrangement:
     many tokens as the budget leaves, from the first on."""
 
     def __init__(self, layout: LayoutOptions, grids: Mapping[int, Grid], elastic: Sequence[int] = ()):
-        self.separators = list(layout.parts().values())
+        self.separators, self.order = list(layout.parts().values()), layout.order
         self.kinds = [kind for kind in kinds_on(layout.order) if kind in grids]
         self.grids, self.elastic, self.is_raster = grids, tuple(elastic), layout.crop_order == "raster"
         self._at = {
@@ -172,11 +172,16 @@ class Arrangement:
     def own_views(self, views: Sequence[ViewShape], kind: int) -> list[ViewShape]:
         """The views of a kind that an image has, or that stand for them."""
         grid = self.grids[kind]
-        source = kind if grid.source is None else grid.source
-        found = [view for view in views if view.kind == source]
-        if grid.num_views is None or not found:
+        found = [view for view in views if view.kind in self.sources(kind)]
+        first = grid.first_views(len(found))
+        if len(first) == len(found):
             return found
-        return [found[0]._replace(row=number, col=0) for number in range(grid.num_views)]
+        shape = {"grid_rows": len(first), "grid_cols": 1, "col": 0}
+        return [found[place]._replace(row=number, **shape) for number, place in enumerate(first)]
+
+    def sources(self, kind: int) -> tuple[int, ...]:
+        """The kinds of views that stand for a kind."""
+        return self.grids[kind].source or (kind,)
 
     def walk(self, views: Sequence[ViewShape], num_tokens: int | None = None) -> list[Run | Mark]:
         """Order the tokens of one image, under a budget that elastic kinds take if `num_tokens` is given."""
@@ -184,8 +189,8 @@ class Arrangement:
         out: list[Run | Mark] = [*self._marks("image_start")]
         num_blocks = 0
         for kind in self.kinds:
-            own = self.own_views(views, kind)
-            for number, (before, block) in enumerate(self._blocks(own, kind, limits.get(kind))):
+            blocks = list(self._blocks(self.own_views(views, kind), kind, limits.get(kind)))
+            for number, (before, block) in enumerate(_sampled(blocks, self.grids[kind].sample)):
                 out += before
                 if kind == Kind.FRAME and number:
                     out += self._marks("between_frames", kind)
@@ -230,7 +235,8 @@ class Arrangement:
         bands: dict[int, list[int]] = {}
         for number in sorted(range(len(own)), key=lambda n: (own[n].row, own[n].col)):
             bands.setdefault(own[number].row, []).append(number)
-        if kind in GRID_KINDS and self.is_raster and limits is None:
+        is_map = kind in GRID_KINDS or (kind == Kind.FRAME and any(view.grid_cols > 1 for view in own))
+        if is_map and self.is_raster and limits is None:
             yield from self._stitched(list(bands.values()), cells, kind)
             return
         shown = [
@@ -282,6 +288,28 @@ class Arrangement:
             out += [Run(kind, *piece) for piece in line if piece[3] > piece[2]]
             out += end
         return [*out, *self._marks("view_end", kind, row, col)]
+
+
+def _sampled(
+    blocks: list[tuple[list[Mark], list[Run | Mark]]], number: int | None
+) -> list[tuple[list[Mark], list[Run | Mark]]]:
+    """Leave so many of the tokens in blocks, evenly spread; what stands around them stays."""
+    if number is None:
+        return blocks
+    runs = [piece for _, block in blocks for piece in block if isinstance(piece, Run)]
+    chosen = set(spread_evenly(sum(run.stop - run.start for run in runs), number))
+    at, found = 0, []
+    for before, block in blocks:
+        left: list[Run | Mark] = []
+        for piece in block:
+            if isinstance(piece, Run):
+                cols = [col for col in range(piece.start, piece.stop) if at + col - piece.start in chosen]
+                left += [piece._replace(start=col, stop=col + 1) for col in cols]
+                at += piece.stop - piece.start
+            else:
+                left.append(piece)
+        found.append((before, left))
+    return found
 
 
 @lru_cache(maxsize=1024)

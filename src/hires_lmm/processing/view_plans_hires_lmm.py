@@ -39,8 +39,8 @@ class PlannerLimits:
         unpad (`bool`, *optional*): Whether only patches that show the image enter the sequence.
         global_view (`str`, *optional*): `"squeeze"` distorts the image to the square, `"pad"` keeps its aspect.
         views (`str`): `"all"`, `"global"` (no crops are made) or `"crops"` (the global view adds no tokens).
-        enlarge (`bool`, *optional*): False: an image that its global view shows at its own size or larger has no crops,
-            which would show nothing more. True, or None: it is cut by the planner's rule all the same.
+        enlarge (`bool`, *optional*): False: an image that its global view shows at its own size or larger has no
+            crops, which would show nothing more. True, or None: it is cut by the planner's rule all the same.
         square (`str`, *optional*): What is planned and drawn in place of the image, as in LLaVA-1.5: `"pad"`: a square
             of the tower's mean colour with the image in its middle; `"crop"`: the middle square of the image.
 
@@ -97,7 +97,8 @@ class PinpointLimits(PlannerLimits):
 class View:
     """One view: its kind, its place in the grid, `box` (top, left, bottom, right in the source image, 1/256 pixel,
     outside the image where padded), `span` (first and past-last row, first and past-last column of its patch grid that
-    enter the sequence; one empty axis = no tokens) and `patches` (rows and columns of its patch grid)."""
+    enter the sequence; one empty axis = no tokens), `patches` (rows and columns of its patch grid), and the number of
+    the frame that it shows, 0 in an image."""
 
     kind: int
     grid_rows: int
@@ -107,6 +108,7 @@ class View:
     box: Box
     span: Box
     patches: Size
+    frame: int = 0
 
     @property
     def shape(self) -> ViewShape:
@@ -116,12 +118,13 @@ class View:
 
 @dataclass(frozen=True)
 class ViewPlan:
-    """All geometry of one image: the views and how to draw them.
+    """All geometry of one image or video: the views and how to draw them.
 
     Args:
-        size (`tuple[int, int]`): The source image, pixels.
+        size (`tuple[int, int]`): The source image, or each frame, pixels.
         view_size, patch_size (`int`): Side of a view and of a patch, pixels.
-        views (`tuple[View]`): One global view first, then the crops in raster order, then strided views.
+        views (`tuple[View]`): One global view first, then the crops in raster order, then strided views; of a video
+            frames in time order, each drawn as a global view is, behind a global view if it has one.
         canvas (`tuple[int, int]`): Size of the canvas, pixels; `(0, 0)` without crops.
         resized, paste (`tuple[int, int]`): Size of the image on the canvas and its offset.
         fill (`tuple[int, int, int]`): Colour of the canvas around the image, RGB.
@@ -132,6 +135,8 @@ class ViewPlan:
             where it takes the vision tower's own.
         transposed (`bool`): Whether the canvas is resized with rows and columns exchanged and turned back, which only
             changes how Pillow rounds.
+        square (`str`, *optional*): See `PlannerLimits`.
+        collage (`int`): How many frames the global view shows side by side, drawn from their own views; 0 = none.
     """
 
     size: Size
@@ -148,6 +153,13 @@ class ViewPlan:
     resample: tuple[int | None, int | None]
     transposed: bool = False
     global_square: int | None = None
+    square: str | None = None
+    collage: int = 0
+
+    @property
+    def is_video(self) -> bool:
+        """Whether it has frames."""
+        return self.views[-1].kind == Kind.FRAME
 
     @property
     def grid(self) -> Size:
@@ -266,6 +278,8 @@ def square_paste(size: Size, side: int) -> Size:
 
 
 def _crop_views(size: Size, limits: PlannerLimits, grid: Size, canvas: Canvas, unpad: bool) -> list[View]:
+    if grid == (0, 0):
+        return []
     side, patches = limits.view_size, limits.patch_grid
     edges, spans = [], []
     for axis, kept in ((0, canvas.rows), (1, canvas.cols)):
