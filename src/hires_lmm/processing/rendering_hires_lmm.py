@@ -17,7 +17,7 @@ from transformers.image_utils import PILImageResampling
 from .geometry_hires_lmm import WHOLE_KINDS, Kind, spread_evenly
 from .image_input_hires_lmm import DEFAULT_PIXEL_LIMIT, crop_to_square, mean_color, pad_to_square
 from .reading_hires_lmm import in_threads, locks_of, read_picture
-from .resizing_hires_lmm import Picture, as_image, resize_all, size_of
+from .resizing_hires_lmm import Picture, as_image, empty_planes, resize_all, size_of
 from .video_input_hires_lmm import Frames, Video, open_video
 from .video_planners_hires_lmm import collage_grid
 from .view_plans_hires_lmm import View, ViewPlan, square_paste
@@ -204,7 +204,8 @@ def _paste(
     """A resized picture on a filled canvas; `(height, width, 3)` uint8."""
     if resized.shape[:2] == canvas:
         return resized
-    drawn = np.full((*canvas, 3), fill[0] if len(set(fill)) == 1 else fill, dtype=np.uint8)
+    drawn = empty_planes(canvas)
+    drawn[...] = fill
     drawn[paste[0] : paste[0] + resized.shape[0], paste[1] : paste[1] + resized.shape[1]] = resized
     return drawn
 

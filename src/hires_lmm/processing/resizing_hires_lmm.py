@@ -34,6 +34,11 @@ def as_image(picture: Picture) -> Image.Image:
     return picture if isinstance(picture, Image.Image) else Image.fromarray(np.ascontiguousarray(picture))
 
 
+def empty_planes(size: Size) -> np.ndarray:
+    """Room for a picture, `(height, width, 3)`, that lies plane by plane, as torch resizes and the model reads."""
+    return np.empty((3, *size), dtype=np.uint8).transpose(1, 2, 0)
+
+
 def resize_all(picture: Picture, wanted: list[tuple[Size, int]], backend: str) -> list[np.ndarray]:
     """A picture at several sizes, each with a filter of Pillow, as arrays `(height, width, 3)` to read."""
     own = size_of(picture)
@@ -78,7 +83,7 @@ def _first_axis(own: Size, size: Size) -> int:
 def _resize_axis(picture: Picture, axis: int, wanted: list[tuple[int, int]]) -> list[np.ndarray]:
     """One axis of a picture at several lengths, each with a filter, band by band along the other axis."""
     own, along = size_of(picture), 1 - axis
-    halves = [np.empty((length, own[1], 3) if axis == 0 else (own[0], length, 3), np.uint8) for length, _ in wanted]
+    halves = [empty_planes((length, own[1]) if axis == 0 else (own[0], length)) for length, _ in wanted]
     step = max(1, BAND_BYTES // (3 * own[axis]))
     for start in range(0, own[along] if wanted else 0, step):
         end = min(start + step, own[along])
