@@ -39,9 +39,9 @@ def read_picture(source: Any, index: int, settings: Any) -> tuple[Picture, ViewP
     image, plan = open_image(source, index), None
     if settings.decode == "scaled" and _is_jpeg_file(image):
         image = image if image is not source else open_bytes(_file_of(image))
-        size = image.size if orientation(image) in TURNED else image.size[::-1]
-        check_size(*size, index, settings.pixel_limit)
-        plan = settings.planner(*size, settings.limits)
+        width, height = image.size if orientation(image) not in TURNED else image.size[::-1]
+        check_size(height, width, index, settings.pixel_limit)
+        plan = settings.planner(height, width, settings.limits)
         _scale_down(image, plan, settings)
     limits = (settings.background, settings.pixel_limit, settings.input_data_format)
     picture = to_picture(image, index, *limits, unit_floats=settings.do_rescale)

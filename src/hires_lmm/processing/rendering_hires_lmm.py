@@ -72,8 +72,8 @@ def _draw_frames(frames: Frames, plan: ViewPlan, settings: Any, index: int) -> d
 def draw(picture: Picture, plan: ViewPlan, settings: Any, index: int) -> Drawn:
     """Draw all that a plan needs of a picture, each size once; `index` is named in errors."""
     picture = square(picture, plan, settings, index)
-    filters = [settings.resample if settings.resample is not None else own for own in plan.resample]
-    filters = [PILImageResampling.BICUBIC if own is None else own for own in filters]
+    asked = [own if settings.resample is None else settings.resample for own in plan.resample]
+    filters: list[int] = [PILImageResampling.BICUBIC if own is None else own for own in asked]
     side = next((plan.view_pixels(view) for view in plan.views if view.kind in WHOLE_KINDS), None)
     is_interpolated = plan.global_square is not None and settings.resample is None
     has_canvas = any(plan.canvas)
