@@ -76,9 +76,9 @@ class Baton(BaseStreamer):
 
     def put(self, value: torch.Tensor) -> None:
         """A token is made: hand over, and wait."""
-        if self.start is not None:
+        if self.start is not None:  # else it is the prompt, and the turn has not begun
             self.seconds.append(thread_time() - self.start)
-        self.other.set()
+            self.other.set()
         self.own.wait()
         self.own.clear()
         self.start = thread_time()
