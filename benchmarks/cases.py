@@ -42,6 +42,7 @@ COMPRESS = {"part": "query_compressor", "on": "crops", "num_queries": 144}
 BUDGETED = {"connector_config": {"token_ops": [KEEP_BUDGET]}}
 GLOBALCOM2 = {"connector_config": {"token_ops": [{"part": "globalcom2"}]}}
 ROUTER = {"connector_config": {"token_ops": [{**KEEP_BUDGET, "on": "all"}]}}
+NOT_ENLARGED = {"planner": {"enlarge": False}, "connector_config": {"token_ops": [{**KEEP_BUDGET, "on": "all"}]}}
 OURS: dict[str, tuple[str, dict, dict]] = {
     "llava_next": ("llava_next", {}, {}),
     "slime, 4 crops": ("slime", BUDGETED, {"max_crops": 4}),
@@ -58,6 +59,8 @@ OURS: dict[str, tuple[str, dict, dict]] = {
     "hires_llava": ("hires_llava", {}, {}),
     "llava_mini": ("llava_mini", {}, {}),
     "mg_llava": ("mg_llava", {}, {}),
+    "llava_hd, 4 crops": ("llava_hd", {}, {"max_crops": 4}),
+    "slime, not enlarged, 144 tokens": ("slime", NOT_ENLARGED, {"max_crops": 4, "max_image_tokens": 144}),
     **{f"llava_next, {budget} tokens": ("llava_next", {}, {"max_image_tokens": budget}) for budget in (720, 288)},
     **{
         f"globalcom2, {budget} tokens": ("llava_next", GLOBALCOM2, {"max_image_tokens": budget})

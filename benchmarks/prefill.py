@@ -4,6 +4,9 @@
     python benchmarks/prefill.py --shapes wide    ours and llava_next, wider, at one size; at most 5 minutes
     python benchmarks/prefill.py --shapes deep    the same at true depth with all widths / 16
     python benchmarks/prefill.py --count          operations of the true sizes, counted without computing; 5 minutes
+    python benchmarks/prefill.py --images 336x336 --name small --models "transformers llava_next" \
+        "transformers qwen3_vl" "slime, not enlarged, 144 tokens"
+                                                  small images, into a file of their own
     python benchmarks/prefill.py --shapes deep --name published --models "transformers llava_next" mqt llava_uhd ...
                                                   some models, into a file of their own
     python benchmarks/prefill.py --device cuda    CLIP ViT-L/14-336 with Llama-3-8B shapes, bfloat16, random weights
@@ -72,6 +75,7 @@ COUNTED = (
     "slime, 4 crops",
     "slime, 4 crops, 144 local",
     "slime, 6x6",
+    "slime, not enlarged, 144 tokens",
     "slime_release",
     "monkey",
     "mqt",

@@ -103,14 +103,15 @@ def prefill_table(rows: list[dict]) -> str:
 def preprocess_table(rows: list[dict]) -> str:
     """Images to views: a line a processor, each cell the smallest and largest value over sizes, in Markdown."""
     sources = list(dict.fromkeys(row["source"] for row in rows))
+    peaks = {row["size"]: row["peak_mib"] for row in rows if row["processor"] == "ours" and row["source"] == "decoded"}
     lines = []
     for name in dict.fromkeys(row["processor"] for row in rows):
         own = [row for row in rows if row["processor"] == name]
         decoded = [row for row in own if row["source"] == "decoded"]
         faster = [ends(row.get("speedup") for row in own if row["source"] == source) for source in sources]
-        measured = [ends(row.get(key) for row in decoded) for key in ("of_resizes", "peak_mib")]
-        lines.append([name, *faster, *measured])
-    return markdown(["processor", *sources, "time / two resizes", "peak MiB"], lines)
+        memory = [row["peak_mib"] / peaks[row["size"]] if row.get("peak_mib") else None for row in decoded]
+        lines.append([name, *faster, ends(row.get("of_resizes") for row in decoded), ends(memory)])
+    return markdown(["processor", *sources, "time / two resizes", "memory / ours"], lines)
 
 
 def ends(values: Iterable[float | None]) -> str:
@@ -142,13 +143,13 @@ TABLES = {
     **{
         (f"<!-- {name}: benchmarks/results -->", f"<!-- end of {name} -->"): (
             partial(speed_tables, name, build),
-            (ROOT / "docs" / "speed.md",),
+            (ROOT / "docs" / page,),
         )
-        for name, build in {
-            "prefill": prefill_table,
-            "prefill_deep": prefill_table,
-            "preprocess": preprocess_table,
-        }.items()
+        for name, build, page in (
+            ("prefill", prefill_table, "speed.md"),
+            ("prefill_deep", prefill_table, "speed.md"),
+            ("preprocess", preprocess_table, "preprocessing.md"),
+        )
     },
 }
 

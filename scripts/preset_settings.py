@@ -22,6 +22,7 @@ NAMES = (
     "unpad",
     "global_view",
     "views",
+    "enlarge",
     "token_layout",
 )
 

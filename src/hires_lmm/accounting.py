@@ -93,7 +93,7 @@ def _plan(
     known: tuple[str, ...] = ("view_size", "patch_size")
     if frames is None:
         name, planner, own = find_planner(settings["planner"])
-        known += ("max_crops", "pinpoints", "unpad", "global_view", "views")
+        known += ("max_crops", "pinpoints", "unpad", "global_view", "views", "enlarge")
     else:
         name, planner, own = find_video_planner(settings.get("video_planner", "frames"))
         number = Sampling(given.get("num_frames")).count(frames)

@@ -4,7 +4,9 @@ import random
 import struct
 
 import numpy as np
+import PIL
 from PIL import Image
+from transformers.image_utils import OPENAI_CLIP_STD
 
 
 def random_sizes(count: int, seed: int = 0) -> list[tuple[int, int]]:
@@ -20,6 +22,22 @@ def random_sizes(count: int, seed: int = 0) -> list[tuple[int, int]]:
 def picture(height: int, width: int, seed: int = 0) -> Image.Image:
     """A picture of seeded noise."""
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+PILLOW = int(PIL.__version__.split(".")[0])
+BACKENDS = ("pillow", "torch")
+
+
+def assert_same_views(found, wanted, backend: str, deviation=OPENAI_CLIP_STD) -> None:
+    """Normalised views that two libraries drew: equal by Pillow, by torch at most 2 of 255 levels apart.
+
+    Pillow before 13 resizes the axes in another order, and rounds another way where that matters.
+    """
+    found, wanted = np.asarray(found), np.asarray(wanted)
+    assert found.shape == wanted.shape and found.dtype == wanted.dtype == np.float32
+    levels = np.abs(found - wanted) * 255 * np.reshape(deviation, (3, 1, 1))
+    most, mean = (1e-2, 1e-3) if backend == "pillow" else (2.01 if PILLOW >= 13 else 40, 0.25 if PILLOW >= 13 else 5)
+    assert levels.max() <= most and levels.mean() <= mean, (levels.max(), levels.mean())
 
 
 def psd(array: np.ndarray, layers: int, depth: int = 8, mode: int = 3) -> bytes:

@@ -64,7 +64,7 @@ def main(folder: Path, golden: Path) -> None:
     expected = load_file(golden / "expected.safetensors")
     image_id = model.config.image_token_id
     for number, case in enumerate(json.loads((golden / "cases.json").read_text())):
-        views = processor(Image.open(golden / case["image"]), return_tensors="pt")
+        views = processor(Image.open(golden / case["image"]), return_tensors="pt", resize_backend="pillow")
         placeholders = [image_id] * int(views["view_positions"][0, 5])
         ids = torch.tensor([[i for token in case["input_ids"] for i in (placeholders if token == -200 else [token])]])
         want = {name.removeprefix(f"case{number}."): v for name, v in expected.items() if f"case{number}." in name}

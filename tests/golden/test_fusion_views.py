@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from builders.images import assert_same_views
 from hires_lmm.processing.geometry_hires_lmm import Grid
 from hires_lmm.processing.image_processing_hires_lmm import HiResLmmImageProcessor
 from hires_lmm.processing.planners_hires_lmm import PLANNERS, PlannerLimits, ViewPlan
@@ -79,9 +80,9 @@ def picture(size: list[int], seed: int) -> Image.Image:
     return Image.fromarray(((x * (3 + 2 * c) + y * (5 + c) + 7 * ((x * y) % 11) + seed) % 256).astype(np.uint8))
 
 
-def render(size: list[int], seed: int, tile: int, most: int) -> torch.Tensor:
+def render(size: list[int], seed: int, tile: int, most: int, backend: str = "pillow") -> torch.Tensor:
     processor = HiResLmmImageProcessor(planner="hd", view_size=tile, patch_size=tile, max_crops=most)
-    return processor(picture(size, seed), return_tensors="pt")["pixel_values"]
+    return processor(picture(size, seed), return_tensors="pt", resize_backend=backend)["pixel_values"]
 
 
 @pytest.mark.parametrize("case", RENDERED["cases"], ids=lambda case: case["name"])
@@ -91,6 +92,7 @@ def test_rendered_pixels(case):
     assert len(pixels) == case["num_views"]
     GOLDEN.close(pixels[:, :, OFFSET::STRIDE, OFFSET::STRIDE], f"output.{case['name']}.views_sub", rtol=0)
     GOLDEN.close(pixels.mean((2, 3)), f"output.{case['name']}.views_mean", atol=1e-5, rtol=0)
+    assert_same_views(render(case["size"], case["formula_seed"], TILE, MOST, "torch"), pixels, "torch")
 
 
 # ---- for a set at other sizes

@@ -22,6 +22,7 @@ from builders import (
     tiny_text_config,
     tiny_vision_config,
 )
+from builders.images import assert_same_views
 
 from .base import GoldenSet
 
@@ -89,7 +90,9 @@ def models():
     for model in (theirs, ours):
         model.generation_config.eos_token_id = None
         model.generation_config.pad_token_id = plain_tokenizer().pad_token_id
-    return theirs, ours, tiny_processor(config)
+    processor = tiny_processor(config)
+    processor.image_processor.resize_backend = "pillow"
+    return theirs, ours, processor
 
 
 @functools.cache
@@ -117,6 +120,7 @@ def test_one_image_gives_their_inputs_and_logits(index):
     assert batch["input_ids"].tolist() == expected["input_ids"].tolist()
     views = expected["pixel_values"].flatten(0, 1)
     torch.testing.assert_close(batch["pixel_values"], views, atol=2e-5, rtol=0)
+    assert_same_views(processor.image_processor(image(index), resize_backend="torch")["pixel_values"], views, "torch")
     features = theirs.model.get_image_features(expected["pixel_values"], expected["image_sizes"]).pooler_output
     torch.testing.assert_close(
         ours.model.get_image_features(**geometry_of(batch)).pooler_output[0], features[0], atol=TOLERANCE, rtol=0
@@ -167,10 +171,11 @@ def test_two_images_and_a_text_row_give_their_logits():
 @pytest.mark.parametrize("indices", [(0,), (1,), (3,), (5,), (6,), (1, 15, 20), (0, 7, 5, 3)], ids=str)
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3, "num_return_sequences": 2}], ids=["greedy", "beams"])
 @torch.no_grad()
-def test_generation_gives_their_text(indices, options):
+def test_generation_gives_their_text_whatever_resizes(indices, options):
     theirs, ours, processor = models()
     samples = [(PROMPT, [image(index)]) for index in indices]
-    batch = make_batch(processor, samples, padding_side="left")
+    backend = "pillow" if options else "torch"
+    batch = make_batch(processor, samples, padding_side="left", resize_backend=backend)
     expected = their_processor()(
         images=[image(index) for index in indices], text=[PROMPT] * len(indices), padding=True, return_tensors="pt"
     )

@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionConfig, LlamaConfig
 
+from builders.images import assert_same_views
 from builders.tiny import random_image, randomise
 from hires_lmm import HiResLmmConfig, HiResLmmForConditionalGeneration, HiResLmmImageProcessor
 from hires_lmm.conversion import convert_released
@@ -54,13 +55,13 @@ def load_released(model: HiResLmmForConditionalGeneration, tensors: dict, releas
     model.load_state_dict({name: entry.read().float() for name, entry in mapped.entries.items()}, strict=True)
 
 
-def inputs_of(model: HiResLmmForConditionalGeneration, case: dict, folder: Path) -> dict:
+def inputs_of(model: HiResLmmForConditionalGeneration, case: dict, folder: Path, backend: str = "pillow") -> dict:
     config = model.config
     planner = {"planner" if key == "name" else key: value for key, value in config.planner.items()}
     processor = HiResLmmImageProcessor(
         view_size=config.view_size, patch_size=config.patch_size, token_layout=config.token_layout(), **planner
     )
-    views = processor(Image.open(folder / case["image"]), return_tensors="pt")
+    views = processor(Image.open(folder / case["image"]), return_tensors="pt", resize_backend=backend)
     placeholders = [config.image_token_id] * int(views["view_positions"][0, 5])
     ids = [i for token in case["input_ids"] for i in (placeholders if token == IMAGE else [token])]
     return {"input_ids": torch.tensor([ids]), **views}
@@ -126,6 +127,18 @@ def test_every_stage(number, model):
     assert {"local_tokens", "router_scores", "selected", "logits_last"} <= wanted
     for name in sorted(wanted):
         GOLDEN.close(found[name], f"case{number}.{name}", atol=WIDE.get(name, 1e-4))
+
+
+@pytest.mark.parametrize("number", range(len(GOLDEN.cases)))
+def test_torch_resizes_so_that_the_same_tokens_are_selected_and_the_same_word_follows(number, model):
+    case = GOLDEN.cases[number]
+    inputs = inputs_of(model, case, GOLDEN.folder, "torch")
+    pillows = inputs_of(model, case, GOLDEN.folder)["pixel_values"]
+    assert_same_views(inputs["pixel_values"], pillows, "torch")
+    found, wanted = measure(model, inputs, case), GOLDEN.under(f"case{number}.")
+    assert torch.equal(found["selected"], wanted["selected"])
+    assert found["logits_last"].argmax() == wanted["logits_last"].argmax()
+    torch.testing.assert_close(found["logits_last"], wanted["logits_last"], atol=1e-2, rtol=0)
 
 
 def test_the_converted_checkpoint_gives_them_without_the_package(tmp_path):

@@ -28,7 +28,8 @@ LINKS = [file for file in FILES if file.is_symlink()]  # files that both folders
 STANDARD = {  # module -> names that may be taken from it; None: the module itself, with all it has
     "base64": None,
     "binascii": None,
-    "collections.abc": {"Callable", "Iterator", "Mapping", "Sequence"},
+    "collections.abc": {"Callable", "Iterable", "Iterator", "Mapping", "Sequence"},
+    "concurrent.futures": {"ThreadPoolExecutor"},
     "contextlib": {"contextmanager"},
     "contextvars": {"ContextVar"},
     "copy": {"deepcopy", None},

@@ -63,7 +63,7 @@ def test_strided_views_take_every_nth_pixel_and_are_interleaved_in_the_sequence(
         "separators": {"row": {"place": "token_row_end", "on": "strided"}},
     }
     model, processor = parts(planner={"name": "dual", "n": 3}, connector_config={"layout": layout})
-    batch = ask(processor, (90, 60))
+    batch = ask(processor, (90, 60), resize_backend="pillow")
     squeezed = processor.image_processor.preprocess(
         random_image(90, 60).resize((168, 168), Image.Resampling.BICUBIC),
         return_tensors="pt",
@@ -199,7 +199,7 @@ def alone(tower, pixels, view):
 @torch.no_grad()
 def test_unequal_views_are_padded_and_arranged_with_their_separators():
     model, processor = unequal()
-    batch = ask(processor, *UHD_SIZES)
+    batch = ask(processor, *UHD_SIZES, resize_backend="pillow")
     features = model.model.get_image_features(**geometry_of(batch)).pooler_output
     table, tower, row = model.get_input_embeddings().weight, model.model.vision_tower, 0
     assert len({tuple(plan.tolist()) for plan in batch["view_positions"][:, 6:8]}) == 4

@@ -86,3 +86,54 @@ def test_an_exit_is_measured_and_its_cache_counted(load):
     assert [row["layers"] for row in rows] == [2, 1] and all(row["bytes_as_counted"] for row in rows)
     assert rows[1]["cache_mib"] / rows[0]["cache_mib"] == pytest.approx((104 + 64) / 208)
     assert rows[1]["most"] == pytest.approx((1 + 64 / 104) / 2 + 0.03)
+
+
+@torch.no_grad()
+def test_operations_by_formula_are_those_that_are_counted(load):
+    """Of the layers of the language model, which the frontier lowers."""
+    frontier, shapes = load("frontier"), load("shapes")
+    counted = frontier.count(("llava_next",), "tiny", 400)["llava_next"]
+    cases = load("cases")
+    case = cases.ours("llava_next", cases.Shared(shapes.SHAPES["tiny"], "cpu")).take([random_image(400, 400)])
+    layers = load("measure").count_work(case.survey().alone()["language_model"])[0]
+    config = shapes.SHAPES["tiny"].llama()
+    head = 2 * config.hidden_size * config.vocab_size
+    assert counted["tokens"] == sum(case.tokens) and counted["layers"] == pytest.approx(layers - head, rel=0.01)
+
+
+def test_the_frontier_takes_the_cheapest_row_that_keeps_its_accuracy(load):
+    frontier, shapes = load("frontier"), load("shapes").SHAPES["tiny"]
+    full = {"total": 10.0e9, "layers": load("needle_exits").operations(shapes.llama(), [100, 100], 32), "tokens": 100}
+
+    def row(method: str, visual: list[float], *right: float) -> dict:
+        return {
+            "method": method,
+            "visual": visual,
+            "scores": {"all": {"accuracy": right[0]}, "fine": {"accuracy": right[1]}},
+        }
+
+    measured = [row("all", [8, 8], 0.8, 0.5), row("a", [8, 4], 0.79, 0.5), row("b", [8, 2], 0.79, 0.5)]
+    rows = frontier.frontier([*measured, row("c", [8, 0], 0.8, 0.4)], dict.fromkeys(frontier.MODELS, full), "tiny")
+    assert [each["method"] for each in rows] == ["c", "b", "a", "all"] and rows[-1]["ratio"] == 1
+    assert [each["method"] for each in rows if each["is_best"]] == ["b"]
+    assert frontier.stretch([8, 4, 2, 1], 8, 16) == [16, 16, 8, 8, 4, 4, 2, 2]
+
+
+@torch.no_grad()
+def test_a_pair_makes_its_tokens_in_turn(load):
+    decode, prefill = load("decode"), load("prefill")
+    cases = [case.take([random_image(300, 300)]) for case in prefill.build_cases("cpu", "tiny", ["llava_next"])]
+    row = decode.measure_pair(cases * 2, 6, 2)
+    assert row["pairs"] == 2 * (6 - 2) and row["quarters"][0] <= row["ratio"] <= row["quarters"][1]
+
+
+def test_threads_and_sources_are_measured_on_equal_views(load):
+    preprocess = load("preprocess")
+    made = {}
+    for source in preprocess.SOURCES:
+        given = preprocess.make_source(random_image(90, 120), source)
+        made[source] = preprocess.processors(source)[preprocess.OURS](given)["pixel_values"]
+    assert torch.equal(made["decoded"], made["array"]) and torch.equal(made["decoded"], made["png"])
+    assert made["jpeg"].shape == made["jpeg, scaled"].shape
+    one, two = (call()["pixel_values"] for call in preprocess.many_calls(2, "decoded").values())
+    assert torch.equal(one, two)

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
-from builders.images import picture
+from builders.images import BACKENDS, assert_same_views, picture
 from hires_lmm.processing.image_processing_hires_lmm import HiResLmmImageProcessor
 from hires_lmm.processing.planners_hires_lmm import PLANNERS
 
@@ -34,9 +34,10 @@ def small(**changes) -> HiResLmmImageProcessor:
     return HiResLmmImageProcessor(**{"view_size": 28, "patch_size": 14, **changes})
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("resample", [None, 0, 1, 2])
-def test_llava_next_pixels_equal_transformers(resample):
-    processor = small(planner="llava_next", resample=resample)
+def test_llava_next_pixels_equal_transformers(resample, backend):
+    processor = small(planner="llava_next", resample=resample, resize_backend=backend)
     pinpoints = [[28, 56], [56, 28], [56, 56], [84, 28], [28, 84]]
     size = {"height": 28, "width": 28}
     reference = LlavaNextImageProcessorPil(size=size, crop_size=size, image_grid_pinpoints=pinpoints)
@@ -46,8 +47,7 @@ def test_llava_next_pixels_equal_transformers(resample):
         image = picture(height, width, index)
         found = processor(image)["pixel_values"]
         expected = reference(image, return_tensors="np")["pixel_values"][0]
-        assert found.shape == expected.shape and found.dtype == np.float32
-        assert np.abs(found - expected).max() <= 1e-5, (height, width)
+        assert_same_views(found, expected, "torch" if backend == "torch" and resample in (None, 2) else "pillow")
 
 
 def test_rescale_and_normalise_switches_equal_transformers():
@@ -55,7 +55,8 @@ def test_rescale_and_normalise_switches_equal_transformers():
     pinpoints = [[28, 56], [56, 28]]
     for changes in ({"do_normalize": False}, {"do_rescale": False}, {"do_rescale": False, "do_normalize": False}):
         changes = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.6, 0.7], **changes}
-        found = small(planner="llava_next", pinpoints=pinpoints)(picture(30, 40), **changes)["pixel_values"]
+        processor = small(planner="llava_next", pinpoints=pinpoints, resize_backend="pillow")
+        found = processor(picture(30, 40), **changes)["pixel_values"]
         reference = LlavaNextImageProcessorPil(size=size, crop_size=size, image_grid_pinpoints=pinpoints, **changes)
         expected = reference(picture(30, 40), return_tensors="np")["pixel_values"][0]
         assert np.allclose(found, expected, rtol=1e-6, atol=1e-5)
@@ -85,16 +86,16 @@ def test_square_and_small_global_views_of_hd_are_those_of_torch(size):
 
 
 @pytest.mark.parametrize("planner", PLANNERS)
-def test_at_most_two_resizes(planner, monkeypatch):
+def test_at_most_two_resizes_by_pillow(planner, monkeypatch):
     calls = []
     resize = Image.Image.resize
     monkeypatch.setattr(Image.Image, "resize", lambda self, *a, **k: calls.append(self.size) or resize(self, *a, **k))
     for height, width in SIZES:
         calls.clear()
-        small(planner=planner)(picture(height, width))
+        small(planner=planner, resize_backend="pillow")(picture(height, width))
         assert len(calls) <= 2 and all(set(size) == {height, width} for size in calls)
         calls.clear()
-        small(planner=planner)(picture(height, width), views="global")
+        small(planner=planner, resize_backend="pillow")(picture(height, width), views="global")
         assert len(calls) <= 1
 
 
@@ -144,11 +145,13 @@ def stitch(crops: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
     return np.concatenate(rows, axis=1)
 
 
-def test_squeezed_global_view_is_pillows_resize():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_squeezed_global_view_is_pillows_resize(backend):
     image = picture(90, 50)
-    found = small(planner="slime_release")(image, do_normalize=False)["pixel_values"][0]
-    expected = np.asarray(image.resize((28, 28), Image.Resampling.BICUBIC)).transpose(2, 0, 1) / 255
-    assert np.abs(found - expected).max() <= 1e-6
+    processor = small(planner="slime_release", resize_backend=backend)
+    found = processor(image, do_normalize=False)["pixel_values"][0]
+    expected = np.asarray(image.resize((28, 28), Image.Resampling.BICUBIC)).transpose(2, 0, 1) / np.float32(255)
+    assert_same_views(found, expected, backend, (1, 1, 1))
 
 
 def one_view(image, **kwargs) -> np.ndarray:
@@ -332,6 +335,7 @@ def test_save_and_reload(tmp_path):
         **{"planner": "llava_next", "pinpoints": [[28, 56], [56, 28]], "unpad": False, "global_view": "pad"},
         **{"views": "all", "max_crops": 2, "max_image_tokens": 6, "background": [1, 2, 3], "pixel_limit": 10**6},
         **{"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.2, 0.1], "resample": 2},
+        **{"resize_backend": "pillow", "decode": "scaled", "num_threads": 3, "enlarge": False},
     }
     processor = small(**options, token_layout={**layout, "budget": {"on": "all"}})
     processor.save_pretrained(tmp_path)

@@ -6,7 +6,8 @@ import pytest
 from transformers.image_processing_utils import get_patch_output_size, select_best_resolution
 from transformers.models.llava_next.processing_llava_next import LlavaNextProcessor
 
-from builders.images import random_sizes
+from builders.images import picture, random_sizes
+from hires_lmm.conversion import preset_processor
 from hires_lmm.processing.geometry_hires_lmm import Grid
 from hires_lmm.processing.planners_hires_lmm import PLANNERS
 from hires_lmm.processing.token_layout_hires_lmm import TokenLayout, count_tokens
@@ -176,6 +177,39 @@ def test_views_switch():
     assert len(alone.views) == 1 and alone.grid == (0, 0) and alone.canvas == (0, 0)
     crops = PLANNERS["slime"](500, 500, PinpointLimits(views="crops"))
     assert crops.views[0].span == (0, 0, 0, 0) and crops.views[0].kind == 0 and len(crops.views) == 5
+
+
+@pytest.mark.parametrize("square", [None, "pad", "crop"])
+@pytest.mark.parametrize("name", PLANNERS)
+def test_without_enlarging_there_are_no_crops_of_what_the_global_view_shows_whole(name, square):
+    """At its own size or larger: otherwise the plan is that of the rule, whatever is asked."""
+    planner, small = PLANNERS[name], 0
+    for size in [*NAMED_SIZES, *random_sizes(200, seed=3), (336, 337), (300, 200), (335, 336), (337, 336), (40, 700)]:
+        plain = planner(*size, planner.options(square=square))
+        found = planner(*size, planner.options(square=square, enlarge=False))
+        drawn = {None: size, "pad": (max(size),) * 2, "crop": (min(size),) * 2}[square]
+        shown = plain.global_size[0] >= drawn[0] and plain.global_size[1] >= drawn[1]
+        small += shown
+        if shown:
+            assert found.grid == (0, 0) and found == planner(*size, planner.options(square=square, views="global"))
+        else:
+            assert found == plain
+        for views in ("crops", "global"):
+            options = {"views": views, "square": square}
+            assert planner(*size, planner.options(**options, enlarge=False)) == planner(
+                *size, planner.options(**options)
+            )
+        assert planner(*size, planner.options(square=square, enlarge=True)) == plain
+    assert small > 20
+
+
+def test_presets_without_released_weights_do_not_enlarge_and_count_so():
+    kept = {"llava_hd", "vlsa", "hires_llava"}
+    for name in ("llava_next", "slime", "slime_release", "monkey", "fusion", "llava_uhd", "inf_llava", *kept):
+        processor = preset_processor(name).image_processor
+        assert (processor.enlarge is False) == (name in kept)
+        views = processor(picture(336, 300), return_tensors="pt")["view_positions"]
+        assert views[0, 5] == processor.image_tokens(336, 300) and (len(views) == 1) == (name in {*kept, "llava_uhd"})
 
 
 def test_global_view_squeeze_and_pad():

@@ -64,7 +64,7 @@ PRESETS: dict[str, dict] = {
         "connector_config": {"adapter": _MLP, "layout": {"separators": {"newline": _NEWLINE}}},
     },
     "llava_hd": {
-        "planner": {"name": "slime", "global_view": "pad", "unpad": True},
+        "planner": {"name": "slime", "global_view": "pad", "unpad": True, "enlarge": False},
         "connector_config": {"adapter": _MLP, "layout": {"separators": {"newline": _NEWLINE}}},
     },
     "slime": {
@@ -104,7 +104,7 @@ PRESETS: dict[str, dict] = {
         },
     },
     "vlsa": {
-        "planner": {"name": "multiple"},
+        "planner": {"name": "multiple", "enlarge": False},
         "connector_config": {"view_ops": [{"part": "sa_perceiver"}], "adapter": _MLP},
     },
     "mqt": {
@@ -186,7 +186,7 @@ PRESETS: dict[str, dict] = {
         },
     },
     "hires_llava": {
-        "planner": {"name": "slime", "max_crops": 9},
+        "planner": {"name": "slime", "max_crops": 9, "enlarge": False},
         "connector_config": {
             "view_ops": [{"part": "self_mining_sampler"}],
             "adapter": _MLP,

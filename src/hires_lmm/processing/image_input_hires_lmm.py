@@ -85,7 +85,7 @@ def open_image(source: Any, index: int) -> Any:
     if not data:
         raise ValueError(f"Image {index}: {shown!r} is empty; pass the bytes of an image file.")
     try:
-        return _open(data)
+        return open_bytes(data)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(
             f"Image {index}: {shown!r} is refused by Pillow ({error}); shrink it, or raise PIL.Image.MAX_IMAGE_PIXELS "
@@ -111,10 +111,23 @@ def to_rgb(
     first frame of an animation is taken, and of a file of layers what it was opened with, all layers together.
     `background` is the colour under transparent pixels; `index` is named in errors.
     """
+    picture = to_picture(image, index, background, pixel_limit, input_data_format, unit_floats)
+    return picture if isinstance(picture, Image.Image) else Image.fromarray(np.ascontiguousarray(picture))
+
+
+def to_picture(
+    image: Any,
+    index: int,
+    background: tuple[int, int, int],
+    pixel_limit: int,
+    input_data_format: str | None,
+    unit_floats: bool,
+) -> Image.Image | np.ndarray:
+    """As `to_rgb`; an array of three channels stays one, `(height, width, 3)` of 8 bit, where it lies in memory."""
     if isinstance(image, Image.Image):
-        _check_size(image.height, image.width, index, pixel_limit)
+        check_size(image.height, image.width, index, pixel_limit)
         upright = _upright_first_frame(image, index)
-        _check_size(upright.height, upright.width, index, pixel_limit)  # some formats know their size when decoded
+        check_size(upright.height, upright.width, index, pixel_limit)  # some formats know their size when decoded
         return _pillow_to_rgb(upright, index, background, unit_floats)
     if isinstance(image, torch.Tensor):
         image = _tensor_to_numpy(image, index)
@@ -126,16 +139,18 @@ def to_rgb(
         kind = "a masked array" if isinstance(image, np.ma.MaskedArray) else f"an array of {image.dtype}"
         raise ValueError(f"Image {index} is {kind}; pass integers or floats.")
     array = _channels_last(image, index, input_data_format)
-    _check_size(array.shape[0], array.shape[1], index, pixel_limit)
+    check_size(array.shape[0], array.shape[1], index, pixel_limit)
     if array.dtype == np.uint16 and 0 < int(array.max()) <= 255:
         raise ValueError(
             f"Image {index} is an array of uint16 with values up to {int(array.max())}: 8 bits, or a nearly black "
             "picture of 16? Pass array.astype(numpy.uint8), or scale it to 0..65535."
         )
-    eight_bit = np.ascontiguousarray(_to_eight_bit(array, index, unit_floats))
+    eight_bit = _to_eight_bit(array, index, unit_floats)
+    if eight_bit.ndim == 3 and eight_bit.shape[2] == 3:
+        return eight_bit
     if eight_bit.ndim == 3 and eight_bit.shape[2] == 1:
         eight_bit = eight_bit[:, :, 0]
-    return _pillow_to_rgb(Image.fromarray(eight_bit), index, background, unit_floats)
+    return _pillow_to_rgb(Image.fromarray(np.ascontiguousarray(eight_bit)), index, background, unit_floats)
 
 
 def mean_color(image_mean: Any) -> tuple[int, ...]:
@@ -193,7 +208,7 @@ def _read(source: str, shown: str, index: int) -> bytes:
         ) from error
 
 
-def _open(data: bytes) -> Image.Image:
+def open_bytes(data: bytes) -> Image.Image:
     """Open an image file; metadata before its pixels that cannot be read are left out."""
     try:
         return Image.open(BytesIO(data))
@@ -225,7 +240,8 @@ def _without_metadata(data: bytes) -> bytes:
     return b"".join(kept) + data[place:]
 
 
-def _check_size(height: int, width: int, index: int, pixel_limit: int) -> None:
+def check_size(height: int, width: int, index: int, pixel_limit: int) -> None:
+    """Refuse a picture that is empty, too large or too long."""
     if height < 1 or width < 1:
         raise ValueError(f"Image {index} is empty: {height}x{width} pixels; both sides must be at least 1.")
     if height * width > pixel_limit:
@@ -257,7 +273,7 @@ def _upright_first_frame(image: Image.Image, index: int) -> Image.Image:
         raise ValueError(
             f"Image {index} cannot be decoded ({error}); it is truncated or damaged, replace it."
         ) from error
-    turn = TURNS.get(_orientation(image) or 1)
+    turn = TURNS.get(orientation(image) or 1)
     if turn is None:
         return image
     upright = image.transpose(turn)
@@ -280,7 +296,7 @@ def _decoded(image: Image.Image) -> Image.Image:
     return image
 
 
-def _orientation(image: Image.Image) -> int | None:
+def orientation(image: Image.Image) -> int | None:
     """The EXIF orientation, as far as it can be read."""
     try:
         orientation = image.getexif().get(EXIF_ORIENTATION)

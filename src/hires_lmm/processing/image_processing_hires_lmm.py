@@ -27,14 +27,15 @@ from .image_input_hires_lmm import (
     flatten_budgets,
     flatten_images,
     open_image,
-    to_rgb,
 )
 from .loading_names_hires_lmm import is_loading_name, is_service_name
 from .own_parts_hires_lmm import HiResLmmOwnPartsMixin, as_name, map_planner, part_loader
 from .planners_hires_lmm import Planner, find_planner, find_video_planner
-from .rendering_hires_lmm import draw_extra, render, scale_and_shift, squared
+from .reading_hires_lmm import DECODES
+from .rendering_hires_lmm import check_views, cut, cut_towers, draw_sources, scale_and_shift
+from .resizing_hires_lmm import RESIZE_BACKENDS
 from .token_layout_hires_lmm import TokenLayout, apply_budget, check_frames, count_tokens, min_budget
-from .video_input_hires_lmm import Frames, flatten_videos, is_video, open_video
+from .video_input_hires_lmm import Frames, flatten_videos, open_video
 from .view_plans_hires_lmm import PlannerLimits, ViewPlan, check_count
 
 
@@ -55,6 +56,7 @@ class HiResLmmImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[c
         unpad (`bool`, *optional*): Whether only patches that show the image enter the sequence.
         global_view (`str`, *optional*): `"squeeze"` or `"pad"`.
         views (`str`): `"all"`, `"global"` or `"crops"`.
+        enlarge (`bool`, *optional*): False: no crops of an image that its global view shows at its own size or larger.
         token_layout (`dict`, *optional*): `config.token_layout()` of the model; `None` = every patch is a token.
         extra_towers (`dict[str, dict]`, *optional*): Name of an extra tower -> `size`, `image_mean`, `image_std`; each
             sees every image whole, as `pixel_values_<name>`.
@@ -68,6 +70,12 @@ class HiResLmmImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[c
         image_boxes (`list`, *optional*): In a call, the objects of each image that become tokens, see `read_objects`.
         background (`list[int]`): Colour under transparent pixels, RGB.
         pixel_limit (`int`): Most pixels of a source image.
+        resize_backend (`str`): `"torch"`, or `"pillow"`, several times slower, for the very pixels of published
+            processors: bicubic and bilinear filters of both differ by at most 2 of 255 levels.
+        decode (`str`): `"full"`, or `"scaled"`: a JPEG file is decoded at a half, a quarter or an eighth where no view
+            needs more. Pixels differ a little; sizes, plan and boxes are those of the whole picture.
+        num_threads (`int`, *optional*): Images that are read and drawn at once. `None`: as many threads as torch has,
+            at most 4; 1 in the workers of a data loader.
     """
 
     planner: str | dict | type | None
@@ -82,6 +90,7 @@ class HiResLmmImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[c
     unpad: bool | None
     global_view: str | None
     views: str | None
+    enlarge: bool | None
     token_layout: dict | None
     extra_towers: dict | None
     max_image_tokens: int | list | tuple | None
@@ -92,6 +101,9 @@ class HiResLmmImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[c
     image_std: float | int | list | tuple | None
     background: list[int] | tuple[int, ...] | None
     pixel_limit: int | None
+    resize_backend: str | None
+    decode: str | None
+    num_threads: int | None
 
 
 FIXED_OPTIONS = {
@@ -132,6 +144,9 @@ class _Settings:
     do_rescale: bool
     extra_towers: dict | None
     rescale_factor: float
+    resize_backend: str
+    decode: str
+    num_threads: int | None
 
 
 class HiResLmmImageProcessor(HiResLmmOwnPartsMixin, PilBackend):
@@ -161,12 +176,16 @@ class HiResLmmImageProcessor(HiResLmmOwnPartsMixin, PilBackend):
     unpad = None
     global_view = None
     views = "all"
+    enlarge = None
     token_layout = None
     extra_towers = None
     max_image_tokens = None
     image_layout = None
     background = (255, 255, 255)
     pixel_limit = DEFAULT_PIXEL_LIMIT
+    resize_backend = "torch"
+    decode = "full"
+    num_threads = None
 
     resample = None
     image_mean = OPENAI_CLIP_MEAN
@@ -273,18 +292,15 @@ class HiResLmmImageProcessor(HiResLmmOwnPartsMixin, PilBackend):
         """
         settings = self._settings(kwargs)
         samples = require_samples(images) if kwargs.get("image_layout") == "dense" else None
-        sources = flatten_images(self.fetch_images(images))
+        sources = flatten_images(images)
         if not sources:
             raise ValueError("There is no image: the list is empty; pass at least one image or leave images out.")
-        pictures = [_open(source, index, settings) for index, source in enumerate(sources)]
-        plans = [_plan(picture, settings) for picture in pictures]
+        plans, drawn = draw_sources(sources, settings)
         boxes = read_objects(kwargs.get("image_boxes"), plans)
         counts = self._count(plans, settings, images, list(map(len, boxes)))
-        _check_views(plans)
-        pictures = [squared(*own, settings, index) for index, own in enumerate(zip(pictures, plans, strict=True))]
-        data = {"pixel_values": render(pictures, plans, settings), **_geometry(plans, counts)}
-        for name, tower in (settings.extra_towers or {}).items():
-            data[f"pixel_values_{name}"] = draw_extra(pictures, plans, tower, settings)
+        _check_padded(plans)
+        data = {"pixel_values": cut(drawn, plans, settings), **_geometry(plans, counts)}
+        data.update({f"pixel_values_{name}": views for name, views in cut_towers(drawn, plans, settings).items()})
         if samples is not None:
             refuse_boxes(boxes)
             data = pack_samples(data, samples)
@@ -438,7 +454,7 @@ class HiResLmmImageProcessor(HiResLmmOwnPartsMixin, PilBackend):
         options = {**own, **given}
         _check_values(options)
         name, planner, planner_options = find_planner(options["planner"])
-        shared = ("view_size", "patch_size", "max_crops", "pinpoints", "unpad", "global_view", "views")
+        shared = ("view_size", "patch_size", "max_crops", "pinpoints", "unpad", "global_view", "views", "enlarge")
         limits = planner.build_options(name, {**{each: options[each] for each in shared}, **planner_options})
         name, video_planner, planner_options = find_video_planner(options["video_planner"])
         sides = {each: options[each] for each in ("view_size", "patch_size")}
@@ -459,6 +475,7 @@ class HiResLmmImageProcessor(HiResLmmOwnPartsMixin, PilBackend):
             scale=scale,
             shift=shift,
             **{name: options[name] for name in ("max_image_tokens", "resample", "pixel_limit", "do_rescale")},
+            **{name: options[name] for name in ("resize_backend", "decode", "num_threads")},
             extra_towers=options["extra_towers"],
             rescale_factor=options["rescale_factor"] if options["do_rescale"] else 1.0,
             background=tuple(options["background"]),
@@ -482,6 +499,9 @@ def _check_values(options: dict[str, Any]) -> None:
         "background": (_is_color(color), "three integers from 0 to 255 (RGB)"),
         "pixel_limit": (limit is not None and limit >= 1, "an integer of at least 1"),
         "input_data_format": (order in (None, *FORMATS), f"'{FORMATS[0]}' or '{FORMATS[1]}'"),
+        "resize_backend": (options["resize_backend"] in RESIZE_BACKENDS, "'torch' or 'pillow'"),
+        "decode": (options["decode"] in DECODES, "'full' or 'scaled'"),
+        "num_threads": (options["num_threads"] is None or options["num_threads"] >= 1, "at least 1, or None"),
         "image_layout": (options["image_layout"] in (None, "flat", "dense"), "'flat', 'dense' or None"),
         "max_image_tokens": (_is_budget(budget), "an integer of at least 1 (in a call also a list), or None"),
     }
@@ -513,21 +533,6 @@ def _is_budget(value: Any) -> bool:
     return value is None or (type(value) is int and value >= 1)
 
 
-def _open(source: Any, index: int, settings: _Settings) -> Any:
-    """An image as a list of one picture, or the frames of a video."""
-    if is_video(source):
-        return open_video(source, index, settings.sampling, settings)
-    colors = (settings.background, settings.pixel_limit, settings.input_data_format)
-    return [to_rgb(source, index, *colors, unit_floats=settings.do_rescale)]
-
-
-def _plan(source: Any, settings: _Settings) -> ViewPlan:
-    if is_video(source, "frames"):
-        height, width = source.size
-        return settings.video_planner(height, width, settings.video_limits, len(source))
-    return settings.planner(source[0].height, source[0].width, settings.limits)
-
-
 def _plan_video(frames: int, height: int, width: int, settings: _Settings) -> ViewPlan:
     check_count("frames", frames)
     return settings.video_planner(height, width, settings.video_limits, settings.sampling.count(frames))
@@ -551,18 +556,12 @@ def _num_tokens(plan: ViewPlan, budget: int | None, num_objects: int, settings: 
     return number
 
 
-def _check_views(plans: list[ViewPlan]) -> None:
-    """Refuse an image whose views, padded to the largest of the batch, hold more pixels than any source may have."""
+def _check_padded(plans: list[ViewPlan]) -> None:
+    """The same for views that are padded to the largest of the batch."""
     sizes = [plan.view_pixels(view) for plan in plans for view in plan.views]
-    high, wide = (max(size[axis] for size in sizes) for axis in (0, 1))
+    largest = (max(size[0] for size in sizes), max(size[1] for size in sizes))
     for index, plan in enumerate(plans):
-        pixels = len(plan.views) * high * wide
-        if pixels > DEFAULT_PIXEL_LIMIT:
-            raise ValueError(
-                f"Image {index} would become {len(plan.views)} views of {high}x{wide} = {pixels} pixels, more than "
-                f"{DEFAULT_PIXEL_LIMIT}; lower max_crops, num_frames or view_size, or leave out images of very "
-                "different aspect."
-            )
+        check_views(plan, index, largest)
 
 
 def _geometry(plans: list[ViewPlan], counts: list[int]) -> dict[str, np.ndarray]:

@@ -153,12 +153,14 @@ class Planner:
     def __call__(self, height: int, width: int, options: PlannerLimits, frames: int = 1) -> ViewPlan:
         """Plan one image, or one video of so many frames."""
         more = (frames,) if self.reads_frames else ()
-        if options.square is None:
-            return self.plan(height, width, options, *more)
         size = checked_size(height, width)
         side = max(size) if options.square == "pad" else min(size)
-        plan = place_square(self.plan(side, side, options, *more), size)
-        return replace(plan, square=options.square)
+        drawn = size if options.square is None else (side, side)
+        plan = self.plan(*drawn, options, *more)
+        is_shown = all(own >= source for own, source in zip(plan.global_size, drawn, strict=True))
+        if options.enlarge is False and options.views == "all" and is_shown and any(plan.canvas):
+            plan = self.plan(*drawn, replace(options, views="global"), *more)
+        return plan if options.square is None else replace(place_square(plan, size), square=options.square)
 
     def build_options(self, name: str, values: dict[str, Any]) -> PlannerLimits:
         """Check options by name; None leaves a choice to the planner."""

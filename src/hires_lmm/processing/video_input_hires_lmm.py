@@ -62,11 +62,6 @@ class Frames(Sequence):
     def __getitem__(self, number: Any) -> Image.Image:  # type: ignore[override]
         return self.convert(number, self.frames[number])
 
-    def map(self, change: Callable[[Image.Image], Image.Image]) -> "Frames":
-        """The same frames, each picture changed."""
-        convert = self.convert
-        return Frames(self.frames, lambda number, frame: change(convert(number, frame)), self.size)
-
 
 def is_video(value: Any, kind: str = "video") -> bool:
     """Whether it is a `Video`, or opened `Frames`; told by a mark, for as remote code a class may exist twice."""

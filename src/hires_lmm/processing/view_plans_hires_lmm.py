@@ -39,6 +39,8 @@ class PlannerLimits:
         unpad (`bool`, *optional*): Whether only patches that show the image enter the sequence.
         global_view (`str`, *optional*): `"squeeze"` distorts the image to the square, `"pad"` keeps its aspect.
         views (`str`): `"all"`, `"global"` (no crops are made) or `"crops"` (the global view adds no tokens).
+        enlarge (`bool`, *optional*): False: an image that its global view shows at its own size or larger has no
+            crops, which would show nothing more. True, or None: it is cut by the planner's rule all the same.
         square (`str`, *optional*): What is planned and drawn in place of the image, as in LLaVA-1.5: `"pad"`: a square
             of the tower's mean colour with the image in its middle; `"crop"`: the middle square of the image.
 
@@ -52,6 +54,7 @@ class PlannerLimits:
     unpad: bool | None = None
     global_view: str | None = None
     views: str = "all"
+    enlarge: bool | None = None
     square: str | None = None
 
     def __post_init__(self) -> None:
@@ -63,8 +66,9 @@ class PlannerLimits:
             check_count("max_crops", self.max_crops, hint=" To go without crops pass views='global'.")
             if self.max_crops > CROPS_LIMIT:
                 raise ValueError(f"max_crops={self.max_crops} is more than {CROPS_LIMIT}; lower it.")
-        if not (self.unpad is None or isinstance(self.unpad, bool)):
-            raise ValueError(f"unpad={self.unpad!r} must be True, False or None.")
+        for name in ("unpad", "enlarge"):
+            if not (getattr(self, name) is None or isinstance(getattr(self, name), bool)):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be True, False or None.")
         _check_choice("square", self.square, (None, "pad", "crop"))
         if self.square is not None and self.unpad:
             raise ValueError(f"unpad=True cannot leave out the padding of square={self.square!r}; leave out one.")

@@ -26,6 +26,8 @@ VIEW_OPTIONS = (
     "pinpoints",
     "unpad",
     "global_view",
+    "enlarge",
+    "resize_backend",
     "resample",
     "image_mean",
     "image_std",
