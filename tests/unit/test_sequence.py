@@ -3,9 +3,10 @@
 import random
 
 import pytest
+import torch
 
 from hires_lmm.modeling.layout_hires_lmm import HiResLmmLayout, token_plan
-from hires_lmm.processing.geometry_hires_lmm import KINDS, Grid, Kind, ViewShape
+from hires_lmm.processing.geometry_hires_lmm import KINDS, Grid, Kind, ViewShape, spread_evenly
 from hires_lmm.processing.sequence_hires_lmm import PLACES, Arrangement, LayoutOptions, Run, split_budget
 
 
@@ -111,7 +112,7 @@ def test_grids_round_spans_outwards_and_follow_the_size_of_a_view():
     assert Grid(12, 12, (2, 2)).cells(small) == (0, 3, 0, 2) and Grid(6, 6, None).cells(small) == (0, 6, 0, 6)
     assert Grid(6, 6, None, whole=True).cells(view) == (0, 6, 0, 6)
     assert Grid(6, 6, None, whole=True).cells(view._replace(top=5)) == (0, 0, 0, 0)
-    for grid in (Grid(2, 3), Grid(4, 4, None, True, 0, 7)):
+    for grid in (Grid(2, 3), Grid(4, 4, None, True, (0, 3), 7, 5, 9)):
         assert Grid.from_dict(grid.to_dict()) == grid
 
 
@@ -120,8 +121,53 @@ def test_views_that_an_operation_makes_stand_for_others():
     frames = [ViewShape(3, 9, 1, n, 0, 2, 2, *FULL) for n in range(9)]
     pooled = Arrangement(LayoutOptions(order=["frames"]), {3: Grid(1, 2, None, num_views=4)})
     assert pooled.walk(frames) == [Run(3, n, 0, 0, 2) for n in range(4)] and pooled.count(frames)[3] == 8
-    detail = Arrangement(LayoutOptions(order=["global", "detail"]), {**GRIDS, 4: Grid(1, 3, None, source=0)})
+    detail = Arrangement(LayoutOptions(order=["global", "detail"]), {**GRIDS, 4: Grid(1, 3, None, source=(0,))})
     assert detail.walk(image(0, 0))[-1] == Run(4, 0, 0, 0, 3)
+
+
+def frames_of(rows: int, cols: int) -> list[ViewShape]:
+    return [ViewShape(3, rows, cols, n // cols, n % cols, 2, 2, *FULL) for n in range(rows * cols)]
+
+
+def test_two_sets_of_tokens_of_one_video():
+    """One view for every five frames, and a small one for each; a picture has one of both."""
+    grids = {3: Grid(2, 2, None, source=(0, 3), view_stride=5), 4: Grid(1, 1, None, source=(0, 3))}
+    both = Arrangement(LayoutOptions(order=["frames", "detail"]), grids)
+    assert both.count(frames_of(11, 1)) == {-1: 0, 3: 3 * 4, 4: 11}
+    assert both.count(image(0, 0)) == {-1: 0, 3: 4, 4: 1}
+    spec = HiResLmmLayout(LayoutOptions(order=["frames", "detail"]), grids, (), 4).spec
+    plan = token_plan(
+        ((0, tuple(image(0, 0)), 5), (1, tuple(frames_of(6, 1)), 14)),
+        ((3, (2, 2), (3, 4)), (4, (1, 1), (7, 1))),
+        spec,
+        "cpu",
+    )
+    assert plan.lengths == (5, 14) and sorted(plan.index.tolist()) == list(range(3 * 4 + 7))
+    assert plan.view.tolist() == [0] * 5 + [1] * 4 + [6] * 4 + [1, 2, 3, 4, 5, 6]  # frames 0 and 5 open a view each
+
+
+def test_frames_of_one_grid_row_lie_side_by_side():
+    order = {"order": ["frames"]}
+    strips = sequence(frames_of(2, 2), {3: Grid(1, 2, None)}, separators={"and": {"place": "between_frames"}}, **order)
+    assert strips == ["0.0.0", "0.0.1", "1.0.0", "1.0.1", "and", "2.0.0", "2.0.1", "3.0.0", "3.0.1"]
+    rows = sequence(frames_of(1, 2), {3: Grid(2, 1, None)}, **order)
+    assert rows == ["0.0.0", "1.0.0", "0.1.0", "1.1.0"]
+    assert sequence(frames_of(1, 2), {3: Grid(2, 1, None)}, crop_order="views", **order) == sorted(rows)
+
+
+def test_a_sample_of_the_tokens_of_all_frames():
+    """torch.linspace(0, 11, 5) is 0, 2.75, 5.5, 8.25, 11; halves go to the even number."""
+    found = sequence(frames_of(3, 1), {3: Grid(2, 2, None, sample=5)}, order=["frames"])
+    assert found == ["0.0.0", "0.1.1", "1.1.0", "2.0.0", "2.1.1"]
+    every = sequence(frames_of(3, 1), {3: Grid(2, 2, None)}, order=["frames"])
+    assert sequence(frames_of(3, 1), {3: Grid(2, 2, None, sample=12)}, order=["frames"]) == every
+    assert sequence(frames_of(3, 1), {3: Grid(2, 2, None, sample=99)}, order=["frames"]) == every
+
+
+def test_spread_evenly_is_linspace_of_single_precision():
+    for total in (*range(2, 40), 3600, 28800, 46227):
+        for number in {1, 2, 3, total // 3, total - 1, 2880} & set(range(1, total)):
+            assert spread_evenly(total, number) == torch.linspace(0, total - 1, number).round().int().tolist()
 
 
 def test_a_table_of_ids_by_place():

@@ -88,8 +88,9 @@ class Traits:
         reads_question, writes_question (`bool`): Whether the result depends on the question; whether its embeddings
             are changed on the way to the language model.
         count (`str`): `"static"`: known from sizes alone; `"content"`: known once the part has run, the model packs;
-            `"own"`: `own_tokens`, whatever the image.
-        own_tokens (`int`, *optional*): Tokens of an image where the part makes its own.
+            `"own"`: `own_tokens`, whatever the others are.
+        own_tokens (`int` or `str`, *optional*): Tokens of an image where the part makes its own, or the kind of views
+            whose tokens are left.
         later_tokens (`int`, *optional*): Tokens of later turns of the conversation, where the part has a protocol of
             turns.
         budget_on (`str` or `list[str]`, *optional*): Views whose tokens the part drops or saves under a budget, or
@@ -104,7 +105,7 @@ class Traits:
     reads_question: bool = False
     writes_question: bool = False
     count: str = "static"
-    own_tokens: int | None = None
+    own_tokens: int | str | None = None
     later_tokens: int | None = None
     budget_on: Any = None
     needs: Needs = field(default_factory=Needs)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from .conversation_hires_lmm import Conversation
-from .geometry_hires_lmm import MAIN_TOWER, Column, Grid, Kind, ViewShape, kinds_on, object_view
+from .geometry_hires_lmm import KINDS, MAIN_TOWER, Column, Grid, Kind, ViewShape, kinds_on, object_view
 
 
 @dataclass(frozen=True)
@@ -159,6 +159,11 @@ class ViewFeatures:
         sizes = [ViewShape(*view)[5:7] for image in self.images for view in image.views]
         own = [sizes[row] for row in group.rows if sizes]  # views of no image have the whole grid
         return own + [group.grid] * (len(group.features) - len(own))
+
+    def counts(self, group: ViewGroup) -> list[int]:
+        """How many views of a group each image has, in order, and behind them how many are idle."""
+        own = [sum(0 <= row - image.first_view < len(image.views) for row in group.rows) for image in self.images]
+        return [*own, len(group.features) - len(group.rows)]
 
     def map(self, on: Any, function: Callable[[ViewGroup], ViewGroup]) -> "ViewFeatures":
         """Change the groups of the main tower that `on` names."""
@@ -309,14 +314,15 @@ class VisualTokens:
     def boxes(self, view_boxes: torch.Tensor) -> np.ndarray:
         """Boxes of all tokens, `(N, 4)` float64 in source pixels from `(V, 4)` in 1/256; NaN for separators."""
         views, kinds = self.view.numpy(), self.kind.numpy()
-        grids = np.ones((max(len(view_boxes), 1), 2), dtype=np.float64)
-        for image in self.images:
-            for number, values in enumerate(image.views):
-                shape = ViewShape(*values)
-                if shape.kind in self.grids:
-                    grids[image.first_view + number] = self.grids[shape.kind].of((shape.patch_rows, shape.patch_cols))
+        shapes = {
+            image.first_view + n: ViewShape(*view) for image in self.images for n, view in enumerate(image.views)
+        }
+        grids = np.ones((len(KINDS), max(len(view_boxes), 1), 2), dtype=np.float64)
+        for kind, grid in self.grids.items():
+            for row, shape in shapes.items():
+                grids[kind, row] = grid.of((shape.patch_rows, shape.patch_cols))
         boxes = view_boxes.cpu().numpy().astype(np.float64)[np.maximum(views, 0)] / 256
-        size = (boxes[:, 2:] - boxes[:, :2]) / grids[np.maximum(views, 0)]
+        size = (boxes[:, 2:] - boxes[:, :2]) / grids[np.maximum(kinds, 0), np.maximum(views, 0)]
         start = boxes[:, :2] + self.cell.numpy() * size
         result = np.concatenate([start, start + size], axis=1)
         result[(kinds == Kind.SEPARATOR) | (views < 0)] = np.nan

@@ -11,7 +11,7 @@ from transformers.configuration_utils import SubConfigSpec
 from transformers.models.auto import AutoConfig
 
 from .compat_hires_lmm import CACHE_NAMES, warn_if_untested
-from .geometry_hires_lmm import KINDS, MADE_KINDS, MAIN_TOWER, OBJECTS, Grid, Kind
+from .geometry_hires_lmm import KINDS, MADE_KINDS, MAIN_TOWER, OBJECTS, WHOLE_KINDS, Grid, Kind
 from .own_parts_hires_lmm import (
     HiResLmmOwnPartsMixin,
     as_name,
@@ -476,7 +476,7 @@ class HiResLmmConfig(HiResLmmOwnPartsMixin, PreTrainedConfig):
         kinds = self.connector_config.resolve().kinds
         grids = {(int(KINDS[name]), MAIN_TOWER): Grid(*self.patch_grid) for name in kinds if name not in MADE_KINDS}
         for name, tower in towers.items():
-            grids[int(Kind.DETAIL), name] = Grid(*tower_grid(tower), stride=None, whole=True, source=int(Kind.GLOBAL))
+            grids[int(Kind.DETAIL), name] = Grid(*tower_grid(tower), stride=None, whole=True, source=WHOLE_KINDS)
         return PartContext(
             self.connector_config,
             self.vision_width,

@@ -8,7 +8,7 @@ import torch
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .carriers_hires_lmm import ImageGeometry, read_geometry
-from .geometry_hires_lmm import BOX_SIDE, DENSE_PARTS, KINDS, Column, Kind
+from .geometry_hires_lmm import BOX_SIDE, DENSE_PARTS, KINDS, WHOLE_KINDS, Column
 from .outputs_hires_lmm import HiResLmmImageFeatures
 from .question_hires_lmm import PromptText
 from .tower_table_hires_lmm import tower_grid, tower_width, view_side
@@ -231,7 +231,7 @@ def extra_arguments(config: Any) -> list[str]:
 
 def check_extra(model: Any, extra: dict[str, torch.Tensor], images: list[ImageGeometry], prefix: str) -> None:
     """Compare the views of extra towers, or their features, with the images and with the towers."""
-    count = sum(len(image.rows(Kind.GLOBAL)) for image in images)
+    count = sum(len(image.rows(kind)) for image in images for kind in WHOLE_KINDS)
     for name, tower in model.extra_towers.items():
         argument, config = f"{prefix}_{name}", tower.config
         if argument not in extra or len(extra) != len(model.config.tower_names):
@@ -244,7 +244,7 @@ def check_extra(model: Any, extra: dict[str, torch.Tensor], images: list[ImageGe
         if tuple(extra[argument].shape) != (count, *one):
             raise ValueError(
                 f"{argument} has the shape {tuple(extra[argument].shape)}, but these images need {(count, *one)}: one "
-                "row a global view. Use the processor that belongs to this checkpoint."
+                "row a global view or frame. Use the processor that belongs to this checkpoint."
             )
 
 

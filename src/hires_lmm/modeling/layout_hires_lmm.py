@@ -174,12 +174,11 @@ def _cached_plan(images: tuple, groups: tuple, spec: str, device: str) -> TokenP
 
 
 def _source_rows(arrangement: Arrangement, views: list[ViewShape], first: int, kind: int) -> list[int]:
-    """Row in `pixel_values` of each view of a kind; -1 for views that an operation made."""
-    grid = arrangement.grids[kind]
-    if grid.num_views is not None:
-        return [-1] * grid.num_views
-    source = kind if grid.source is None else grid.source
-    return [first + number for number, view in enumerate(views) if view.kind == source]
+    """Row in `pixel_values` of each view of a kind, or of the first that stands for it; -1 for objects."""
+    if kind == Kind.OBJECT:
+        return [-1]
+    rows = [first + number for number, view in enumerate(views) if view.kind in arrangement.sources(kind)]
+    return [rows[place] for place in arrangement.grids[kind].first_views(len(rows))]
 
 
 def _as_plan(pieces: list[tuple], lengths: list[int], device: str) -> TokenPlan:

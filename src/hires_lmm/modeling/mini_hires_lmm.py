@@ -70,7 +70,7 @@ class HiResLmmMiniCompressor(HiResLmmViewOp):
         if _grid(context, Kind.GLOBAL) is None:
             raise ValueError("mini_compressor needs a global view of every image, but none reaches it.")
         side = square_side(options.num_queries, "num_queries")
-        grid = Grid(side, side, stride=None, whole=True, source=int(Kind.GLOBAL))
+        grid = Grid(side, side, stride=None, whole=True, source=(int(Kind.GLOBAL),))
         return Traits({**context.grids, DETAIL: grid}, context.width)
 
     def init_weights(self) -> None:

@@ -255,10 +255,15 @@ class FittedChain:
         if (
             self.elastic
             and self.layout.crop_order == "raster"
-            and set(self.elastic) & {KINDS["crops"], KINDS["strided"]}
+            and set(self.elastic) & {KINDS["crops"], KINDS["strided"], KINDS["frames"]}
         ):
             raise ValueError(
-                'A part that makes fewer tokens of each crop under a budget needs layout.crop_order="views".'
+                'A part that makes fewer tokens of each crop or frame under a budget needs layout.crop_order="views".'
+            )
+        if any(grid.sample for (kind, _), grid in self.adapted.grids.items() if kind in self.elastic):
+            raise ValueError(
+                f"{consumers[0].part.__name__} makes fewer tokens of a view under a budget, and sample_tokens takes "
+                "some of them; leave one of the two out."
             )
 
     def of(self, slot: str) -> list[Step]:

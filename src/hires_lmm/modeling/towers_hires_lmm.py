@@ -11,7 +11,7 @@ from transformers.utils import logging
 from .bases_hires_lmm import Needs
 from .carriers_hires_lmm import ImageGeometry, ViewGroup, constant_index, constant_indices
 from .compat_hires_lmm import layers_of
-from .geometry_hires_lmm import MAIN_TOWER, Kind
+from .geometry_hires_lmm import MAIN_TOWER, WHOLE_KINDS, Kind
 from .inputs_hires_lmm import ImageInputs
 from .layer_ops_hires_lmm import TowerPass, open_tower
 from .layout_hires_lmm import idle_image
@@ -272,7 +272,7 @@ def run_towers(
         _take(seen, kind, tuple(used[place] for place in own), index)
         for (kind, own), index in zip(places.items(), indices, strict=True)
     ]
-    rows = tuple(row for row, view in enumerate(views) if view[0] == Kind.GLOBAL)
+    rows = tuple(row for row, view in enumerate(views) if view[0] in WHOLE_KINDS)
     for name in extra_towers_used(model) if rows or connector.training else ():
         if not rows:
             groups.append(replace(_blank_extra(model, name, source.device, not images.is_encoded), rows=()))
@@ -299,7 +299,7 @@ def _levels(model: Any, name: str) -> Needs:
 def _extra_group(
     model: Any, name: str, features: torch.Tensor, rows: tuple[int, ...], hidden: dict[int, torch.Tensor] | None = None
 ) -> ViewGroup:
-    """The group of an extra tower, which sees what the rows of the global views show."""
+    """The group of an extra tower, which sees what global views and frames show."""
     tower = model.extra_towers[name]
     grid = tower_grid(tower.config)
     return ViewGroup(int(Kind.DETAIL), features.to(tower.dtype), grid, rows, name, hidden=hidden or {})

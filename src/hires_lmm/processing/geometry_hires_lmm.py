@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, NamedTuple
 
+import numpy as np
+
 
 class Column(IntEnum):
     """Columns of `view_positions`."""
@@ -47,6 +49,9 @@ KINDS = {
     "objects": Kind.OBJECT.value,
 }
 """Names of kinds in options (`on`, `order`); plain numbers, which compilers follow."""
+
+WHOLE_KINDS = (Kind.GLOBAL.value, Kind.FRAME.value)
+"""Kinds whose views extra towers see too: a picture and each frame of a video."""
 
 MADE_KINDS = ("detail", "objects")
 """Kinds that no planner cuts: an extra tower or a part makes them."""
@@ -104,17 +109,27 @@ class Grid:
         stride (`tuple[int, int]`, *optional*): Patches a token along each axis, where the grid follows the size of the
             view; None: `rows` x `cols` whatever the size.
         whole (`bool`): All tokens of a view enter or none, whatever its span: queries that have no place in the view.
-        source (`int`, *optional*): Kind of the views that stand for these, where an operation or a second tower makes
-            them; None: views of the kind itself.
-        num_views (`int`, *optional*): Views of this kind that every image has, whatever it came with; None: one each.
+        source (`tuple[int, ...]`, *optional*): Kinds of the views that stand for these, where an operation or a second
+            tower makes them; None: views of the kind itself.
+        num_views (`int`, *optional*): Views of this kind that an image with any of them has, whatever it came with;
+            None: one for each `view_stride` that stand for it.
+        sample (`int`, *optional*): Most tokens of all views of this kind of an image that enter, evenly spread.
     """
 
     rows: int
     cols: int
     stride: tuple[int, int] | None = (1, 1)
     whole: bool = False
-    source: int | None = None
+    source: tuple[int, ...] | None = None
     num_views: int | None = None
+    view_stride: int = 1
+    sample: int | None = None
+
+    def first_views(self, count: int) -> list[int]:
+        """Of each view of this kind, the first of the `count` views that stand for all of them."""
+        if self.num_views is None or not count:
+            return list(range(0, count, self.view_stride))
+        return [number * count // self.num_views for number in range(self.num_views)]
 
     @property
     def size(self) -> tuple[int, int]:
@@ -142,14 +157,26 @@ class Grid:
     def to_dict(self) -> dict[str, Any]:
         """As JSON values; what has its default is left out."""
         values = {"rows": self.rows, "cols": self.cols, "stride": None if self.stride is None else list(self.stride)}
-        rest = {"whole": self.whole, "source": self.source, "num_views": self.num_views}
-        return {**values, **{name: value for name, value in rest.items() if value is not None and value is not False}}
+        rest = {name: getattr(self, name) for name in ("whole", "source", "num_views", "view_stride", "sample")}
+        rest = {name: list(value) if isinstance(value, tuple) else value for name, value in rest.items()}
+        return {**values, **{name: value for name, value in rest.items() if value != getattr(Grid, name)}}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Grid":
         """Read what `to_dict` gave."""
-        stride = values.get("stride", (1, 1))
-        return cls(**{**values, "stride": None if stride is None else tuple(stride)})
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+
+def spread_evenly(total: int, number: int) -> list[int]:
+    """`number` of the indices below `total`, the first and the last among them; all where there are no more.
+
+    As `torch.linspace(0, total - 1, number).round()` in single precision, which decides where halves go.
+    """
+    if number >= total:
+        return list(range(total))
+    step, place = float(np.float32(total - 1) / np.float32(max(number - 1, 1))), np.arange(number)
+    at = np.where(place < number // 2, step * place, total - 1 - step * (number - 1 - place))
+    return np.rint(at.astype(np.float32) if number > 1 else place).astype(int).tolist()
 
 
 def check_stride(grid: Grid, patch_grid: tuple[int, int], where: str) -> None:

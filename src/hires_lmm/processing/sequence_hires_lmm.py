@@ -6,11 +6,12 @@ Stands in `processing/` and, as a link, in `modeling/`.
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import count
 from typing import Literal, NamedTuple
 
 from huggingface_hub.dataclasses import strict
 
-from .geometry_hires_lmm import Grid, Kind, ViewShape, kinds_on
+from .geometry_hires_lmm import Grid, Kind, ViewShape, kinds_on, spread_evenly
 
 
 PLACES = (
@@ -97,12 +98,12 @@ class Separator:
 class LayoutOptions:
     """Order of views and the separators between them.
 
-    A block is the stitched map of all crops (`crop_order="raster"`) or one view.
+    A block is the stitched map of all crops or a grid row of frames (`crop_order="raster"`), or one view.
 
     Args:
         order (`list[str]`): Kinds of views that enter, in order.
-        crop_order (`str`): `"raster"` reads the map of all crops, side by side, row by row, and that of all strided
-            views, interleaved; `"views"` one after another.
+        crop_order (`str`): `"raster"` reads the map of all crops, side by side, row by row, that of all strided
+            views, interleaved, and frames of one row of their grid side by side; `"views"` one after another.
         separators (`dict[str, dict]`): Name -> fields of `Separator`.
     """
 
@@ -172,11 +173,16 @@ class Arrangement:
     def own_views(self, views: Sequence[ViewShape], kind: int) -> list[ViewShape]:
         """The views of a kind that an image has, or that stand for them."""
         grid = self.grids[kind]
-        source = kind if grid.source is None else grid.source
-        found = [view for view in views if view.kind == source]
-        if grid.num_views is None or not found:
+        found = [view for view in views if view.kind in self.sources(kind)]
+        first = grid.first_views(len(found))
+        if len(first) == len(found):
             return found
-        return [found[0]._replace(row=number, col=0) for number in range(grid.num_views)]
+        shape = {"grid_rows": len(first), "grid_cols": 1, "col": 0}
+        return [found[place]._replace(row=number, **shape) for number, place in enumerate(first)]
+
+    def sources(self, kind: int) -> tuple[int, ...]:
+        """The kinds of views that stand for a kind."""
+        return self.grids[kind].source or (kind,)
 
     def walk(self, views: Sequence[ViewShape], num_tokens: int | None = None) -> list[Run | Mark]:
         """Order the tokens of one image, under a budget that elastic kinds take if `num_tokens` is given."""
@@ -184,8 +190,8 @@ class Arrangement:
         out: list[Run | Mark] = [*self._marks("image_start")]
         num_blocks = 0
         for kind in self.kinds:
-            own = self.own_views(views, kind)
-            for number, (before, block) in enumerate(self._blocks(own, kind, limits.get(kind))):
+            blocks = list(self._blocks(self.own_views(views, kind), kind, limits.get(kind)))
+            for number, (before, block) in enumerate(_sampled(blocks, self.grids[kind].sample)):
                 out += before
                 if kind == Kind.FRAME and number:
                     out += self._marks("between_frames", kind)
@@ -242,11 +248,12 @@ class Arrangement:
             for band in bands.values()
         ]
         shown = [band for band in shown if band]
+        is_strip = kind == Kind.FRAME and self.is_raster and limits is None
         for which, band in enumerate(shown):
-            for place, number in enumerate(band):
-                view = own[number]
-                limit = None if limits is None else limits[number]
-                block = self._block(_side_by_side([[number]], cells), kind, view.row, view.col, limit)
+            for place, numbers in enumerate([band] if is_strip else [[number] for number in band]):
+                view = own[numbers[0]]
+                limit = None if limits is None else limits[numbers[0]]
+                block = self._block(_side_by_side([numbers], cells), kind, view.row, view.col, limit)
                 before: list[Mark] = []
                 if kind in GRID_KINDS and place:
                     before = self._marks("crop_column", kind, view.row, view.col)
@@ -282,6 +289,27 @@ class Arrangement:
             out += [Run(kind, *piece) for piece in line if piece[3] > piece[2]]
             out += end
         return [*out, *self._marks("view_end", kind, row, col)]
+
+
+def _sampled(
+    blocks: list[tuple[list[Mark], list[Run | Mark]]], number: int | None
+) -> list[tuple[list[Mark], list[Run | Mark]]]:
+    """Leave so many of the tokens in blocks, evenly spread; what stands around them stays."""
+    if number is None:
+        return blocks
+    runs = [piece for _, block in blocks for piece in block if isinstance(piece, Run)]
+    chosen = set(spread_evenly(sum(run.stop - run.start for run in runs), number))
+    at, found = count(), []
+    for before, block in blocks:
+        left: list[Run | Mark] = []
+        for piece in block:
+            if isinstance(piece, Run):
+                cols = [col for col in range(piece.start, piece.stop) if next(at) in chosen]
+                left += [piece._replace(start=col, stop=col + 1) for col in cols]
+            else:
+                left.append(piece)
+        found.append((before, left))
+    return found
 
 
 @lru_cache(maxsize=1024)

@@ -22,7 +22,8 @@ class TokenLayout:
         patch_grid (`tuple[int, int]`): Patches of a view of the tower's own size (rows, columns).
         grids (`dict[str, Grid]`): Token grid of the views of each kind, by its name.
         layout (`dict`): Fields of `LayoutOptions`.
-        own_tokens (`int`, *optional*): The image has exactly that many tokens, whatever its size.
+        own_tokens (`int` or `str`, *optional*): The image has exactly that many tokens, whatever its size, or those of
+            the views of that kind.
         later_tokens (`int`, *optional*): Tokens of the turns after the first, where a model uses some there.
         budget (`dict`, *optional*): `{"on": "all", a kind, a list of kinds or "own"}`: which tokens `max_image_tokens`
             may take away; `"elastic": True` where the part makes fewer from the start, `"reads_question": True` where
@@ -35,7 +36,7 @@ class TokenLayout:
     patch_grid: tuple[int, int]
     grids: dict
     layout: dict = field(default_factory=dict)
-    own_tokens: int | None = None
+    own_tokens: int | str | None = None
     later_tokens: int | None = None
     budget: dict | None = None
 
@@ -45,8 +46,13 @@ class TokenLayout:
             raise ValueError(f"token_layout: grids={self.grids!r} must be token grids by kind: {', '.join(KINDS)}.")
         for name in ("own_tokens", "later_tokens"):
             value = getattr(self, name)
+            if name == "own_tokens" and value in self.grids:
+                continue
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ValueError(f"token_layout: {name}={value!r} must be null or an integer of at least 1.")
+                raise ValueError(
+                    f"token_layout: {name}={value!r} must be null, an integer of at least 1, or for own_tokens a kind "
+                    "of views that has a grid."
+                )
         try:
             for name, grid in self.grids.items():
                 check_stride(_as_grid(grid), self.patch_grid, f"grids.{name}")
@@ -120,9 +126,11 @@ def count_tokens(plan: ViewPlan, layout: TokenLayout, num_objects: int = 0) -> T
             f"patches, token_layout has {layout.patch_grid[0]}x{layout.patch_grid[1]}; change one of them."
         )
     on = None if layout.budget is None else layout.budget["on"]
-    if layout.own_tokens is not None:
+    if isinstance(layout.own_tokens, int):
         return TokenCount(layout.own_tokens, layout.own_tokens if on == OWN else 0)
     counts = layout.arrangement.count([*(view.shape for view in plan.views), object_view(num_objects)])
+    if layout.own_tokens is not None:
+        return TokenCount(counts[KINDS[layout.own_tokens]], 0)
     return TokenCount(sum(counts.values()), sum(counts.get(kind, 0) for kind in kinds_on(on)) if on else 0)
 
 
