@@ -13,7 +13,8 @@ from transformers.dynamic_module_utils import custom_object_save
 from .. import __version__
 from ..modeling.modeling_hires_lmm import HiResLmmForConditionalGeneration
 from ..processing.image_processing_hires_lmm import HiResLmmImageProcessor
-from ..processing.processing_hires_lmm import HiResLmmProcessor, image_options
+from ..processing.processing_hires_lmm import HiResLmmProcessor
+from ..processing.processor_options_hires_lmm import image_options
 from ..processing.tower_table_hires_lmm import view_side
 from .errors import readable
 from .mapping import Mapped

@@ -9,7 +9,7 @@ from transformers import AutoConfig
 
 from ..modeling.configuration_hires_lmm import PRESETS
 from ..modeling.connector_hires_lmm import HiResLmmConnector
-from ..processing.processing_hires_lmm import choose_template
+from ..processing.processor_options_hires_lmm import choose_template
 from ..processing.sequence_hires_lmm import LayoutOptions
 from .configs import common_dtype
 from .errors import ConversionError, readable

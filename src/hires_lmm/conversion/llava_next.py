@@ -11,7 +11,7 @@ from typing import Any
 from transformers import AutoConfig
 
 from ..modeling.logits_hires_lmm import DIVIDERS, MULTIPLIERS
-from ..processing.processing_hires_lmm import choose_template
+from ..processing.processor_options_hires_lmm import choose_template
 from ..processing.tower_table_hires_lmm import TOWERS
 from .errors import ConversionError, readable
 from .hub import is_repository, resolve_folder

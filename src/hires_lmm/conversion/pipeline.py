@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..modeling.configuration_hires_lmm import HiResLmmConfig
-from ..processing.processing_hires_lmm import place_image_token
+from ..processing.processor_options_hires_lmm import place_image_token
 from .cards import write_card
 from .checkpoint import REPORT_NAME, UNUSED_STEM, finish_report, save_assets, save_code, versions
 from .configs import common_dtype, model_shapes, parse_dtype, with_dtype

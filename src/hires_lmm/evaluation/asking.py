@@ -24,7 +24,7 @@ def encode_prompts(processor: Any, texts: Sequence[str], placeholders: Sequence[
     tokenizer = processor.tokenizer
     adds = tokenizer.bos_token is None or not whole[0].startswith(tokenizer.bos_token)
     encoded = tokenizer(whole, padding=True, padding_side="left", add_special_tokens=adds)
-    drop_marks(whole, encoded, processor.image_token, tokenizer)
+    drop_marks(whole, encoded, (processor.image_token, processor.video_token), tokenizer)
     encoded.convert_to_tensors("pt")
     return {name: encoded[name] for name in ("input_ids", "attention_mask")}
 

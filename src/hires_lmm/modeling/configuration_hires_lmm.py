@@ -253,6 +253,7 @@ class HiResLmmConfig(HiResLmmOwnPartsMixin, PreTrainedConfig):
             whole, at a size of its own, as `pixel_values_<name>`.
         unequal_views (`bool`): Views have sizes of their own, in multiples of a patch, in place of the tower's.
         planner (`dict`, *optional*): Name and limits of the slicing rule, read by `HiResLmmProcessor.from_config`.
+        video_planner (`dict`, *optional*): The same for videos, with `num_frames`, `fps` and `frame_sampling`.
         image_token_id (`int`): Id of the placeholder token.
         vision_feature_layer (`int`): Layer of the tower whose hidden states are used.
         vision_chunk_size (`int`, *optional*): Most views that pass the tower at once, which bounds its memory; None =
@@ -294,6 +295,7 @@ class HiResLmmConfig(HiResLmmOwnPartsMixin, PreTrainedConfig):
     extra_towers: dict | None = None
     unequal_views: bool = False
     planner: dict[str, Any] | None = None
+    video_planner: dict[str, Any] | None = None
     image_token_id: int = 32000
     vision_feature_layer: int = -2
     vision_chunk_size: int | None = None
@@ -318,6 +320,7 @@ class HiResLmmConfig(HiResLmmOwnPartsMixin, PreTrainedConfig):
         self._check_halves()
         self.vision_config = _without_head(self.vision_config)
         self.planner = map_planner(self.planner if self.planner is not None else {"name": "slime"}, as_name)
+        self.video_planner = None if self.video_planner is None else map_planner(self.video_planner, as_name)
         self.auto_map = {**AUTO_MAP, **(self.auto_map or {})}
         if self.text_config.tie_word_embeddings:
             self.tie_word_embeddings = True
@@ -387,8 +390,8 @@ class HiResLmmConfig(HiResLmmOwnPartsMixin, PreTrainedConfig):
 
         Args:
             name (`str`): Name of the preset.
-            changes: Fields of `HiResLmmConfig` that replace those of the preset; `planner` and `connector_config` are
-                merged key by key.
+            changes: Fields of `HiResLmmConfig` that replace those of the preset; `planner`, `video_planner` and
+                `connector_config` are merged key by key.
 
         Raises:
             ValueError: If the preset is unknown.
@@ -400,7 +403,7 @@ class HiResLmmConfig(HiResLmmOwnPartsMixin, PreTrainedConfig):
             raise ValueError(f"HiResLmmConfig has no field {unknown[0]!r}; parts belong into connector_config.")
         values = deepcopy(PRESETS[name])
         for key, value in changes.items():
-            merge = key in ("planner", "connector_config") and isinstance(value, dict)
+            merge = key in ("planner", "video_planner", "connector_config") and isinstance(value, dict)
             values[key] = {**values.get(key, {}), **value} if merge else value
         config = cls(vision_config=vision_config, text_config=text_config, **values)
         planner = dict(config.planner or {})
@@ -410,8 +413,9 @@ class HiResLmmConfig(HiResLmmOwnPartsMixin, PreTrainedConfig):
         return config
 
     def part_names(self) -> list[Any]:
-        """The names of all parts and of the planner."""
-        return [*self.connector_config.part_names(), *list_names(self.planner, "name")]
+        """The names of all parts and of the planners."""
+        planners = list_names([self.planner, self.video_planner or {}], "name")
+        return [*self.connector_config.part_names(), *planners]
 
     def load_parts(self, trust_remote_code: Any = None, source: Any = None, **hub: Any) -> None:
         """Find the classes of the user's own parts; models call it when they are made.
@@ -428,6 +432,7 @@ class HiResLmmConfig(HiResLmmOwnPartsMixin, PreTrainedConfig):
         load = part_loader(source or self.name_or_path, bool(trust_remote_code), type(self).__module__, hub)
         self.connector_config.map_parts(load)
         self.planner = map_planner(self.planner, load)
+        self.video_planner = None if self.video_planner is None else map_planner(self.video_planner, load)
         self.fitted_chain()
 
     @property

@@ -1,8 +1,9 @@
 """Chat templates for multimodal conversations, and the token ids that open a question and an answer.
 
-Every template takes message contents as plain strings or as lists of parts. An image part becomes the image token,
-with a line break before whatever follows, as LLaVA-like models were trained. What the assistant says, with the token
-that ends it, stands between generation marks, so `return_assistant_tokens_mask` finds it.
+Every template takes message contents as plain strings or as lists of parts. An image part becomes the image token, a
+video part the video token, with a line break before whatever follows, as LLaVA-like models were trained. What the
+assistant says, with the token that ends it, stands between generation marks, so `return_assistant_tokens_mask` finds
+it.
 """
 
 from typing import Any
@@ -21,15 +22,19 @@ _CONTENT = """
         {{- content -}}
     {%- elif content -%}
         {%- for part in content if part and not (part['type'] == 'text' and part['text'] is none) -%}
-            {%- if part['type'] == 'image' -%}
-                {{- image_token | default('<image>') -}}
+            {%- if part['type'] in ['image', 'video'] -%}
+                {%- if part['type'] == 'image' -%}
+                    {{- image_token | default('<image>') -}}
+                {%- else -%}
+                    {{- video_token | default('<video>') -}}
+                {%- endif -%}
                 {%- if not loop.last and not (loop.nextitem['text'] | default('', true)).startswith('\\n') -%}
                     {{- '\\n' -}}
                 {%- endif -%}
             {%- elif part['type'] == 'text' -%}
                 {{- part['text'] -}}
             {%- else -%}
-                {{- raise_exception('Content parts must be of type text or image, not ' ~ part['type'] ~ '.') -}}
+                {{- raise_exception('Content parts must be text, image or video, not ' ~ part['type'] ~ '.') -}}
             {%- endif -%}
         {%- endfor -%}
     {%- endif -%}
@@ -123,7 +128,9 @@ _PLAIN = (
         {%- generation -%}{{- render(message['content']) -}}{{- eos_token -}}{%- endgeneration -%}
     {%- else -%}
         {#- queries -#}{{- render(message['content']) -}}
-        {%- if not render(message['content']).endswith(image_token | default('<image>')) -%}{{- '\\n' -}}{%- endif -%}
+        {%- set own = render(message['content']) -%}
+        {%- set image, video = image_token | default('<image>'), video_token | default('<video>') -%}
+        {%- if not (own.endswith(image) or own.endswith(video)) -%}{{- '\\n' -}}{%- endif -%}
     {%- endif -%}
 {%- endfor -%}
 """
@@ -148,9 +155,10 @@ _QUERIES = """
     {%- if message['role'] == 'user' -%}
         {%- set own = namespace(has_image=false) -%}
         {%- if message['content'] is string -%}
-            {%- set own.has_image = (image_token | default('<image>')) in message['content'] -%}
+            {%- set own.has_image = (image_token | default('<image>')) in message['content']
+                or (video_token | default('<video>')) in message['content'] -%}
         {%- else -%}
-            {%- for part in message['content'] | default([], true) if part and part['type'] == 'image' -%}
+            {%- for part in message['content'] | default([], true) if part and part['type'] in ['image', 'video'] -%}
                 {%- set own.has_image = true -%}
             {%- endfor -%}
         {%- endif -%}

@@ -50,6 +50,8 @@ def _read_boxes(given: Any, plan: ViewPlan, index: int) -> np.ndarray:
         raise ValueError(f"{form}, not what is no array of numbers ({error}).") from error
     if array.ndim and not len(array):
         return np.zeros((0, 4))
+    if plan.is_video:
+        raise ValueError(f"image_boxes of image {index}, which is a video: objects of frames are not read; pass None.")
     if array.ndim == 3 and array.shape[1:] == size:
         array = np.stack([_box_around(mask, index, number) for number, mask in enumerate(array)])
     if array.ndim != 2 or array.shape[1] != 4:

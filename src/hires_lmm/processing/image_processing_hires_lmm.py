@@ -31,10 +31,11 @@ from .image_input_hires_lmm import (
 )
 from .loading_names_hires_lmm import is_loading_name, is_service_name
 from .own_parts_hires_lmm import HiResLmmOwnPartsMixin, as_name, map_planner, part_loader
-from .planners_hires_lmm import Planner, find_planner
-from .rendering_hires_lmm import draw_whole, render, scale_and_shift, square
-from .token_layout_hires_lmm import TokenLayout, apply_budget, count_tokens, min_budget
-from .view_plans_hires_lmm import PlannerLimits, ViewPlan
+from .planners_hires_lmm import Planner, find_planner, find_video_planner
+from .rendering_hires_lmm import draw_whole, render, scale_and_shift, squared
+from .token_layout_hires_lmm import TokenLayout, apply_budget, check_frames, count_tokens, min_budget
+from .video_input_hires_lmm import Frames, Sampling, Video, open_video
+from .view_plans_hires_lmm import PlannerLimits, ViewPlan, check_count
 
 
 class HiResLmmImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
@@ -43,6 +44,11 @@ class HiResLmmImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[c
     Args:
         planner (`str`, `type` or `dict`): How images are cut: a name in `PLANNERS`, the class or name of a planner of
             your own, or a dict of its name and own options.
+        video_planner (`str`, `type` or `dict`): The same for videos, a name in `VIDEO_PLANNERS`; it takes no option of
+            the images' planner.
+        num_frames (`int`, *optional*): Most frames of a video. `None`: all that were passed, and 16 of a file.
+        fps (`float`, *optional*): In place of it, frames a second of a file.
+        frame_sampling (`str`): How they are chosen: `"uniform"`, `"segments"` or `"linspace"`.
         view_size, patch_size (`int`): Side of a view and of a patch of the vision tower, pixels.
         max_crops (`int`, *optional*): Most crops of one image; `None` = the planner's own default.
         pinpoints (`list[list[int]]`, *optional*): Allowed canvas sizes (height, width), pixels.
@@ -65,6 +71,10 @@ class HiResLmmImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[c
     """
 
     planner: str | dict | type | None
+    video_planner: str | dict | type | None
+    num_frames: int | None
+    fps: float | int | None
+    frame_sampling: str | None
     view_size: int | None
     patch_size: int | None
     max_crops: int | None
@@ -95,6 +105,7 @@ FIXED_OPTIONS = {
 }
 """Options of transformers that mean nothing here, with the values that ask for nothing."""
 
+PLANNER_NAMES = ("planner", "video_planner")
 FORMATS = (ChannelDimension.FIRST.value, ChannelDimension.LAST.value)
 TOKENS_LIMIT = 1_000_000
 """Most placeholders of one image."""
@@ -106,6 +117,9 @@ class _Settings:
 
     planner: Planner
     limits: PlannerLimits
+    video_planner: Planner
+    video_limits: PlannerLimits
+    sampling: Sampling
     layout: TokenLayout
     max_image_tokens: Any
     resample: int | None
@@ -136,6 +150,10 @@ class HiResLmmImageProcessor(HiResLmmOwnPartsMixin, PilBackend):
     model_input_names = ["pixel_values", "view_positions", "view_boxes", "view_spans"]
 
     planner = "slime"
+    video_planner = "frames"
+    num_frames = None
+    fps = None
+    frame_sampling = "uniform"
     view_size = 336
     patch_size = 14
     max_crops = None
@@ -180,8 +198,8 @@ class HiResLmmImageProcessor(HiResLmmOwnPartsMixin, PilBackend):
             self.view_size = _square_side(value)
 
     def part_names(self) -> list[Any]:
-        """The name of the planner."""
-        return [find_planner(self.planner)[0]]
+        """The names of the planners."""
+        return [find_planner(self.planner)[0], find_video_planner(self.video_planner)[0]]
 
     @classmethod
     def get_image_processor_dict(
@@ -194,8 +212,9 @@ class HiResLmmImageProcessor(HiResLmmOwnPartsMixin, PilBackend):
         is_trusted = bool(kwargs.pop("_trust_planner", None) or kwargs.get("trust_remote_code"))
         load = part_loader(pretrained_model_name_or_path, is_trusted, cls.__module__, kwargs)
         values, kwargs = super().get_image_processor_dict(pretrained_model_name_or_path, **kwargs)
-        if kwargs.get("planner") is None and "planner" in values:
-            values = {**values, "planner": map_planner(values["planner"], load)}
+        for name in PLANNER_NAMES:
+            if kwargs.get(name) is None and name in values:
+                values = {**values, name: map_planner(values[name], load)}
         return values, kwargs
 
     @classmethod
@@ -218,10 +237,11 @@ class HiResLmmImageProcessor(HiResLmmOwnPartsMixin, PilBackend):
         return self._fetch(images, [0])
 
     def preprocess(self, images: ImageInput, **kwargs: Unpack[HiResLmmImageProcessorKwargs]) -> BatchFeature:
-        """Cut images into views.
+        """Cut images and videos into views.
 
         Args:
-            images: One image or a (nested) list; PIL images, arrays, tensors, paths, URLs, base64 texts, bytes.
+            images: One image or a (nested) list; PIL images, arrays, tensors, paths, URLs, base64 texts, bytes; and
+                videos as `Video` among them.
             kwargs: Options for this call; `None` = the processor's own value.
 
         Returns:
@@ -241,27 +261,17 @@ class HiResLmmImageProcessor(HiResLmmOwnPartsMixin, PilBackend):
         sources = flatten_images(self.fetch_images(images))
         if not sources:
             raise ValueError("There is no image: the list is empty; pass at least one image or leave images out.")
-        pictures = [
-            to_rgb(
-                source,
-                index,
-                settings.background,
-                settings.pixel_limit,
-                settings.input_data_format,
-                unit_floats=settings.do_rescale,
-            )
-            for index, source in enumerate(sources)
-        ]
-        plans = [settings.planner(picture.height, picture.width, settings.limits) for picture in pictures]
+        pictures = [_open(source, index, settings) for index, source in enumerate(sources)]
+        plans = [_plan(picture, settings) for picture in pictures]
         boxes = read_objects(kwargs.get("image_boxes"), plans)
         counts = self._count(plans, settings, images, list(map(len, boxes)))
         _check_views(plans)
-        pictures = [square(*own, settings, index) for index, own in enumerate(zip(pictures, plans, strict=True))]
+        pictures = [squared(*own, settings, index) for index, own in enumerate(zip(pictures, plans, strict=True))]
         data = {"pixel_values": render(pictures, plans, settings), **_geometry(plans, counts)}
         pairs = zip(pictures, plans, strict=True)
         whole = [pair for pair in pairs if any(view.kind == Kind.GLOBAL for view in pair[1].views)]
         for name, tower in (settings.extra_towers or {}).items():
-            views = [draw_whole(picture, plan, tower, settings) for picture, plan in whole]
+            views = [draw_whole(picture[0], plan, tower, settings) for picture, plan in whole]
             empty = np.zeros((0, 3, tower["size"], tower["size"]), dtype=np.float32)
             data[f"pixel_values_{name}"] = np.stack(views) if views else empty
         if samples is not None:
@@ -285,11 +295,32 @@ class HiResLmmImageProcessor(HiResLmmOwnPartsMixin, PilBackend):
         settings = self._settings(kwargs)
         return settings.planner(height, width, settings.limits)
 
+    def plan_video(
+        self, frames: int, height: int, width: int, **kwargs: Unpack[HiResLmmImageProcessorKwargs]
+    ) -> ViewPlan:
+        """Plan the views of a video of so many frames without its pixels. Args and errors as in `plan`."""
+        return _plan_video(frames, height, width, self._settings(kwargs))
+
     def image_tokens(
         self, height: int, width: int, num_objects: int = 0, **kwargs: Unpack[HiResLmmImageProcessorKwargs]
     ) -> int:
         """Count the placeholders of an image without its pixels; exactly what a call gives. Args as in `plan`."""
         return self.count_images([(height, width)], [num_objects], **kwargs)[0][0]
+
+    def video_tokens(
+        self, frames: int, height: int, width: int, **kwargs: Unpack[HiResLmmImageProcessorKwargs]
+    ) -> int:
+        """Count the placeholders of a video without its pixels; exactly what a call gives.
+
+        Args:
+            frames (`int`): Frames that it has, of which `num_frames` at most are taken.
+            height, width (`int`): Each upright frame, pixels.
+            kwargs: Options as in a call.
+
+        Raises:
+            ValueError: If a size or option is wrong, or the model has no place for frames.
+        """
+        return self.count_videos([(frames, height, width)], **kwargs)[0][0]
 
     def count_images(
         self,
@@ -317,6 +348,15 @@ class HiResLmmImageProcessor(HiResLmmOwnPartsMixin, PilBackend):
         counts = self._count(plans, settings, list(range(len(plans))), num_objects)
         return counts, [len(plan.views) for plan in plans]
 
+    def count_videos(
+        self, video_sizes: list[tuple[int, int, int]], **kwargs: Unpack[HiResLmmImageProcessorKwargs]
+    ) -> tuple[list[int], list[int]]:
+        """As `count_images`, for videos of (frames, height, width)."""
+        settings = self._settings(kwargs)
+        plans = [_plan_video(*size, settings) for size in video_sizes]
+        counts = self._count(plans, settings, list(range(len(plans))), [0] * len(plans))
+        return counts, [len(plan.views) for plan in plans]
+
     def min_image_tokens(
         self, height: int, width: int, num_objects: int = 0, **kwargs: Unpack[HiResLmmImageProcessorKwargs]
     ) -> int:
@@ -334,7 +374,16 @@ class HiResLmmImageProcessor(HiResLmmOwnPartsMixin, PilBackend):
             ValueError: If a size or option is wrong.
         """
         settings = self._settings({**kwargs, "max_image_tokens": None})
-        plan = settings.planner(height, width, settings.limits)
+        return self._min_tokens(settings.planner(height, width, settings.limits), num_objects, settings)
+
+    def min_video_tokens(
+        self, frames: int, height: int, width: int, **kwargs: Unpack[HiResLmmImageProcessorKwargs]
+    ) -> int:
+        """Tell the smallest `max_image_tokens` that a video allows, as `min_image_tokens` does for an image."""
+        settings = self._settings({**kwargs, "max_image_tokens": None})
+        return self._min_tokens(_plan_video(frames, height, width, settings), 0, settings)
+
+    def _min_tokens(self, plan: ViewPlan, num_objects: int, settings: _Settings) -> int:
         self._count([plan], settings, [0], [num_objects])
         return min_budget(count_tokens(plan, settings.layout, num_objects))
 
@@ -380,6 +429,10 @@ class HiResLmmImageProcessor(HiResLmmOwnPartsMixin, PilBackend):
         name, planner, planner_options = find_planner(options["planner"])
         shared = ("view_size", "patch_size", "max_crops", "pinpoints", "unpad", "global_view", "views")
         limits = planner.build_options(name, {**{each: options[each] for each in shared}, **planner_options})
+        name, video_planner, planner_options = find_video_planner(options["video_planner"])
+        sides = {each: options[each] for each in ("view_size", "patch_size")}
+        given_frames = [each for each in ("num_frames", "fps") if given.get(each) is not None]
+        asked = {each: options[each] for each in given_frames or ("num_frames", "fps")}
         layout = options["token_layout"]
         scale, shift = scale_and_shift(
             options["rescale_factor"] if options["do_rescale"] else 1.0,
@@ -388,6 +441,9 @@ class HiResLmmImageProcessor(HiResLmmOwnPartsMixin, PilBackend):
         return _Settings(
             planner=planner,
             limits=limits,
+            video_planner=video_planner,
+            video_limits=video_planner.build_options(name, {**sides, **planner_options}),
+            sampling=Sampling(**asked, sampler=options["frame_sampling"]),
             layout=TokenLayout.plain(limits.patch_grid) if layout is None else TokenLayout.from_dict(layout),
             scale=scale,
             shift=shift,
@@ -425,8 +481,9 @@ def _check_values(options: dict[str, Any]) -> None:
 
 def _with_view_size(options: dict[str, Any]) -> dict[str, Any]:
     """Options with `size`, of transformers, as `view_size`, and with the name of a planner in place of its class."""
-    if isinstance(options.get("planner"), (dict, type)):
-        options = {**options, "planner": map_planner(options["planner"], as_name)}
+    for name in PLANNER_NAMES:
+        if isinstance(options.get(name), (dict, type)):
+            options = {**options, name: map_planner(options[name], as_name)}
     if options.get("size") is None:
         return {name: value for name, value in options.items() if name != "size"}
     side = _square_side(options["size"])
@@ -445,7 +502,27 @@ def _is_budget(value: Any) -> bool:
     return value is None or (type(value) is int and value >= 1)
 
 
+def _open(source: Any, index: int, settings: _Settings) -> Any:
+    """An image as a list of one picture, or the frames of a video."""
+    if isinstance(source, Video):
+        return open_video(source, index, settings.sampling, settings)
+    colors = (settings.background, settings.pixel_limit, settings.input_data_format)
+    return [to_rgb(source, index, *colors, unit_floats=settings.do_rescale)]
+
+
+def _plan(source: Any, settings: _Settings) -> ViewPlan:
+    if isinstance(source, Frames):
+        return settings.video_planner(*source.size, settings.video_limits, len(source))
+    return settings.planner(source[0].height, source[0].width, settings.limits)
+
+
+def _plan_video(frames: int, height: int, width: int, settings: _Settings) -> ViewPlan:
+    check_count("frames", frames)
+    return settings.video_planner(height, width, settings.video_limits, settings.sampling.count(frames))
+
+
 def _num_tokens(plan: ViewPlan, budget: int | None, num_objects: int, settings: _Settings, index: int) -> int:
+    check_frames(plan, settings.layout, index)
     number = apply_budget(count_tokens(plan, settings.layout, num_objects), settings.layout, budget, index)
     if number < 1:
         padded = settings.planner(*plan.size, replace(settings.limits, unpad=False))
@@ -457,7 +534,7 @@ def _num_tokens(plan: ViewPlan, budget: int | None, num_objects: int, settings: 
     if number > TOKENS_LIMIT:
         raise ValueError(
             f"Image {index} of {plan.size[0]}x{plan.size[1]} pixels would have {number} tokens, more than "
-            f"{TOKENS_LIMIT}; correct view_size, patch_size, max_crops or token_layout."
+            f"{TOKENS_LIMIT}; correct view_size, patch_size, max_crops, num_frames or token_layout."
         )
     return number
 
@@ -471,7 +548,8 @@ def _check_views(plans: list[ViewPlan]) -> None:
         if pixels > DEFAULT_PIXEL_LIMIT:
             raise ValueError(
                 f"Image {index} would become {len(plan.views)} views of {high}x{wide} = {pixels} pixels, more than "
-                f"{DEFAULT_PIXEL_LIMIT}; lower max_crops or view_size, or leave out images of very different aspect."
+                f"{DEFAULT_PIXEL_LIMIT}; lower max_crops, num_frames or view_size, or leave out images of very "
+                "different aspect."
             )
 
 

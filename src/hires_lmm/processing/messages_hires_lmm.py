@@ -1,7 +1,8 @@
 """What users write, on its way through a chat template: None means absent, and text stays text.
 
-A template writes `<image>` for an image part, and in some models `QUERY_TOKEN` for a later turn. What a user writes
-must not be taken for either, so `protect_messages` puts `MARK` into it, and `drop_marks` takes its tokens out again.
+A template writes `<image>` for an image part, `<video>` for a video part, and in some models `QUERY_TOKEN` for a later
+turn. What a user writes must not be taken for any of them, so `protect_messages` puts `MARK` into it, and `drop_marks`
+takes its tokens out again.
 """
 
 import re
@@ -37,46 +38,54 @@ def _is_empty(part: Any) -> bool:
     return isinstance(part, dict) and (not part or (part.get("type") == "text" and "text" not in part))
 
 
-def protect_messages(messages: Any, image_token: str | None) -> list:
-    """Messages without what is None, with marks in the image tokens of text parts; none for a token of None."""
+def holds_video(messages: Any) -> bool:
+    """Whether a conversation has a video part."""
+    contents = [message.get("content") for message in clean_messages(messages) if isinstance(message, dict)]
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    return any(isinstance(part, dict) and part.get("type") == "video" for part in parts)
+
+
+def protect_messages(messages: Any, tokens: tuple[str, ...]) -> list:
+    """Messages without what is None, with marks in such tokens of text parts."""
     protected = []
     for message in clean_messages(messages):
         if isinstance(message, dict):
             content = message.get("content")
-            message = protect(message, image_token)
-            if isinstance(content, str):
-                message["content"] = protect(content, None)
-            elif isinstance(content, list):
-                message["content"] = [
-                    part if _is_image(part) else own for part, own in zip(content, message["content"], strict=True)
-                ]
+            own = protect({key: value for key, value in message.items() if key != "content"}, tokens)
+            if isinstance(content, list):
+                own["content"] = [part if _is_source(part) else protect(part, tokens) for part in content]
+            elif "content" in message:
+                own["content"] = protect(content, () if isinstance(content, str) else tokens)
+            message = own
         protected.append(message)
     return protected
 
 
-def _is_image(part: Any) -> bool:
-    return isinstance(part, dict) and part.get("type") in ("image", "image_url")
+def _is_source(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type") in ("image", "image_url", "video")
 
 
-def protect(value: Any, image_token: str | None) -> Any:
-    """Texts, also in lists and dicts, with a mark in every image token and nowhere else."""
+def protect(value: Any, tokens: tuple[str, ...]) -> Any:
+    """Texts, also in lists and dicts, with a mark in every such token and nowhere else."""
     if isinstance(value, str):
         text = value.replace(MARK, "")
-        return text.replace(image_token, _marked(image_token)) if image_token else text
+        for token in tokens:
+            text = text.replace(token, _marked(token))
+        return text
     if isinstance(value, dict):
-        return {key: protect(own, image_token) for key, own in value.items()}
-    return [protect(own, image_token) for own in value] if isinstance(value, (list, tuple)) else value
+        return {key: protect(own, tokens) for key, own in value.items()}
+    return [protect(own, tokens) for own in value] if isinstance(value, (list, tuple)) else value
 
 
 def _marked(token: str) -> str:
     return token[0] + MARK + token[1:]
 
 
-def drop_marks(texts: list[str], inputs: Any, image_token: str, tokenizer: Any) -> None:
-    """Take the tokens of marks out of an encoding of texts, in place; padded rows keep their length. An encoding
-    without offsets, of a slow tokenizer, keeps the marks."""
-    marked = _marked(image_token)
-    if not any(marked in text for text in texts) or not inputs.encodings:
+def drop_marks(texts: list[str], inputs: Any, tokens: tuple[str, ...], tokenizer: Any) -> None:
+    """Take the tokens of marks within such tokens out of an encoding of texts, in place; padded rows keep their
+    length. An encoding without offsets, of a slow tokenizer, keeps the marks."""
+    marked = [_marked(token) for token in tokens]
+    if not any(each in text for each in marked for text in texts) or not inputs.encodings:
         return
     padding = tokenizer.backend_tokenizer.padding or {"pad_id": 0, "pad_type_id": 0, "direction": None}
     fills = {
@@ -100,9 +109,9 @@ def drop_marks(texts: list[str], inputs: Any, image_token: str, tokenizer: Any) 
         inputs["length"] = [len(row) for row in inputs["input_ids"]]
 
 
-def _kept_places(text: str, encoding: Any, marked: str) -> list[int]:
-    """Places of the tokens that are no mark within an image token."""
-    marks = {found.start() + 1 for found in re.finditer(re.escape(marked), text)}
+def _kept_places(text: str, encoding: Any, marked: list[str]) -> list[int]:
+    """Places of the tokens that are no mark within one of such tokens."""
+    marks = {found.start() + 1 for each in marked for found in re.finditer(re.escape(each), text)}
     spans = zip(encoding.offsets, encoding.sequence_ids, strict=True)
     return [
         place

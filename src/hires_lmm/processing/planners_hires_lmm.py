@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from .own_parts_hires_lmm import as_name, is_own, own_class, refusal
 from .slices_hires_lmm import DualLimits, plan_dual, plan_llava_uhd
+from .video_planners_hires_lmm import FramesLimits, ThumbnailLimits, plan_frames, plan_thumbnail
 from .view_plans_hires_lmm import (
     Canvas,
     Interval,
@@ -141,19 +142,23 @@ def plan_llava_next(height: int, width: int, limits: PinpointLimits) -> ViewPlan
 class Planner:
     """One slicing rule: `(height, width, options) -> ViewPlan` in pixels, and the class of its options,
     `PlannerLimits` or a subclass with fields of its own. What is out of range is a ValueError. A user's own one is a
-    subclass with `Options` and a static method `plan`."""
+    subclass with `Options` and a static method `plan`. One that `reads_frames` plans videos: it is called with the
+    number of frames as a fourth argument."""
 
-    plan: Callable[[int, int, Any], ViewPlan]
+    plan: Callable[..., ViewPlan]
     options: type[PlannerLimits] = PlannerLimits
+    reads_frames: bool = False
     Options = PlannerLimits
 
-    def __call__(self, height: int, width: int, options: PlannerLimits) -> ViewPlan:
-        """Plan one image."""
+    def __call__(self, height: int, width: int, options: PlannerLimits, frames: int = 1) -> ViewPlan:
+        """Plan one image, or one video of so many frames."""
+        more = (frames,) if self.reads_frames else ()
         if options.square is None:
-            return self.plan(height, width, options)
+            return self.plan(height, width, options, *more)
         size = checked_size(height, width)
         side = max(size) if options.square == "pad" else min(size)
-        return place_square(self.plan(side, side, options), size)
+        plan = place_square(self.plan(side, side, options, *more), size)
+        return replace(plan, square=options.square)
 
     def build_options(self, name: str, values: dict[str, Any]) -> PlannerLimits:
         """Check options by name; None leaves a choice to the planner."""
@@ -174,6 +179,12 @@ PLANNERS: dict[str, Planner] = {
     "llava_uhd": Planner(plan_llava_uhd),
 }
 
+VIDEO_PLANNERS: dict[str, Planner] = {
+    "frames": Planner(plan_frames, FramesLimits, reads_frames=True),
+    "thumbnail": Planner(plan_thumbnail, ThumbnailLimits, reads_frames=True),
+}
+"""Rules for videos; as the planner of images they take an image for a video of one frame."""
+
 
 def find_planner(planner: Any) -> tuple[str, Planner, dict[str, Any]]:
     """Name, rule and own options of a planner given by name or class, or as `{"name": name, **options}`."""
@@ -183,12 +194,21 @@ def find_planner(planner: Any) -> tuple[str, Planner, dict[str, Any]]:
     if own is not None and not hasattr(own, "plan"):
         raise ValueError(f"The planner {name} has no static method plan(height, width, options); write one.")
     if own is not None:
-        return name, own(own.plan, own.Options), values
+        return name, own(own.plan, own.Options, own.reads_frames), values
     if is_own(name):
         raise ValueError(refusal(name))
-    if not isinstance(name, str) or name not in PLANNERS:
-        raise ValueError(f"planner={planner!r} is unknown; choose one of {', '.join(PLANNERS)}.")
-    return name, PLANNERS[name], values
+    known = {**PLANNERS, **VIDEO_PLANNERS}
+    if not isinstance(name, str) or name not in known:
+        raise ValueError(f"planner={planner!r} is unknown; choose one of {', '.join(known)}.")
+    return name, known[name], values
+
+
+def find_video_planner(planner: Any) -> tuple[str, Planner, dict[str, Any]]:
+    """As `find_planner`, for one that reads frames."""
+    name, found, options = find_planner(planner)
+    if not found.reads_frames:
+        raise ValueError(f"video_planner={planner!r} plans images; choose one of {', '.join(VIDEO_PLANNERS)}.")
+    return name, found, options
 
 
 def _llava_next_intervals(size: Size, grid: Size, patches: int) -> tuple[Interval, Interval]:

@@ -1,4 +1,5 @@
-"""Images and texts to model inputs: every `<image>` becomes as many placeholders as its image has tokens."""
+"""Images, videos and texts to model inputs: every `<image>` and `<video>` becomes as many placeholders as its image or
+video has tokens."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -27,16 +28,21 @@ from .geometry_hires_lmm import Column
 from .image_input_hires_lmm import flatten_images
 from .image_processing_hires_lmm import HiResLmmImageProcessor, HiResLmmImageProcessorKwargs
 from .loading_names_hires_lmm import is_loading_name
-from .messages_hires_lmm import QUERY_TOKEN, clean_messages, drop_marks, protect, protect_messages
+from .messages_hires_lmm import QUERY_TOKEN, clean_messages, drop_marks, holds_video, protect, protect_messages
 from .own_parts_hires_lmm import HiResLmmOwnPartsMixin
-from .planners_hires_lmm import find_planner
-from .tower_table_hires_lmm import TOWERS, known_stats, view_side
+from .processor_options_hires_lmm import (
+    choose_template,
+    image_options,
+    known_token_id,
+    pad_left,
+    prepare_tokenizer,
+    refuse_unknown,
+)
+from .video_input_hires_lmm import Video, flatten_videos, is_one_video, merge_videos
 
 
 logger = logging.get_logger(__name__)
 
-PLANNERS_WITH_FILTERS = ("hd",)
-STAT_NAMES = ("image_mean", "image_std", "resample")
 PART_NAMES = {"image_processor", "tokenizer"}
 TOKENIZER_NAMES = """
 add_bos_token add_eos_token additional_special_tokens chat_control_tokens clean_up_tokenization_spaces
@@ -49,8 +55,6 @@ SURROGATE = "[\ud800-\udfff]"
 LOCKS: dict[int, Lock] = {}
 """One lock a process: a forked one would inherit a lock that another thread holds for ever."""
 
-TEMPLATE_BY_TOKEN = {"<|start_header_id|>": "llama3", "<|im_start|>": "chatml"}
-
 
 class HiResLmmProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
     """Call-time options: those of the tokenizer and of `HiResLmmImageProcessorKwargs`, flat or in `text_kwargs` and
@@ -60,12 +64,19 @@ class HiResLmmProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[ca
     _defaults = {"text_kwargs": {"padding": False, "verbose": False}}
 
 
+class VideoTokens(str):
+    """The placeholders of a video, among those of images."""
+
+
 class HiResLmmProcessorBase(HiResLmmOwnPartsMixin, ProcessorMixin):
     """Both bases in one class: what a processor overrides is looked for in the first one alone."""
 
 
 class HiResLmmProcessor(HiResLmmProcessorBase):
-    """Tokenizer and image processor in one: expands `<image>`, counts tokens, applies chat templates.
+    """Tokenizer and image processor in one: expands `<image>` and `<video>`, counts tokens, applies chat templates.
+
+    `<video>`, or what the tokenizer calls its video token, is a mark in texts alone: to the model a video is an image
+    whose views are frames, so image tokens stand in its place.
 
     Args:
         image_processor (`HiResLmmImageProcessor`): Cuts and counts.
@@ -97,9 +108,10 @@ class HiResLmmProcessor(HiResLmmProcessorBase):
         image_token: str = "<image>",
     ) -> None:
         self.image_token = tokenizer.image_token if hasattr(tokenizer, "image_token") else image_token
-        self.image_token_id = _known_token_id(tokenizer, self.image_token)
+        self.image_token_id = known_token_id(tokenizer, self.image_token)
+        self.video_token = tokenizer.video_token if hasattr(tokenizer, "video_token") else "<video>"
         if "padding_side" not in tokenizer.init_kwargs:
-            _pad_left(tokenizer)
+            pad_left(tokenizer)
         template = tokenizer.chat_template if chat_template is None else chat_template
         has_later = (
             image_processor is not None and (image_processor.token_layout or {}).get("later_tokens") is not None
@@ -128,7 +140,7 @@ class HiResLmmProcessor(HiResLmmProcessorBase):
         own = set(signature(type(tokenizer)).parameters) - {"args", "kwargs"}
         known = {*own, *TextKwargs.__annotations__, *TOKENIZER_NAMES.split(), *image_names, *signature(cls).parameters}
         if not returns_unused:
-            _refuse_unknown(set(for_text) - tokens, known, "options")
+            refuse_unknown(set(for_text) - tokens, known, "options")
         return [image_processor, tokenizer]
 
     @classmethod
@@ -155,7 +167,7 @@ class HiResLmmProcessor(HiResLmmProcessorBase):
                 tower's numbers are not known.
         """
         options = image_options(config, image_stats, changes)
-        image_token = _prepare_tokenizer(tokenizer, config.image_token_id)
+        image_token = prepare_tokenizer(tokenizer, config.image_token_id)
         template = choose_template(tokenizer) if chat_template is None else chat_template
         template = CHAT_TEMPLATES.get(template, template)
         if options["token_layout"].get("later_tokens") is not None:
@@ -178,12 +190,18 @@ class HiResLmmProcessor(HiResLmmProcessorBase):
     ) -> Any:
         """As in transformers; several threads may share the processor. Empty lists of videos or `audios` mean none.
 
+        Images and videos come in the order in which `<image>` and `<video>` stand in the texts, and so do all that
+        speaks of each (a list of `max_image_tokens`). Without videos, `<video>` is a text like any other.
+
         Tokenizers keep padding and truncation of a call as a state of their own. So one thread tokenises at a time,
         while others may cut images, and the state is put back.
         """
         if kwargs.get("return_text_replacement_offsets") and not self.hears_question:
             self._refuse_unheard(text, kwargs)
         audio = kwargs.pop("audios", None) if audio is None else audio  # the name that harnesses use
+        kwargs.pop("do_sample_frames", None)  # num_frames and fps say it
+        if not _is_empty(videos):
+            images, videos = self._with_videos(images, text, videos), None
         images, kwargs = choose_layout(self, images, text, kwargs)
         with _tokenizer_alone(self.tokenizer):
             inputs = super().__call__(images=images, text=text, videos=videos, audio=audio, **kwargs)
@@ -197,7 +215,8 @@ class HiResLmmProcessor(HiResLmmProcessorBase):
         given = {**options, **options.get("images_kwargs", {})}.get("max_image_tokens")
         given = self.image_processor.max_image_tokens if given is None else given
         samples = [text] if isinstance(text, str) else text or []
-        is_shown = any(str(sample).replace(self.image_token, "").strip() for sample in samples)
+        marks = re.compile(f"{re.escape(self.image_token)}|{re.escape(self.video_token)}")
+        is_shown = any(marks.sub("", str(sample)).strip() for sample in samples)
         if given is not None and not is_shown and (layout.get("budget") or {}).get("reads_question"):
             raise ValueError(
                 f"max_image_tokens={given!r} keeps what the question asks about, and this engine does not show the "
@@ -220,16 +239,18 @@ class HiResLmmProcessor(HiResLmmProcessorBase):
     def apply_chat_template(self, conversation: Any, chat_template: str | None = None, **kwargs: Any) -> Any:
         """As in transformers, with any template; None means absent, and what stands in a text part stays text.
 
-        A text holds an invisible mark within the image tokens that a user quoted; `__call__` takes it out.
+        A text holds an invisible mark within the image and video tokens that a user quoted; `__call__` takes it out.
         """
-        token = None if kwargs.get("sanitize_control_tokens") else self.image_token
+        chats = conversation if _is_batch(conversation) else [conversation]
+        chats = [getattr(chat, "messages", chat) for chat in chats]
+        tokens = () if kwargs.get("sanitize_control_tokens") else (self.image_token,)
+        tokens += (self.video_token,) if any(map(holds_video, chats)) else ()
         for name in ("tools", "documents"):
             if kwargs.get(name):
-                kwargs[name] = protect(kwargs[name], token)
+                kwargs[name] = protect(kwargs[name], tokens)
         layout = {"image_layout": self.image_processor.image_layout or "flat"}
         kwargs["processor_kwargs"] = {**layout, **(kwargs.get("processor_kwargs") or {})}
-        chats = conversation if _is_batch(conversation) else [conversation]
-        chats = [protect_messages(getattr(chat, "messages", chat), token) for chat in chats]
+        chats = [protect_messages(chat, tokens) for chat in chats]
         conversation = chats if _is_batch(conversation) else chats[0]
         return super().apply_chat_template(conversation, chat_template=chat_template, **kwargs)
 
@@ -241,15 +262,42 @@ class HiResLmmProcessor(HiResLmmProcessorBase):
         """Tell the smallest `max_image_tokens` that an image allows. Args and errors as in `image_tokens`."""
         return self.image_processor.min_image_tokens(height, width, **images_kwargs)
 
+    def video_tokens(self, frames: int, height: int, width: int, **images_kwargs: Any) -> int:
+        """Count the placeholders of a video without its pixels, as the image processor does."""
+        return self.image_processor.video_tokens(frames, height, width, **images_kwargs)
+
+    def min_video_tokens(self, frames: int, height: int, width: int, **images_kwargs: Any) -> int:
+        """Tell the smallest `max_image_tokens` that a video allows. Args and errors as in `video_tokens`."""
+        return self.image_processor.min_video_tokens(frames, height, width, **images_kwargs)
+
+    def _with_videos(self, images: Any, text: Any, videos: Any) -> Any:
+        """Images and videos in one list, as `merge_videos` orders them, once their numbers are right."""
+        texts = [text] if isinstance(text, str) else text
+        if texts is not None and not all(isinstance(sample, str) for sample in texts):
+            return images  # refused where texts are checked
+        merged, num_images, num_videos = merge_videos(images, texts, videos, (self.image_token, self.video_token))
+        for token, number, kind in (
+            (self.image_token, num_images, "image"),
+            (self.video_token, num_videos, "video"),
+        ):
+            if texts is not None:
+                self._compare_counts(sum(sample.count(token) for sample in texts), number, "The text", kind)
+        per_text = videos if isinstance(videos, (list, tuple)) and len(videos) == len(texts or ()) else ()
+        if all(own is None or (isinstance(own, (list, tuple)) and not is_one_video(own)) for own in per_text):
+            for number, (sample, own) in enumerate(zip(texts or (), per_text, strict=False)):
+                found = sample.count(self.video_token)
+                self._compare_counts(found, len(flatten_videos(own)), f"Sample {number}", "video")
+        return merged
+
     def prepare_inputs_layout(
         self, images: Any = None, text: Any = None, videos: Any = None, audio: Any = None, **kwargs: Any
     ) -> tuple:
-        """As in transformers; videos and audio are refused, and an empty list of them or of images means none."""
-        for name, value in (("videos", videos), ("audio", audio)):
-            if value is not None and not (isinstance(value, (list, tuple)) and not value):
-                raise ValueError(
-                    f"{name}={type(value).__name__} was passed, but this processor reads images and text."
-                )
+        """As in transformers; audio is refused, and an empty list of it or of images means none. Videos are among the
+        images by then."""
+        if not _is_empty(audio):
+            raise ValueError(
+                f"audio={type(audio).__name__} was passed, but this processor reads images, videos and text."
+            )
         if text is not None and not isinstance(text, (str, list, tuple)):
             raise ValueError(f"text must be a string or a non-empty list of strings, not {text!r}.")
         if images is not None and not flatten_images(images):
@@ -273,14 +321,15 @@ class HiResLmmProcessor(HiResLmmProcessorBase):
                     f"Sample {number} holds {broken[0]!r}, half of a character; decode its bytes as UTF-8 with "
                     "errors='replace'."
                 )
-        placeholders = [sample.count(self.image_token) for sample in text]
+        given = [] if images is None else images
+        tokens = (self.image_token, self.video_token) if _holds_video(given) else (self.image_token,)
+        placeholders = [sum(map(sample.count, tokens)) for sample in text]
         if self._later_tokens is not None and max(placeholders) > 1:
             number = placeholders.index(max(placeholders))
             raise ValueError(
                 f"Sample {number} has {max(placeholders)} images, but this model reads one image a conversation; put "
                 "each image into a conversation of its own."
             )
-        given = [] if images is None else images
         nested = isinstance(given, list) and all(entry is None or isinstance(entry, (list, tuple)) for entry in given)
         if images is not None and nested and len(given) == len(text):
             for index, (found, own) in enumerate(zip(placeholders, given, strict=True)):
@@ -300,33 +349,40 @@ class HiResLmmProcessor(HiResLmmProcessorBase):
         videos_replacements: Sequence[str] = (),
         audio_replacements: Sequence[str] = (),
     ) -> tuple[list[str], list[dict[str, Any]]]:
-        """As in transformers; a `QUERY_TOKEN` behind the image becomes the tokens of its turn, if any."""
-        later, replacements = self._later_tokens, list(images_replacements)
-        alone = [sample for sample in text if QUERY_TOKEN in sample and self.image_token not in sample]
+        """As in transformers; a `QUERY_TOKEN` behind the image becomes the tokens of its turn, if any.
+
+        Placeholders of videos come among those of the images, as `VideoTokens`.
+        """
+        later, replacements = self._later_tokens, [*images_replacements, *map(VideoTokens, videos_replacements)]
+        has_video = any(isinstance(own, VideoTokens) for own in replacements)
+        marks = (self.image_token, self.video_token) if has_video else (self.image_token,)
+        alone = [sample for sample in text if QUERY_TOKEN in sample and not any(mark in sample for mark in marks)]
         if later is not None and alone:
             raise ValueError(
                 f"{QUERY_TOKEN} stands in a text without an image: {alone[0]!r}. Pass the whole conversation with its "
                 f"image (generate takes what the cache holds from there), or leave {QUERY_TOKEN} out."
             )
         if later is not None and replacements:
-            text, replacements = self._with_queries(text, replacements, later)
-        return super().get_text_with_replacements(
-            text, replacements, list(videos_replacements), list(audio_replacements)
-        )
+            text, replacements = self._with_queries(text, replacements, later, marks)
+        of_videos: list[str] = [own for own in replacements if isinstance(own, VideoTokens)]
+        of_images = [own for own in replacements if not isinstance(own, VideoTokens)]
+        return super().get_text_with_replacements(text, of_images, of_videos, list(audio_replacements))
 
     @property
     def _later_tokens(self) -> int | None:
         """Tokens of later turns, where the model has some."""
         return (self.image_processor.token_layout or {}).get("later_tokens")
 
-    def _with_queries(self, text: list[str], images: list[str], later: int) -> tuple[list[str], list[str]]:
+    def _with_queries(
+        self, text: list[str], images: list[str], later: int, marks: tuple[str, ...]
+    ) -> tuple[list[str], list[str]]:
         """Texts with an image token for each `QUERY_TOKEN`, and the placeholders of all of them in order."""
         replacements, remaining = [], iter(images)
-        pattern = re.compile(f"{re.escape(self.image_token)}|{re.escape(QUERY_TOKEN)}")
+        pattern = re.compile("|".join(map(re.escape, (*marks, QUERY_TOKEN))))
         for sample in text:
             own = ""
             for found in pattern.findall(sample):
-                if found == self.image_token:
+                if found in marks:
                     own = next(remaining)
                     replacements.append(own)
                 elif not own:
@@ -368,27 +424,37 @@ class HiResLmmProcessor(HiResLmmProcessorBase):
             inputs = self.image_processor(images, **kwargs)
         finally:
             lock.acquire()
-        number = len(flatten_images(images))
-        return inputs, [self.replace_image_token(inputs, index, **kwargs) for index in range(number)]
+        replacements = []
+        for index, source in enumerate(flatten_images(images)):
+            own = self.replace_image_token(inputs, index, **kwargs)
+            replacements.append(VideoTokens(own) if isinstance(source, Video) else own)
+        return inputs, replacements
 
     def _get_num_multimodal_tokens(
-        self, image_sizes: list[tuple[int, int]] | None = None, **kwargs: Any
+        self,
+        image_sizes: list[tuple[int, int]] | None = None,
+        video_sizes: list[tuple[int, int, int]] | None = None,
+        **kwargs: Any,
     ) -> MultiModalData:
-        if image_sizes is None:
-            return MultiModalData()
         merged = self._merge_kwargs(
             self.valid_processor_kwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
         )
-        tokens, views = self.image_processor.count_images(image_sizes, **merged["images_kwargs"])
-        return MultiModalData(num_image_tokens=tokens, num_image_patches=views)
+        counts: dict[str, list[int]] = {}
+        if image_sizes is not None:
+            tokens, views = self.image_processor.count_images(image_sizes, **merged["images_kwargs"])
+            counts = {"num_image_tokens": tokens, "num_image_patches": views}
+        if video_sizes is not None:
+            counts["num_video_tokens"] = self.image_processor.count_videos(video_sizes, **merged["images_kwargs"])[0]
+        return MultiModalData(**counts)
 
-    def _compare_counts(self, placeholders: int, images: int, where: str) -> None:
+    def _compare_counts(self, placeholders: int, images: int, where: str, kind: str = "image") -> None:
         if placeholders != images:
+            token = self.image_token if kind == "image" else self.video_token
             raise ValueError(
-                f"The number of {self.image_token} tokens in the prompts should be the same as the number of images. "
-                f"{where} has {placeholders} {self.image_token} placeholders, but {images} images were passed; write "
-                f"one {self.image_token} for each image (apply_chat_template does it for image parts, and leaves a "
-                f"{self.image_token} in a text part a text), or change the images."
+                f"The number of {token} tokens in the prompts should be the same as the number of {kind}s. "
+                f"{where} has {placeholders} {token} placeholders, but {images} {kind}s were passed; write "
+                f"one {token} for each {kind} (apply_chat_template does it for {kind} parts, and leaves a "
+                f"{token} in a text part a text), or change the {kind}s."
             )
 
     def _merge_kwargs(
@@ -397,7 +463,7 @@ class HiResLmmProcessor(HiResLmmProcessorBase):
         text_names = set(TextKwargs.__annotations__)
         image_names = set(self.image_processor.valid_kwargs.__annotations__)
         flat_names = text_names | image_names | set(ProcessingKwargs.__annotations__)
-        _refuse_unknown(set(kwargs) - {"common_kwargs", "return_metadata"}, flat_names, "options")
+        refuse_unknown(set(kwargs) - {"common_kwargs", "return_metadata"}, flat_names, "options")
         groups = {
             "text_kwargs": text_names,
             "images_kwargs": image_names,
@@ -407,7 +473,7 @@ class HiResLmmProcessor(HiResLmmProcessorBase):
         for group, names in groups.items():
             if not isinstance(kwargs.get(group, {}), dict):
                 raise ValueError(f"{group}={kwargs[group]!r} must be a dict of options.")
-            _refuse_unknown(set(kwargs.get(group, {})), names, group)
+            refuse_unknown(set(kwargs.get(group, {})), names, group)
         saved = {name: value for name, value in (tokenizer_init_kwargs or {}).items() if name in text_names}
         try:
             merged = super()._merge_kwargs(ModelProcessorKwargs or self.valid_processor_kwargs, saved, **kwargs)
@@ -423,7 +489,7 @@ class HiResLmmProcessor(HiResLmmProcessorBase):
         return merged
 
     def _check_special_mm_tokens(self, text: list[str], text_inputs: Any, modalities: list[str]) -> None:
-        drop_marks(text, text_inputs, self.image_token, self.tokenizer)
+        drop_marks(text, text_inputs, (self.image_token, self.video_token), self.tokenizer)
         if "overflow_to_sample_mapping" in text_inputs:
             if any(self.image_token in sample for sample in text):
                 raise ValueError(
@@ -461,6 +527,14 @@ def _tokenizer_alone(tokenizer: Any) -> Iterator[None]:
                 backend.no_truncation() if truncation is None else backend.enable_truncation(**truncation)
 
 
+def _is_empty(values: Any) -> bool:
+    return values is None or (isinstance(values, (list, tuple)) and not values)
+
+
+def _holds_video(images: Any) -> bool:
+    return any(isinstance(source, Video) for source in flatten_images(images))
+
+
 def _is_batch(conversation: Any) -> bool:
     """Whether it is a list of conversations, as transformers tells it."""
     first = conversation[0] if isinstance(conversation, (list, tuple)) and conversation else None
@@ -483,111 +557,6 @@ def _questions(messages: list[dict], image_token: str) -> list[str]:
         if has_image:
             texts.append(text.strip())
     return texts
-
-
-def _refuse_unknown(given: set[str], known: set[str], what: str) -> None:
-    unknown = sorted(given - known)
-    if unknown:
-        raise ValueError(f"Unknown {what} {unknown}; the known ones are {', '.join(sorted(known)) or 'none'}.")
-
-
-def _known_token_id(tokenizer: Any, token: str) -> int:
-    """The id of a token that every text is split at."""
-    if tokenizer is None:
-        raise ValueError("HiResLmmProcessor needs a tokenizer and an image processor; pass both.")
-    ids = tokenizer(token + token, add_special_tokens=False)["input_ids"]
-    if len(ids) != 2 or ids[0] != ids[1] or ids[0] != tokenizer.convert_tokens_to_ids(token):
-        raise ValueError(
-            f"The tokenizer writes {token!r} twice as ids {ids}, so it does not know it as one token; build the "
-            f"processor with HiResLmmProcessor.from_config, or call tokenizer.add_special_tokens first."
-        )
-    return ids[0]
-
-
-def place_image_token(tokenizer: Any) -> tuple[str, int]:
-    """The image token and its id; it is added to the tokenizer where it is missing."""
-    token = tokenizer.image_token if hasattr(tokenizer, "image_token") else "<image>"
-    if token not in tokenizer.get_vocab():
-        tokenizer.add_special_tokens({"extra_special_tokens": [token]}, replace_extra_special_tokens=False)
-    return token, tokenizer.convert_tokens_to_ids(token)
-
-
-def _prepare_tokenizer(tokenizer: Any, image_token_id: int) -> str:
-    """Place the image token and pad on the left; returns the token."""
-    token, found = place_image_token(tokenizer)
-    if found != image_token_id:
-        raise ValueError(
-            f"The tokenizer has {token!r} as id {found}, the config has image_token_id={image_token_id}; set "
-            f"image_token_id={found} in the config and let the vocabulary have at least {len(tokenizer)} rows."
-        )
-    _pad_left(tokenizer)
-    return token
-
-
-def _pad_left(tokenizer: Any) -> None:
-    tokenizer.padding_side = "left"
-    tokenizer.init_kwargs["padding_side"] = "left"
-
-
-def choose_template(tokenizer: Any) -> str:
-    """The template for a text model: its own if that reads images, else the one its special tokens belong to."""
-    own = tokenizer.chat_template
-    if isinstance(own, str) and "'image'" in own.replace('"', "'"):
-        return own
-    vocabulary = tokenizer.get_vocab()
-    return next((name for token, name in TEMPLATE_BY_TOKEN.items() if token in vocabulary), "plain")
-
-
-def _view_size(vision_config: Any) -> int:
-    size = vision_config.image_size if hasattr(vision_config, "image_size") else None
-    if isinstance(size, (list, tuple)) and len(set(size)) == 1:
-        size = size[0]
-    if not isinstance(size, int):
-        raise ValueError(f"vision_config.image_size={size!r} is no side of a square; pass view_size=… (pixels).")
-    return size
-
-
-def image_options(config: Any, image_stats: Any = None, changes: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Options of the image processor that fits a model, some of them changed."""
-    changes = changes or {}
-    name, _, options = find_planner(config.planner)
-    shared = HiResLmmImageProcessorKwargs.__annotations__
-    own = {key: options.pop(key) for key in list(options) if key not in shared}
-    options["planner"] = {"name": name, **own} if own else name
-    options["extra_towers"] = _extra_towers(config)
-    options["token_layout"] = config.token_layout()
-    options["patch_size"] = config.vision_config.patch_size
-    if not {"view_size", "size"} & set(changes):
-        options["view_size"] = _view_size(config.vision_config)
-    planner = find_planner(changes.get("planner", options["planner"]))[0]
-    options.update(_tower_stats(config.vision_config.model_type, planner, image_stats))
-    return {**options, **changes}
-
-
-def _extra_towers(config: Any) -> dict[str, dict] | None:
-    """Size and numbers of the views of extra towers."""
-    towers = {}
-    for name, tower in config.extra_tower_configs().items():
-        stats = known_stats(tower.model_type)
-        if stats is None:
-            raise ValueError(f"Mean and deviation of the extra tower {name!r} ({tower.model_type}) are not known.")
-        towers[name] = {"size": view_side(tower), **{key: list(stats[key]) for key in ("image_mean", "image_std")}}
-    return towers or None
-
-
-def _tower_stats(model_type: str, planner: str, image_stats: Any) -> dict[str, Any]:
-    if image_stats is None:
-        stats = known_stats(model_type)
-        if stats is None:
-            known = ", ".join(name for name, family in TOWERS.items() if family.stats is not None)
-            raise ValueError(f"vision_config.model_type={model_type!r} is none of {known}; pass image_stats=….")
-        if planner in PLANNERS_WITH_FILTERS:
-            del stats["resample"]
-        return stats
-    if not isinstance(image_stats, dict):
-        image_stats = {name: getattr(image_stats, name) for name in STAT_NAMES}
-    _refuse_unknown(set(image_stats), set(STAT_NAMES), "image_stats")
-    return dict(image_stats)
 
 
 __all__ = ["HiResLmmProcessor"]

@@ -13,42 +13,86 @@ from transformers.image_utils import PILImageResampling
 
 from .geometry_hires_lmm import Kind
 from .image_input_hires_lmm import DEFAULT_PIXEL_LIMIT, crop_to_square, mean_color, pad_to_square
+from .video_input_hires_lmm import Frames, sample_linspace
+from .video_planners_hires_lmm import collage_grid
 from .view_plans_hires_lmm import View, ViewPlan, square_paste
+
+
+WHOLE_KINDS = (Kind.GLOBAL, Kind.FRAME)
+"""Kinds that show a whole picture."""
 
 
 def square(picture: Image.Image, plan: ViewPlan, settings: Any, index: int) -> Image.Image:
     """What is drawn in place of a picture: itself, or a square, cut at the largest size at which it will be drawn."""
-    if settings.limits.square == "pad":
+    if plan.square == "pad":
         return pad_to_square(picture, mean_color(settings.image_mean), settings.pixel_limit, index)
-    if settings.limits.square == "crop":
+    if plan.square == "crop":
         towers = [tower["size"] for tower in (settings.extra_towers or {}).values()]
         largest = max(plan.view_size, *plan.canvas, *towers)
         return crop_to_square(picture, plan.global_square or largest, settings.resample)
     return picture
 
 
-def render(pictures: list[Image.Image], plans: list[ViewPlan], settings: Any) -> np.ndarray:
-    """Draw all views: two resizes of each source at most, and every pixel is normalised where it will stay."""
+def squared(source: Any, plan: ViewPlan, settings: Any, index: int) -> Any:
+    """`square` for the picture of an image, or for each frame of a video."""
+    if plan.square is None:
+        return source
+    if isinstance(source, Frames):
+        return source.map(lambda picture: square(picture, plan, settings, index))
+    return [square(source[0], plan, settings, index)]
+
+
+def render(sources: list[Any], plans: list[ViewPlan], settings: Any) -> np.ndarray:
+    """Draw all views: two resizes of each picture at most, and every pixel is normalised where it will stay.
+
+    A source is a list of one picture, or the frames of a video, which are asked for one by one.
+    """
     sizes = [plan.view_pixels(view) for plan in plans for view in plan.views]
     largest = [max(size[axis] for size in sizes) for axis in (0, 1)]
     make = np.empty if len(set(sizes)) == 1 else np.zeros
     pixels, row = make((len(sizes), 3, *largest), dtype=np.float32), 0
-    for picture, plan in zip(pictures, plans, strict=True):
+    for source, plan in zip(sources, plans, strict=True):
         given = [chosen if settings.resample is None else settings.resample for chosen in plan.resample]
         filters = [PILImageResampling.BICUBIC if chosen is None else chosen for chosen in given]
-        canvas = _draw_canvas(picture, plan, filters[1]) if any(plan.canvas) else None
+        first, frame, drawn = row, -1, np.empty(0)
         for view in plan.views:
             height, width = sizes[row]
-            if view.kind == Kind.GLOBAL:
+            if view.frame != frame:
+                frame, picture = view.frame, source[view.frame]
+                canvas = _draw_canvas(picture, plan, filters[1]) if any(plan.canvas) else None
+                is_drawn = False
+            if view.kind in WHOLE_KINDS and not is_drawn:
                 drawn = _draw_global(picture, plan, sizes[row], settings.resample, filters[0])
-            else:
-                drawn = _cut(cast("np.ndarray", canvas), view, sizes[row])
+                is_drawn = True
+            shown = drawn if view.kind in WHOLE_KINDS else _cut(cast("np.ndarray", canvas), view, sizes[row])
             own = pixels[row, :, :height, :width]
-            own[...] = drawn.transpose(2, 0, 1)
+            own[...] = shown.transpose(2, 0, 1)
             own *= settings.scale
             own += settings.shift
             row += 1
+        if plan.collage:
+            height, width = sizes[first]
+            frames = pixels[first + 1 : row, :, :height, :width]
+            pixels[first, :, :height, :width] = draw_collage(frames, plan.collage, sizes[first])
     return pixels
+
+
+def draw_collage(frames: np.ndarray, number: int, size: tuple[int, int]) -> np.ndarray:
+    """Some of the normalised frames (T, 3, height, width), equidistant, side by side in a view of a size.
+
+    A side that does not divide leaves zeros at bottom or right.
+    """
+    chosen = frames[sample_linspace(len(frames), number)]
+    rows, cols = collage_grid(number)
+    high, wide = size[0] // rows, size[1] // cols
+    shrinks = high < frames.shape[2] or wide < frames.shape[3]
+    options: dict[str, Any] = {"mode": "area"} if shrinks else {"mode": "bilinear", "align_corners": False}
+    small = interpolate(torch.from_numpy(chosen), size=(high, wide), **options).numpy()
+    collage = np.zeros((3, *size), dtype=np.float32)
+    for place, tile in enumerate(small):
+        top, left = place // cols * high, place % cols * wide
+        collage[:, top : top + high, left : left + wide] = tile
+    return collage
 
 
 def _cut(canvas: np.ndarray, view: View, size: tuple[int, int]) -> np.ndarray:

@@ -30,7 +30,7 @@ PLACES = (
 CROP_PLACES = ("crop_column", "crop_row_end", "between_crop_rows")
 LEARNED = "learned"
 GRID_KINDS = (Kind.CROP, Kind.STRIDED)
-"""Kinds whose views lie in a grid."""
+"""Kinds whose views lie in a grid; frames do where it has several columns."""
 
 
 @strict
@@ -157,7 +157,7 @@ class Arrangement:
     many tokens as the budget leaves, from the first on."""
 
     def __init__(self, layout: LayoutOptions, grids: Mapping[int, Grid], elastic: Sequence[int] = ()):
-        self.separators = list(layout.parts().values())
+        self.separators, self.order = list(layout.parts().values()), layout.order
         self.kinds = [kind for kind in kinds_on(layout.order) if kind in grids]
         self.grids, self.elastic, self.is_raster = grids, tuple(elastic), layout.crop_order == "raster"
         self._at = {
@@ -236,7 +236,8 @@ class Arrangement:
         bands: dict[int, list[int]] = {}
         for number in sorted(range(len(own)), key=lambda n: (own[n].row, own[n].col)):
             bands.setdefault(own[number].row, []).append(number)
-        if kind in GRID_KINDS and self.is_raster and limits is None:
+        is_map = kind in GRID_KINDS or (kind == Kind.FRAME and any(view.grid_cols > 1 for view in own))
+        if is_map and self.is_raster and limits is None:
             yield from self._stitched(list(bands.values()), cells, kind)
             return
         shown = [

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, fields
 from functools import cached_property, lru_cache
 from typing import Any
 
-from .geometry_hires_lmm import KINDS, OBJECTS, Grid, check_stride, kinds_on, object_view
+from .geometry_hires_lmm import KINDS, OBJECTS, Grid, Kind, check_stride, kinds_on, object_view
 from .sequence_hires_lmm import Arrangement, LayoutOptions
 from .view_plans_hires_lmm import ViewPlan
 
@@ -96,7 +96,8 @@ class TokenLayout:
     def plain(cls, side: int) -> "TokenLayout":
         """Every patch of every view is a token; `side` patches along each side of a view."""
         grid = Grid(side, side)
-        return cls(grid.size, {"global": grid, "crops": grid}, budget={"on": "all"})
+        grids = {"global": grid, "crops": grid, "frames": grid}
+        return cls(grid.size, grids, {"order": list(grids)}, budget={"on": "all"})
 
     def to_dict(self) -> dict:
         """The layout as a dict of JSON types with all keys."""
@@ -132,6 +133,16 @@ def count_tokens(plan: ViewPlan, layout: TokenLayout, num_objects: int = 0) -> T
     if layout.own_tokens is not None:
         return TokenCount(counts[KINDS[layout.own_tokens]], 0)
     return TokenCount(sum(counts.values()), sum(counts.get(kind, 0) for kind in kinds_on(on)) if on else 0)
+
+
+def check_frames(plan: ViewPlan, layout: TokenLayout, index: int) -> None:
+    """Refuse a video where the model has no place for frames."""
+    if plan.is_video and Kind.FRAME not in layout.arrangement.kinds:
+        raise ValueError(
+            f"Image {index} is a video, but this model places no frames: layout.order is "
+            f'{layout.arrangement.order}. Build the model with connector_config={{"layout": {{"order": ["global", '
+            '"crops", "frames"]}}, and the processor with HiResLmmProcessor.from_config.'
+        )
 
 
 def min_budget(count: TokenCount) -> int:

@@ -93,7 +93,8 @@ class PinpointLimits(PlannerLimits):
 class View:
     """One view: its kind, its place in the grid, `box` (top, left, bottom, right in the source image, 1/256 pixel,
     outside the image where padded), `span` (first and past-last row, first and past-last column of its patch grid that
-    enter the sequence; one empty axis = no tokens) and `patches` (rows and columns of its patch grid)."""
+    enter the sequence; one empty axis = no tokens), `patches` (rows and columns of its patch grid), and the number of
+    the frame that it shows, 0 in an image."""
 
     kind: int
     grid_rows: int
@@ -103,6 +104,7 @@ class View:
     box: Box
     span: Box
     patches: Size
+    frame: int = 0
 
     @property
     def shape(self) -> ViewShape:
@@ -112,12 +114,13 @@ class View:
 
 @dataclass(frozen=True)
 class ViewPlan:
-    """All geometry of one image: the views and how to draw them.
+    """All geometry of one image or video: the views and how to draw them.
 
     Args:
-        size (`tuple[int, int]`): The source image, pixels.
+        size (`tuple[int, int]`): The source image, or each frame, pixels.
         view_size, patch_size (`int`): Side of a view and of a patch, pixels.
-        views (`tuple[View]`): One global view first, then the crops in raster order, then strided views.
+        views (`tuple[View]`): One global view first, then the crops in raster order, then strided views; of a video
+            frames in time order, each drawn as a global view is, behind a global view if it has one.
         canvas (`tuple[int, int]`): Size of the canvas, pixels; `(0, 0)` without crops.
         resized, paste (`tuple[int, int]`): Size of the image on the canvas and its offset.
         fill (`tuple[int, int, int]`): Colour of the canvas around the image, RGB.
@@ -128,6 +131,8 @@ class ViewPlan:
             where it takes the vision tower's own.
         transposed (`bool`): Whether the canvas is resized with rows and columns exchanged and turned back, which only
             changes how Pillow rounds.
+        square (`str`, *optional*): See `PlannerLimits`.
+        collage (`int`): How many frames the global view shows side by side, drawn from their own views; 0 = none.
     """
 
     size: Size
@@ -144,6 +149,13 @@ class ViewPlan:
     resample: tuple[int | None, int | None]
     transposed: bool = False
     global_square: int | None = None
+    square: str | None = None
+    collage: int = 0
+
+    @property
+    def is_video(self) -> bool:
+        """Whether it has frames."""
+        return self.views[-1].kind == Kind.FRAME
 
     @property
     def grid(self) -> Size:
@@ -262,6 +274,8 @@ def square_paste(size: Size, side: int) -> Size:
 
 
 def _crop_views(size: Size, limits: PlannerLimits, grid: Size, canvas: Canvas, unpad: bool) -> list[View]:
+    if grid == (0, 0):
+        return []
     side, patches = limits.view_size, limits.patch_grid
     edges, spans = [], []
     for axis, kept in ((0, canvas.rows), (1, canvas.cols)):

@@ -1,0 +1,307 @@
+"""Whatever a user calls a video, as frames that become 8-bit RGB pictures one by one; and which of them are taken."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from os import PathLike, path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers.utils import (
+    is_av_available,
+    is_cv2_available,
+    is_decord_available,
+    is_torchcodec_available,
+    logging,
+)
+from transformers.video_utils import load_video
+
+from .image_input_hires_lmm import flatten_images, to_rgb
+
+
+FILE_FRAMES = 16
+"""Frames that are taken of a file where nobody says how many."""
+
+NO_END = 2**62
+"""The number of a frame that no video has."""
+
+BAR_AFTER = 2.0
+"""Seconds of decoding after which a progress bar is shown."""
+
+EXTRA = "pip install 'hires-lmm[video]' (PyAV), or install torchcodec"
+
+
+def sample_uniform(total: int, number: int) -> list[int]:
+    """Steps of (total - 1) / number from half a step on.
+
+    Source: PLLaVA's scripts for captions and questions (magic-research/PLLaVA at 6f49fd2).
+    """
+    step = (total - 1) / number
+    return [int(step / 2) + round(step * place) for place in range(number)]
+
+
+def sample_segments(total: int, number: int, first: int = 0, last: int | None = None) -> list[int]:
+    """The middle of each of so many segments between two frames, by default of all.
+
+    Source: the reader of MVBench in magic-research/PLLaVA at 6f49fd2.
+    """
+    step = ((total - 1 if last is None else min(last, total - 1)) - first) / number
+    return [int(first + step / 2 + round(step * place)) for place in range(number)]
+
+
+def sample_linspace(total: int, number: int) -> list[int]:
+    """Numbers from 0 to `total` - 1 at equal distances, in float32, rounded half to even.
+
+    Source: tingyu215/TS-LLaVA at 03cdeae.
+    """
+    return torch.linspace(0, total - 1, number, dtype=torch.float32).round().long().tolist()
+
+
+FRAME_SAMPLERS: dict[str, Callable[[int, int], list[int]]] = {
+    "uniform": sample_uniform,
+    "segments": sample_segments,
+    "linspace": sample_linspace,
+}
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Which frames of a video are taken: `num_frames` by the rule `sampler`, or as many as `fps` asks for."""
+
+    num_frames: int | None = None
+    fps: float | None = None
+    sampler: str = "uniform"
+
+    def __post_init__(self) -> None:
+        for name, value, kinds in (("num_frames", self.num_frames, int), ("fps", self.fps, (int, float))):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, kinds) or not value > 0):
+                raise ValueError(f"{name}={value!r} must be a number above 0, or None.")
+        if self.num_frames is not None and self.fps is not None:
+            raise ValueError(f"num_frames={self.num_frames} and fps={self.fps} exclude each other; pass one of them.")
+        if self.sampler not in FRAME_SAMPLERS:
+            raise ValueError(f"frame_sampling={self.sampler!r} is unknown; choose one of {', '.join(FRAME_SAMPLERS)}.")
+
+    def count(self, total: int, rate: float | None = None) -> int:
+        """How many frames are taken of a video of `total` frames, at `rate` frames a second."""
+        if self.fps is not None and not rate:
+            raise ValueError(
+                f"fps={self.fps} needs the rate of the video itself, which only a file tells; pass num_frames."
+            )
+        number = max(1, int(total / rate * self.fps)) if self.fps is not None and rate else self.num_frames
+        return total if number is None else min(number, total)
+
+    def choose(self, total: int, rate: float | None = None) -> list[int]:
+        """The frames that are taken, in order; all where there are no more than wanted."""
+        number = self.count(total, rate)
+        return list(range(total)) if number == total else FRAME_SAMPLERS[self.sampler](total, number)
+
+
+@dataclass(frozen=True, eq=False)
+class Video:
+    """A video among images, as it was passed: frames, an array, a path or an address."""
+
+    source: Any
+
+
+class Frames(Sequence):
+    """The frames of an opened video; each becomes a picture when it is asked for.
+
+    Args:
+        frames: PIL images, arrays or tensors, as `to_rgb` takes them.
+        convert: Makes a picture of number and frame.
+        size (`tuple[int, int]`): Height and width of each, pixels.
+    """
+
+    def __init__(self, frames: Any, convert: Callable[[int, Any], Image.Image], size: tuple[int, int]):
+        self.frames, self.convert, self.size = frames, convert, size
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    def __getitem__(self, number: Any) -> Image.Image:
+        return self.convert(number, self.frames[number])
+
+    def map(self, change: Callable[[Image.Image], Image.Image]) -> "Frames":
+        """The same frames, each picture changed."""
+        convert = self.convert
+        return Frames(self.frames, lambda number, frame: change(convert(number, frame)), self.size)
+
+
+def flatten_videos(videos: Any) -> list[Video]:
+    """Videos of a call in order: one, a list of them, or nested lists as transformers' processors take them."""
+    if videos is None or isinstance(videos, Video):
+        return [] if videos is None else [videos]
+    if _is_array(videos) and videos.ndim == 5:
+        return [Video(one) for one in videos]
+    if is_one_video(videos):
+        return [Video(videos)]
+    if isinstance(videos, (list, tuple)):
+        return [video for entry in videos for video in flatten_videos(entry)]
+    raise ValueError(
+        f"A video is a {_describe(videos)}; pass a list of frames (PIL images, arrays, tensors), one array of the "
+        "shape (frames, height, width, 3) or (frames, 3, height, width), a path or a URL."
+    )
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, (np.ndarray, torch.Tensor))
+
+
+def _is_frame(value: Any) -> bool:
+    return isinstance(value, Image.Image) or (_is_array(value) and value.ndim in (2, 3))
+
+
+def is_one_video(value: Any) -> bool:
+    """Whether it is one video, and no list of them."""
+    if isinstance(value, (list, tuple)):
+        return bool(value) and all(map(_is_frame, value))
+    return isinstance(value, (str, PathLike)) or (_is_array(value) and value.ndim == 4) or _is_frame(value)
+
+
+def _describe(value: Any) -> str:
+    return f"{type(value).__name__} of {value.ndim} dimensions" if _is_array(value) else type(value).__name__
+
+
+def merge_videos(images: Any, text: Any, videos: Any, tokens: tuple[str, str]) -> tuple[Any, int, int]:
+    """Images and videos of a call in one list: in the order in which their `tokens` stand in the texts, a list a
+    text; without texts images first. What one of the two kinds has too much stands behind.
+
+    Returns:
+        The list, and how many images and videos there are.
+    """
+    flat, clips = flatten_images(images), flatten_videos(videos)
+    if text is None:
+        return [*flat, *clips], len(flat), len(clips)
+    waiting = {tokens[0]: iter(flat), tokens[1]: iter(clips)}
+    nested: list[list] = []
+    for sample in [text] if isinstance(text, str) else text:
+        found = sorted((at, token) for token in tokens for at in _places(sample, token))
+        nested.append([one for _, token in found for one in _next(waiting[token])])
+    rest = [*waiting[tokens[0]], *waiting[tokens[1]]]
+    return [*nested[:-1], [*(nested[-1] if nested else []), *rest]], len(flat), len(clips)
+
+
+def _places(text: str, token: str) -> Iterator[int]:
+    at = text.find(token)
+    while at >= 0:
+        yield at
+        at = text.find(token, at + len(token))
+
+
+def _next(entries: Iterator) -> list:
+    """The next entry, if there is one."""
+    for entry in entries:
+        return [entry]
+    return []
+
+
+def open_video(video: Video, index: int, sampling: Sampling, settings: Any) -> Frames:
+    """Read a video and take its frames; `index` is named in errors, `settings` are those of `to_rgb`."""
+    source = video.source
+    if isinstance(source, (str, PathLike)):
+        frames = _load(str(source), index, sampling)
+    else:
+        frames = [source] if _is_frame(source) else source
+        if not len(frames):
+            raise ValueError(f"Video {index} has no frames; pass at least one.")
+        frames = _select(frames, sampling.choose(len(frames)))
+    unit_floats = settings.do_rescale and _are_unit(frames, index)
+
+    def convert(number: int, frame: Any) -> Image.Image:
+        try:
+            picture = to_rgb(
+                frame, number, settings.background, settings.pixel_limit, settings.input_data_format, unit_floats
+            )
+        except ValueError as error:
+            raise ValueError(f"Video {index}, frames counted as images: {error}") from error
+        if size and (picture.height, picture.width) != size[0]:
+            raise ValueError(
+                f"Video {index}: frame {number} has {picture.height}x{picture.width} pixels, frame 0 "
+                f"{size[0][0]}x{size[0][1]}; all frames of a video are equally large, resize or crop them first."
+            )
+        return picture
+
+    size: list[tuple[int, int]] = []
+    first = convert(0, frames[0])
+    size.append((first.height, first.width))
+    return Frames(frames, convert, size[0])
+
+
+def _select(frames: Any, chosen: list[int]) -> Any:
+    """Some of the frames; those of an array are not copied."""
+    return frames if len(chosen) == len(frames) else [frames[number] for number in chosen]
+
+
+def _are_unit(frames: Any, index: int) -> bool:
+    """Whether floats of a video are in [0, 1]: told by all its frames, or a dark one would become a bright one."""
+    arrays = [frame for frame in frames if _is_array(frame) and 0 not in frame.shape]
+    wide = [a for a in arrays if "float" not in str(a.dtype) and not str(a.dtype).endswith(("int8", "bool"))]
+    if any(bool((frame > 255).any()) for frame in wide):
+        raise ValueError(f"Video {index} is of {wide[0].dtype} with values above 255; scale it to 8 bits (uint8).")
+    return all(bool((frame <= 1).all()) for frame in arrays if "float" in str(frame.dtype))
+
+
+class _Wanted(list):
+    """Numbers of frames for a decoder, which asks of each frame that it reads whether it is wanted."""
+
+    def __init__(self, numbers: list[int], bar: Any):
+        super().__init__(numbers)
+        self.seen, self._known, self._bar = 0, set(numbers), bar
+
+    def __contains__(self, number: Any) -> bool:
+        self.seen += 1
+        self._bar.update(1)
+        return number in self._known
+
+
+def _load(source: str, index: int, sampling: Sampling) -> Any:
+    """Decode the frames of a file or address that are wanted: uint8, `(frames, height, width, 3)` with most decoders.
+
+    A file that does not say how many frames it has, or says it wrongly, is read twice: once to count them.
+    """
+    shown = source if len(source) <= 120 else source[:117] + "..."
+    if not source.startswith(("http://", "https://")) and not path.isfile(source):
+        raise ValueError(f"Video {index}: {shown!r} is no existing file and no URL (http:// or https://); correct it.")
+    backends = {
+        "pyav": is_av_available(),
+        "torchcodec": is_torchcodec_available(),
+        "opencv": is_cv2_available(),
+        "decord": is_decord_available(),
+    }
+    backend = next((name for name, is_there in backends.items() if is_there), None)
+    if backend is None:
+        raise ImportError(f"Video {index}: {shown!r} needs a decoder, and none is installed: {EXTRA}.")
+    if sampling.num_frames is None and sampling.fps is None:
+        sampling = replace(sampling, num_frames=FILE_FRAMES)
+    try:
+        frames, wanted, is_counted = _decode(source, backend, sampling, None)
+        if not is_counted or len(frames) != len(wanted):
+            frames, wanted, _ = _decode(source, backend, sampling, wanted.seen)
+        if len(frames) != len(wanted):
+            raise ValueError(f"{len(frames)} of {len(wanted)} frames came")
+    except Exception as error:  # of many kinds, by decoder
+        raise ValueError(
+            f"Video {index}: {shown!r} cannot be decoded by {backend} ({' '.join(str(error).split())[:300]}); replace "
+            "it, or pass its frames."
+        ) from error
+    return frames
+
+
+def _decode(source: str, backend: str, sampling: Sampling, total: int | None) -> tuple[Any, _Wanted, bool]:
+    """Frames, which were wanted, and whether their number was known; where it is not, they are counted alone."""
+    asked: list[_Wanted] = []
+    with logging.tqdm(desc=f"decoding {path.basename(source)}", unit=" frames", delay=BAR_AFTER, leave=False) as bar:
+
+        def choose(metadata: Any, **_: Any) -> _Wanted:
+            number = metadata.total_num_frames if total is None else total
+            numbers = sampling.choose(number, metadata.fps) if number > 0 else [0, NO_END]
+            bar.total = numbers[-1] + 1 if number > 0 else None
+            asked.append(_Wanted(numbers, bar))
+            return asked[0]
+
+        frames, _ = load_video(source, backend=backend, sample_indices_fn=choose)
+    return frames, asked[0], asked[0][-1] != NO_END
+
+
+__all__ = ["FRAME_SAMPLERS", "Frames", "Sampling", "Video", "flatten_videos", "open_video"]
