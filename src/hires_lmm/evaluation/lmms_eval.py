@@ -97,4 +97,9 @@ class HiResLmm(lmms):
 def _part(part: Any) -> dict[str, Any]:
     if part.type == "text":
         return {"type": "text", "text": part.text}
+    if getattr(part, "start_time", None) is not None or getattr(part, "end_time", None) is not None:
+        raise ValueError(
+            f"The task asks about {part.start_time} s to {part.end_time} s of {part.url!r}; hires_lmm reads videos "
+            "whole. Cut the file, or choose another task."
+        )
     return {"type": part.type, part.type: part.url}
