@@ -32,6 +32,9 @@ SMALL = {
     "num_layers": 1,
     "num_heads": 2,
     "pool": [2, 3],
+    "shape": [3, 2, 3],
+    "query_width": 16,
+    "number": 7,
     "token_id": plain_tokenizer()(QUESTION).input_ids[1],
 }
 """Given to every part that has an option of that name."""
@@ -64,6 +67,8 @@ VARIANTS: dict[str, dict[str, dict]] = {
         "release": {"compat": "release"},
     },
     "prompt_fuser": {"release": {"compat": "release"}},
+    "mean_global": {"first": {"rule": "first"}},
+    "tower_mixer": {"scalar": {"weights": "scalar"}},
 }
 """Further options of parts that work in several ways; every part also runs with its defaults."""
 
@@ -72,6 +77,10 @@ READS = {
     "conv_gate": ("global", "crops", "detail"),
     "object_tokens": ("global", "crops", "detail"),
     "dual_enhancement": ("global", "crops", "strided"),
+    "pool3d": ("global", "frames"),
+    "mean_global": ("global", "frames"),
+    "sample_tokens": ("global", "frames"),
+    "tower_mixer": ("global", "frames", "detail"),
 }
 """Kinds of views that a part reads, where they are not global views and crops."""
 

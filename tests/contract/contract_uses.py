@@ -142,6 +142,15 @@ USES = [
         "position tables are stretched in float32",
     ),
     Use("transformers.utils:ModelOutput.to_tuple", "self", "features of images are a tuple in a tuple"),
+    *(
+        Use(f"transformers.utils:is_{name}_available", "", "which decoder of videos there is")
+        for name in ("cv2", "decord", "torchcodec")
+    ),
+    Use(
+        "transformers.video_utils:load_video",
+        "video, num_frames, fps, backend, sample_indices_fn, **kwargs",
+        "videos are decoded by it; PyAV's reader asks `number in indices` of each frame, by which frames are counted",
+    ),
     Use("transformers.utils:TransformersKwargs", None, "the annotation of what `forward` hands on"),
     Use("transformers.processing_utils:Unpack", None, "as above"),
     Use("transformers.activations:ACT2FN", None, "activations by name"),
@@ -214,7 +223,7 @@ USES = [
     Use(
         f"{PROCESSOR}.prepare_inputs_layout",
         "self, images, text, videos, audio, **kwargs",
-        "videos and audio are refused",
+        "audio is refused",
     ),
     Use(
         f"{PROCESSOR}.validate_inputs",
@@ -233,7 +242,7 @@ USES = [
     Use(
         f"{PROCESSOR}.get_text_with_replacements",
         "self, text, images_replacements, videos_replacements, audio_replacements",
-        "`<query>` of later turns",
+        "`<query>` of later turns, and videos among images",
     ),
     Use(
         f"{PROCESSOR}._check_special_mm_tokens",

@@ -264,8 +264,8 @@ def test_bad_text(kwargs):
         ({"max_length": -1, "truncation": True}, "max_length=-1 must be at least 0"),
         ({"stride": -3, "truncation": True}, "stride=-3 must be at least 0"),
         ({"pad_to_multiple_of": 0, "padding": True}, "pad_to_multiple_of=0 must be at least 1"),
-        ({"videos": [GOOD]}, "reads images and text"),
-        ({"audio": [1.0]}, "reads images and text"),
+        ({"videos": [GOOD]}, "has 0 <video> placeholders, but 1 videos were passed"),
+        ({"audio": [1.0]}, "reads images, videos and text"),
     ],
 )
 def test_unknown_call_options(kwargs, text):

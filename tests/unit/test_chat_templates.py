@@ -91,8 +91,8 @@ def test_plain_is_image_then_caption():
 def test_unknown_roles_and_parts_are_errors(name):
     with pytest.raises(TemplateError, match="not tool"):
         render(name, [{"role": "tool", "content": "x"}])
-    with pytest.raises(TemplateError, match="not video"):
-        render(name, [{"role": "user", "content": [{"type": "video"}]}])
+    with pytest.raises(TemplateError, match="not audio"):
+        render(name, [{"role": "user", "content": [{"type": "audio"}]}])
 
 
 def processor(name) -> HiResLmmProcessor:

@@ -144,6 +144,7 @@ def config(planner=None, model_type="clip_vision_model", image_token_id=3, **vis
         text_config=SimpleNamespace(max_position_embeddings=512),
         token_layout=lambda: LAYOUT,
         image_token_id=image_token_id,
+        video_planner=None,
         answer_prefix_ids=None,
         question_prefix_ids=None,
         extra_tower_configs=dict,

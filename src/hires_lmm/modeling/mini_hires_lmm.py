@@ -18,7 +18,7 @@ from .attention_hires_lmm import (
 )
 from .bases_hires_lmm import HiResLmmTokenOp, HiResLmmViewOp, PartContext, Traits
 from .carriers_hires_lmm import ImageGeometry, Question, ViewFeatures, ViewGroup, VisualTokens, map_edges
-from .geometry_hires_lmm import KINDS, MAIN_TOWER, Grid, Kind
+from .geometry_hires_lmm import KINDS, MAIN_TOWER, WHOLE_KINDS, Grid, Kind
 from .inputs_hires_lmm import copy_to_host
 
 
@@ -26,8 +26,8 @@ DETAIL = (KINDS["detail"], MAIN_TOWER)
 
 
 class HiResLmmMiniCompressor(HiResLmmViewOp):
-    """Learned queries read the map of all crops of an image, or its global view where it has none; what they give
-    joins the other views as one of the kind `detail`.
+    """Learned queries read the map of all crops of an image, or its global view where it has none, and each frame of a
+    video; what they give joins the other views as one of the kind `detail`.
 
     Source: LLaVA-Mini, huggingface.co/papers/2501.03895, and its released code (ictnlp/LLaVA-Mini). Ours: crops in
     any grid, without their padding where the planner leaves it out.
@@ -58,7 +58,8 @@ class HiResLmmMiniCompressor(HiResLmmViewOp):
     def __init__(self, context: PartContext, options: Options):
         super().__init__(context, options)
         width = context.width
-        self.side, self.crop_grid = square_side(options.num_queries, "num_queries"), _grid(context, Kind.CROP)
+        self.side = square_side(options.num_queries, "num_queries")
+        self.crop_grid = context.grids.get((int(Kind.CROP), MAIN_TOWER))
         self.queries = nn.Parameter(torch.empty(options.num_queries, width))
         self.register_buffer("positions", sincos_positions(width, self.side, rounded=False).to(self.queries.dtype))
         self.query_norm, self.key_norm = nn.LayerNorm(width), nn.LayerNorm(width)
@@ -66,11 +67,11 @@ class HiResLmmMiniCompressor(HiResLmmViewOp):
 
     @classmethod
     def describe(cls, options: Any, context: PartContext) -> Traits:
-        """One more view an image, of the kind `detail`."""
-        if _grid(context, Kind.GLOBAL) is None:
+        """One more view an image, and for each frame, of the kind `detail`."""
+        if (int(Kind.GLOBAL), MAIN_TOWER) not in context.grids:
             raise ValueError("mini_compressor needs a global view of every image, but none reaches it.")
         side = square_side(options.num_queries, "num_queries")
-        grid = Grid(side, side, stride=None, whole=True, source=(int(Kind.GLOBAL),))
+        grid = Grid(side, side, stride=None, whole=True, source=WHOLE_KINDS)
         return Traits({**context.grids, DETAIL: grid}, context.width)
 
     def init_weights(self) -> None:
@@ -79,27 +80,31 @@ class HiResLmmMiniCompressor(HiResLmmViewOp):
         init.copy_(self.positions, sincos_positions(self.queries.shape[1], self.side, rounded=False))
 
     def forward(self, views: ViewFeatures) -> ViewFeatures:
-        """Add a group of compressed tokens `(I, num_queries, C)`."""
-        main, crops = views.group("global"), views.group("crops")
-        rows = tuple(row for image in views.images for row in image.rows(Kind.GLOBAL))
-        if main is None or len(rows) != len(views.images) or any(row not in main.rows for row in rows):
+        """Add a group of compressed tokens `(U, num_queries, C)`, one an image or frame."""
+        main, frames, crops = (views.group(name) for name in ("global", "frames", "crops"))
+        rows = [sorted(image.rows(Kind.GLOBAL) + image.rows(Kind.FRAME)) for image in views.images]
+        here = [row for group in (main, frames) if group is not None for row in group.rows]
+        if not all(rows) or any(row not in here for own in rows for row in own):
             raise ValueError("mini_compressor needs the global view of every image; make the batch with views='all'.")
-        read = [self._read(image, main, crops) for image in views.images]
+        read = [
+            self._read(image, row, main if main is not None and row in main.rows else frames, crops)
+            for image, own in zip(views.images, rows, strict=True)
+            for row in own
+        ]
         values = self.key_norm(torch.cat([tokens for tokens, _ in read]))
         keys = values + torch.cat([positions for _, positions in read])
         queries = (self.query_norm(self.queries) + self.positions.to(values.dtype)).expand(len(read), -1, -1)
         features = self.attention.read_ragged(queries, keys, values, [len(tokens) for tokens, _ in read])
-        made = ViewGroup(int(Kind.DETAIL), features, (self.side, self.side), rows)
+        made = ViewGroup(int(Kind.DETAIL), features, (self.side, self.side), tuple(row for own in rows for row in own))
         return replace(views, groups=[*views.groups, made])
 
     def _read(
-        self, image: ImageGeometry, main: ViewGroup, crops: ViewGroup | None
+        self, image: ImageGeometry, row: int, whole: ViewGroup, crops: ViewGroup | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What an image's queries read, and its positions on the map of all crops: `(n, C)` each."""
-        table = self.positions.to(main.features.dtype)
-        if crops is None or self.crop_grid is None or not image.rows(Kind.CROP):
-            place = main.rows.index(image.rows(Kind.GLOBAL)[0])
-            return main.features[place], resize_positions(table, main.grid)
+        """What the queries of an image or frame read, and its positions on the map that it is: `(n, C)` each."""
+        table = self.positions.to(whole.features.dtype)
+        if whole.kind == Kind.FRAME or crops is None or self.crop_grid is None or not image.rows(Kind.CROP):
+            return whole.features[whole.rows.index(row)], resize_positions(table, whole.grid)
         views, tops, lefts = map_edges(image, self.crop_grid, Kind.CROP)
         table = resize_positions(table, (tops[-1], lefts[-1])).unflatten(0, (tops[-1], lefts[-1]))
         tokens, positions = [], []
@@ -116,7 +121,8 @@ class HiResLmmPromptFuser(HiResLmmTokenOp):
     compressed tokens and of the prompt goes on to the language model, the other visual tokens do not.
 
     The prompt is the readable text of an image: that of its turn, or all of it with `question_scope="prompt"`. It is
-    read once; answers and later turns keep their embeddings. Text about several images becomes the mean over them.
+    read once; answers and later turns keep their embeddings. Each frame of a video is read like an image. Text about
+    several images or frames becomes the mean over them.
 
     Source: LLaVA-Mini, huggingface.co/papers/2501.03895, and its released code (ictnlp/LLaVA-Mini), which reads the
     whole prompt. Ours: gradients into the word embeddings, several images, their own turns.
@@ -194,41 +200,42 @@ class HiResLmmPromptFuser(HiResLmmTokenOp):
                 f"prompt_fuser reads word embeddings of width {context.text_width} beside visual tokens of width "
                 f"{context.width}; use an adapter that projects, such as mlp."
             )
-        grid = context.grids[DETAIL]
-        return Traits(
-            context.grids,
-            context.width,
-            reads_question=True,
-            writes_question=True,
-            count="own",
-            own_tokens=grid.rows * grid.cols,
-        )
+        made = {"count": "own", "own_tokens": "detail"}
+        return Traits(context.grids, context.width, reads_question=True, writes_question=True, **made)  # type: ignore[arg-type]
 
     def forward(self, tokens: VisualTokens, question: Question | None) -> tuple[VisualTokens, Question | None]:
         """The compressed tokens, and the question with other embeddings where it was read."""
-        found = int((tokens.kind == Kind.DETAIL).sum())
-        if found != self.num_tokens * len(tokens.lengths):
-            raise ValueError(
-                f"prompt_fuser leaves {self.num_tokens} compressed tokens of each of {len(tokens.lengths)} images, "
-                f"but {found} are there; make the batch with views='all' or 'global'."
-            )
         image = torch.arange(len(tokens.lengths)).repeat_interleave(torch.tensor(tokens.lengths))
-        order = (2 * image + (tokens.kind == Kind.DETAIL)).argsort(stable=True)  # compressed tokens behind the others
-        parts = tokens.features[order.to(tokens.features.device)].split(tokens.lengths)
+        is_made = tokens.kind == Kind.DETAIL
+        rows = [sorted(own.rows(Kind.GLOBAL) + own.rows(Kind.FRAME)) for own in tokens.images]
+        units = [(number, row) for number, own in enumerate(rows) for row in own]
+        found = int(is_made.sum())
+        if found != self.num_tokens * len(units) or not all(rows):
+            raise ValueError(
+                f"prompt_fuser leaves {self.num_tokens} compressed tokens of each of {len(rows)} images, or of each "
+                f"frame of a video, but {found} are there; make the batch with views='all' or 'global'."
+            )
+        unit = torch.tensor([units.index((number, own[0])) for number, own in enumerate(rows)])[image]
+        for number, (own, row) in enumerate(units):  # crops and separators go with the first view
+            unit[(image == own) & (tokens.view == row)] = number
+        lengths, number_of = torch.bincount(unit).tolist(), [self.num_tokens * len(own) for own in rows]
+        order = (2 * unit + is_made).argsort(stable=True)  # compressed tokens behind the others
+        parts = tokens.features[order.to(tokens.features.device)].split(lengths)
         places = [] if question is None else self._places(question)
+        places = [places[own] for own, _ in units] if places else []
         if question is not None:
             embeds = question.embeds.detach() if self.options.compat == "release" else question.embeds
             texts = [embeds[row, columns].to(parts[0].dtype) for row, columns in places]
             parts = tuple(torch.cat(pair) for pair in zip(parts, texts, strict=True))
         batch = nn.utils.rnn.pad_sequence(list(parts), batch_first=True)  # padding stands behind, where no one looks
         hidden = self.model(inputs_embeds=batch, use_cache=False).last_hidden_state
-        ends, number = torch.tensor(tokens.lengths).cumsum(0).tolist(), self.num_tokens
+        ends, number = torch.tensor(lengths).cumsum(0).tolist(), self.num_tokens
         at = torch.cat([order[end - number : end] for end in ends])
         result = replace(
             tokens,
-            features=torch.cat([own[size - number : size] for own, size in zip(hidden, tokens.lengths, strict=True)]),
-            lengths=[number] * len(ends),
-            num_tokens=[number] * len(ends),
+            features=torch.cat([own[size - number : size] for own, size in zip(hidden, lengths, strict=True)]),
+            lengths=number_of,
+            num_tokens=list(number_of),
             view=tokens.view[at],
             cell=tokens.cell[at],
             kind=tokens.kind[at],
@@ -237,7 +244,7 @@ class HiResLmmPromptFuser(HiResLmmTokenOp):
         )
         if question is None:
             return result, None
-        read = [own[size:][: len(place[1])] for own, size, place in zip(hidden, tokens.lengths, places, strict=True)]
+        read = [own[size:][: len(place[1])] for own, size, place in zip(hidden, lengths, places, strict=True)]
         return result, _write(question, places, torch.cat(read))
 
     def _places(self, question: Question) -> list[tuple[int, torch.Tensor]]:
@@ -258,8 +265,3 @@ def _write(question: Question, places: list[tuple[int, torch.Tensor]], read: tor
     total = torch.zeros_like(embeds).index_put(at, read.to(embeds), accumulate=True)
     count = embeds.new_zeros(embeds.shape[:2]).index_put(at, embeds.new_ones(len(rows)), accumulate=True)[..., None]
     return replace(question, embeds=torch.where(count > 0, total / count.clamp(min=1), embeds))
-
-
-def _grid(context: PartContext, kind: Kind) -> Grid | None:
-    """Token grid of the main tower's views of a kind, if there are any."""
-    return context.grids.get((int(kind), MAIN_TOWER))

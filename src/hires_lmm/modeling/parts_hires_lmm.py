@@ -24,6 +24,7 @@ from .globalcom2_hires_lmm import HiResLmmGlobalCom2
 from .hires_llava_hires_lmm import HiResLmmSelfMiningSampler, HiResLmmSliceRestore
 from .keep_after_hires_lmm import HiResLmmKeepAfter
 from .mini_hires_lmm import HiResLmmMiniCompressor, HiResLmmPromptFuser
+from .mixer_hires_lmm import HiResLmmTowerMixer
 from .mqt_hires_lmm import HiResLmmMqt
 from .objects_hires_lmm import OBJECT_KEY, HiResLmmObjectTokens
 from .own_parts_hires_lmm import is_own, own_class, refusal
@@ -31,6 +32,7 @@ from .routers_hires_lmm import HiResLmmRouter
 from .sa_perceiver_hires_lmm import HiResLmmSaPerceiver
 from .sequence_hires_lmm import LayoutOptions
 from .uhd_hires_lmm import HiResLmmUhdResampler
+from .video_hires_lmm import HiResLmmMeanGlobal, HiResLmmPool3d, HiResLmmSampleTokens
 from .yopo_hires_lmm import HiResLmmYopo
 
 
@@ -45,6 +47,8 @@ VIEW_OPS = {
     "dual_enhancement": HiResLmmDualEnhancement,
     "uhd_resampler": HiResLmmUhdResampler,
     "self_mining_sampler": HiResLmmSelfMiningSampler,
+    "mean_global": HiResLmmMeanGlobal,
+    "sample_tokens": HiResLmmSampleTokens,
 }
 ADAPTERS = {
     "identity": HiResLmmIdentityAdapter,
@@ -53,7 +57,10 @@ ADAPTERS = {
     "query_former": HiResLmmQueryFormerAdapter,
     "mixture": HiResLmmMixtureAdapter,
 }
-MAP_OPS: dict[str, Any] = {}
+MAP_OPS = {
+    "pool3d": HiResLmmPool3d,
+    "tower_mixer": HiResLmmTowerMixer,
+}
 TOKEN_OPS = {
     "router": HiResLmmRouter,
     "fusion": HiResLmmFusion,

@@ -275,7 +275,7 @@ def run_towers(
     rows = tuple(row for row, view in enumerate(views) if view[0] in WHOLE_KINDS)
     for name in extra_towers_used(model) if rows or connector.training else ():
         if not rows:
-            groups.append(replace(_blank_extra(model, name, source.device, not images.is_encoded), rows=()))
+            groups.append(replace(_blank_extra(model, name, source.device, not images.is_encoded, (0,)), rows=()))
         elif images.is_encoded:
             groups.append(_extra_group(model, name, images.extra[f"vision_features_{name}"], rows))
         else:
@@ -305,8 +305,8 @@ def _extra_group(
     return ViewGroup(int(Kind.DETAIL), features.to(tower.dtype), grid, rows, name, hidden=hidden or {})
 
 
-def _blank_extra(model: Any, name: str, device: torch.device, use_tower: bool) -> ViewGroup:
-    """What an extra tower gives for a blank view; zeros where it does not run."""
+def _blank_extra(model: Any, name: str, device: torch.device, use_tower: bool, places: tuple[int, ...]) -> ViewGroup:
+    """What an extra tower gives for blank views at these places; zeros where it does not run."""
     tower, config = model.extra_towers[name], model.extra_towers[name].config
     side, (rows, cols) = view_side(config), tower_grid(config)
     features, hidden = torch.zeros(1, rows * cols, tower_width(config), device=device), None
@@ -314,7 +314,8 @@ def _blank_extra(model: Any, name: str, device: torch.device, use_tower: bool) -
         blank = torch.zeros(1, config.num_channels, side, side, device=device)
         seen = run_tower(tower, blank, EXTRA_LAYER, _levels(model, name))
         features, hidden = seen.features, seen.hidden
-    return _extra_group(model, name, features, (0,), hidden)
+    hidden = {layer: states.expand(len(places), -1, -1) for layer, states in (hidden or {}).items()}
+    return _extra_group(model, name, features.expand(len(places), -1, -1), places, hidden)
 
 
 def _take(seen: TowerOutput, kind: int, rows: tuple[int, ...], index: torch.Tensor | None) -> ViewGroup:
@@ -351,4 +352,5 @@ def blank_groups(model: Any, device: torch.device, use_tower: bool) -> list[View
         seen = TowerOutput(features, config.patch_grid, {}, {}, BaseModelOutput())
     for row, kind in enumerate(kinds):
         groups.append(ViewGroup(kind, seen.features, seen.grid, (row,), scores=seen.scores, hidden=seen.hidden))
-    return [*groups, *(_blank_extra(model, name, device, use_tower) for name in extra_towers_used(model))]
+    rows = tuple(row for row, kind in enumerate(kinds) if kind in WHOLE_KINDS) or (0,)
+    return [*groups, *(_blank_extra(model, name, device, use_tower, rows) for name in extra_towers_used(model))]

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from .geometry_hires_lmm import DENSE_PARTS, Column, Kind
+from .geometry_hires_lmm import DENSE_PARTS, WHOLE_KINDS, Column
 from .image_input_hires_lmm import flatten_images
 
 
@@ -103,10 +103,9 @@ def pack_samples(data: dict[str, np.ndarray], counts: list[int]) -> dict[str, np
     names = [name for name in data if name.startswith("pixel_values")]
     geometry = np.concatenate([data[name] for name, _ in DENSE_PARTS], axis=1)
     starts = np.cumsum(data["view_positions"][:, Column.STARTS_IMAGE])
-    has_global = {*starts[data["view_positions"][:, Column.KIND] == Kind.GLOBAL].tolist()}
-    sample_of = np.repeat(np.arange(len(counts)), counts)
-    samples = {name: sample_of[[image - 1 for image in sorted(has_global)]] for name in names[1:]}
-    samples["pixel_values"] = sample_of[starts - 1]
+    is_whole = np.isin(data["view_positions"][:, Column.KIND], WHOLE_KINDS)
+    sample_of = np.repeat(np.arange(len(counts)), counts)[starts - 1]
+    samples = {"pixel_values": sample_of, **dict.fromkeys(names[1:], sample_of[is_whole])}
     rows = [
         [(name, row) for name in names for row in np.flatnonzero(samples[name] == own)] for own in range(len(counts))
     ]

@@ -20,7 +20,7 @@ from transformers.processing_utils import ImagesKwargs, Unpack
 
 from .compat_hires_lmm import warn_if_untested
 from .dense_layout_hires_lmm import CROP_TO_PATCHES, pack_samples, refuse_boxes, require_samples
-from .geometry_hires_lmm import Kind
+from .geometry_hires_lmm import WHOLE_KINDS
 from .image_boxes_hires_lmm import check_objects, read_objects, write_objects
 from .image_input_hires_lmm import (
     DEFAULT_PIXEL_LIMIT,
@@ -269,7 +269,7 @@ class HiResLmmImageProcessor(HiResLmmOwnPartsMixin, PilBackend):
         pictures = [squared(*own, settings, index) for index, own in enumerate(zip(pictures, plans, strict=True))]
         data = {"pixel_values": render(pictures, plans, settings), **_geometry(plans, counts)}
         pairs = zip(pictures, plans, strict=True)
-        whole = [pair for pair in pairs if any(view.kind == Kind.GLOBAL for view in pair[1].views)]
+        whole = [pair for pair in pairs for view in pair[1].views if view.kind in WHOLE_KINDS]
         for name, tower in (settings.extra_towers or {}).items():
             views = [draw_whole(picture[0], plan, tower, settings) for picture, plan in whole]
             empty = np.zeros((0, 3, tower["size"], tower["size"]), dtype=np.float32)

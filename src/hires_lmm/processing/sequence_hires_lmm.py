@@ -6,7 +6,6 @@ Stands in `processing/` and, as a link, in `modeling/`.
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import count
 from typing import Literal, NamedTuple
 
 from huggingface_hub.dataclasses import strict
@@ -98,12 +97,12 @@ class Separator:
 class LayoutOptions:
     """Order of views and the separators between them.
 
-    A block is the stitched map of all crops or a grid row of frames (`crop_order="raster"`), or one view.
+    A block is the stitched map of all crops (`crop_order="raster"`) or one view.
 
     Args:
         order (`list[str]`): Kinds of views that enter, in order.
-        crop_order (`str`): `"raster"` reads the map of all crops, side by side, row by row, that of all strided
-            views, interleaved, and frames of one row of their grid side by side; `"views"` one after another.
+        crop_order (`str`): `"raster"` reads the map of all crops, side by side, row by row, that of all frames of a
+            video in several columns, and that of all strided views, interleaved; `"views"` one after another.
         separators (`dict[str, dict]`): Name -> fields of `Separator`.
     """
 
@@ -249,12 +248,11 @@ class Arrangement:
             for band in bands.values()
         ]
         shown = [band for band in shown if band]
-        is_strip = kind == Kind.FRAME and self.is_raster and limits is None
         for which, band in enumerate(shown):
-            for place, numbers in enumerate([band] if is_strip else [[number] for number in band]):
-                view = own[numbers[0]]
-                limit = None if limits is None else limits[numbers[0]]
-                block = self._block(_side_by_side([numbers], cells), kind, view.row, view.col, limit)
+            for place, number in enumerate(band):
+                view = own[number]
+                limit = None if limits is None else limits[number]
+                block = self._block(_side_by_side([[number]], cells), kind, view.row, view.col, limit)
                 before: list[Mark] = []
                 if kind in GRID_KINDS and place:
                     before = self._marks("crop_column", kind, view.row, view.col)
@@ -300,13 +298,14 @@ def _sampled(
         return blocks
     runs = [piece for _, block in blocks for piece in block if isinstance(piece, Run)]
     chosen = set(spread_evenly(sum(run.stop - run.start for run in runs), number))
-    at, found = count(), []
+    at, found = 0, []
     for before, block in blocks:
         left: list[Run | Mark] = []
         for piece in block:
             if isinstance(piece, Run):
-                cols = [col for col in range(piece.start, piece.stop) if next(at) in chosen]
+                cols = [col for col in range(piece.start, piece.stop) if at + col - piece.start in chosen]
                 left += [piece._replace(start=col, stop=col + 1) for col in cols]
+                at += piece.stop - piece.start
             else:
                 left.append(piece)
         found.append((before, left))
