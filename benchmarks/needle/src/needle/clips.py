@@ -133,19 +133,18 @@ def _in_turn(rng: random.Random, items: list[SceneObject], num_frames: int) -> l
 
 
 def _make_way(rng: random.Random, scene: Scene, num_frames: int) -> Made:
-    """Two objects, each in a lane of its own, along one axis."""
-    side, axis = scene.options.scene_size, rng.randrange(2)
-    tracks, questions = [], []
-    for lane, item in enumerate(_objects(rng, scene, 2)):
-        way = rng.choice([name for name, step in WAYS.items() if step[axis]])
-        length = (item.height, item.width)[axis]
-        travel = rng.uniform(0.3, 0.45) * side
-        start = rng.uniform(0, side - length - travel) + (travel if sum(WAYS[way]) < 0 else 0)
-        across = rng.uniform(0, side / 2 - (item.width, item.height)[axis]) + lane * side / 2
-        place = (start, across) if axis == 0 else (across, start)
-        move = tuple(step * travel / (num_frames - 1) for step in WAYS[way])
+    """Two objects, each moving within a quarter of its own; where one is in the middle of the clip tells no way."""
+    half = scene.options.scene_size // 2
+    travel, tracks, questions = round(0.22 * scene.options.scene_size), [], []
+    corners = rng.sample([(0, 0), (0, half), (half, 0), (half, half)], 2)
+    for corner, item in zip(corners, _objects(rng, scene, 2), strict=True):
+        way = rng.choice(list(WAYS))
+        lengths = (item.height, item.width)
+        middle = [rng.randint(0, half - length - travel) + travel / 2 for length in lengths]
+        place = [c + m - step * travel / 2 for c, m, step in zip(corner, middle, WAYS[way], strict=True)]
+        down, across = (step * travel / (num_frames - 1) for step in WAYS[way])
         item = _placed(item, int(place[0]), int(place[1]), scene.options)
-        tracks.append(Track(item, range(num_frames), (move[0], move[1])))
+        tracks.append(Track(item, range(num_frames), (down, across)))
         questions.append((f"which way does the {item.colour} object move ?", way))
     return tracks, questions
 

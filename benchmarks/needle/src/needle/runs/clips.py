@@ -149,11 +149,9 @@ def train_clips(model: Any, processor: Any, clips: ClipSet, folder: Path, option
     """
     if not (folder / DONE).is_file():
         rates = Rates(language=4e-4)
-        stage = Stage(
-            "clips", {"connector": rates.connector, "language_model": rates.language, "lm_head": rates.language}
-        )
-        store = ClipFeatures(model, processor, clips)
-        collator = clip_collator(model, processor, clips, store)
+        parts = {"connector": rates.connector, "language_model": rates.language, "lm_head": rates.language}
+        stage = Stage("clips", parts, views="all" if clips.frame is None else "global")
+        collator = clip_collator(model, processor, clips, ClipFeatures(model, processor, clips))
         visits = Visits(clips.count, options.visits[0], options.seed)
         args = _arguments(folder / "checkpoints", len(visits), options.batch_size, options)
         clock = Clock(folder / "clock.json")
@@ -178,14 +176,9 @@ def train_clips(model: Any, processor: Any, clips: ClipSet, folder: Path, option
 
 def clip_collator(model: Any, processor: Any, clips: ClipSet, store: ClipFeatures | None) -> ClipCollator:
     """The collator of a set of clips."""
-    return ClipCollator(
-        processor,
-        clips,
-        store,
-        "all",
-        packed=can_pack(model),
-        kinds={"all": CLIP_KINDS},  # type: ignore[arg-type]
-    )
+    views = "all" if clips.frame is None else "global"  # a frame alone needs no crops
+    known: Any = clips, store
+    return ClipCollator(processor, *known, views, packed=can_pack(model), kinds={views: CLIP_KINDS})
 
 
 @torch.inference_mode()
