@@ -13,6 +13,8 @@ from hires_lmm.conversion import preset_processor
 FILE = Path(__file__).parents[1] / "src" / "hires_lmm" / "preset_settings.json"
 NAMES = (
     "planner",
+    "video_planner",
+    "num_frames",
     "view_size",
     "patch_size",
     "max_crops",

@@ -22,11 +22,14 @@ from .cli_shared import (
     Device,
     Dtype,
     DtypeOption,
+    Fps,
     Json,
     MaxCrops,
+    NumFrames,
     Question,
     SaveDtype,
     Trust,
+    VideoFlag,
     escape,
     existing,
     images_kwargs,
@@ -36,6 +39,7 @@ from .cli_shared import (
     parse_option,
     progress_bar,
     quiet_work,
+    split_sources,
     warn_unknown,
     write_json,
 )
@@ -71,10 +75,15 @@ def _main(
 @app.command("ask")
 def _ask(
     checkpoint: Checkpoint,
-    images: Annotated[list[str], typer.Argument(metavar="IMAGE", help="Files or URLs.", show_default=False)],
+    images: Annotated[
+        list[str], typer.Argument(metavar="IMAGE", help="Files or URLs of images and videos.", show_default=False)
+    ],
     question: Question,
     max_image_tokens: Budget = None,
     max_crops: MaxCrops = None,
+    video: VideoFlag = False,
+    num_frames: NumFrames = None,
+    fps: Fps = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of the answer.")] = 128,
     search: Annotated[
         str | None, typer.Option(help="zoom_eye, describe_then_answer, reason_then_summarise or step_by_step.")
@@ -91,7 +100,7 @@ def _ask(
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
-    """Ask about images.
+    """Ask about images and videos.
 
     The answer streams to standard output; what was kept goes to standard error.
     """
@@ -100,6 +109,10 @@ def _ask(
     if search is not None and decoding is not None:
         raise typer.BadParameter("a search asks without it; leave one of the two out.", param_hint="--decoding")
     options = dict(parse_option(text, "--search-option", "max_calls=60") for text in search_option or ())
+    images, videos = split_sources(images, video)
+    if search is not None and videos:
+        raise typer.BadParameter("a search looks at images, not at videos.", param_hint="--search")
+    limits = images_kwargs(max_crops, max_image_tokens, num_frames=num_frames, fps=fps)
     with quiet_work():
         from hires_lmm.inference import AnswerStream, load_model, load_processor, prepare
         from hires_lmm.visualize import count_kept
@@ -109,7 +122,7 @@ def _ask(
             from hires_lmm.search.command import answer_by_search
 
             model = load_model(checkpoint, dtype.value, device, trust_remote_code)
-            limits = {"max_new_tokens": max_new_tokens, **images_kwargs(max_crops, max_image_tokens)}
+            limits = {"max_new_tokens": max_new_tokens, **limits}
             record = answer_by_search(model, processor, (search, options), images, question, show, **limits)
             warn_unknown(record["unknown_words"])
             if as_json:
@@ -119,7 +132,7 @@ def _ask(
                 sys.stdout.flush()
                 notes.print(f"[dim]{record['calls']} questions and answers, boxes: {record['boxes'] or 'none'}[/]")
             return
-        prepared = prepare(processor, images, question, **images_kwargs(max_crops, max_image_tokens))
+        prepared = prepare(processor, images, question, videos, **limits)
         warn_unknown(prepared.unknown_words)
         model = load_model(checkpoint, dtype.value, device, trust_remote_code)
         pieces, answer = AnswerStream(model, processor, prepared, max_new_tokens, decoding), ""
@@ -129,10 +142,12 @@ def _ask(
                 sys.stdout.write(piece)
                 sys.stdout.flush()
         records: list[dict[str, Any]] = []
-        for index, (name, image) in enumerate(zip(images, prepared.images, strict=True)):
+        for index, (name, image) in enumerate(zip([*images, *videos], prepared.images, strict=True)):
             used, total = count_kept(pieces.token_map, index)
-            sizes = {"height": image.height, "width": image.width, "visual_tokens": total, "kept_tokens": used}
-            records.append({"image": name, **sizes})
+            named = {"video": name, "frames": len(image)} if index >= len(images) else {"image": name}
+            height, width = image.size if index >= len(images) else image.size[::-1]
+            sizes = {"height": height, "width": width, "visual_tokens": total, "kept_tokens": used}
+            records.append({**named, **sizes})
         if as_json:
             said = {"question": question, "unknown_words": prepared.unknown_words, "answer": answer}
             write_json({**said, "images": records})
@@ -141,8 +156,10 @@ def _ask(
         sys.stdout.flush()
         for each in records:
             size = f"{each['width']} x {each['height']} pixels (width x height)"
+            size = f"{each['frames']} frames of {size}" if "video" in each else size
             kept = f"{each['kept_tokens']} of {each['visual_tokens']} visual tokens kept"
-            notes.print(f"[dim]{escape(str(each['image']))}: {size}, {kept}[/]")
+            name = each["video"] if "video" in each else each["image"]
+            notes.print(f"[dim]{escape(str(name))}: {size}, {kept}[/]")
 
 
 def _parse_size(text: str) -> tuple[int, int]:
@@ -162,9 +179,10 @@ def _tokens(
     ],
     max_image_tokens: Budget = None,
     max_crops: MaxCrops = None,
+    frames: Annotated[int | None, typer.Option(min=1, help="Frames of videos of these sizes.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Count views and visual tokens from image sizes.
+    """Count views and visual tokens from image sizes, or of videos.
 
     Needs neither images nor weights. The last column is LLaVA-NeXT's count of the same image, settings as released.
     """
@@ -177,9 +195,9 @@ def _tokens(
             settings = PRESET_SETTINGS[checkpoint]
         else:
             settings = read_image_settings(existing(checkpoint, PRESET_SETTINGS))
-            check_planner(checkpoint, settings["planner"])
+            check_planner(checkpoint, settings["planner"] if frames is None else settings.get("video_planner"))
         options = images_kwargs(max_crops, None)
-        accounts = [account_image(settings, *pair, max_image_tokens, **options) for pair in pairs]
+        accounts = [account_image(settings, *pair, max_image_tokens, frames, **options) for pair in pairs]
         if as_json:
             write_json([{**account.to_dict(), **options} for account in accounts])
             return
@@ -189,11 +207,14 @@ def _tokens(
 @app.command("show")
 def _show(
     checkpoint: Checkpoint,
-    image: Annotated[str, typer.Argument(help="File or URL.", show_default=False)],
+    image: Annotated[str, typer.Argument(help="File or URL of an image or a video.", show_default=False)],
     question: Question,
     out: Annotated[Path, typer.Option(help="The picture to write, PNG.", show_default=False)],
     max_image_tokens: Budget = None,
     max_crops: MaxCrops = None,
+    video: VideoFlag = False,
+    num_frames: NumFrames = None,
+    fps: Fps = None,
     width: Annotated[int, typer.Option(min=600, max=10000, help="Width of the picture, pixels.")] = 1500,
     layers: Annotated[bool, typer.Option("--layers", help="Draw where tokens left, not their scores.")] = False,
     dtype: DtypeOption = Dtype.auto,
@@ -203,7 +224,7 @@ def _show(
 ) -> None:
     """Draw which tokens were kept.
 
-    The image with the grid of crops: kept tokens bright, dropped ones dim, scores as heat.
+    The image with the grid of crops, or the frames of a video: kept tokens bright, dropped ones dim, scores as heat.
     """
     if out.suffix.lower() != ".png":
         raise typer.BadParameter(f"{out} must end in .png.", param_hint="--out")
@@ -214,7 +235,9 @@ def _show(
         from hires_lmm.visualize import count_kept, draw_token_map
 
         processor = load_processor(existing(checkpoint), trust_remote_code)
-        prepared = prepare(processor, [image], question, **images_kwargs(max_crops, max_image_tokens))
+        limits = images_kwargs(max_crops, max_image_tokens, num_frames=num_frames, fps=fps)
+        images, videos = split_sources([image], video)
+        prepared = prepare(processor, images, question, videos, **limits)
         warn_unknown(prepared.unknown_words)
         model = load_model(checkpoint, dtype.value, device, trust_remote_code)
         token_map = map_tokens(model, prepared)

@@ -37,6 +37,11 @@ Budget = Annotated[int | None, typer.Option(min=1, help="Budget: visual tokens k
 MaxCrops = Annotated[
     int | None, typer.Option(min=1, help="Most crops of one image. [default: as the checkpoint has it]")
 ]
+NumFrames = Annotated[
+    int | None, typer.Option(min=1, help="Most frames of a video. [default: as the checkpoint has it, else 16]")
+]
+VideoFlag = Annotated[bool, typer.Option("--video", help="Take each file for a video, whatever its name ends in.")]
+Fps = Annotated[float | None, typer.Option(min=0.001, help="Frames a second of a video, in place of --num-frames.")]
 DtypeOption = Annotated[Dtype, typer.Option(help="Number format of the weights; auto = as saved.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... [default: CUDA where there is one]")]
 Trust = Annotated[bool, typer.Option(help="Run code of the checkpoint that hires_lmm does not have.")]
@@ -122,9 +127,18 @@ def progress_bar() -> Iterator[Callable[[int, int, str], None]]:
         yield update
 
 
-def images_kwargs(max_crops: int | None, max_image_tokens: int | None) -> dict[str, int]:
+VIDEO_ENDINGS = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".mpg", ".mpeg", ".ogv", ".wmv", ".flv")
+
+
+def split_sources(sources: list[str], are_videos: bool) -> tuple[list[str], list[str]]:
+    """Images and videos among files and addresses: all are videos, or those of a video's ending."""
+    videos = [each for each in sources if are_videos or each.partition("?")[0].lower().endswith(VIDEO_ENDINGS)]
+    return [each for each in sources if each not in videos], videos
+
+
+def images_kwargs(max_crops: int | None, max_image_tokens: int | None, **more: Any) -> dict[str, Any]:
     """Options of the image processor that were given."""
-    options = {"max_crops": max_crops, "max_image_tokens": max_image_tokens}
+    options = {"max_crops": max_crops, "max_image_tokens": max_image_tokens, **more}
     return {name: value for name, value in options.items() if value is not None}
 
 

@@ -1,6 +1,6 @@
-"""From a checkpoint to an answer: load it, ask a question about images, stream the answer, see what was kept."""
+"""From a checkpoint to an answer: load it, ask about images and videos, stream the answer, see what was kept."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Thread
@@ -22,10 +22,11 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 @dataclass
 class Prepared:
-    """A question about images, ready for the model, with the upright RGB images; see `find_unknown_words`."""
+    """A question about images and videos, ready for the model, with each upright RGB image or the frames of each
+    video, in their order; see `find_unknown_words`."""
 
     inputs: BatchFeature
-    images: list[Image.Image]
+    images: list[Any]
     unknown_words: list[str]
 
 
@@ -109,21 +110,27 @@ def open_images(sources: list[Any]) -> list[Image.Image]:
     return [to_rgb(open_image(source, index), index) for index, source in enumerate(sources)]
 
 
-def prepare(processor: Any, sources: list[Any], question: str, **images_kwargs: Any) -> Prepared:
-    """Build the inputs of one question about one or more images.
+def prepare(
+    processor: Any, sources: list[Any], question: str, videos: Sequence[Any] = (), **images_kwargs: Any
+) -> Prepared:
+    """Build the inputs of one question about images, videos, or both, the images first.
 
     Args:
         sources (`list`): Images, as `open_images` takes them.
-        images_kwargs: Call-time options: `max_image_tokens`, `max_crops`, `views`, ...
+        videos (`list`): Videos: files, URLs, lists of frames, arrays.
+        images_kwargs: Call-time options: `max_image_tokens`, `max_crops`, `views`, `num_frames`, ...
 
     Returns:
         Inputs, images, and the words of the question that the tokenizer does not know.
 
     Raises:
-        ValueError: If an image or option is wrong.
+        ValueError: If an image, a video or an option is wrong.
+        ImportError: If a video is a file and no decoder is installed.
     """
     images = open_images(sources)
+    clips = processor.image_processor.open_videos(list(videos), **images_kwargs) if videos else []
     content: list[dict] = [{"type": "image", "image": image} for image in images]
+    content += [{"type": "video", "video": clip} for clip in clips]
     content.append({"type": "text", "text": question})
     inputs = processor.apply_chat_template(
         [{"role": "user", "content": content}],
@@ -133,7 +140,7 @@ def prepare(processor: Any, sources: list[Any], question: str, **images_kwargs: 
         return_tensors="pt",
         processor_kwargs=dict(images_kwargs),
     )
-    return Prepared(inputs, images, find_unknown_words(processor.tokenizer, question))
+    return Prepared(inputs, [*images, *clips], find_unknown_words(processor.tokenizer, question))
 
 
 def find_unknown_words(tokenizer: Any, text: str) -> list[str]:

@@ -1,6 +1,7 @@
 """Pictures of what the model looked at: crop grid, kept and dropped tokens, scores."""
 
 import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,9 @@ INSET_SHARE = 0.19
 WIDE = 2.4
 """Images that are so many times wider than high are drawn one below the other."""
 TITLE_LINES = 3
+MOST_COLUMNS = 6
+"""Frames of a video in one row of a strip."""
+
 CAPTIONS = {"score": "Score of each token", "layer": "Layer behind which each token left"}
 
 
@@ -47,6 +51,10 @@ class _Tokens:
             return cls(view, box, score, kept)
         left_at = token_map.left_at.cpu().numpy()[own]
         return cls(view, box, np.where(left_at >= 0, left_at, np.nan), kept, "layer")
+
+    def of(self, chosen: np.ndarray) -> "_Tokens":
+        """Some of them."""
+        return _Tokens(self.view[chosen], self.box[chosen], self.score[chosen], self.kept[chosen], self.label)
 
     def window(self, source: Image.Image) -> tuple[float, float, float, float]:
         """Top, left, bottom, right of the image and all tokens around it, source pixels."""
@@ -92,10 +100,11 @@ def draw_token_map(
     width: int = 1500,
     layers: bool = False,
 ) -> Image.Image:
-    """Draw which tokens of an image were kept, and how they were scored.
+    """Draw which tokens of an image or a video were kept, and how they were scored.
 
     Args:
-        image: The source image, in any form the processor takes.
+        image: The source image, in any form the processor takes; or the frames of a video that the model saw, as a
+            list or as `open_videos` of the image processor gives them.
         image_index (`int`): Which image of the batch.
         title (`str`, *optional*): A line above the picture, for instance the question.
         width (`int`): Width of the picture, pixels, at least 600.
@@ -104,26 +113,32 @@ def draw_token_map(
 
     Returns:
         An RGB picture: the source with the grid of crops, kept tokens bright and dropped ones dim; the same with the
-        scores as heat, where tokens were scored; the global view as an inset; a legend of what there is. Grey areas
-        around the image are padding. Tokens of no place in it (marks, queries that read all of it) are counted only.
+        scores as heat, where tokens were scored; the global view as an inset; a legend of what there is. Of a video a
+        strip of its frames, without a global view. Grey areas around the image are padding. Tokens of no place in it
+        (marks, queries that read all of it) are counted only.
 
     Raises:
         ValueError: If the image cannot be read, the index is out of range, or the picture is too narrow.
     """
     check_width(width)
     kept, total = count_kept(token_map, image_index)
-    source = to_rgb(open_image(image, image_index), image_index)
-    crops, inset = (_Tokens.select(token_map, image_index, kind, layers) for kind in (Kind.CROP, Kind.GLOBAL))
+    is_video = isinstance(image, Sequence) and not isinstance(image, (str, bytes, bytearray))
+    sources = [image[number] for number in range(len(image))] if is_video else [image]
+    sources = [to_rgb(open_image(each, image_index), image_index) for each in sources]
+    source = sources[0]
+    kinds = (Kind.FRAME,) if is_video else (Kind.CROP, Kind.GLOBAL)
+    found = [_Tokens.select(token_map, image_index, kind, layers) for kind in kinds]
     marks = int(((token_map.image == image_index) & (token_map.kind == Kind.SEPARATOR)).sum())
-    account = f"{source.width} x {source.height} pixels: {kept} of {total} visual tokens kept"
+    account = f"{len(sources)} frames of " if is_video else ""
+    account += f"{source.width} x {source.height} pixels: {kept} of {total} visual tokens kept"
     account += f", {marks} of them of no place in the image" if marks else ""
     room = width - 2 * MARGIN
     pieces = [wrap_text(title, room, TITLE, INK)] if title else []
     pieces.append(wrap_text(account, room, TITLE - 2, MUTED))
-    shown = [("Crops", crops), ("Global view", inset)]
+    shown = list(zip(("Crops", "Global view"), found, strict=False))
     shown = [(name, tokens) for name, tokens in shown if len(tokens.kept)]
     if shown:
-        panels, legend = _panels(source, shown, room)
+        panels, legend = _strip(sources, found[0], room) if is_video else _panels(source, shown, room)
         pieces += [flow(panels, room), flow(legend, room)]
     pieces.append(Image.new("RGB", (room, 1), BACKGROUND))
     return ImageOps.expand(flow(pieces, 0, gap=16), MARGIN, BACKGROUND)
@@ -162,15 +177,36 @@ def _panels(
         picture = _draw(source, frame, tokens)
         panels.append(_captioned(f"{name}: {int(tokens.kept.sum())} of {len(tokens.kept)} kept", picture))
         if tokens is main:
-            legend = _legend(frame, main, picture)
-            panels += [_captioned(CAPTIONS[main.label], _draw(source, frame, main, heat=True))] if scored else []
+            legend = _legend(frame, main, picture, main.score)
+            heat = _draw(source, frame, main, _relative(main.score)) if scored else None
+            panels += [] if heat is None else [_captioned(CAPTIONS[main.label], heat)]
         padded |= bool(min(top, left) < -1 or bottom > source.height + 1 or right > source.width + 1)
     if padded:
         legend.append(beside(Image.new("RGB", SWATCH, PADDING), "padding around the image"))
     return panels, legend
 
 
-def _draw(source: Image.Image, frame: _Frame, tokens: _Tokens, heat: bool = False) -> Image.Image:
+def _strip(sources: list[Image.Image], tokens: _Tokens, room: int) -> tuple[list[Image.Image], list[Image.Image]]:
+    """A picture of each frame with captions, below them the same as heat where tokens were scored, and a legend."""
+    columns = min(len(sources), MOST_COLUMNS)
+    side, heats = (room - GAP * (columns - 1)) // columns, _relative(tokens.score)
+    panels, scored, best = [], [], None
+    for view in np.unique(tokens.view):
+        own = tokens.of(tokens.view == view)
+        number = min(int(view - tokens.view.min()), len(sources) - 1)
+        source, (top, left, bottom, right) = sources[number], own.window(sources[number])
+        frame = _Frame((top, left, bottom, right), min(side / (right - left), 900 / (bottom - top)))
+        picture = _draw(source, frame, own)
+        panels.append(_captioned(f"{number}: {int(own.kept.sum())} of {len(own.kept)}", picture))
+        if np.isfinite(own.score).any():
+            heat = _draw(source, frame, own, heats[tokens.view == view])
+            scored.append(_captioned(f"{number}: {tokens.label}", heat))
+        if best is None or own.kept.any() != own.kept.all():
+            best = (frame, own, picture)
+    return [*panels, *scored], [] if best is None else _legend(*best, tokens.score)
+
+
+def _draw(source: Image.Image, frame: _Frame, tokens: _Tokens, heat: np.ndarray | None = None) -> Image.Image:
     """The source with dropped tokens dim, or with scores as heat; the borders of what was kept and of the views."""
     width, height = frame.size
     pixels = np.full((height, width, 3), PADDING, dtype=np.float64)
@@ -180,8 +216,8 @@ def _draw(source: Image.Image, frame: _Frame, tokens: _Tokens, heat: bool = Fals
         pixels[top:bottom, left:right] = np.asarray(small)
     grey = pixels.mean(axis=-1, keepdims=True)
     kept = _spread(frame, tokens, tokens.kept) > 0
-    if heat:
-        scores = _spread(frame, tokens, _relative(tokens.score), np.nan)[..., None]
+    if heat is not None:
+        scores = _spread(frame, tokens, heat, np.nan)[..., None]
         mixed = (1 - HEAT_SHARE) * grey + HEAT_SHARE * heat_colors(np.nan_to_num(scores[..., 0]))
         pixels = np.where(np.isfinite(scores), mixed, pixels)
     else:
@@ -222,7 +258,7 @@ def _relative(scores: np.ndarray) -> np.ndarray:
 # --- words and places
 
 
-def _legend(frame: _Frame, tokens: _Tokens, picture: Image.Image) -> list[Image.Image]:
+def _legend(frame: _Frame, tokens: _Tokens, picture: Image.Image, scores: np.ndarray) -> list[Image.Image]:
     """What colours and lines mean: only what there is, kept and dropped tokens as they look in this picture."""
     pieces = []
     offset = np.abs(tokens.box - tokens.box.mean(axis=0)).sum(axis=1)
@@ -239,7 +275,7 @@ def _legend(frame: _Frame, tokens: _Tokens, picture: Image.Image) -> list[Image.
         swatch = Image.new("RGB", SWATCH, ground)
         ImageDraw.Draw(swatch).line((0, SWATCH[1] // 2, SWATCH[0], SWATCH[1] // 2), fill=color, width=3)
         pieces.append(beside(swatch, name))
-    finite = tokens.score[np.isfinite(tokens.score)]
+    finite = scores[np.isfinite(scores)]
     if len(finite):
         low, high = np.percentile(finite, [1, 99])
         ramp = np.broadcast_to(heat_colors(np.linspace(0, 1, 180)), (SWATCH[1], 180, 3))

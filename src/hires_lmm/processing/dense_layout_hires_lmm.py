@@ -104,8 +104,9 @@ def pack_samples(data: dict[str, np.ndarray], counts: list[int]) -> dict[str, np
     geometry = np.concatenate([data[name] for name, _ in DENSE_PARTS], axis=1)
     starts = np.cumsum(data["view_positions"][:, Column.STARTS_IMAGE])
     is_whole = np.isin(data["view_positions"][:, Column.KIND], WHOLE_KINDS)
-    sample_of = np.repeat(np.arange(len(counts)), counts)[starts - 1]
-    samples = {"pixel_values": sample_of, **dict.fromkeys(names[1:], sample_of[is_whole])}
+    sample_of = np.repeat(np.arange(len(counts)), counts)
+    samples = dict.fromkeys(names[1:], sample_of[starts[is_whole] - 1])
+    samples["pixel_values"] = sample_of[starts - 1]
     rows = [
         [(name, row) for name in names for row in np.flatnonzero(samples[name] == own)] for own in range(len(counts))
     ]

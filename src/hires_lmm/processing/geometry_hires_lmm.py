@@ -3,11 +3,10 @@
 Stands in `processing/` and, as a link, in `modeling/`: both sides read the same words.
 """
 
+import math
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, NamedTuple
-
-import numpy as np
 
 
 class Column(IntEnum):
@@ -170,13 +169,22 @@ class Grid:
 def spread_evenly(total: int, number: int) -> list[int]:
     """`number` of the indices below `total`, the first and the last among them; all where there are no more.
 
-    As `torch.linspace(0, total - 1, number).round()` in single precision, which decides where halves go.
+    As `torch.linspace(0, total - 1, number).round()` in single precision, which decides where halves go; counting from
+    sizes asks it without torch.
     """
-    if number >= total:
-        return list(range(total))
-    step, place = float(np.float32(total - 1) / np.float32(max(number - 1, 1))), np.arange(number)
-    at = np.where(place < number // 2, step * place, total - 1 - step * (number - 1 - place))
-    return np.rint(at.astype(np.float32) if number > 1 else place).astype(int).tolist()
+    if number >= total or number == 1:
+        return list(range(min(number, total)))
+    step, half = _single(_single(total - 1) / (number - 1)), number // 2
+    low = [_single(step * place) for place in range(half)]
+    return [
+        round(value) for value in low + [_single(total - 1 - step * place) for place in range(number - half)][::-1]
+    ]
+
+
+def _single(value: float) -> float:
+    """The nearest number of single precision."""
+    mantissa, exponent = math.frexp(value)
+    return math.ldexp(round(math.ldexp(mantissa, 24)), exponent - 24)
 
 
 def check_stride(grid: Grid, patch_grid: tuple[int, int], where: str) -> None:

@@ -20,7 +20,7 @@ from transformers.processing_utils import ImagesKwargs, Unpack
 
 from .compat_hires_lmm import warn_if_untested
 from .dense_layout_hires_lmm import CROP_TO_PATCHES, pack_samples, refuse_boxes, require_samples
-from .geometry_hires_lmm import WHOLE_KINDS
+from .frame_sampling_hires_lmm import Sampling
 from .image_boxes_hires_lmm import check_objects, read_objects, write_objects
 from .image_input_hires_lmm import (
     DEFAULT_PIXEL_LIMIT,
@@ -32,9 +32,9 @@ from .image_input_hires_lmm import (
 from .loading_names_hires_lmm import is_loading_name, is_service_name
 from .own_parts_hires_lmm import HiResLmmOwnPartsMixin, as_name, map_planner, part_loader
 from .planners_hires_lmm import Planner, find_planner, find_video_planner
-from .rendering_hires_lmm import draw_whole, render, scale_and_shift, squared
+from .rendering_hires_lmm import draw_extra, render, scale_and_shift, squared
 from .token_layout_hires_lmm import TokenLayout, apply_budget, check_frames, count_tokens, min_budget
-from .video_input_hires_lmm import Frames, Sampling, Video, open_video
+from .video_input_hires_lmm import Frames, Video, flatten_videos, open_video
 from .view_plans_hires_lmm import PlannerLimits, ViewPlan, check_count
 
 
@@ -236,6 +236,21 @@ class HiResLmmImageProcessor(HiResLmmOwnPartsMixin, PilBackend):
         flatten_images(images)  # refuses what is nested too deeply
         return self._fetch(images, [0])
 
+    def open_videos(self, videos: Any, **kwargs: Unpack[HiResLmmImageProcessorKwargs]) -> list[Frames]:
+        """Read videos and take their frames as a call does, which takes what this returns for the videos.
+
+        Args:
+            videos: One video or a (nested) list: frames, an array, a path, a URL.
+            kwargs: Options as in a call.
+
+        Raises:
+            ValueError: If one cannot be read; the message names its index.
+            ImportError: If no decoder of files is installed.
+        """
+        settings = self._settings(kwargs)
+        found = enumerate(flatten_videos(videos))
+        return [open_video(video, index, settings.sampling, settings) for index, video in found]
+
     def preprocess(self, images: ImageInput, **kwargs: Unpack[HiResLmmImageProcessorKwargs]) -> BatchFeature:
         """Cut images and videos into views.
 
@@ -249,7 +264,7 @@ class HiResLmmImageProcessor(HiResLmmOwnPartsMixin, PilBackend):
             views of unequal size padded at bottom and right; int64 `view_positions` `(views, 9)` (see `Column`),
             `view_boxes` `(views, 4)` (top, left, bottom, right in 1/256 source pixel) and `view_spans` `(views, 4)`
             (first and past-last row and column of patches that enter). For each extra tower `pixel_values_<name>`
-            `(images with a global view, 3, size, size)`. With objects int64 `image_boxes` `(images, objects, 4)`: top,
+            `(global views and frames, 3, size, size)`. With objects int64 `image_boxes` `(images, objects, 4)`: top,
             left, bottom, right in 1/65536 of a side of the global view, zeros behind the last object of an image.
             With `image_layout="dense"` see `pack_samples`.
 
@@ -268,12 +283,8 @@ class HiResLmmImageProcessor(HiResLmmOwnPartsMixin, PilBackend):
         _check_views(plans)
         pictures = [squared(*own, settings, index) for index, own in enumerate(zip(pictures, plans, strict=True))]
         data = {"pixel_values": render(pictures, plans, settings), **_geometry(plans, counts)}
-        pairs = zip(pictures, plans, strict=True)
-        whole = [pair for pair in pairs for view in pair[1].views if view.kind in WHOLE_KINDS]
         for name, tower in (settings.extra_towers or {}).items():
-            views = [draw_whole(picture[0], plan, tower, settings) for picture, plan in whole]
-            empty = np.zeros((0, 3, tower["size"], tower["size"]), dtype=np.float32)
-            data[f"pixel_values_{name}"] = np.stack(views) if views else empty
+            data[f"pixel_values_{name}"] = draw_extra(pictures, plans, tower, settings)
         if samples is not None:
             refuse_boxes(boxes)
             data = pack_samples(data, samples)

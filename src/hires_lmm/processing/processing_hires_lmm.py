@@ -243,7 +243,7 @@ class HiResLmmProcessor(HiResLmmProcessorBase):
         """
         chats = conversation if _is_batch(conversation) else [conversation]
         chats = [getattr(chat, "messages", chat) for chat in chats]
-        tokens = () if kwargs.get("sanitize_control_tokens") else (self.image_token,)
+        tokens: tuple[str, ...] = () if kwargs.get("sanitize_control_tokens") else (self.image_token,)
         tokens += (self.video_token,) if any(map(holds_video, chats)) else ()
         for name in ("tools", "documents"):
             if kwargs.get(name):

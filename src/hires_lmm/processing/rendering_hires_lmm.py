@@ -11,15 +11,11 @@ from PIL import Image
 from torch.nn.functional import interpolate
 from transformers.image_utils import PILImageResampling
 
-from .geometry_hires_lmm import Kind
+from .geometry_hires_lmm import WHOLE_KINDS, Kind, spread_evenly
 from .image_input_hires_lmm import DEFAULT_PIXEL_LIMIT, crop_to_square, mean_color, pad_to_square
-from .video_input_hires_lmm import Frames, sample_linspace
+from .video_input_hires_lmm import Frames
 from .video_planners_hires_lmm import collage_grid
 from .view_plans_hires_lmm import View, ViewPlan, square_paste
-
-
-WHOLE_KINDS = (Kind.GLOBAL, Kind.FRAME)
-"""Kinds that show a whole picture."""
 
 
 def square(picture: Image.Image, plan: ViewPlan, settings: Any, index: int) -> Image.Image:
@@ -82,7 +78,7 @@ def draw_collage(frames: np.ndarray, number: int, size: tuple[int, int]) -> np.n
 
     A side that does not divide leaves zeros at bottom or right.
     """
-    chosen = frames[sample_linspace(len(frames), number)]
+    chosen = frames[spread_evenly(len(frames), number)]
     rows, cols = collage_grid(number)
     high, wide = size[0] // rows, size[1] // cols
     shrinks = high < frames.shape[2] or wide < frames.shape[3]
@@ -103,8 +99,24 @@ def _cut(canvas: np.ndarray, view: View, size: tuple[int, int]) -> np.ndarray:
     return canvas[top : top + size[0], left : left + size[1]]
 
 
+def draw_extra(sources: list[Any], plans: list[ViewPlan], tower: dict[str, Any], settings: Any) -> np.ndarray:
+    """What global views and frames show on the square of an extra tower, `(n, 3, size, size)`."""
+    whole = [
+        (source, plan, view.frame)
+        for source, plan in zip(sources, plans, strict=True)
+        for view in plan.views
+        if view.kind in WHOLE_KINDS
+    ]
+    if any(plan.collage for _, plan, _ in whole):
+        raise ValueError("video_planner='thumbnail' makes no collage for an extra tower; use 'frames'.")
+    views = np.empty((len(whole), 3, tower["size"], tower["size"]), dtype=np.float32)
+    for own, (source, plan, frame) in zip(views, whole, strict=True):
+        own[...] = draw_whole(source[frame], plan, tower, settings)
+    return views
+
+
 def draw_whole(picture: Image.Image, plan: ViewPlan, tower: dict[str, Any], settings: Any) -> np.ndarray:
-    """What the global view shows on the square of an extra tower, with the numbers of that tower."""
+    """What a whole view shows on the square of an extra tower, with the numbers of that tower."""
     side = tower["size"]
     factor = settings.rescale_factor
     scale, shift = scale_and_shift(factor, tower["image_mean"], tower["image_std"])

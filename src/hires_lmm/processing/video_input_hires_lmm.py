@@ -1,4 +1,4 @@
-"""Whatever a user calls a video, as frames that become 8-bit RGB pictures one by one; and which of them are taken."""
+"""Whatever a user calls a video, as frames that become 8-bit RGB pictures one by one."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +17,7 @@ from transformers.utils import (
 )
 from transformers.video_utils import load_video
 
+from .frame_sampling_hires_lmm import Sampling
 from .image_input_hires_lmm import flatten_images, to_rgb
 
 
@@ -32,74 +33,9 @@ BAR_AFTER = 2.0
 EXTRA = "pip install 'hires-lmm[video]' (PyAV), or install torchcodec"
 
 
-def sample_uniform(total: int, number: int) -> list[int]:
-    """Steps of (total - 1) / number from half a step on.
-
-    Source: PLLaVA's scripts for captions and questions (magic-research/PLLaVA at 6f49fd2).
-    """
-    step = (total - 1) / number
-    return [int(step / 2) + round(step * place) for place in range(number)]
-
-
-def sample_segments(total: int, number: int, first: int = 0, last: int | None = None) -> list[int]:
-    """The middle of each of so many segments between two frames, by default of all.
-
-    Source: the reader of MVBench in magic-research/PLLaVA at 6f49fd2.
-    """
-    step = ((total - 1 if last is None else min(last, total - 1)) - first) / number
-    return [int(first + step / 2 + round(step * place)) for place in range(number)]
-
-
-def sample_linspace(total: int, number: int) -> list[int]:
-    """Numbers from 0 to `total` - 1 at equal distances, in float32, rounded half to even.
-
-    Source: tingyu215/TS-LLaVA at 03cdeae.
-    """
-    return torch.linspace(0, total - 1, number, dtype=torch.float32).round().long().tolist()
-
-
-FRAME_SAMPLERS: dict[str, Callable[[int, int], list[int]]] = {
-    "uniform": sample_uniform,
-    "segments": sample_segments,
-    "linspace": sample_linspace,
-}
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """Which frames of a video are taken: `num_frames` by the rule `sampler`, or as many as `fps` asks for."""
-
-    num_frames: int | None = None
-    fps: float | None = None
-    sampler: str = "uniform"
-
-    def __post_init__(self) -> None:
-        for name, value, kinds in (("num_frames", self.num_frames, int), ("fps", self.fps, (int, float))):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, kinds) or not value > 0):
-                raise ValueError(f"{name}={value!r} must be a number above 0, or None.")
-        if self.num_frames is not None and self.fps is not None:
-            raise ValueError(f"num_frames={self.num_frames} and fps={self.fps} exclude each other; pass one of them.")
-        if self.sampler not in FRAME_SAMPLERS:
-            raise ValueError(f"frame_sampling={self.sampler!r} is unknown; choose one of {', '.join(FRAME_SAMPLERS)}.")
-
-    def count(self, total: int, rate: float | None = None) -> int:
-        """How many frames are taken of a video of `total` frames, at `rate` frames a second."""
-        if self.fps is not None and not rate:
-            raise ValueError(
-                f"fps={self.fps} needs the rate of the video itself, which only a file tells; pass num_frames."
-            )
-        number = max(1, int(total / rate * self.fps)) if self.fps is not None and rate else self.num_frames
-        return total if number is None else min(number, total)
-
-    def choose(self, total: int, rate: float | None = None) -> list[int]:
-        """The frames that are taken, in order; all where there are no more than wanted."""
-        number = self.count(total, rate)
-        return list(range(total)) if number == total else FRAME_SAMPLERS[self.sampler](total, number)
-
-
 @dataclass(frozen=True, eq=False)
 class Video:
-    """A video among images, as it was passed: frames, an array, a path or an address."""
+    """A video among images, as it was passed: frames, an array, a path or an address; or opened, as `Frames`."""
 
     source: Any
 
@@ -119,7 +55,7 @@ class Frames(Sequence):
     def __len__(self) -> int:
         return len(self.frames)
 
-    def __getitem__(self, number: Any) -> Image.Image:
+    def __getitem__(self, number: Any) -> Image.Image:  # type: ignore[override]
         return self.convert(number, self.frames[number])
 
     def map(self, change: Callable[[Image.Image], Image.Image]) -> "Frames":
@@ -156,7 +92,7 @@ def is_one_video(value: Any) -> bool:
     """Whether it is one video, and no list of them."""
     if isinstance(value, (list, tuple)):
         return bool(value) and all(map(_is_frame, value))
-    return isinstance(value, (str, PathLike)) or (_is_array(value) and value.ndim == 4) or _is_frame(value)
+    return isinstance(value, (str, PathLike, Frames)) or (_is_array(value) and value.ndim == 4) or _is_frame(value)
 
 
 def _describe(value: Any) -> str:
@@ -199,6 +135,8 @@ def _next(entries: Iterator) -> list:
 def open_video(video: Video, index: int, sampling: Sampling, settings: Any) -> Frames:
     """Read a video and take its frames; `index` is named in errors, `settings` are those of `to_rgb`."""
     source = video.source
+    if isinstance(source, Frames):
+        return source
     if isinstance(source, (str, PathLike)):
         frames = _load(str(source), index, sampling)
     else:
@@ -304,4 +242,4 @@ def _decode(source: str, backend: str, sampling: Sampling, total: int | None) ->
     return frames, asked[0], asked[0][-1] != NO_END
 
 
-__all__ = ["FRAME_SAMPLERS", "Frames", "Sampling", "Video", "flatten_videos", "open_video"]
+__all__ = ["Frames", "Video", "flatten_videos", "open_video"]
