@@ -322,15 +322,16 @@ def test_videos_are_answered_as_one_at_a_time_and_encoded_once(checkpoint, batch
 
 
 def test_frames_of_a_video_are_an_option_that_its_tokens_and_answers_follow(checkpoint, tmp_path):
-    lengths = []
+    lengths, files = [], set()
     for options in ({"num_frames": 2}, {"num_frames": 5}, {}):
         asker = HarnessAsker(checkpoint, HarnessOptions(device="cpu", answers=str(tmp_path), **options))
         prompt, _ = asker.read(ask_video(CLIPS[0], "What?"), OPTIONS)
         lengths.append(prompt.num_tokens)
+        files.add(asker.store.file.name)
     a_frame = (lengths[1] - lengths[0]) / 3
     assert a_frame > 1 and lengths[2] == lengths[1] + a_frame
-    assert len(list(tmp_path.iterdir())) == 3
-    with pytest.raises(ValueError, match="num_frames=2 and fps=1.0 exclude each other"):
+    assert len(files) == 3
+    with pytest.raises(ValueError, match=r"num_frames=2 and fps=1\.0 exclude each other"):
         HarnessOptions(num_frames=2, fps=1.0)
     with pytest.raises(ValueError, match="frame_sampling='all' is unknown"):
         HarnessOptions(frame_sampling="all")
@@ -428,7 +429,7 @@ def test_empty_lists_of_what_it_does_not_read_mean_none(checkpoint):
     plain = processor(text="<image> boat", images=[picture], return_tensors="pt")
     given = processor(text="<image> boat", images=[picture], videos=[], audios=[], return_tensors="pt")
     assert {name: value.tolist() for name, value in given.items()} == {n: v.tolist() for n, v in plain.items()}
-    with pytest.raises(ValueError, match="videos=list was passed"):
+    with pytest.raises(ValueError, match="0 <video> placeholders, but 1 videos were passed"):
         processor(text="boat", videos=["film.mp4"])
     with pytest.raises(ValueError, match="audio=list was passed"):
         processor(text="boat", audios=["song.wav"])
