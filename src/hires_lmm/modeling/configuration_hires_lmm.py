@@ -115,7 +115,7 @@ PRESETS: dict[str, dict] = {
         "connector_config": {
             "view_ops": [{"part": "mini_compressor"}],
             "adapter": _MLP,
-            "layout": {"order": ["crops", "global", "detail"]},
+            "layout": {"order": ["crops", "global", "frames", "detail"]},
             "token_ops": [{"part": "prompt_fuser"}],
         },
     },
@@ -150,6 +150,34 @@ PRESETS: dict[str, dict] = {
             "view_ops": [{"part": "dual_enhancement"}],
             "adapter": _MLP,
             "layout": {"order": ["global", "crops", "strided"]},
+        },
+    },
+    "pllava": {
+        "planner": {"name": "frames"},
+        "video_planner": {"name": "frames", "num_frames": 16, "min_frames": 16, "frame_sampling": "uniform"},
+        "connector_config": {"adapter": _MLP, "map_ops": [{"part": "pool3d"}], "layout": {"order": ["frames"]}},
+    },
+    "ts_llava": {
+        "planner": {"name": "llava_next"},
+        "video_planner": {"name": "thumbnail", "num_frames": 50, "collage": 6, "frame_sampling": "linspace"},
+        "connector_config": {
+            "view_ops": [{"part": "sample_tokens"}],
+            "adapter": _MLP,
+            "layout": {"order": ["frames", "global", "crops"], "separators": {"newline": _NEWLINE}},
+        },
+    },
+    "slime_video": {
+        "planner": {"name": "slime_release"},
+        "video_planner": {"name": "frames", "num_frames": 8, "grid": [2, 4]},
+        "question_scope": "prompt",
+        "connector_config": {
+            "view_ops": [{"part": "mean_global"}, {**_COMPRESS_144, "on": ["crops", "frames"]}],
+            "adapter": {"part": "mixture", "gate": "release"},
+            "layout": {
+                "order": ["global", "crops", "frames"],
+                "separators": {"separator": {"place": "between_views", "value": [1919]}},
+            },
+            "token_ops": [{**_COSINE, "on": ["crops", "frames"], "keep": {"rule": "threshold", "gamma": 0.95}}],
         },
     },
     "hires_llava": {

@@ -1,6 +1,6 @@
 """Several towers that saw the same views become one: weights for each image or video mix their tokens (MERV)."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -36,7 +36,7 @@ class HiResLmmTowerMixer(HiResLmmViewOp):
             query_width (`int`): Width in which query and means meet.
         """
 
-        shape: list = (16, 8, 8)  # type: ignore[assignment]
+        shape: list = field(default_factory=lambda: [16, 8, 8])
         weights: Literal["query", "scalar"] = "query"
         query_width: int = 3072
 
@@ -112,7 +112,7 @@ class HiResLmmTowerMixer(HiResLmmViewOp):
         if self.options.weights == "scalar":
             return self.logits.softmax(dim=0).expand(len(tokens), -1).to(tokens.dtype)
         keys = self.k_proj(tokens.mean(dim=2))
-        products = (keys * self.q_proj(self.query.expand(len(tokens), -1))).sum(dim=-1)
+        products = (keys * self.q_proj(self.query.expand(len(tokens), -1))[:, None]).sum(dim=-1)
         return (products * self.options.query_width**-0.5).softmax(dim=-1)
 
     @staticmethod

@@ -1,7 +1,7 @@
 """Operations on the frames of a video: pooled in space and time, averaged into a global view, sampled."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -55,7 +55,7 @@ class HiResLmmPool3d(HiResLmmViewOp):
             on (`str` or `list[str]`): Kinds of views that are pooled, those of an image together.
         """
 
-        shape: list = (16, 12, 12)  # type: ignore[assignment]
+        shape: list = field(default_factory=lambda: [16, 12, 12])
         on: str | list = "frames"
 
         def __post_init__(self) -> None:
