@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from .questions import Question
-from .scenes import NeedleOptions, Scene, SceneObject, _placed, _sample_object, render_scene
+from .scenes import NeedleOptions, Scene, SceneObject, _placed, _sample_object, paint_objects, paint_scene_background
 from .sprites import DIGITS, SPLITS
 
 
@@ -100,10 +100,10 @@ def render_clip(clip: Clip, frames: range | None = None) -> np.ndarray:
     Returns:
         `np.ndarray` (frames, size, size, 3): uint8.
     """
-    pictures = []
+    background, pictures = paint_scene_background(clip.scene), []
     for frame in range(clip.num_frames) if frames is None else frames:
         shown = tuple(track.at(frame) for track in clip.tracks if frame in track.frames)
-        pictures.append(render_scene(replace(clip.scene, objects=shown)))
+        pictures.append(paint_objects(replace(clip.scene, objects=shown), background.copy()))
     return np.stack(pictures)
 
 

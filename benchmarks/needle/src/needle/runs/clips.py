@@ -116,23 +116,20 @@ def join_clips(
     parts.language.resize_token_embeddings(len(parts.tokenizer))
     model, processor = join_halves(parts, preset, num_queries, seed=seed, **changes)
     own = model.state_dict()
-    taken = set()
     for name, value in AutoModelForImageTextToText.from_pretrained(checkpoint).state_dict().items():
         name = _name_in(model, name)
         if name in own and own[name].shape[1:] == value.shape[1:] and len(own[name]) >= len(value):
             own[name][: len(value)] = value
-            taken.add(name)
     model.load_state_dict(own)
     return model, processor
 
 
 def _name_in(model: Any, name: str) -> str:
     """What a weight of a `slime` checkpoint is called in a model with other parts."""
-    connector = model.model.connector
-    for number, op in enumerate(connector.view_ops):
+    for number, op in enumerate(model.model.connector.view_ops):
         if type(op).__name__ == "QueryCompressor":
             name = name.replace("connector.view_ops.0.", f"connector.view_ops.{number}.")
-    return name if hasattr(connector.adapter, "mlp") else name.replace("connector.adapter.mlp.", "connector.adapter.")
+    return name
 
 
 def train_clips(model: Any, processor: Any, clips: ClipSet, folder: Path, options: RunOptions) -> Any:
