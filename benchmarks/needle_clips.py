@@ -92,7 +92,7 @@ def train(options: argparse.Namespace) -> None:
     for seed in options.seeds:
         for name, method in METHODS.items():
             folder = folder_of(options, name, seed)
-            if (folder / DONE).is_file():
+            if (folder / DONE).is_file() or name not in (options.methods or METHODS):
                 continue
             model, processor = join_clips(
                 options.checkpoint, options.halves, method.preset, NUM_QUERIES, seed, **method.changes
@@ -176,6 +176,7 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=CLIPS, help="different training clips")
     parser.add_argument("--visits", type=int, default=VISITS, help="clips that are shown in training")
     parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[0])
+    parser.add_argument("--methods", nargs="*", choices=tuple(METHODS), help="to train; all by default")
     parser.add_argument("--note", default="1 of 2 CPU cores")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")

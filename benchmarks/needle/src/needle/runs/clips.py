@@ -127,7 +127,7 @@ def join_clips(
 def _name_in(model: Any, name: str) -> str:
     """What a weight of a `slime` checkpoint is called in a model with other parts."""
     for number, op in enumerate(model.model.connector.view_ops):
-        if type(op).__name__ == "QueryCompressor":
+        if hasattr(op, "query_former"):
             name = name.replace("connector.view_ops.0.", f"connector.view_ops.{number}.")
     return name
 
