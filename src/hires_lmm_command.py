@@ -24,5 +24,17 @@ def main() -> None:
 
 def lmms_eval_models() -> Any:
     """The model that this package brings to lmms-eval, by the name of its class."""
+    if {"hires_lmm", "--model=hires_lmm"} & set(sys.argv):
+        stop_at_errors()  # here already: the harness looks for its tasks before it makes the model
     manifest = import_module("lmms_eval.models.registry_v2").ModelManifest
     return manifest(model_id="hires_lmm", chat_class_path="hires_lmm.evaluation.lmms_eval.HiResLmm")
+
+
+def stop_at_errors() -> None:
+    """lmms-eval logs what fails and ends with status 0; end with 1 instead."""
+    import_module("loguru").logger.configure(patcher=_stop)
+
+
+def _stop(record: dict[str, Any]) -> None:
+    if record["name"] == "lmms_eval.__main__" and record["level"].name == "ERROR":
+        raise SystemExit(record["message"])

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from . import cli_evaluation
-from .cli_convert import add_convert_commands
+from .cli_convert import add_convert_commands, scale_adapter
 from .cli_shared import (
     Budget,
     Checkpoint,
@@ -372,6 +372,7 @@ def _convert(function: str, *arguments: str, destination: Path, **options: str |
 
 
 add_convert_commands(convert_app, _convert)
+app.command("scale-adapter")(scale_adapter)
 
 
 app.command("sweep")(cli_evaluation.sweep)

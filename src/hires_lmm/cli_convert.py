@@ -1,11 +1,12 @@
-"""The commands `hires-lmm convert …`; nothing heavy is imported here."""
+"""The commands `hires-lmm convert …` and `scale-adapter`; nothing heavy is imported here."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from .cli_shared import Destination, SaveDtype, Source
+from .cli_shared import Destination, SaveDtype, Source, escape, output, quiet_work
 
 
 Tower = Annotated[str | None, typer.Option(help="Tower: folder, config file or Hub id.")]
@@ -91,3 +92,19 @@ def _back(convert: Callable[..., Any], name: str) -> Callable[..., None]:
         convert("convert_to_released", name, source, destination=destination)
 
     return command
+
+
+def scale_adapter(
+    adapter: Annotated[Path, typer.Argument(help="Folder of a saved LoRA adapter.", show_default=False)],
+    destination: Destination,
+    factor: Annotated[float, typer.Option(min=0, help="0: the base model; PLLaVA: 0.125.", show_default=False)],
+) -> None:
+    """Weigh what LoRA learnt after training.
+
+    Writes the adapter with another alpha, so that its model is W_base + FACTOR x what LoRA added.
+    """
+    with quiet_work():
+        from hires_lmm.training.lora import scale_adapter
+
+        scale_adapter(adapter, factor, destination)
+        output.print(f"wrote {escape(str(destination))}")

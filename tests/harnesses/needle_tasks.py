@@ -81,6 +81,24 @@ def needle_rows(form: str = "") -> list[dict]:
     return [{**row, "question": row["question"] + form} for row in rows]
 
 
+def video_rows() -> list[dict]:
+    """The questions about the four committed clips, with the names of their files."""
+    folder = ROOT / "examples" / "videos"
+    entries = json.loads((folder / "needle_clips.json").read_text(encoding="utf-8"))
+    return [{"video": entry["video"], **asked} for entry in entries for asked in entry["questions"]]
+
+
+def write_frames_checkpoint(folder: Path) -> None:
+    """The shipped weights with places for frames; its answers are not right, but its own."""
+    from needle.runs.clips import join_clips
+
+    layout = {"order": ["global", "crops", "frames"]}
+    parts = {"adapter": {"part": "mlp"}, "map_ops": [{"part": "pool3d", "shape": [8, 4, 4]}], "layout": layout}
+    model, processor = join_clips(CHECKPOINT, CHECKPOINT.parent / "halves", "llava_next", connector_config=parts)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
 def many_rows(images: int = 15, side: int = 192) -> list[dict]:
     """Four questions on each of some images, the questions of an image not beside each other."""
     pictures = []

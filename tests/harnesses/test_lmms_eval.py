@@ -118,7 +118,7 @@ def ask(manager, monkeypatch):
         monkeypatch.setattr(
             adapter.HarnessAsker, "answer", lambda self, *given: (counts.append(self.counts), kept(self, *given))[1]
         )
-        monkeypatch.setattr(adapter.logger, "add", lambda *args, **kwargs: 0)  # an error is an error of the test
+        monkeypatch.setattr(adapter, "stop_at_errors", lambda: None)  # an error is an error of the test
         given = {"pretrained": needle.CHECKPOINT, "device": "cpu", **options}
         found = simple_evaluate(
             model=model,
@@ -233,6 +233,7 @@ def test_two_ranks_give_the_same_answers(tasks, tmp_path, alone, monkeypatch):
         ("needle_plain", {"colour": "red"}, "hires_lmm has no option 'colour'"),
         ("needle_broken", {}, "cannot identify image file"),
         ("needle_fails", {}, "this metric always fails"),
+        ("no_such_task", {}, "Tasks were not found: no_such_task"),
     ],
 )
 def test_the_exit_code_says_that_something_failed(tasks, tmp_path, name, options, words):

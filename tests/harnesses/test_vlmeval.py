@@ -117,6 +117,56 @@ def test_a_killed_run_goes_on(data, alone, monkeypatch):
     assert askers[0].counts["model_calls"] < 60
 
 
+class VideoData:
+    """What the harness reads of a data set of videos."""
+
+    dataset_name, fps = "needle_8frame", -1
+
+    def __init__(self, nframe: int = 8, fps: float = -1):
+        self.nframe, self.fps = nframe, fps
+        self.data = pd.DataFrame({"index": range(8)})
+
+    def build_prompt(self, number: int, video_llm: bool) -> list[dict]:
+        row = needle.video_rows()[number]
+        video = str(needle.ROOT / "examples" / "videos" / row["video"])
+        assert video_llm
+        return [{"type": "video", "value": video}, {"type": "text", "value": row["question"]}]
+
+
+def test_videos_are_read_with_the_frames_that_the_data_set_asks_for(tmp_path):
+    from vlmeval.inference_video import infer_data
+
+    needle.write_frames_checkpoint(tmp_path / "frames")
+    given = {"model_path": str(tmp_path / "frames"), "device": "cpu", "max_new_tokens": 6}
+    model = adapter.HiResLmm(**given, num_frames=8)
+    infer_data(model, "tiny", str(tmp_path), VideoData(), str(tmp_path / "out.pkl"))
+    found = pd.read_pickle(tmp_path / "out.pkl")
+    alone, processor = load_model(str(tmp_path / "frames"), device="cpu"), load_processor(str(tmp_path / "frames"))
+    for number, row in enumerate(needle.video_rows()):
+        video = str(needle.ROOT / "examples" / "videos" / row["video"])
+        content = [{"type": "video", "video": video}, {"type": "text", "text": row["question"]}]
+        inputs = processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"images_kwargs": {"num_frames": 8}},
+        )
+        output = alone.generate(**inputs, max_new_tokens=6, do_sample=False)
+        assert found[number] == processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert model.asker.counts["encoded_images"] == 4
+    for options, data, words in (
+        ({}, VideoData(), "takes num_frames=8 of a video, the model has num_frames=None; pass --option num_frames=8"),
+        ({"num_frames": 4}, VideoData(), "num_frames=8 of a video, the model has num_frames=4"),
+        ({"fps": 2.0}, VideoData(0, 1), "takes fps=1 of a video, the model has fps=2"),
+        ({"num_frames": 8}, VideoData(0, 1), "fps is not suitable"),
+    ):
+        other = adapter.HiResLmm(**given, **options)
+        with pytest.raises(ValueError, match=words):
+            infer_data(other, "tiny", str(tmp_path), data, str(tmp_path / "other.pkl"))
+
+
 # --- what failed
 
 

@@ -1,16 +1,20 @@
 """LoRA presets, saving and merging, and the modules that stay whole in 4 bit."""
 
+import json
 import re
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
+from typer.testing import CliRunner
 
 from builders.tiny import tiny_model
 from builders.training import conversations, make_trainer, slime_config, slime_parts
 from hires_lmm.training import HiResLmmCollator, Stage, get_plan, set_options
-from hires_lmm.training.lora import LORA_TARGETS, connector_modules, lora_config, merge_lora
+from hires_lmm.training.lora import LORA_TARGETS, connector_modules, lora_config, merge_lora, scale_adapter
 from hires_lmm.training.plans import FORCED_EXPERT
 from hires_lmm.training.quantization import four_bit_config, skip_modules
 
@@ -111,6 +115,104 @@ def test_merging_writes_a_whole_checkpoint(trained):
     assert AutoProcessor.from_pretrained(folder / "merged").image_tokens(60, 90) > 0
     with pytest.raises(ValueError, match=r"no adapter_config\.json"):
         merge_lora(folder / "base", folder / "nothing")
+
+
+def lora_layers(model: nn.Module) -> dict[str, nn.Module]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, peft.tuners.lora.LoraLayer)}
+
+
+def wrapped_model(**options) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """A model with an adapter of random weights in language model and tower, and the weights it stands on."""
+    model = tiny_model(slime_config())
+    wrapped = peft.get_peft_model(model, lora_config(model, "language_and_vision", r=4, alpha=32, **options))
+    torch.manual_seed(1)
+    for name, parameter in wrapped.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    return wrapped, {name: layer.weight.detach().clone() for name, layer in lora_layers(wrapped).items()}
+
+
+def merged_weights(wrapped: nn.Module, names) -> dict[str, torch.Tensor]:
+    merged = dict(wrapped.merge_and_unload().named_modules())
+    return {name: merged[name.removeprefix("base_model.model.")].weight.detach() for name in names}
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.125, 0.3, 1.0])
+@pytest.mark.parametrize("options, scale", [({}, 8), ({"use_rslora": True}, 16)])
+def test_scaling_an_adapter_weighs_what_it_added_and_no_other_weight(factor, options, scale, tmp_path):
+    """W = W_base + factor · alpha / r · B A, written out here, after merging and after saving."""
+    wrapped, base = wrapped_model(**options)
+    layers = lora_layers(wrapped)
+    added = {
+        name: scale * (each.lora_B["default"].weight @ each.lora_A["default"].weight).detach()
+        for name, each in layers.items()
+    }
+    assert scale_adapter(wrapped, factor) is wrapped
+    wrapped.save_pretrained(tmp_path / "adapter")
+    again = peft.PeftModel.from_pretrained(tiny_model(slime_config()), tmp_path / "adapter")
+    for model in (wrapped, again):
+        found = merged_weights(model, base)
+        assert any("vision_tower" in name for name in found) and any("language_model" in name for name in found)
+        for name, weight in found.items():
+            torch.testing.assert_close(weight, base[name] + factor * added[name], rtol=1e-5, atol=1e-6)
+
+
+def test_scaling_twice_multiplies_and_alphas_of_single_layers_follow():
+    wrapped, _ = wrapped_model(alpha_pattern={"up_proj": 8})
+    before = {name: layer.scaling["default"] for name, layer in lora_layers(wrapped).items()}
+    assert set(before.values()) == {8, 2}
+    scale_adapter(scale_adapter(wrapped, 0.5), 0.25)
+    assert {name: layer.scaling["default"] for name, layer in lora_layers(wrapped).items()} == {
+        name: scale / 8 for name, scale in before.items()
+    }
+    config = wrapped.peft_config["default"]
+    assert (config.lora_alpha, config.alpha_pattern) == (4, {"up_proj": 1})
+
+
+def test_a_scaled_adapter_folder_gives_the_logits_of_the_scaled_model(trained, tmp_path):
+    """By the command; what the connector learnt stays, the state of the Trainer is left out."""
+    from hires_lmm.cli import app
+
+    folder, _, batch, _ = trained
+    checkpoint = Path(shutil.copytree(folder / "adapter", tmp_path / "checkpoint-2"))
+    for name in ("optimizer.pt", "trainer_state.json"):
+        (checkpoint / name).write_text("{}")
+    out = tmp_path / "scaled"
+    done = CliRunner().invoke(app, ["scale-adapter", str(checkpoint), str(out), "--factor", "0.125"])
+    assert done.exit_code == 0, done.output
+    assert not [file.name for file in out.iterdir() if file.name in ("optimizer.pt", "trainer_state.json")]
+    assert json.loads((out / "adapter_config.json").read_text())["lora_alpha"] == 1
+    model = AutoModelForImageTextToText.from_pretrained(checkpoint)
+    whole = logits(model, batch)
+    for layer in lora_layers(model).values():
+        layer.lora_B["default"].weight.data.mul_(0.125)
+    assert not torch.allclose(logits(model, batch), whole, atol=1e-3)
+    scaled = AutoModelForImageTextToText.from_pretrained(out)
+    torch.testing.assert_close(logits(scaled, batch), logits(model, batch), atol=1e-5, rtol=1e-5)
+    merge_lora(out, tmp_path / "merged")
+    merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(merged, batch), logits(model, batch), atol=1e-5, rtol=1e-5)
+
+
+def test_what_cannot_be_scaled_is_named(trained, tmp_path):
+    wrapped, _ = wrapped_model()
+    for factor in (-0.5, float("nan"), float("inf"), True, "0.1"):
+        with pytest.raises(ValueError, match=f"factor={factor!r} must be a number of at least 0"):
+            scale_adapter(wrapped, factor)
+    with pytest.raises(ValueError, match="HiResLmmForConditionalGeneration holds no LoRA adapter"):
+        scale_adapter(tiny_model(slime_config()), 0.5)
+    with pytest.raises(ValueError, match=r"base' holds no adapter_config\.json"):
+        scale_adapter(trained[0] / "base", 0.5, tmp_path / "nothing")
+    with pytest.raises(ValueError, match="name a new folder"):
+        scale_adapter(trained[0] / "adapter", 0.5)
+    with pytest.raises(FileExistsError):
+        scale_adapter(trained[0] / "adapter", 0.5, tmp_path)
+    wrapped.merge_adapter()
+    with pytest.raises(ValueError, match="merged into the weights; call unmerge_adapter"):
+        scale_adapter(wrapped, 0.5)
+    model = tiny_model(slime_config())
+    with pytest.raises(ValueError, match="The adapter is DoRA"):
+        scale_adapter(peft.get_peft_model(model, lora_config(model, r=2, use_dora=True)), 0.5)
 
 
 def test_an_expert_that_the_adapter_folder_could_not_hold_is_refused():

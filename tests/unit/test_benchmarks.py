@@ -137,3 +137,36 @@ def test_threads_and_sources_are_measured_on_equal_views(load):
     assert made["jpeg"].shape == made["jpeg, scaled"].shape
     one, two = (call()["pixel_values"] for call in preprocess.many_calls(2, "decoded").values())
     assert torch.equal(one, two)
+
+
+def test_a_video_is_the_same_work_for_tower_and_language_model_as_in_the_peer(load):
+    """Where every frame is pooled alone; llava_next_video pools before its projector, ours behind the adapter."""
+    pytest.importorskip("av")
+    video, cases, shapes, measure = load("video"), load("cases"), load("shapes"), load("measure")
+    shared = cases.Shared(shapes.SHAPES["tiny"], "cpu")
+    frames = [random_image(120, 160, seed) for seed in range(3)]
+    preset, changes = video.presets(3)["pllava, every frame"]
+    mine, _ = video.ours(preset, changes, shared)
+    mine = mine.take([frames])
+    theirs = video.peer(shared, mine.inputs["pixel_values"])
+    assert mine.tokens == theirs.tokens == [3 * 144]
+    work = [
+        {name: measure.count_work(call)[0] for name, call in case.survey().alone().items()} for case in (mine, theirs)
+    ]
+    assert work[0] == work[1] and min(work[0].values()) > 0
+
+
+def test_shares_of_a_video_add_up_and_memory_follows_the_chunk(load, tmp_path):
+    pytest.importorskip("av")
+    import argparse
+
+    video = load("video")
+    video.write_video(tmp_path / "clip.mp4", 8, 120, 160)
+    arguments = argparse.Namespace(shapes="tiny", device="cpu", frames=8, repeats=1, models=["pllava, every frame"])
+    rows, memory = video.measure(arguments, tmp_path / "clip.mp4")
+    assert [row["model"] for row in rows] == ["pllava, every frame", video.PEER]
+    for row in rows[:-1]:
+        assert sum(row[f"share_{stage}"] for stage in video.STAGES) == pytest.approx(100)
+        assert row["share_decode"] > 0 and row["share_views"] > 0
+    peaks = [row["peak_mib"] for row in memory[:-1]]
+    assert peaks == sorted(peaks, reverse=True) and peaks[-1] < 0.6 * peaks[0]

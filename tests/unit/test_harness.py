@@ -32,7 +32,11 @@ def checkpoint(tmp_path_factory) -> str:
     router = {"part": "router", "on": "crops", "score": "cosine", "keep": {"rule": "threshold"}, "noise": 0.0}
     config = tiny_config(
         "slime",
-        connector_config={"view_ops": [COMPRESS], "token_ops": [router]},
+        connector_config={
+            "view_ops": [COMPRESS],
+            "token_ops": [router],
+            "layout": {"order": ["global", "crops", "frames"]},
+        },
         planner={"name": "slime", "max_crops": 4},
     )
     processor = tiny_processor(config, "chatml")
@@ -278,11 +282,83 @@ def test_a_threshold_that_nothing_reads_is_refused_before_a_question(tmp_path):
         HarnessAsker(str(tmp_path), HarnessOptions(device="cpu", gamma=0.5))
 
 
+CLIPS = [[random_image(50, 70, 10 * clip + number) for number in range(6 + clip)] for clip in range(3)]
+
+
+def ask_video(video, text, picture=None) -> list[dict]:
+    content = [{"type": "image", "image": picture}] * (picture is not None)
+    content += [{"type": "video", "video": video}, {"type": "text", "text": text}]
+    return [{"role": "user", "content": content}]
+
+
+def video_questions() -> list:
+    """Three questions on each of three videos, the last one beside an image, and one on an image alone."""
+    asked = [partial(ask_video, clip, text) for text in WORDS[:2] for clip in CLIPS]
+    return [*asked, *(partial(ask_video, list(clip), WORDS[2], PICTURES[0]) for clip in CLIPS), questions()[0]]
+
+
+@pytest.mark.parametrize("batch_size, share_images", [(1, True), (4, True), (4, False)])
+def test_videos_are_answered_as_one_at_a_time_and_encoded_once(checkpoint, batch_size, share_images):
+    asker = HarnessAsker(checkpoint, HarnessOptions(device="cpu", num_frames=4, share_images=share_images))
+    ends, alone = set(asker.model.generation_config.eos_token_id), []
+    for question in video_questions():
+        inputs = asker.processor.apply_chat_template(
+            [question()],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"images_kwargs": {"num_frames": 4}},
+        )
+        output = asker.model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
+        new = output[0, inputs["input_ids"].shape[1] :].tolist()
+        alone.append(
+            asker.processor.decode(list(takewhile(lambda one: one not in ends, new)), skip_special_tokens=True)
+        )
+    found = asker.answer(video_questions(), [OPTIONS] * 10, batch_size)
+    assert [each.text for each in found] == alone
+    assert len(set(alone)) > 4
+    assert asker.counts["encoded_images"] == (4 if share_images else 13)
+
+
+def test_frames_of_a_video_are_an_option_that_its_tokens_and_answers_follow(checkpoint, tmp_path):
+    lengths, files = [], set()
+    for options in ({"num_frames": 2}, {"num_frames": 5}, {}):
+        asker = HarnessAsker(checkpoint, HarnessOptions(device="cpu", answers=str(tmp_path), **options))
+        prompt, _ = asker.read(ask_video(CLIPS[0], "What?"), OPTIONS)
+        lengths.append(prompt.num_tokens)
+        files.add(asker.store.file.name)
+    a_frame = (lengths[1] - lengths[0]) / 3
+    assert a_frame > 1 and lengths[2] == lengths[1] + a_frame
+    assert len(files) == 3
+    with pytest.raises(ValueError, match=r"num_frames=2 and fps=1\.0 exclude each other"):
+        HarnessOptions(num_frames=2, fps=1.0)
+    with pytest.raises(ValueError, match="frame_sampling='all' is unknown"):
+        HarnessOptions(frame_sampling="all")
+
+
+def test_a_video_that_was_changed_is_another_one(checkpoint, tmp_path):
+    pytest.importorskip("av")
+    from needle.demo_clips import FOLDER
+
+    asker = HarnessAsker(checkpoint, HarnessOptions(device="cpu", num_frames=2))
+    first, second = (FOLDER / f"needle_clip_{kind}.mp4" for kind in ("way", "total"))
+    file = tmp_path / "clip.mp4"
+    names = []
+    for source in (first, first, second):
+        shutil.copy(source, file)
+        names += asker.read(ask_video(str(file), "What?"), OPTIONS)[0].images
+    assert names[0] == names[1] != names[2]
+
+
 def test_what_is_no_image_and_no_text_is_an_error(checkpoint):
     asker = HarnessAsker(checkpoint, HarnessOptions(device="cpu"))
-    video = [{"role": "user", "content": [{"type": "video", "video": "film.mp4"}]}]
-    with pytest.raises(ValueError, match="holds a video, but this model reads images and text"):
-        asker.answer([lambda: video], [OPTIONS])
+    for part, words in (
+        ({"type": "audio", "audio": "song.wav"}, "holds a audio, but this model reads images, videos and text"),
+        ({"type": "video", "video": "film.mp4"}, "'film.mp4' is no existing file"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            asker.answer([lambda part=part: [{"role": "user", "content": [part]}]], [OPTIONS])
     with pytest.raises(ValueError, match="Image 0"):
         asker.answer([partial(ask, ["no such file.png"], "What?")], [OPTIONS])
     assert asker.known == {}

@@ -4,14 +4,20 @@ import json
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import cache
 from hashlib import blake2b
+from os import PathLike
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+import numpy as np
 import torch
 from PIL import Image
 
 from ..inference import load_model, load_processor
+from ..processing.geometry_hires_lmm import Column
+from ..processing.processing_hires_lmm import VideoTokens
+from ..processing.video_input_hires_lmm import Sampling, Video
 from ..training.parameters import find_base
 from .asking import encode_prompts, find_ends, read_answers, use_threshold
 from .batching import Prompt, plan_batches
@@ -27,11 +33,15 @@ LOADING = ("device", "device_map", "trust_remote_code")
 TEXTS = ("revision", "system_prompt", "answers")
 """Harnesses turn what looks like a number into one."""
 
+IMAGE_OPTIONS = ("max_image_tokens", "max_crops", "views", "num_frames", "fps", "frame_sampling")
 NOT_THE_ANSWER = (*LOADING, "share_images", "cached_images", "answers", "vision_chunk_size")
 """Options that change no answer."""
 
 Ask = Callable[[], list[dict]]
-"""Gives a conversation, with `{"type": "image", "image": source}` for its images."""
+"""Gives a conversation, with `{"type": "image", "image": source}` for its images, and videos likewise."""
+
+Media = Image.Image | Video
+"""An opened image, or a video that is not opened; to the model both are images."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +50,12 @@ class HarnessOptions:
 
     Args:
         revision, dtype, device, device_map, attn_implementation, trust_remote_code: See `load_model`.
-        max_image_tokens (`int`, *optional*): Budget: visual tokens kept of one image.
+        max_image_tokens (`int`, *optional*): Budget: visual tokens kept of one image or video.
         max_crops (`int`, *optional*): Most crops of one image.
         views (`str`, *optional*): `"all"`, `"global"` or `"crops"`.
+        num_frames (`int`, *optional*): Most frames of one video.
+        fps (`float`, *optional*): In place of it, frames a second of a video.
+        frame_sampling (`str`, *optional*): How they are chosen: `"uniform"`, `"segments"` or `"linspace"`.
         gamma (`float`, *optional*): Softmax mass that the router's threshold rule keeps.
         vision_chunk_size (`int`, *optional*): Most views that pass the tower at once; 64 by default.
         max_new_tokens (`int`, *optional*): Most tokens of an answer, whatever the task says.
@@ -63,6 +76,9 @@ class HarnessOptions:
     max_image_tokens: int | None = None
     max_crops: int | None = None
     views: str | None = None
+    num_frames: int | None = None
+    fps: float | None = None
+    frame_sampling: str | None = None
     gamma: float | None = None
     vision_chunk_size: int | None = None
     max_new_tokens: int | None = None
@@ -88,6 +104,7 @@ class HarnessOptions:
             _check_option(name, declared, getattr(self, name))
         if self.views is not None and self.views not in VIEWS[:3]:
             raise ValueError(f"views={self.views!r} is unknown; choose one of {', '.join(VIEWS[:3])}.")
+        Sampling(self.num_frames, self.fps, self.frame_sampling or Sampling.sampler)
         if self.gamma is not None and not 0 < self.gamma <= 1:
             raise ValueError(f"gamma={self.gamma!r} must lie in (0, 1].")
         if self.gamma is not None and self.max_image_tokens is not None:
@@ -98,7 +115,7 @@ class HarnessOptions:
 
     def images_kwargs(self) -> dict[str, Any]:
         """Those of the image processor."""
-        chosen = {"max_image_tokens": self.max_image_tokens, "max_crops": self.max_crops, "views": self.views}
+        chosen = {name: getattr(self, name) for name in IMAGE_OPTIONS}
         return {name: value for name, value in chosen.items() if value is not None}
 
 
@@ -150,6 +167,7 @@ class HarnessAsker:
         self.known: dict[str, HarnessAnswer] = {}
         self.store: AnswerStore | None = None
         self._encoded: OrderedDict[tuple[str, ...], EncodedImages] = OrderedDict()
+        self._video_tokens: dict[str, int] = {}
         if options.answers is not None:
             self._open_answers(Path(options.answers), checkpoint, rank)
 
@@ -170,23 +188,34 @@ class HarnessAsker:
             answers += AnswerStore(file, identity, HarnessAnswer).read()
         self.known = {answer.key: answer for answer in answers}
 
-    def read(self, conversation: list[dict], options: dict[str, Any]) -> tuple[Prompt, list[Image.Image]]:
-        """A conversation as a prompt, and its images."""
+    def read(self, conversation: list[dict], options: dict[str, Any]) -> tuple[Prompt, list[Media]]:
+        """A conversation as a prompt, and its images and videos."""
         turns: list[dict] = []
         if self.options.system_prompt is not None:
             turns.append({"role": "system", "content": [{"type": "text", "text": self.options.system_prompt}]})
-        sources: list[Any] = []
+        pictures: list[Media] = []
         for message in conversation:
-            sources += [part["image"] for part in message["content"] if part["type"] == "image"]
+            for part in message["content"]:
+                if part["type"] == "image":
+                    pictures.append(open_picture(self.processor, part["image"], len(pictures)))
+                elif part["type"] == "video":
+                    pictures.append(Video(part["video"]))
             turns.append({**message, "content": [_bare(part) for part in message["content"]]})
         text = self.processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-        pictures = [open_picture(self.processor, source, index) for index, source in enumerate(sources)]
-        images_kwargs = self.options.images_kwargs()
-        counts = [self.processor.image_tokens(each.height, each.width, **images_kwargs) for each in pictures]
-        placeholders = [self.processor.image_token * count for count in counts]
+        images = tuple(map(_fingerprint, pictures))
+        placeholders = [self._placeholders(*each) for each in zip(pictures, images, strict=True)]
         num_tokens = encode_prompts(self.processor, [text], placeholders)["input_ids"].shape[1]
-        images = tuple(map(_hash_pixels, pictures))
         return Prompt(text, images, num_tokens, json.dumps(options, sort_keys=True)), pictures
+
+    def _placeholders(self, picture: Media, name: str) -> str:
+        """What stands for an image or video in a text; a video is decoded for it, once."""
+        kwargs = self.options.images_kwargs()
+        if isinstance(picture, Image.Image):
+            return self.processor.image_token * self.processor.image_tokens(picture.height, picture.width, **kwargs)
+        if name not in self._video_tokens:
+            inputs = self.processor.image_processor([picture], **kwargs)
+            self._video_tokens[name] = int(inputs["view_positions"][0][Column.NUM_TOKENS])
+        return VideoTokens(self.processor.image_token * self._video_tokens[name])
 
     def answer(
         self,
@@ -247,7 +276,7 @@ class HarnessAsker:
         return self._encoded[names]
 
     def _run_towers(self, names: tuple[str, ...], questions: list["_Question"]) -> EncodedImages:
-        pictures: dict[str, Image.Image] = {}
+        pictures: dict[str, Media] = {}
         for each in questions:
             if not set(each.names) <= set(pictures):
                 own = self.read(each.ask(), each.options)[1] if each.pictures is None else each.pictures
@@ -260,6 +289,9 @@ class HarnessAsker:
         features = base.get_image_features(**tensors, vision_chunk_size=chunk_size, return_dict=True)
         self.counts["encoded_images"] += len(names)
         placeholders = [self.processor.replace_image_token(inputs, image_idx=index) for index in range(len(names))]
+        for index, name in enumerate(names):
+            if isinstance(pictures[name], Video):
+                placeholders[index] = VideoTokens(placeholders[index])
         return EncodedImages(features, {name: index for index, name in enumerate(names)}, placeholders)
 
     @torch.inference_mode()
@@ -292,17 +324,36 @@ class _Question:
     options: dict[str, Any]
     prompt: Prompt
     names: tuple[str, ...]
-    pictures: list[Image.Image] | None
+    pictures: list[Media] | None
 
 
 def _bare(part: dict) -> dict:
-    """A part without its image."""
-    if part["type"] not in ("image", "text"):
-        raise ValueError(f"A conversation holds a {part['type']}, but this model reads images and text.")
-    return {"type": "image"} if part["type"] == "image" else part
+    """A part without its image or video."""
+    if part["type"] not in ("image", "video", "text"):
+        raise ValueError(f"A conversation holds a {part['type']}, but this model reads images, videos and text.")
+    return part if part["type"] == "text" else {"type": part["type"]}
 
 
-def _hash_pixels(picture: Image.Image) -> str:
-    digest = blake2b(picture.tobytes(), digest_size=16)
-    digest.update(str(picture.size).encode())
+def _fingerprint(picture: Media) -> str:
+    """A hash of the pixels of an image, or of the bytes or frames of a video."""
+    if isinstance(picture, Image.Image):
+        digest = blake2b(picture.tobytes(), digest_size=16)
+        digest.update(str(picture.size).encode())
+        return digest.hexdigest()
+    source = picture.source
+    if isinstance(source, (str, PathLike)):
+        file = Path(source)
+        return _hash_file(file, file.stat().st_mtime_ns) if file.is_file() else str(source)
+    digest = blake2b(digest_size=16)
+    for frame in map(np.asarray, source):
+        digest.update(str((frame.shape, frame.dtype)).encode() + frame.tobytes())
+    return digest.hexdigest()
+
+
+@cache
+def _hash_file(file: Path, changed: int) -> str:
+    digest = blake2b(digest_size=16)
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 22):
+            digest.update(block)
     return digest.hexdigest()

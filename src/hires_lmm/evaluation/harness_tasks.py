@@ -88,6 +88,12 @@ VARIANTS = (
         "existence, count, position and color; their sum is mme_perception_score",
     ),
     TaskVariant(
+        "videomme_slime",
+        "videomme/videomme.yaml",
+        {"doc_to_text": Function("video_mme"), "generation_kwargs": GREEDY_64},
+        "as SliME's released script asks about videos, without subtitles",
+    ),
+    TaskVariant(
         "seedbench_2_hires",
         "seedbench_2/seedbench_2.yaml",
         {"lmms_eval_specific_kwargs": {"default": {"img_token": "<image>", "post_prompt": LETTER_FORMAT}}},

@@ -6,6 +6,8 @@ from typing import Any
 from accelerate import Accelerator
 from tqdm import tqdm
 
+from hires_lmm_command import stop_at_errors
+
 from ..extras import import_extra
 from .harness import HarnessAsker, HarnessOptions, generation_options
 
@@ -34,7 +36,7 @@ class HiResLmm(lmms):
     is_simple = False
 
     def __init__(self, pretrained: str, batch_size: int | str = 1, **options: Any) -> None:
-        logger.add(_stop, level="ERROR", filter="lmms_eval.__main__")
+        stop_at_errors()
         super().__init__()
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
@@ -95,9 +97,9 @@ class HiResLmm(lmms):
 def _part(part: Any) -> dict[str, Any]:
     if part.type == "text":
         return {"type": "text", "text": part.text}
+    if getattr(part, "start_time", None) is not None or getattr(part, "end_time", None) is not None:
+        raise ValueError(
+            f"The task asks about {part.start_time} s to {part.end_time} s of {part.url!r}; hires_lmm reads videos "
+            "whole. Cut the file, or choose another task."
+        )
     return {"type": part.type, part.type: part.url}
-
-
-def _stop(message: Any) -> None:
-    """The harness logs what failed and ends with status 0; end with 1 instead."""
-    raise SystemExit(1)

@@ -11,6 +11,10 @@ from .prompts import LETTER_FORMAT, WORD_FORMAT
 
 
 LETTER_FORMAT_CN = "请直接回答选项字母。"
+VIDEO_MME_OPENING = (
+    "Select the best answer to the following multiple-choice question based on the video. Respond with only the "
+    "letter (A, B, C, or D) of the correct option."
+)
 YES_OR_NO = " Please answer yes or no."
 MME_HALLUCINATION = ("existence", "count", "position", "color")
 
@@ -47,6 +51,12 @@ def math_vision(doc: dict[str, Any], lmms_eval_specific_kwargs: Any = None) -> s
     """A question of MathVision, its options before how to answer."""
     options = [f"{name}. {option}" for name, option in zip(string.ascii_uppercase, doc["options"], strict=False)]
     return ask_word("\n".join([doc["question"], *options]))
+
+
+def video_mme(doc: dict[str, Any], lmms_eval_specific_kwargs: Any = None) -> str:
+    """A question of Video-MME, as SliME's released script asks it without subtitles."""
+    choices = "".join(f"{option}\n" for option in doc["options"])
+    return f"{VIDEO_MME_OPENING}\n{doc['question']} The choices are listed below: \n{choices}The best answer is:"
 
 
 def keep_mme_hallucination(dataset: Any) -> Any:

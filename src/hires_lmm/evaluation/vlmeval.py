@@ -23,6 +23,9 @@ CACHED_IMAGES = 32
 WORD_DATASETS = ("MathVision", "MathVision_MINI")
 """Of type VQA, which the harness asks with the question alone."""
 
+UNSET = 1 << 30
+"""A number of frames that no data set wants, so that the harness says which it does."""
+
 
 class HiResLmm(BaseModel):
     """The class of a model of VLMEvalKit; it is asked one question at a time.
@@ -38,7 +41,8 @@ class HiResLmm(BaseModel):
 
     INTERLEAVE = True
     INSTALL_REQ = False
-    allowed_types = ("text", "image")
+    VIDEO_LLM = True
+    allowed_types = ("text", "image", "video")
 
     def __init__(self, model_path: str, prompt: str = "harness", **options: Any) -> None:
         super().__init__()
@@ -46,6 +50,24 @@ class HiResLmm(BaseModel):
         self.prompt = prompt
         self.options = HarnessOptions.read({"cached_images": CACHED_IMAGES, **options})
         self.asker = HarnessAsker(model_path, self.options, int(os.environ.get("RANK", "0")))
+
+    @property
+    def nframe(self) -> int | None:
+        """Frames of a video; the harness sets it where a data set wants another number."""
+        return None if self.options.fps is not None else self.options.num_frames or UNSET
+
+    @nframe.setter
+    def nframe(self, wanted: int) -> None:
+        _refuse_frames("num_frames", wanted, self.options.num_frames)
+
+    @property
+    def fps(self) -> float:
+        """Frames a second, likewise."""
+        return self.options.fps or 0
+
+    @fps.setter
+    def fps(self, wanted: float) -> None:
+        _refuse_frames("fps", wanted, self.options.fps)
 
     def use_custom_prompt(self, dataset: str) -> bool:
         """Whether `build_prompt` asks the questions of a data set."""
@@ -104,6 +126,12 @@ def run_vlmeval(checkpoint: str, name: str, prompt: str, options: dict[str, Any]
         run.logger.removeHandler(failures)
     if failures.texts:
         raise ValueError(f"VLMEvalKit went on without what failed: {'; '.join(failures.texts)}")
+
+
+def _refuse_frames(name: str, wanted: float, given: float | None) -> None:
+    raise ValueError(
+        f"The data set takes {name}={wanted} of a video, the model has {name}={given}; pass --option {name}={wanted}."
+    )
 
 
 def _check_prompt(prompt: str) -> None:

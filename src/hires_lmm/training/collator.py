@@ -208,7 +208,7 @@ class HiResLmmCollator:
     ) -> dict[str, torch.Tensor]:
         """Run the processor on one conversation."""
         images_kwargs = {**self.images_kwargs, "max_image_tokens": max_image_tokens, "image_boxes": image_boxes}
-        has_images = any(part["type"] == "image" for message in messages for part in message["content"])
+        has_images = any(part["type"] in ("image", "video") for message in messages for part in message["content"])
         encoded = self.processor.apply_chat_template(
             [messages],
             tokenize=True,

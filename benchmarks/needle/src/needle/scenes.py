@@ -257,12 +257,21 @@ def render_scene(scene: Scene) -> np.ndarray:
     Returns:
         `np.ndarray` (scene_size, scene_size, 3): uint8.
     """
+    return paint_objects(scene, paint_scene_background(scene))
+
+
+def paint_scene_background(scene: Scene) -> np.ndarray:
+    """The background of a scene, `(scene_size, scene_size, 3)`, float32."""
     options = scene.options
-    image = paint_background(scene.background, scene.seed, options.scene_size, options.scene_size, options.unit)
+    return paint_background(scene.background, scene.seed, options.scene_size, options.scene_size, options.unit)
+
+
+def paint_objects(scene: Scene, image: np.ndarray) -> np.ndarray:
+    """The objects of a scene on its background, which is changed; uint8."""
     for item in scene.objects:
         looks = random.Random(item.look + 1)
         colour = [channel + looks.uniform(-COLOUR_NOISE, COLOUR_NOISE) for channel in COLOURS[item.colour]]
-        cover = object_sprite(item, scene.split, options)[..., None]
+        cover = object_sprite(item, scene.split, scene.options)[..., None]
         box = image[item.top : item.top + item.height, item.left : item.left + item.width]
         box += cover * (np.asarray(colour, dtype=np.float32) - box)
     return np.clip(image, 0, 255).astype(np.uint8)
