@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 
 from ..inference import load_model, load_processor
+from ..processing.frame_sampling_hires_lmm import Sampling
 from ..processing.geometry_hires_lmm import Column
-from ..processing.processing_hires_lmm import VideoTokens
-from ..processing.video_input_hires_lmm import Sampling, Video
+from ..processing.video_input_hires_lmm import Video
 from ..training.parameters import find_base
 from .asking import encode_prompts, find_ends, read_answers, use_threshold
 from .batching import Prompt, plan_batches
@@ -215,7 +215,7 @@ class HarnessAsker:
         if name not in self._video_tokens:
             inputs = self.processor.image_processor([picture], **kwargs)
             self._video_tokens[name] = int(inputs["view_positions"][0][Column.NUM_TOKENS])
-        return VideoTokens(self.processor.image_token * self._video_tokens[name])
+        return self.processor.image_token * self._video_tokens[name]
 
     def answer(
         self,
@@ -289,9 +289,6 @@ class HarnessAsker:
         features = base.get_image_features(**tensors, vision_chunk_size=chunk_size, return_dict=True)
         self.counts["encoded_images"] += len(names)
         placeholders = [self.processor.replace_image_token(inputs, image_idx=index) for index in range(len(names))]
-        for index, name in enumerate(names):
-            if isinstance(pictures[name], Video):
-                placeholders[index] = VideoTokens(placeholders[index])
         return EncodedImages(features, {name: index for index, name in enumerate(names)}, placeholders)
 
     @torch.inference_mode()

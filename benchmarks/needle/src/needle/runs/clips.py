@@ -80,6 +80,8 @@ class ClipFeatures:
 class ClipCollator(SceneCollator):
     """A `SceneCollator` whose pictures are clips."""
 
+    scenes: Any
+
     def _sample(self, question: Question, views: str, side: int, budget: int | None = None) -> dict[str, torch.Tensor]:
         shown = Image.new("RGB", (side, side))
         media = {"type": "image", "image": shown}
@@ -174,8 +176,8 @@ def train_clips(model: Any, processor: Any, clips: ClipSet, folder: Path, option
 def clip_collator(model: Any, processor: Any, clips: ClipSet, store: ClipFeatures | None) -> ClipCollator:
     """The collator of a set of clips."""
     views = "all" if clips.frame is None else "global"  # a frame alone needs no crops
-    known: Any = clips, store
-    return ClipCollator(processor, *known, views, packed=can_pack(model), kinds={views: CLIP_KINDS})
+    known: dict[str, Any] = {"scenes": clips, "store": store}
+    return ClipCollator(processor, **known, views=views, packed=can_pack(model), kinds={views: CLIP_KINDS})
 
 
 @torch.inference_mode()
