@@ -1,6 +1,7 @@
 """Every view op, adapter and token op of the registry on one image of true size, ready to be called alone."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ SIDE, GRID = 24, 2
 QUESTION_TOKENS, BUDGET = 64, 720
 VARIANTS: dict[str, list[dict]] = {
     "query_compressor": [{"num_queries": 144}, {"on": "all", "num_queries": 256}],
+    "pool3d": [{"shape": [4, 12, 12]}],
+    "region_pack": [{"spatial_factor": 2, "temporal_factor": 4}],
     "query_former": [{"num_queries": 576}],
     "fusion": [{"num_layers": 1, "vocab_size": 32064}],  # one of its 20 layers
     "router": [{"score": score, "on": "crops"} for score in ("cosine", "attention", "saliency")],
@@ -32,8 +35,15 @@ CALLED = ("view_ops", "adapter", "map_ops", "token_ops")
 SECOND, STAGES, NUM_OBJECTS = "hires", ((192, 192), (96, 384), (48, 768), (24, 1536)), 100
 """Name of the second tower, side and width of the maps of its stages, those of ConvNeXt-L at 768 pixels; boxes."""
 
-OTHERWISE = {"prompt_fuser"}
-"""Parts that are layers of a language model: the prefill of `llava_mini` shows what they cost."""
+OTHERWISE = {"prompt_fuser", "sample_tokens", "coordinates", "tower_mixer"}
+"""Parts that are no call of their own: layers of a language model, which the prefill of `llava_mini` shows; a choice that
+the layout makes; embeddings of coordinates, added to others; a sum of towers, which are what costs."""
+
+KINDS: dict[str, tuple[Kind, ...]] = {
+    "dual_enhancement": (Kind.CROP, Kind.STRIDED),
+    **dict.fromkeys(("mean_global", "pool3d", "region_pack"), (Kind.FRAME,)),
+}
+"""Kinds of views beside the global one, where they are not crops; a video has as many frames as an image crops."""
 
 BESIDE = {"conv_gate", "object_tokens"}
 """Parts that read a second tower."""
@@ -44,6 +54,9 @@ AROUND: dict[str, dict] = {
     "mini_compressor": {"layout": {"order": ["global", "crops", "detail"]}},
     "dual_enhancement": {"layout": {"order": ["global", "crops", "strided"]}},
     "object_tokens": {"layout": {"order": ["global", "crops", "detail", "objects"]}},
+    "mean_global": {"layout": {"order": ["global", "frames"]}},
+    "pool3d": {"layout": {"order": ["frames"]}},
+    "region_pack": {"layout": {"order": ["global", "frames", "detail"]}},
 }
 """Other parts and the order of tokens that a part needs around it."""
 
@@ -82,6 +95,8 @@ def image_geometry(kinds: tuple[int, ...], num_objects: int) -> ImageGeometry:
 def surroundings(config: Any, name: str, width: int, text_width: int) -> PartContext:
     """What is around a part: nothing known of grids, or those of a second tower beside the main one."""
     grids = {}
+    if name in ("mean_global", "region_pack"):
+        grids = {(int(kind), MAIN_TOWER): Grid(SIDE, SIDE) for kind in (Kind.GLOBAL, Kind.FRAME)}
     if name in BESIDE:
         grids = {(int(kind), MAIN_TOWER): Grid(SIDE, SIDE) for kind in (Kind.GLOBAL, Kind.CROP)}
         grids[int(Kind.DETAIL), SECOND] = Grid(SIDE, SIDE, None, whole=True, source=int(Kind.GLOBAL))
@@ -125,7 +140,7 @@ def part_call(slot: str, name: str, options: dict, device: str, shapes: str = "c
     with torch.device(device):
         config = HiResLmmConnectorConfig(**chain)
         connector = HiResLmmConnector(config, surroundings(config, name, width, text_width)).to(dtype).eval()
-    kinds = (int(Kind.CROP), *([int(Kind.STRIDED)] if name == "dual_enhancement" else []))
+    kinds = tuple(map(int, KINDS.get(name, (Kind.CROP,))))
     counts = [1, *(GRID * GRID for _ in kinds)]
     features = torch.randn(sum(counts), SIDE * SIDE, width, device=device, dtype=dtype)
     groups, end = [], 0
@@ -143,6 +158,12 @@ def part_call(slot: str, name: str, options: dict, device: str, shapes: str = "c
     views = ViewFeatures(groups, [image_geometry(kinds, num_objects)], boxes=boxes)
     if slot == "view_ops":
         return _without_gradients(lambda: connector.view_ops[0](views))
+    if slot == "map_ops":
+        wide = [
+            replace(group, features=group.features.new_zeros(1).expand(*group.features.shape[:2], text_width))
+            for group in groups
+        ]
+        return _without_gradients(lambda: connector.map_ops[0](ViewFeatures(wide, views.images)))
     if slot == "adapter":
         return _without_gradients(
             lambda: (connector.adapter(features[:1], Kind.GLOBAL), connector.adapter(features[1:], Kind.CROP))

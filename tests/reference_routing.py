@@ -19,6 +19,7 @@ SMALL_CONNECTORS = {
         "view_ops": [{"part": "query_compressor", "on": "crops", "num_queries": 4}],
         "layout": {"separators": {"separator": {"place": "between_views", "value": [19]}}},
     },
+    "pllava": {"map_ops": [{"part": "pool3d", "shape": [4, 3, 2]}]},
     "slime_video": {"layout": {"separators": {"separator": {"place": "between_views", "value": [19]}}}},
     "monkey": {"view_ops": [{"part": "query_compressor", "on": "all", "num_queries": 9}]},
     "llava_uhd": {

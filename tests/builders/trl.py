@@ -14,7 +14,8 @@ def trl_parts(preset: str, seed: int = 0, **image_options):
     config = tiny_config(preset, **CHANGES.get(preset, {}))
     processor = tiny_processor(config, "chatml")
     config.answer_prefix_ids, config.question_prefix_ids = answer_prefix_ids(processor), question_prefix_ids(processor)
-    for name, value in {**MOST_CROPS, **image_options}.items():
+    most = {} if config.planner["name"] == "frames" else MOST_CROPS  # pictures that are videos of one frame
+    for name, value in {**most, **image_options}.items():
         setattr(processor.image_processor, name, value)
     return tiny_model(config, seed), processor
 

@@ -55,7 +55,7 @@ def test_every_attention_is_fused(kernels, built, name, batch):
         assert records["connector"].asked == CONNECTOR[name]
     else:  # the query compressor, the query former of the mixture, and one score an image
         assert records["connector"].asked == 2 + (name == "router with attention") * len(mask)
-    sizes = 1 if batch == "one image" else 2  # numbers of crops: one call of the cross step each
+    sizes = int(batch == "padded batch")  # numbers of crops, one call of the cross step each; a small image has none
     assert records["connector"].silu == ({"silu": 1 + sizes} if name == "vlsa" else {})
 
 
