@@ -20,6 +20,9 @@ PACKAGES = ("lmms-eval==0.7.3", "ms-vlmeval==0.0.20", "torchvision==0.28.0")
 OLDER = "filelock==3.29.7"
 """lmms-eval imports a module that filelock 4 does not have."""
 
+OWN_VERSIONS = ("av==",)
+"""Of the lock; lmms-eval asks for an older PyAV."""
+
 SCHEMAS = """import torch as _torch  # written by scripts/harnesses.py: the build for CUDA, beside a torch for CPUs
 _SCHEMAS = _torch.library.Library("torchvision", "DEF")
 for _name in ("nms", "qnms"):
@@ -32,7 +35,10 @@ def prepare() -> Path:
     site, python = create(FOLDER), FOLDER / "bin" / "python"
     pip = [python, "-m", "pip", "--disable-pip-version-check"]
     print(f"{FOLDER.relative_to(ROOT)}: installing {', '.join(PACKAGES)}", flush=True)
-    subprocess.run([*pip, "install", "-qq", "--constraint", ROOT / "constraints.txt", *PACKAGES], check=True)
+    locked = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    constraints = FOLDER / "constraints.txt"
+    constraints.write_text("\n".join(line for line in locked if not line.startswith(OWN_VERSIONS)), encoding="utf-8")
+    subprocess.run([*pip, "install", "-qq", "--constraint", constraints, *PACKAGES], check=True)
     subprocess.run([*pip, "install", "-qq", OLDER], check=True)
     # The metadata beneath may be of an earlier state, without the entry point of lmms-eval.
     subprocess.run([*pip, "install", "-qq", "--no-deps", "--editable", ROOT], check=True)
