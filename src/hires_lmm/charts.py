@@ -27,7 +27,7 @@ def read_numbers(answer: Any) -> list[float]:
     """
     if isinstance(answer, str):
         try:
-            answer = json.loads(answer)
+            answer = json.loads(answer[answer.find("{") :])  # the token of the head may stand before it
         except ValueError:
             return []
     try:
@@ -45,9 +45,17 @@ def _numbers(values: dict) -> list[float]:
         elif isinstance(value, (int, float)):
             found.append(float(value))
         else:
-            digits = re.sub(r"[^\d.-]", "", re.sub(r"\(\d+\)|\[\d+\]", "", value))
-            found += [float(digits)] if digits not in ("", "-") else []
+            found += _number(value or "")
     return found
+
+
+def _number(text: str) -> list[float]:
+    """The number of a text, with or without a power of ten, if it has one."""
+    try:
+        return [float(text)]
+    except ValueError:
+        digits = re.sub(r"[^\d.-]", "", re.sub(r"\(\d+\)|\[\d+\]", "", text))
+        return [float(digits)] if digits not in ("", "-", ".") else []
 
 
 def check_numbers(numbers: Sequence[float], read: Any, threshold: float = 0.1, most: int = 100) -> NumberCheck:

@@ -24,7 +24,7 @@ CHANGES = {  # what the two families have other defaults for
     "llama": {"rms_norm_eps": 1e-3, "rope_parameters": {**SCALED, "original_max_position_embeddings": 64}},
     "mistral": {"sliding_window": 12, "rms_norm_eps": 1e-3},
     "qwen2": {"tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 3e4}},
-    "qwen3": {"hidden_act": "gelu", "attention_bias": True},
+    "qwen3": {"hidden_act": "gelu", "attention_bias": True, "head_dim": 16},  # not hidden_size / heads
 }
 
 

@@ -126,6 +126,7 @@ def test_heads_are_not_read_where_tokens_may_be_taken_back():
     for options, message in (
         ({"num_beams": 2}, "num_beams=2.*reads tokens as they are written"),
         ({"prompt_lookup_num_tokens": 2}, "prompt_lookup_num_tokens=2"),
+        ({"use_cache": False}, "use_cache=False"),
         ({"assistant_model": model}, "assistant_model: output_heads=True"),
         ({"return_dict_in_generate": False}, "output_heads=True needs return_dict_in_generate=True"),
     ):

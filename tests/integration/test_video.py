@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 from PIL import Image
 from typer.testing import CliRunner
 
-from builders import tiny_config, tiny_model, tiny_processor
+from builders import random_image, tiny_config, tiny_model, tiny_processor
 from builders.clips import counting_frames, write_clip
 from hires_lmm.cli import app
 from hires_lmm.inference import AnswerStream, map_tokens, prepare
 from hires_lmm.page import answer_question
 from hires_lmm.processing.chat_templates_hires_lmm import CHAT_TEMPLATES
+from hires_lmm.training import HiResLmmCollator
 from hires_lmm.visualize import draw_token_map
 
 
@@ -359,3 +360,28 @@ def test_a_template_that_knows_images_alone_takes_videos():
     assert torch.equal(chat["view_positions"], called["view_positions"])
     assert placeholders(chat) == placeholders(called)
     assert processor.tokenizer.decode(chat["input_ids"][0]).endswith("a <video>")
+
+
+def test_a_video_part_without_a_video_is_refused():
+    chat = [{"role": "user", "content": [{"type": "video", "video": None}, {"type": "text", "text": "What?"}]}]
+    processor = build()[1]
+    with pytest.raises(ValueError, match="holds no video"):
+        processor.apply_chat_template(chat, tokenize=True, return_dict=True)
+    assert "<video>" in processor.apply_chat_template(chat)
+
+
+def test_rows_of_training_hold_videos_in_a_column(tmp_path):
+    processor = build()[1]
+    frames = [random_image(60, 80, seed) for seed in range(3)]
+    row = {"messages": [{"role": "user", "content": "<video>\nwhat ?"}, {"role": "assistant", "content": "3"}]}
+    given = HiResLmmCollator(processor)([{**row, "videos": [frames]}])
+    part = {"role": "user", "content": [{"type": "video", "video": frames}, {"type": "text", "text": "\nwhat ?"}]}
+    wanted = HiResLmmCollator(processor)([{"messages": [part, row["messages"][1]]}])
+    assert torch.equal(given["input_ids"], wanted["input_ids"])
+    assert torch.equal(given["pixel_values"], wanted["pixel_values"])
+    files = [tmp_path / f"{number}.png" for number in range(3)]
+    for frame, file in zip(frames, files, strict=True):
+        frame.save(file)
+    assert torch.equal(
+        HiResLmmCollator(processor)([{**row, "videos": [files]}])["pixel_values"], given["pixel_values"]
+    )

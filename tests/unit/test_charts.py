@@ -53,3 +53,7 @@ def test_the_first_hundred_numbers_count():
     read[100:] = 9.0
     assert check_numbers(numbers, read).distance < 1e-4
     assert check_numbers(numbers, read[:50]).reliable  # a head of fewer slots
+
+
+def test_powers_of_ten_missing_values_and_the_token_of_the_head():
+    assert read_numbers('<Number> {"values": {"a": "-3.5e2", "b": null, "c": "n/a", "d": "12.5%"}}') == [-350.0, 12.5]

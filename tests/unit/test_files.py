@@ -13,6 +13,7 @@ IN_PLACE = {
     "src/hires_lmm/evaluation/store.py": "appends lines; `begin` cuts off the last one where it is torn",
     "src/hires_lmm/training/data/smr.py": "pictures beside a list that is moved to its place behind them",
     "src/hires_lmm/training/objectives/painting.py": "pictures to look at",
+    "benchmarks/needle/src/needle/demo_clips.py": "committed clips, compared with what the script draws",
     "benchmarks/needle/src/needle/demo_scenes.py": "committed pictures, compared with what the script draws",
     "benchmarks/needle/src/needle/halves/files.py": "weights whose record, the mark of a whole folder, comes last",
     "benchmarks/needle/src/needle/halves/loop.py": "a log of lines that nothing reads back",

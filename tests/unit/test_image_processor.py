@@ -267,12 +267,12 @@ def test_ambiguous_channel_order_is_settled_by_the_caller(shape):
     assert first["view_boxes"][0].tolist() == list(small().plan(shape[1], shape[2]).views[0].box)
 
 
-def test_first_frame_of_an_animation(tmp_path):
+def test_an_animation_shows_the_frame_at_which_it_stands(tmp_path):
     frames = [Image.new("RGB", (14, 14), colour) for colour in ("red", "green", "blue")]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
     image = Image.open(tmp_path / "a.gif")
     image.seek(2)
-    assert (one_view(image) == [255, 0, 0]).all()
+    assert (one_view(image) == [0, 0, 255]).all()
     assert image.tell() == 2
     assert (one_view(Image.open(tmp_path / "a.gif")) == [255, 0, 0]).all()
 

@@ -258,3 +258,14 @@ def test_overflowing_rows_are_for_texts_alone():
         processor(text="<image> " + "w " * 50, images=IMAGE["image"], **{**options, "max_length": 40})
     with pytest.raises(ValueError, match="is_split_into_words=True"):
         processor(text=["two", "words"], is_split_into_words=True)
+
+
+def test_videos_of_a_row_get_their_places():
+    clip, picture_ = ["a.jpg", "b.jpg"], "c.jpg"
+    row = [{"role": "user", "content": "<video>\n<image> what?"}]
+    (message,) = attach_images(row, [picture_], [clip])
+    kinds = [{key: part[key] for key in part if key in ("video", "image")} for part in message["content"]]
+    assert [each for each in kinds if each] == [{"video": clip}, {"image": picture_}]
+    assert attach_images([user(text("<video>"))])[0]["content"][0]["text"] == "<video>"  # a text without videos
+    with pytest.raises(ValueError, match=r"1 places for videos .* but 2 videos"):
+        attach_images([{"role": "user", "content": "<video> what?"}], None, ["a.mp4", "b.mp4"])

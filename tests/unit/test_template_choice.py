@@ -5,7 +5,7 @@ import pytest
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from builders.text import tiny_tokenizer
-from hires_lmm.processing.chat_templates_hires_lmm import CHAT_TEMPLATES
+from hires_lmm.processing.chat_templates_hires_lmm import CHAT_TEMPLATES, find_template
 from hires_lmm.processing.template_choice_hires_lmm import choose_template
 
 
@@ -79,3 +79,21 @@ def test_an_engine_sees_that_a_widened_template_takes_parts():
     tree = _compile_jinja_template(template).environment.parse(template)
     loops = [loop for macro in tree.find_all(jinja2.nodes.Macro) for loop in macro.find_all(jinja2.nodes.For)]
     assert "content" in [loop.iter.name for loop in loops if isinstance(loop.iter, jinja2.nodes.Name)]
+
+
+def test_a_template_that_writes_another_mark_for_images_is_not_taken_as_it_is():
+    other = (
+        "{% for m in messages %}{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for c in m['content'] %}"
+        "{% if c['type'] == 'image' %}<start_of_image>{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endif %}"
+        "{% endfor %}"
+    )
+    choice = choose_template(tiny_tokenizer(other))
+    assert choice.template != other and choice.is_changed
+    named = tiny_tokenizer(None)
+    named.chat_template = {"default": other, "tool_use": "x"}
+    assert "none" not in choose_template(named).note
+
+
+def test_a_name_that_is_no_template_is_refused():
+    with pytest.raises(ValueError, match="chat_template='llama-3' is no Jinja text and no known name"):
+        find_template("llama-3")

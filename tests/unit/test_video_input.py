@@ -225,11 +225,11 @@ def test_long_decoding_shows_how_far_it_is(clip, monkeypatch):
         (FRAMES, {"num_frames": 0}, "num_frames=0 must be a number above 0"),
         (FRAMES, {"frame_sampling": "random"}, "frame_sampling='random' is unknown; choose one of uniform, segments"),
         (FRAMES, {"video_planner": "slime"}, "video_planner='slime' plans images; choose one of frames, thumbnail"),
-        (FRAMES, {"video_planner": {"name": "frames", "grid": [2, 3]}}, "no room for 20 frames; set num_frames=6"),
+        (FRAMES, {"video_planner": {"name": "frames", "grid": [2, 3]}}, "no room for 20 frames; pass num_frames=6"),
         (FRAMES, {"video_planner": {"name": "frames", "max_crops": 3}}, "max_crops=3 is of no meaning for frames"),
         (FRAMES[:3], {"video_planner": {"name": "thumbnail"}}, "collage=6 needs as many frames, but a video has 3"),
         (FRAMES, {"image_boxes": [[[0, 0, 4, 4]]]}, "image_boxes of image 0, which is a video"),
-        (FRAMES, {"token_layout": {"patch_grid": [2, 2], "grids": {}}}, "places no frames: layout.order is"),
+        (FRAMES, {"token_layout": {"patch_grid": [2, 2], "grids": {}}}, "places no frames. Build the model"),
     ],
     ids=str,
 )

@@ -164,7 +164,10 @@ def read_settings(preset: str, pairs: list[str]) -> dict[str, Any]:
     values, changes = deepcopy(PRESETS[preset]), {}
     for pair in pairs:
         path, _, text = pair.partition("=")
-        field, *steps = path.replace("connector.", "connector_config.", 1).split(".")
+        field, *steps = path.split(".")
+        field = {"connector": "connector_config"}.get(field, field)
+        if field in ("vision_config", "text_config"):
+            raise ConversionError(f"{pair!r} changes a half, which stays as it is; set fields of the whole alone.")
         if field not in HiResLmmConfig.__dataclass_fields__ or not text:
             raise ConversionError(f"{pair!r} sets no field of HiResLmmConfig; write FIELD=VALUE.")
         try:

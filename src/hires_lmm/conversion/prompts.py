@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedConfig
 
-from ..processing.chat_templates_hires_lmm import CHAT_TEMPLATES, answer_prefix_ids, question_prefix_ids
+from ..processing.chat_templates_hires_lmm import answer_prefix_ids, find_template, question_prefix_ids
 from .errors import readable
 from .tensors import read_if_present, read_json, read_text
 
@@ -77,7 +77,7 @@ def prompt_settings(tokenizer: Any | None, chat_template: str | None) -> dict[st
     if tokenizer is None:
         return {}
     if chat_template is not None:
-        tokenizer.chat_template = CHAT_TEMPLATES.get(chat_template, chat_template)
+        tokenizer.chat_template = find_template(chat_template)
     if not isinstance(tokenizer.chat_template, str):
         return {}
     found = {find.__name__: _prefix_ids(find, tokenizer) for find in (answer_prefix_ids, question_prefix_ids)}
@@ -120,7 +120,7 @@ def generation_defaults(folder: Path | None, config: Any, tokenizer: Any | None,
             values[name] = getattr(config.text_config, name)
     if tokenizer is not None:
         ends = as_list(values["eos_token_id"]) or as_list(tokenizer.eos_token_id)
-        template = CHAT_TEMPLATES.get(chat_template or "", chat_template or "")
+        template = find_template(chat_template) if chat_template else ""
         if LLAMA3_HEADER in template and LLAMA3_END in tokenizer.get_vocab():
             ends += [tokenizer.convert_tokens_to_ids(LLAMA3_END)]
         ends = sorted(set(ends))

@@ -119,7 +119,7 @@ def with_experts(dense: Any, experts: int = 4, top_k: int = 2, every: int = 1) -
             f"every={every} leaves layers dense, and all layers of Mixtral, which {dense.model_type} becomes, have "
             "experts; leave it out."
         )
-    values = known_fields(dense.to_dict(), family)
+    values = known_fields(dense.to_dict(), family, "head_dim")  # Qwen3-MoE reads it and does not list it
     values |= {"num_experts_per_tok": top_k, "output_router_logits": True, "router_aux_loss_coef": COEFFICIENT}
     if family == "mixtral":
         values |= {"num_local_experts": experts, "sliding_window": getattr(dense, "sliding_window", None)}

@@ -147,6 +147,10 @@ class HiResLmmGenerationMixin(GenerationMixin):
                 f"num_beams={generation_config.num_beams}, prompt_lookup_num_tokens="
                 f"{generation_config.prompt_lookup_num_tokens}: {HEADS_AS_WRITTEN}"
             )
+        if model_kwargs.get("output_heads") is not None and generation_config.use_cache is False:
+            raise ValueError(
+                "use_cache=False reads all tokens in each step, with output_heads=True too; leave it out."
+            )
         token_maps = model_kwargs.pop("output_token_map", None)  # here, or an assistant would get it too
         ids = inputs_tensor if inputs_tensor.ndim == 2 else model_kwargs.get("input_ids")
         placeholder = self.model.get_placeholder_mask(ids if ids is not None and ids.shape[1] else None, inputs_tensor)

@@ -172,6 +172,14 @@ _QUERIES = """
 """.replace("QUERY_TOKEN", QUERY_IN_TEMPLATES)
 
 
+def find_template(template: str) -> str:
+    """A template by its name, or the Jinja text itself."""
+    if template not in CHAT_TEMPLATES and "{" not in template:
+        known = ", ".join(CHAT_TEMPLATES)
+        raise ValueError(f"chat_template={template!r} is no Jinja text and no known name; the names are {known}.")
+    return CHAT_TEMPLATES.get(template, template)
+
+
 def add_queries(template: str) -> str:
     """Let a template write `QUERY_TOKEN` at the start of each user turn that follows an image and has none."""
     if QUERY_TOKEN in template or QUERY_IN_TEMPLATES in template:

@@ -108,7 +108,7 @@ def to_rgb(
     A Pillow image of any mode or an array (numpy or torch) of shape `(height, width)`, `(height, width, channels)` or
     `(channels, height, width)` with 1, 3 or 4 channels. Floats up to 1 are taken as [0, 1] (`unit_floats`), others as
     [0, 255]; 16-bit integers, and wider ones that exceed 255, are scaled from 65535. EXIF orientation is applied; the
-    first frame of an animation is taken, and of a file of layers what it was opened with, all layers together.
+    frame at which an opened animation stands is taken, of a file the first; of a file of layers, all together.
     `background` is the colour under transparent pixels; `index` is named in errors.
     """
     picture = to_picture(image, index, background, pixel_limit, input_data_format, unit_floats)
@@ -126,7 +126,7 @@ def to_picture(
     """As `to_rgb`; an array of three channels stays one, `(height, width, 3)` of 8 bit, where it lies in memory."""
     if isinstance(image, Image.Image):
         check_size(image.height, image.width, index, pixel_limit)
-        upright = _upright_first_frame(image, index)
+        upright = _upright(image, index)
         check_size(upright.height, upright.width, index, pixel_limit)  # some formats know their size when decoded
         return _pillow_to_rgb(upright, index, background, unit_floats)
     if isinstance(image, torch.Tensor):
@@ -255,19 +255,13 @@ def check_size(height: int, width: int, index: int, pixel_limit: int) -> None:
         )
 
 
-def _upright_first_frame(image: Image.Image, index: int) -> Image.Image:
+def _upright(image: Image.Image, index: int) -> Image.Image:
     if image.format in PROGRAM_FORMATS and getattr(image, "tile", None):
         raise ValueError(
             f"Image {index} is an {image.format} file, which Pillow decodes by starting another program; this is "
             "refused. Convert it to PNG."
         )
     try:
-        if image.format != "PSD" and getattr(image, "is_animated", False) and image.tell() != 0:
-            frame = image.tell()
-            image.seek(0)
-            first = image.copy()
-            image.seek(frame)
-            image = first
         image = _decoded(image)
     except Exception as error:
         raise ValueError(

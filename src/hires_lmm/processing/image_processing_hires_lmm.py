@@ -243,6 +243,8 @@ class HiResLmmImageProcessor(HiResLmmOwnPartsMixin, PilBackend):
             cls._refuse_unknown({name for name in kwargs if not is_loading_name(name)})
         if kwargs.get("size") is not None:
             image_processor_dict = {key: value for key, value in image_processor_dict.items() if key != "view_size"}
+        if {"num_frames", "fps"} & kwargs.keys():  # one replaces the other
+            image_processor_dict = {**image_processor_dict, "num_frames": None, "fps": None}
         return super().from_dict(image_processor_dict, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:

@@ -40,11 +40,24 @@ def _is_empty(part: Any) -> bool:
     return isinstance(part, dict) and (not part or (part.get("type") == "text" and "text" not in part))
 
 
-def holds_video(messages: Any) -> bool:
-    """Whether a conversation has a video part."""
+VIDEO_KEYS = ("video", "url", "path")
+"""Where a video part holds its video."""
+
+
+def _videos(messages: Any) -> list[dict]:
     contents = [message.get("content") for message in clean_messages(messages) if isinstance(message, dict)]
     parts = [part for content in contents if isinstance(content, list) for part in content]
-    return any(isinstance(part, dict) and part.get("type") == "video" for part in parts)
+    return [part for part in parts if isinstance(part, dict) and part.get("type") == "video"]
+
+
+def holds_video(messages: Any) -> bool:
+    """Whether a conversation has a video part."""
+    return bool(_videos(messages))
+
+
+def lacks_video(messages: Any) -> bool:
+    """Whether one of its video parts holds no video."""
+    return any(not set(VIDEO_KEYS) & set(part) for part in _videos(messages))
 
 
 def show_as_images(messages: list) -> list:
@@ -53,7 +66,7 @@ def show_as_images(messages: list) -> list:
     def change(part: Any) -> Any:
         if not isinstance(part, dict) or part.get("type") != "video":
             return part
-        found = next((part[key] for key in ("video", "url", "path") if key in part), None)
+        found = next((part[key] for key in VIDEO_KEYS if key in part), None)
         return {"type": "image"} if found is None else {"type": "image", "image": Video(found)}
 
     return [

@@ -21,6 +21,7 @@ from .chat_templates_hires_lmm import (
     CHAT_TEMPLATES,
     add_queries,
     answer_prefix_ids,
+    find_template,
     question_prefix_ids,
 )
 from .coordinate_text_hires_lmm import check_coordinates, snap_coordinates
@@ -34,6 +35,7 @@ from .messages_hires_lmm import (
     clean_messages,
     drop_marks,
     holds_video,
+    lacks_video,
     protect,
     protect_messages,
     show_as_images,
@@ -178,7 +180,7 @@ class HiResLmmProcessor(HiResLmmProcessorBase):
         if chat_template is None:
             chat_template, note, is_changed = choose_template(tokenizer, has_later)
             (logger.warning_once if is_changed else logger.info)(f"Chat template: {note}.")
-        template = CHAT_TEMPLATES.get(chat_template, chat_template)
+        template = find_template(chat_template)
         if has_later:
             template = add_queries(template)
         tokenizer.chat_template = template
@@ -255,6 +257,8 @@ class HiResLmmProcessor(HiResLmmProcessorBase):
         chats = [getattr(chat, "messages", chat) for chat in chats]
         tokens: tuple[str, ...] = () if kwargs.get("sanitize_control_tokens") else (self.image_token,)
         tokens += (self.video_token,) if any(map(holds_video, chats)) else ()
+        if kwargs.get("tokenize") and any(map(lacks_video, chats)):
+            raise ValueError('A part {"type": "video"} holds no video; give it one as "video", "url" or "path".')
         for name in ("tools", "documents"):
             if kwargs.get(name):
                 kwargs[name] = protect(kwargs[name], tokens)

@@ -55,7 +55,8 @@ def choose_template(tokenizer: Any, needs_queries: bool = False) -> TemplateChoi
         needs_queries (`bool`): Whether it has to write query tokens into later turns, as `CHAT_TEMPLATES` can.
     """
     own = tokenizer.chat_template
-    if isinstance(own, str) and "'image'" in own.replace('"', "'"):
+    own = own.get("default") if isinstance(own, dict) else own  # of several by name, the one for plain chats
+    if isinstance(own, str) and shows_images(tokenizer, own):
         return TemplateChoice(own, "the tokenizer's own, which reads images")
     vocabulary = tokenizer.get_vocab()
     likely = next((name for token, name in TEMPLATE_BY_TOKEN.items() if token in vocabulary), "plain")
@@ -77,6 +78,13 @@ def choose_template(tokenizer: Any, needs_queries: bool = False) -> TemplateChoi
     if not re.search(r"{%-?\s*generation", own):
         note += "; it does not mark answers, so training needs another: pass chat_template"
     return TemplateChoice(_FLATTEN + own, note, is_changed=True)
+
+
+def shows_images(tokenizer: Any, template: str) -> bool:
+    """Whether a template writes the image token for an image part."""
+    token = tokenizer.image_token if hasattr(tokenizer, "image_token") else "<image>"
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Who?"}]}]
+    return token in (_render(tokenizer, template, chat, False) or "")
 
 
 def with_opening(template: str, opening: str) -> str:

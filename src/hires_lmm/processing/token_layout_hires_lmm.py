@@ -147,9 +147,9 @@ def check_frames(plan: ViewPlan, layout: TokenLayout, index: int) -> None:
     arrangement = layout.arrangement
     if plan.is_video and not any(Kind.FRAME in arrangement.sources(kind) for kind in arrangement.kinds):
         raise ValueError(
-            f"Image {index} is a video, but this model places no frames: layout.order is "
-            f'{layout.arrangement.order}. Build the model with connector_config={{"layout": {{"order": ["global", '
-            '"crops", "frames"]}}, and the processor with HiResLmmProcessor.from_config.'
+            f"Image {index} is a video, but this model places no frames. Build the model with connector_config="
+            f'{{"layout": {{"order": {[*arrangement.order, "frames"]}}}}}, and the processor with '
+            "HiResLmmProcessor.from_config."
         )
 
 
@@ -169,14 +169,14 @@ def apply_budget(count: TokenCount, layout: TokenLayout, max_image_tokens: int |
     if max_image_tokens < least and (layout.own_tokens == least or isinstance(layout.own_tokens, str)):
         raise ValueError(
             f"Image {image_index}: max_image_tokens={max_image_tokens} is too small; this model uses {least} tokens "
-            f"for it, whatever its size. Use {least} or more, or leave max_image_tokens out."
+            f"for it and drops none. Use {least} or more, or leave max_image_tokens out."
         )
     if max_image_tokens < least:
         reason = "separators and protected views stay" if layout.budget else "this model has no part that drops tokens"
         raise ValueError(
             f"Image {image_index}: max_image_tokens={max_image_tokens} is too small ({reason}); the smallest value "
-            f"for this image is {least}, its full count is {count.total}. Raise max_image_tokens (min_image_tokens "
-            f"tells the smallest), lower max_crops or leave views out."
+            f"for this image is {least}, its full count is {count.total}. Raise max_image_tokens "
+            f"(min_image_tokens or min_video_tokens tells it), lower max_crops or num_frames, or leave views out."
         )
     return min(max_image_tokens, count.total)
 

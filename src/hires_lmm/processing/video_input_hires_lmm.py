@@ -18,11 +18,14 @@ from transformers.utils import (
 from transformers.video_utils import load_video
 
 from .frame_sampling_hires_lmm import Sampling
-from .image_input_hires_lmm import flatten_images, to_rgb
+from .image_input_hires_lmm import flatten_images, open_image, to_rgb
 
 
 FILE_FRAMES = 16
 """Frames that are taken of a file where nobody says how many."""
+
+PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff")
+"""Ends of files that are frames where a list of them is a video."""
 
 NO_END = 2**62
 """The number of a frame that no video has."""
@@ -89,7 +92,8 @@ def _is_array(value: Any) -> bool:
 
 
 def _is_frame(value: Any) -> bool:
-    return isinstance(value, Image.Image) or (_is_array(value) and value.ndim in (2, 3))
+    is_file = isinstance(value, (str, PathLike)) and str(value).lower().endswith(PICTURES)
+    return is_file or isinstance(value, Image.Image) or (_is_array(value) and value.ndim in (2, 3))
 
 
 def is_one_video(value: Any) -> bool:
@@ -165,7 +169,7 @@ def open_video(video: Video, index: int, sampling: Sampling, settings: Any) -> F
         if is_bright and _is_float(frame) and bool(((frame >= 0) & (frame <= 1)).all()):
             frame = torch.as_tensor(frame).round().to(torch.uint8)  # alone it would be taken for [0, 1]
         try:
-            picture = to_rgb(frame, number, *options)
+            picture = to_rgb(open_image(frame, number), number, *options)
         except ValueError as error:
             raise ValueError(f"Video {index}, frames counted as images: {error}") from error
         if size and (picture.height, picture.width) != size[0]:

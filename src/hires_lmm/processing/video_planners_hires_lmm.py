@@ -84,7 +84,9 @@ def plan_frames(height: int, width: int, limits: FramesLimits, frames: int = 1) 
     size, number = checked_size(height, width), repeated(frames, limits.min_frames)
     rows, cols = (len(number), 1) if limits.grid is None else limits.grid
     if len(number) > rows * cols:
-        raise ValueError(f"grid={limits.grid} has no room for {len(number)} frames; set num_frames={rows * cols}.")
+        raise ValueError(
+            f"grid={limits.grid} has no room for {len(number)} frames; pass num_frames={rows * cols}, not fps."
+        )
     if len(number) > CROPS_LIMIT:
         raise ValueError(f"A video has {len(number)} frames, more than {CROPS_LIMIT}; pass num_frames=....")
     plan = assemble(size, limits, Canvas((0, 0), (0, 0), (0, 0)), global_view="squeeze")
@@ -105,7 +107,8 @@ def plan_thumbnail(height: int, width: int, limits: ThumbnailLimits, frames: int
     plan = plan_frames(height, width, limits, frames)
     if frames < limits.collage:
         raise ValueError(
-            f"collage={limits.collage} needs as many frames, but a video has {frames}; lower it, or raise num_frames."
+            f"collage={limits.collage} needs as many frames, but a video has {frames}; raise num_frames, pass a "
+            f"longer one, or video_planner={{'name': 'thumbnail', 'collage': {frames}}}."
         )
     first, patches = plan.views[0], limits.patch_grid
     whole = (0, 0, BOX_UNIT * height, BOX_UNIT * width)

@@ -2,6 +2,7 @@
 
 import logging
 import random
+import re
 from collections.abc import Mapping
 from os import PathLike
 from typing import Any
@@ -20,6 +21,7 @@ from .parameters import VIEWS
 logger = logging.getLogger(__name__)
 
 IGNORED = -100
+MARKS_ANSWERS = re.compile(r"{%-?\s*generation")
 TOO_LONG = ("error", "lower_budget", "drop")
 GEOMETRY = ("view_positions", "view_boxes", "view_spans")
 BROKEN = ("error", "drop")
@@ -73,7 +75,7 @@ class HiResLmmCollator:
             raise ValueError(f"too_long={too_long!r} is unknown; use one of {', '.join(TOO_LONG)}.")
         if broken not in BROKEN:
             raise ValueError(f"broken={broken!r} is unknown; use one of {', '.join(BROKEN)}.")
-        if processor.chat_template is None or "generation" not in processor.chat_template:
+        if not MARKS_ANSWERS.search(str(processor.chat_template)):
             raise ValueError(
                 "The chat template of the processor does not mark answers with {% generation %}, so labels cannot be "
                 "made; pass chat_template='llama3', 'vicuna', 'chatml' or 'plain' to HiResLmmProcessor.from_config."
@@ -127,7 +129,8 @@ class HiResLmmCollator:
         """Encode one conversation.
 
         Args:
-            example (`dict`): `messages`, and `images` or `image` where the messages hold none themselves; its own
+            example (`dict`): `messages`, and `images` or `image`, `videos` or `video` where the messages hold none
+                themselves (frames of a video as a list in the list of videos); its own
                 `max_image_tokens` (one number, or one an image) goes before all others; `image_boxes`: for each image
                 the objects that become tokens, as the processor takes them.
             max_image_tokens (`int` or `list`, *optional*): Budget of every image of it, or one an image; by default
@@ -208,7 +211,10 @@ class HiResLmmCollator:
     ) -> dict[str, torch.Tensor]:
         """Run the processor on one conversation."""
         images_kwargs = {**self.images_kwargs, "max_image_tokens": max_image_tokens, "image_boxes": image_boxes}
-        has_images = any(part["type"] in ("image", "video") for message in messages for part in message["content"])
+        kinds = {part["type"] for message in messages for part in message["content"]}
+        has_images = bool({"image", "video"} & kinds)
+        if self.features is not None and "video" in kinds:
+            raise ValueError("Cached features hold images alone; leave features out to train on videos.")
         encoded = self.processor.apply_chat_template(
             [messages],
             tokenize=True,
@@ -370,7 +376,7 @@ def _sources(values: dict) -> list:
 
 
 def read_messages(example: dict) -> list[dict]:
-    """The messages of an example with its images in their places."""
+    """The messages of an example with its images and videos in their places."""
     if not isinstance(example, Mapping):
         raise ValueError(f"An example is a {type(example).__name__}; it must be a dict with messages.")
     if not example.get("messages"):
@@ -378,8 +384,11 @@ def read_messages(example: dict) -> list[dict]:
             f"An example has the keys {', '.join(example)}, but no messages; see load_conversations. Where the "
             "Trainer drops them, set remove_unused_columns=False."
         )
-    images = example.get("images")
-    return attach_images(example["messages"], example.get("image") if images is None else images)
+    sources = {}
+    for kind in ("image", "video"):
+        many = example.get(f"{kind}s")
+        sources[f"{kind}s"] = example.get(kind) if many is None else many
+    return attach_images(example["messages"], **sources)
 
 
 def find_image(part: dict) -> Any:

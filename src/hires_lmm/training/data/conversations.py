@@ -1,6 +1,7 @@
 """Conversations with images: the LLaVA JSON format and datasets with a `messages` column, local or streamed."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,43 +11,50 @@ from torch.utils.data import Dataset
 from ...processing.messages_hires_lmm import clean_messages
 
 
-IMAGE_MARK = "<image>"
+IMAGE_MARK, VIDEO_MARK = "<image>", "<video>"
 LLAVA_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
-def attach_images(messages: list[dict], images: Any = None) -> list[dict]:
-    """Bring messages into one form: contents are lists of parts, and image parts hold their image."""
-    given = [image for image in (images if isinstance(images, (list, tuple)) else [images]) if image is not None]
-    waiting = iter(given)
-    result, places = [], 0
+def attach_images(messages: list[dict], images: Any = None, videos: Any = None) -> list[dict]:
+    """Bring messages into one form: contents are lists of parts, and the parts of images and videos hold theirs.
+
+    `<video>` in a text is a place for a video where there are videos.
+    """
+    given = {"image": _listed(images), "video": _listed(videos)}
+    waiting = {kind: iter(own) for kind, own in given.items()}
+    places = dict.fromkeys(given, 0)
+    result = []
     for message in clean_messages(messages):
         parts = []
-        for part in _split_content(message.get("content", "")):
-            if part["type"] == "image" and not {"image", "url", "path", "base64"} & set(part):
-                places += 1
-                image = next(waiting, None)
-                part = part if image is None else {"type": "image", "image": image}
+        for part in _split_content(message.get("content", ""), bool(given["video"])):
+            kind = part["type"]
+            if kind in places and not {kind, "url", "path", "base64"} & set(part):
+                places[kind] += 1
+                source = next(waiting[kind], None)
+                part = part if source is None else {"type": kind, kind: source}
             parts.append(part)
         result.append({"role": message["role"], "content": parts})
-    if places != len(given):
-        raise ValueError(
-            f"A conversation has {places} places for images ({IMAGE_MARK} or image parts without an image), but "
-            f"{len(given)} images; write one place for each image. It begins {str(messages)[:120]!r}."
-        )
+    for kind, mark in (("image", IMAGE_MARK), ("video", VIDEO_MARK)):
+        if places[kind] != len(given[kind]):
+            raise ValueError(
+                f"A conversation has {places[kind]} places for {kind}s ({mark} or {kind} parts without {kind}), but "
+                f"{len(given[kind])} {kind}s; write one place for each {kind}. It begins {str(messages)[:120]!r}."
+            )
     return result
 
 
-def _split_content(content: Any) -> list[dict]:
+def _listed(sources: Any) -> list:
+    sources = sources if isinstance(sources, (list, tuple)) else [sources]
+    return [source for source in sources if source is not None]
+
+
+def _split_content(content: Any, has_videos: bool) -> list[dict]:
     """Parts of a content."""
     if not isinstance(content, str):
         return list(content)
-    parts: list[dict] = []
-    for number, text in enumerate(content.split(IMAGE_MARK)):
-        if number:
-            parts.append({"type": "image"})
-        if text:
-            parts.append({"type": "text", "text": text})
-    return parts
+    marks = {IMAGE_MARK: "image", **({VIDEO_MARK: "video"} if has_videos else {})}
+    pieces = [piece for piece in re.split(f"({'|'.join(marks)})", content) if piece]
+    return [{"type": marks[piece]} if piece in marks else {"type": "text", "text": piece} for piece in pieces]
 
 
 def read_llava_record(record: dict, image_folder: str | Path | None = None, number: int | None = None) -> dict:

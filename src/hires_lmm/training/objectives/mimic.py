@@ -60,7 +60,8 @@ class Mimic(Objective):
         temperature (`float`): See `mimic_losses`.
         compat (`str`, *optional*): `"release"`: cross-entropy at positions that are not shifted.
         same_inputs (`bool`): The teacher reads the student's own batch, cached tower features too: for two models of
-            this package that cut images alike, count their tokens alike and have one tokenizer.
+            this package that cut images alike, normalise them by the same numbers, count their tokens alike and have
+            one tokenizer.
 
     Raises:
         ValueError: If an option is unknown; in training, if the teacher reads answers as other tokens.
