@@ -36,8 +36,8 @@ SECOND, STAGES, NUM_OBJECTS = "hires", ((192, 192), (96, 384), (48, 768), (24, 1
 """Name of the second tower, side and width of the maps of its stages, those of ConvNeXt-L at 768 pixels; boxes."""
 
 OTHERWISE = {"prompt_fuser", "sample_tokens", "coordinates", "tower_mixer"}
-"""Parts that are no call of their own: layers of a language model, which the prefill of `llava_mini` shows; a choice that
-the layout makes; embeddings of coordinates, added to others; a sum of towers, which are what costs."""
+"""Parts that are no call of their own: layers of a language model, which the prefill of `llava_mini` shows; a choice
+that the layout makes; embeddings of coordinates, added to others; a sum of towers, which are what costs."""
 
 KINDS: dict[str, tuple[Kind, ...]] = {
     "dual_enhancement": (Kind.CROP, Kind.STRIDED),
