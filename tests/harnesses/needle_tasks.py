@@ -99,6 +99,47 @@ def write_frames_checkpoint(folder: Path) -> None:
     processor.save_pretrained(folder)
 
 
+def write_pans(folder: Path) -> list[dict]:
+    """A camera passes over each of the five scenes, in 36 frames; questions that need no order of them."""
+    import av
+    import numpy as np
+
+    rows, last = [], SCENES[-1]["steps"][1]
+    for scene in SCENES:
+        file, wall = (
+            folder / scene["image"].replace(".jpg", ".mp4"),
+            Image.open(IMAGES / scene["image"]).convert("RGB"),
+        )
+        corners = [(x, y) for y in range(0, wall.height, 256) for x in range(0, wall.width, 256)]
+        with av.open(str(file), "w") as container:
+            stream = container.add_stream("h264", rate=12)
+            stream.height = stream.width = 256
+            stream.pix_fmt, stream.options = "yuv444p", {"crf": "12"}
+            for x, y in corners:
+                shown = np.asarray(wall.crop((x, y, x + 256, y + 256)))
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(shown, format="rgb24")))
+            container.mux(stream.encode())
+        question, answer = last if scene is SCENES[-1] else (scene["question"], scene["answer"])
+        rows.append({"video": str(file), "question": question, "answer": answer})
+    return rows
+
+
+def write_pan_checkpoint(folder: Path) -> None:
+    """The shipped checkpoint with frames in the place of crops, as docs/video.md shows."""
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
+
+    from hires_lmm import HiResLmmProcessor
+
+    config = AutoConfig.from_pretrained(CHECKPOINT)
+    config.connector_config.layout = {"order": ["global", "crops", "frames"]}
+    for op in (*config.connector_config.view_ops, *config.connector_config.token_ops):
+        op["on"] = ["crops", "frames"]
+    config.video_planner = {"name": "frames", "overview": True, "num_frames": 36}
+    AutoModelForImageTextToText.from_pretrained(CHECKPOINT, config=config).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
+    HiResLmmProcessor.from_config(config, tokenizer, chat_template="chatml").save_pretrained(folder)
+
+
 def many_rows(images: int = 15, side: int = 192) -> list[dict]:
     """Four questions on each of some images, the questions of an image not beside each other."""
     pictures = []

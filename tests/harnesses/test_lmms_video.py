@@ -53,10 +53,12 @@ def write(folder: Path, name: str, source: Path, split: str, rows: list[dict], m
 @pytest.fixture(scope="session")
 def manager(tmp_path_factory) -> TaskManager:
     folder, ours = tmp_path_factory.mktemp("video_tasks"), tmp_path_factory.mktemp("ours")
+    pans = [{**row, "candidates": [row["answer"]]} for row in needle.write_pans(tmp_path_factory.mktemp("pans"))]
     (folder / "needle_utils.py").write_text(needle.UTILS)
     kwargs = "lmms_eval_specific_kwargs: {default: {sub_task: moving_direction}}"
     asks = f"doc_to_text: !function needle_utils.text\n{kwargs}\n{SCORE}"
     write(folder, "needle_mvbench", find_tasks() / "mvbench/mvbench_moving_direction.yaml", "train", ROWS, asks)
+    write(folder, "needle_pans", find_tasks() / "mvbench/mvbench_moving_direction.yaml", "train", pans, asks)
     write_tasks(ours)
     write(folder, "asked_stock", find_tasks() / "videomme/videomme.yaml", "test", [QUESTION])
     write(folder, "asked_slime", ours / "videomme_slime.yaml", "test", [QUESTION])
@@ -106,6 +108,21 @@ def test_videos_of_a_stock_task_are_answered_as_alone(
     assert [row["filtered_resps"][0] for row in rows] == alone
     assert len(set(alone)) > 2
     assert counts[0]["encoded_images"] == encoded
+
+
+def test_five_of_five_videos_are_answered_rightly(manager, tmp_path, monkeypatch):
+    needle.write_pan_checkpoint(tmp_path)
+    monkeypatch.setattr(adapter, "stop_at_errors", lambda: None)
+    found = simple_evaluate(
+        model="hires_lmm",
+        model_args=f"pretrained={tmp_path},device=cpu,max_new_tokens=6",
+        tasks=["needle_pans"],
+        task_manager=manager,
+        log_samples=True,
+        bootstrap_iters=0,
+    )
+    rows = found["samples"]["needle_pans"]
+    assert len(rows) == 5 and all(row["right"] == 1 for row in rows)
 
 
 def test_what_the_harness_and_our_variant_ask_about_a_video(manager):
