@@ -134,6 +134,7 @@ USES = [
         "model, state_dict",
         "names of experts in files, which differ from those in the model",
     ),
+    Use("peft.tuners.lora:LoraLayer", None, "the layers whose LoRA branch is weighed after training"),
     Use(f"{MODEL}._tp_plan", None, "the head under tensor parallelism"),
     Use(f"{MODEL}._fsdp_plan", None, "the head under FSDP"),
     Use(f"{MODEL}._keys_to_ignore_on_load_unexpected", None, "the base model loads from a file with a head"),
