@@ -145,6 +145,10 @@ def _of_timm(tower: Any) -> dict[str, Any]:
     return {**TIMM.get(tower.architecture.partition(".")[0], {}), **said}
 
 
+HEADED = ("siglip_vision_model", "siglip2_vision_model")
+"""Families that have a head unless their configuration says no; in older minors it does not name it."""
+
+
 def complete_tower(tower: Any, view_size: int | None = None, patch_size: int | None = None) -> Any:
     """A tower's configuration with what its class leaves out, without the pooling head and without noise of positions.
 
@@ -155,7 +159,7 @@ def complete_tower(tower: Any, view_size: int | None = None, patch_size: int | N
     """
     tower, family = deepcopy(tower), tower_family(tower)
     for head in ("vision_use_head", "use_head"):  # it gets no gradients, and offloading breaks it
-        if getattr(tower, head, False):
+        if getattr(tower, head, head == "vision_use_head" and tower.model_type in HEADED):
             setattr(tower, head, False)
     for noise in ("pos_embed_shift", "pos_embed_jitter", "pos_embed_rescale"):  # DINOv3's, in training
         if hasattr(tower, noise):
