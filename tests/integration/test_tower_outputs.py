@@ -89,7 +89,8 @@ def test_the_output_carries_what_the_tower_gave_for_its_images(parts, tower, chu
         images = network(**whole, **asked).image_outputs
         torch.testing.assert_close(images.hidden_states, tower.hidden_states)
         torch.testing.assert_close(images.attentions, tower.attentions)
-        torch.testing.assert_close(images.last_hidden_state, tower.last_hidden_state)
+        read = tower.hidden_states[model.config.vision_feature_layer]
+        torch.testing.assert_close(images.last_hidden_state, read)
         assert network(**whole).image_outputs.hidden_states is None
         assert network(input_ids=torch.tensor([[1, 2]])).image_outputs is None
 

@@ -45,7 +45,7 @@ class HiResLmmImageFeatures(BaseModelOutputWithPooling):
     """Features of the images of a batch, before anything reads the question; can be cached and given back.
 
     Args:
-        last_hidden_state (`torch.Tensor` of shape `(V, L, C)`): Last hidden state of the vision tower.
+        last_hidden_state (`torch.Tensor` of shape `(V, L, C)`): State of the layer of the tower that is read.
         pooler_output (`list[torch.Tensor]`): One `(n_i, D)` tensor an image. Longer than the placeholders of the image
             where an operation that reads the question, or whose count depends on content, is still to come.
         tokens (`VisualTokens`): The same tokens before selection, with their geometry.

@@ -211,7 +211,7 @@ def run_tower(
                     {name: SCORES[name](tower, states) for name in needs.scores},
                     {wanted: _patches(states[read[wanted]], grid) for wanted in needs.layers},
                     BaseModelOutput(
-                        output.last_hidden_state if shows_all else states[read[layer]],
+                        states[read[layer]],
                         output.hidden_states if keeps else None,
                         getattr(output, "attentions", None),
                     ),
