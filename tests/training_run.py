@@ -21,8 +21,8 @@ from transformers import TrainerCallback, set_seed
 from builders.objectives import fixed_reconstruction, objective_trainer, vlsa_parts
 from builders.tiny import random_image, tiny_processor
 from builders.training import conversation, losses, make_trainer, slime_parts
+from families.towers import tower_model
 from hires_lmm.training import Stage
-from tower_table import tower_model
 
 
 class KillAt(TrainerCallback):

@@ -33,17 +33,10 @@ def plain_tokenizer():
     return tiny_tokenizer(None)
 
 
-def tiny_text_config(family: str, **changes) -> PreTrainedConfig:
-    """A two-layer text config of one family with the tiny tokenizer's vocabulary.
-
-    Args:
-        family (`str`): One of `TEXT_FAMILIES`.
-
-    Returns:
-        The config; hidden size 32, four heads of 8 (two key heads), rotary positions, context 2048.
-    """
+def text_numbers() -> dict[str, int]:
+    """What the tiny language models of all families have in common."""
     tokenizer = plain_tokenizer()
-    numbers = {
+    return {
         "vocab_size": len(tokenizer),
         "hidden_size": 32,
         "intermediate_size": 48,
@@ -55,6 +48,18 @@ def tiny_text_config(family: str, **changes) -> PreTrainedConfig:
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
+
+
+def tiny_text_config(family: str, **changes) -> PreTrainedConfig:
+    """A two-layer text config of one family with the tiny tokenizer's vocabulary.
+
+    Args:
+        family (`str`): One of `TEXT_FAMILIES`.
+
+    Returns:
+        The config; hidden size 32, four heads of 8 (two key heads), rotary positions, context 2048.
+    """
+    numbers = text_numbers()
     head = {"head_dim": 8}
     # tied embeddings of a random model repeat their last token for ever: the tests untie them where the family ties
     gemma = {

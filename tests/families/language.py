@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from builders.tiny import make_batch, plain_tokenizer, tiny_config, tiny_model, tiny_processor
+from builders.tiny import make_batch, text_numbers, tiny_config, tiny_model, tiny_processor
 from families.checks import COLUMNS, ROOT, TEXT, close, run_checks, write_table
 
 
@@ -31,6 +31,7 @@ MAMBA = {
     "mamba_expand": 2,
 }
 DEEPSEEK = {
+    "num_key_value_heads": 4,
     "n_routed_experts": 4,
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 16,
@@ -108,20 +109,7 @@ FAMILIES = {**DENSE, **SPARSE, **STATES}
 
 def family_config(family: str, **changes) -> transformers.PreTrainedConfig:
     """A text config of two layers with the tiny tokenizer's vocabulary."""
-    tokenizer = plain_tokenizer()
-    numbers = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4 if family == "deepseek_v3" else 2,
-        "max_position_embeddings": 2048,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-        "tie_word_embeddings": False,
-    }
+    numbers = text_numbers() | {"tie_word_embeddings": False}
     if family in ("mamba", "mamba2"):
         numbers = {key: value for key, value in numbers.items() if "head" not in key and "posit" not in key}
         del numbers["intermediate_size"]

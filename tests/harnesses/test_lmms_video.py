@@ -69,20 +69,7 @@ def manager(tmp_path_factory) -> TaskManager:
 def alone(checkpoint) -> list[str]:
     """One question at a time, through the processor and `generate`, without a harness."""
     model, processor = load_model(str(checkpoint), device="cpu"), load_processor(str(checkpoint))
-    found = []
-    for row in ROWS:
-        content = [{"type": "video", "video": row["video"]}, {"type": "text", "text": row["question"]}]
-        inputs = processor.apply_chat_template(
-            [{"role": "user", "content": content}],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs={"images_kwargs": {"num_frames": 8}},
-        )
-        output = model.generate(**inputs, max_new_tokens=6, do_sample=False)
-        found.append(processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
-    return found
+    return [needle.answer_clip(model, processor, row["video"], row["question"]) for row in ROWS]
 
 
 @pytest.mark.parametrize("batch_size, share_images, encoded", [(1, True, 4), (4, True, 4), (4, False, 8)])

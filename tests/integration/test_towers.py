@@ -8,9 +8,9 @@ import torch
 from transformers import AutoConfig, AutoModel
 from transformers.image_utils import PILImageResampling
 
-import tower_table
 from builders import make_batch, tiny_config, tiny_processor
 from builders.towers import TIMM_TOWERS, TOWERS, has_timm, tiny_tower
+from families import towers
 from hires_lmm import HiResLmmConfig
 from hires_lmm.modeling.bases_hires_lmm import Needs
 from hires_lmm.modeling.compat_hires_lmm import layers_of
@@ -27,7 +27,7 @@ MAPS = [name for name in TOWERS if "ConvNeXt" in name]
 
 def built(name: str):
     """A tiny tower with clear weights."""
-    model = tower_table.tower_model(name)
+    model = towers.tower_model(name)
     return model.model.vision_tower
 
 
@@ -117,7 +117,7 @@ def test_features_of_maps_are_the_last_map_row_by_row(name):
 @torch.no_grad()
 def test_views_may_have_another_size_than_the_tower_was_made_for(name):
     side = 96 if name in MAPS else 84
-    model = tower_table.tower_model(name, vision_view_size=side)
+    model = towers.tower_model(name, vision_view_size=side)
     tower = model.model.vision_tower
     views = pixels(tower.config, side)
     free = {} if name in MAPS else {"interpolate_pos_encoding": True}
@@ -126,7 +126,7 @@ def test_views_may_have_another_size_than_the_tower_was_made_for(name):
     last = wanted[model.config.vision_feature_layer]
     last = last.flatten(2).mT if last.ndim == 4 else last[:, prefix_tokens(tower.config) :]
     assert torch.equal(found, last)
-    batch = make_batch(tiny_processor(model.config), tower_table.samples(model))
+    batch = make_batch(tiny_processor(model.config), towers.samples(model))
     assert batch["pixel_values"].shape[2] == side and torch.isfinite(model(**batch).logits).all()
     assert HiResLmmConfig.from_dict(model.config.to_dict()).view_size == side
 
@@ -135,10 +135,10 @@ def test_views_may_have_another_size_than_the_tower_was_made_for(name):
 def test_views_of_unequal_size_give_in_a_batch_what_they_give_alone(name):
     layout = {"order": ["crops", "global"], "crop_order": "views"}
     changes = {"planner": {"name": "llava_uhd"}, "connector_config": {"layout": layout}}
-    model = tower_table.tower_model(name, "llava_uhd", **changes)
-    batch = make_batch(tiny_processor(model.config), tower_table.samples(model))
+    model = towers.tower_model(name, "llava_uhd", **changes)
+    batch = make_batch(tiny_processor(model.config), towers.samples(model))
     assert len(set(map(tuple, batch["view_positions"][:, 5:7].tolist()))) > 1
-    assert tower_table.is_single(model)
+    assert towers.is_single(model)
 
 
 @pytest.mark.parametrize("name", ["CLIP", "DINOv2", "DINOv2 with registers", "ViT"])
@@ -161,8 +161,8 @@ def test_scores_of_the_class_token_are_the_attention_that_the_tower_computes(nam
 @pytest.mark.parametrize("name, layer", [*((name, -1) for name in ALL), *((name, -2) for name in LAYERED)])
 def test_a_stage_trains_what_a_gradient_reaches(name, layer):
     """So no parameter of a trained tower keeps processes waiting: neither a mask token nor a pooling head."""
-    model = tower_table.tower_model(name, vision_feature_layer=layer)
-    batch = make_batch(tiny_processor(model.config), tower_table.samples(model)[:1])
+    model = towers.tower_model(name, vision_feature_layer=layer)
+    batch = make_batch(tiny_processor(model.config), towers.samples(model)[:1])
     model(**batch).logits.sum().backward()
     named = model.model.vision_tower.named_parameters()
     reached = {f"vision_tower.{name}" for name, parameter in named if parameter.grad is not None}
@@ -179,8 +179,8 @@ def test_mask_tokens_are_there_and_rest():
 @pytest.mark.parametrize("name", ["CLIP", "DINOv3 ViT", *TIMM_TOWERS])
 def test_checkpointing_changes_no_gradient(name):
     """DINOv3 would move its positions at random in training."""
-    model = tower_table.tower_model(name).train()
-    batch = make_batch(tiny_processor(model.config), tower_table.samples(model)[:1])
+    model = towers.tower_model(name).train()
+    batch = make_batch(tiny_processor(model.config), towers.samples(model)[:1])
     found, kind = [], "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
     for is_on in (False, True):
         if is_on:
@@ -197,9 +197,9 @@ def test_checkpointing_changes_no_gradient(name):
 
 def test_batch_norms_of_a_tower_keep_their_statistics():
     """FastViTHD has 44 of them; in training they would change with every batch, in a frozen tower too."""
-    model = tower_table.tower_model("timm FastViTHD")
+    model = towers.tower_model("timm FastViTHD")
     before = {name: value.clone() for name, value in model.named_buffers()}
-    batch = make_batch(tiny_processor(model.config), tower_table.samples(model)[:1])
+    batch = make_batch(tiny_processor(model.config), towers.samples(model)[:1])
     with torch.no_grad():
         wanted = model(**batch, return_logits=True).logits
         found = model.train()(**batch, return_logits=True).logits
@@ -210,8 +210,8 @@ def test_batch_norms_of_a_tower_keep_their_statistics():
 
 @pytest.mark.parametrize("name", ["ConvNeXt", "timm ViT"])
 def test_towers_without_attention_of_their_own_go_with_any(name):
-    model = tower_table.tower_model(name)
-    batch = make_batch(tiny_processor(model.config), tower_table.samples(model)[:1])
+    model = towers.tower_model(name)
+    batch = make_batch(tiny_processor(model.config), towers.samples(model)[:1])
     with torch.no_grad():
         found = [
             (model.set_attn_implementation(kind), model(**batch).logits)[1] for kind in ("eager", "sdpa", "eager")
@@ -375,4 +375,4 @@ def test_a_timm_tower_must_be_what_its_configuration_says():
 @pytest.mark.parametrize("name", ["DINOv2 with registers", "timm FastViTHD"])
 def test_a_row_of_the_table_is_what_is_found(name):
     tiny_tower(name)
-    assert tower_table.read_rows()[name] == tower_table.row(name)
+    assert towers.read_rows()[name] == towers.row(name)

@@ -230,6 +230,15 @@ def test_a_chat_gives_what_the_call_gives():
     assert set(chat) == set(called) and all(torch.equal(chat[name], called[name]) for name in called)
 
 
+def test_frames_are_sampled_by_num_frames_alone():
+    processor = build()[1]
+    call = {"text": "<video> what is red", "videos": FRAMES, "num_frames": 4, "return_tensors": "pt"}
+    said = processor(**call, do_sample_frames=True)
+    assert torch.equal(said["pixel_values"], processor(**call)["pixel_values"])
+    with pytest.raises(ValueError, match=r"Unknown options \['do_sample_frames'\]"):
+        processor(**call, do_sample_frames=False)
+
+
 # ---- saving, commands, the page
 
 

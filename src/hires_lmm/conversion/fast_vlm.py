@@ -7,15 +7,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
-
-from ..processing.template_choice_hires_lmm import choose_template
-from .errors import ConversionError, readable
-from .hub import is_repository, resolve_folder
-from .llava_next import plain_head, tie_rules
+from .hugging_face import read_hugging_face
 from .pipeline import Source, convert
-from .prompts import image_stats_of, load_tokenizer, source_template
-from .tensors import folder_entries, read_if_present, read_json
+from .tensors import read_if_present
 
 
 def convert_fast_vlm(source: str | Path, destination: str | Path, **options: Any) -> dict:
@@ -36,49 +30,17 @@ def convert_fast_vlm(source: str | Path, destination: str | Path, **options: Any
 
 def read_fast_vlm(source: str | Path) -> Source:
     """Read a FastVLM checkpoint."""
-    folder = resolve_folder(source, "The source")
-    values = read_json(folder / "config.json")
-    if values.get("model_type") != "fast_vlm":
-        raise ConversionError(
-            f"config.json describes a model of type {values.get('model_type')!r}, not fast_vlm. Checkpoints of "
-            "Apple's own code are not read; use the ones in Hugging Face format."
-        )
-    with readable("The configuration"):
-        theirs: Any = AutoConfig.for_model(**values)
-    entries = folder_entries(folder)
-    rules = tie_rules(theirs, entries)
-    plain_head(theirs.text_config)
-    tokenizer = load_tokenizer(folder)
-    template = source_template(folder) or (choose_template(tokenizer).template if tokenizer is not None else None)
-    return Source(
-        format="fast-vlm",
-        name=folder.name,
-        summary="A FastVLM model in the format of hires_lmm.",
-        entries=entries,
-        rules=rules,
-        vision_config=theirs.vision_config,
-        text_config=theirs.text_config,
-        settings={
-            "planner": {"name": "multiple", "views": "global", "square": "crop"},
-            "vision_feature_layer": -1,
-            "vision_view_size": view_size_of(folder),
-            "connector_config": {
-                "adapter": {
-                    "part": "mlp",
-                    "hidden_act": theirs.projector_hidden_act,
-                    "bias": theirs.multimodal_projector_bias,
-                }
-            },
-        },
-        dtype=values.get("dtype", values.get("torch_dtype")),
-        tokenizer=tokenizer,
-        chat_template=template,
-        image_token_id=theirs.image_token_id,
-        image_stats=image_stats_of(folder),
-        generation=folder,
-        bases=[{"part": "whole model", "name": str(source)}] if is_repository(source) else [],
-        report={"source_config": values},
-    )
+    title = "A FastVLM model in the format of hires_lmm."
+    return read_hugging_face(source, "fast_vlm", title, "Apple's own", settings_of)
+
+
+def settings_of(theirs: Any, folder: Path) -> dict:
+    """One view of the whole image, read from the last map of the tower."""
+    return {
+        "planner": {"name": "multiple", "views": "global", "square": "crop"},
+        "vision_feature_layer": -1,
+        "vision_view_size": view_size_of(folder),
+    }
 
 
 def view_size_of(folder: Path) -> int | None:

@@ -45,6 +45,13 @@ AUTO_MAP = {
     "AutoImageProcessor": "image_processing_hires_lmm.HiResLmmImageProcessor",
 }
 
+TEXT_REFUSED = {
+    "minimax": "its cache is of a class of its own, which generation here does not make",
+    "recurrent_gemma": "padding enters its state, so rows of a batch would change",
+    "rwkv": "padding enters its state, so rows of a batch would change",
+}
+"""Language models by `model_type` that cannot be here, and why."""
+
 LLAVA_NEXT_GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
 
 _MLP = {"part": "mlp"}
@@ -376,6 +383,9 @@ class HiResLmmConfig(HiResLmmOwnPartsMixin, PreTrainedConfig):
         towers |= {f"extra_towers.{name}": tower for name, tower in self.extra_tower_configs().items()}
         for where, tower in towers.items():
             check_tower(tower, where)
+        if self.text_config.model_type in TEXT_REFUSED:
+            kind = self.text_config.model_type
+            raise ValueError(f"text_config is of type {kind!r}: {TEXT_REFUSED[kind]}; use another language model.")
         for name in ("vocab_size", "hidden_size", "num_hidden_layers"):
             value = getattr(self.text_config, name, None)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:

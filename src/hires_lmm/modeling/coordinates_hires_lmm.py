@@ -11,7 +11,7 @@ from transformers import initialization as init
 from .bases_hires_lmm import HiResLmmViewOp, PartContext, Traits
 from .carriers_hires_lmm import ViewFeatures, ViewGroup
 from .geometry_hires_lmm import Kind, kinds_on
-from .logits_hires_lmm import IGNORED_LABEL, scale_logits
+from .logits_hires_lmm import scale_logits
 
 
 AXES = ("time", "height", "width")
@@ -157,22 +157,3 @@ class HiResLmmCoordinates(HiResLmmViewOp):
         ids = torch.stack([targets - step, targets - step + self.options.steps * (step > 0)], dim=-1)
         low, high = logits.float().gather(-1, ids.clamp(min=0)).unbind(-1)
         return ids[..., 0], (step.float() / self.options.steps * (low - high)).sum()
-
-
-def soften_labels(parts: list, logits: torch.Tensor, labels: torch.Tensor, options: dict[str, Any]) -> Any:
-    """Give the loss function targets that parts with a vocabulary can score; what its mean lacks then.
-
-    Args:
-        parts (`list`): The parts.
-        logits (`torch.Tensor` of shape `(B, S, V)`): At the positions of `shift_labels` in `options`, or of `labels`.
-        labels (`torch.Tensor` of shape `(B, S)`): Targets.
-        options (`dict`): Keyword arguments of the loss function; gets `shift_labels`.
-    """
-    targets, number, lacking = options.get("shift_labels"), options.get("num_items_in_batch"), 0.0
-    targets = nn.functional.pad(labels, (0, 1), value=IGNORED_LABEL)[:, 1:] if targets is None else targets
-    number = (targets != IGNORED_LABEL).sum().clamp(min=1) if number is None else number
-    for part in parts:
-        targets, missing = part.soften(logits, targets.to(logits.device))
-        lacking = lacking + missing / number
-    options["shift_labels"] = targets
-    return lacking

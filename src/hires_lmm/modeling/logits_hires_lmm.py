@@ -53,3 +53,22 @@ def scale_logits(logits: torch.Tensor, text_config: Any) -> torch.Tensor:
             logits = logits / factor if divides else logits * factor
     cap = getattr(text_config, "final_logit_softcapping", None)
     return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def soften_labels(parts: list, logits: torch.Tensor, labels: torch.Tensor, options: dict[str, Any]) -> Any:
+    """Give the loss function targets that parts with a vocabulary can score; what its mean lacks then.
+
+    Args:
+        parts (`list`): The parts.
+        logits (`torch.Tensor` of shape `(B, S, V)`): At the positions of `shift_labels` in `options`, or of `labels`.
+        labels (`torch.Tensor` of shape `(B, S)`): Targets.
+        options (`dict`): Keyword arguments of the loss function; gets `shift_labels`.
+    """
+    targets, number, lacking = options.get("shift_labels"), options.get("num_items_in_batch"), 0.0
+    targets = nn.functional.pad(labels, (0, 1), value=IGNORED_LABEL)[:, 1:] if targets is None else targets
+    number = (targets != IGNORED_LABEL).sum().clamp(min=1) if number is None else number
+    for part in parts:
+        targets, missing = part.soften(logits, targets.to(logits.device))
+        lacking = lacking + missing / number
+    options["shift_labels"] = targets
+    return lacking

@@ -200,8 +200,14 @@ class HiResLmmPromptFuser(HiResLmmTokenOp):
                 f"prompt_fuser reads word embeddings of width {context.text_width} beside visual tokens of width "
                 f"{context.width}; use an adapter that projects, such as mlp."
             )
-        made = {"count": "own", "own_tokens": "detail"}
-        return Traits(context.grids, context.width, reads_question=True, writes_question=True, **made)  # type: ignore[arg-type]
+        return Traits(
+            context.grids,
+            context.width,
+            reads_question=True,
+            writes_question=True,
+            count="own",
+            own_tokens="detail",
+        )
 
     def forward(self, tokens: VisualTokens, question: Question | None) -> tuple[VisualTokens, Question | None]:
         """The compressed tokens, and the question with other embeddings where it was read."""

@@ -17,7 +17,6 @@ from .compat_hires_lmm import CACHE, keeps_keys, takes_cache
 from .configuration_hires_lmm import HiResLmmConfig, HiResLmmConnectorConfig, check_fit
 from .connector_hires_lmm import HiResLmmConnector
 from .conversation_hires_lmm import Conversation
-from .coordinates_hires_lmm import soften_labels
 from .experts_hires_lmm import add_aux_loss, read_routers, wants_routers
 from .generation_hires_lmm import HiResLmmGenerationMixin
 from .heads_hires_lmm import add_head_losses, run_heads, take_heads
@@ -32,7 +31,7 @@ from .inputs_hires_lmm import (
     take_text,
 )
 from .layer_ops_hires_lmm import install_layer_ops, open_layers, ops_of
-from .logits_hires_lmm import last_positions, scale_logits, select_learned, select_positions
+from .logits_hires_lmm import last_positions, scale_logits, select_learned, select_positions, soften_labels
 from .outputs_hires_lmm import (
     HiResLmmCausalLMOutputWithPast,
     HiResLmmImageFeatures,
@@ -123,7 +122,7 @@ class HiResLmmModel(HiResLmmPreTrainedModel):
 
         Returns:
             `HiResLmmImageFeatures`; its `pooler_output` holds one `(n_i, D)` tensor an image, its `last_hidden_state`
-            the layer of the tower that was read, or with `output_hidden_states` or `output_attentions` the last one.
+            the layer of the tower that was read.
 
         Raises:
             ValueError: If the tensors do not belong together or do not fit the model.

@@ -6,6 +6,7 @@ assistant says, with the token that ends it, stands between generation marks, so
 it.
 """
 
+import re
 from typing import Any
 
 from .messages_hires_lmm import QUERY_TOKEN
@@ -170,6 +171,11 @@ _QUERIES = """
     {%- endif -%}
 {%- endmacro -%}
 """.replace("QUERY_TOKEN", QUERY_IN_TEMPLATES)
+
+
+def marks_answers(template: str | dict | None) -> bool:
+    """Whether a template puts what the assistant says between generation marks."""
+    return re.search(r"{%-?\s*generation", str(template)) is not None
 
 
 def find_template(template: str) -> str:

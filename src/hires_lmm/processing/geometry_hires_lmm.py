@@ -112,6 +112,7 @@ class Grid:
             tower makes them; None: views of the kind itself.
         num_views (`int`, *optional*): Views of this kind that an image with any of them has, whatever it came with;
             None: one for each `view_stride` that stand for it.
+        view_stride (`int`): Views that stand for one of this kind.
         sample (`int`, *optional*): Most tokens of all views of this kind of an image that enter, evenly spread.
     """
 

@@ -210,7 +210,8 @@ class HiResLmmProcessor(HiResLmmProcessorBase):
         if kwargs.get("return_text_replacement_offsets") and not self.hears_question:
             self._refuse_unheard(text, kwargs)
         audio = kwargs.pop("audios", None) if audio is None else audio  # the name that harnesses use
-        kwargs.pop("do_sample_frames", None)  # num_frames and fps say it
+        if kwargs.get("do_sample_frames") is not False:  # num_frames and fps say it; without samples is refused
+            kwargs.pop("do_sample_frames", None)
         if not _is_empty(videos):
             images, videos = self._with_videos(images, text, videos), None
         images, kwargs = choose_layout(self, images, text, kwargs)

@@ -1,10 +1,9 @@
 """The chat template for a language model that gets images: its tokenizer's own, as far as that goes."""
 
 import json
-import re
 from typing import Any, NamedTuple
 
-from .chat_templates_hires_lmm import _CONTENT, CHAT_TEMPLATES
+from .chat_templates_hires_lmm import _CONTENT, CHAT_TEMPLATES, marks_answers
 
 
 TEMPLATE_BY_TOKEN = {"<|start_header_id|>": "llama3", "<|im_start|>": "chatml"}
@@ -75,7 +74,7 @@ def choose_template(tokenizer: Any, needs_queries: bool = False) -> TemplateChoi
         note = f"REPLACED by {likely}: the tokenizer's own has no place for the query tokens of later turns"
         return TemplateChoice(likely, note, is_changed=True)
     note = "the tokenizer's own, WIDENED to images"
-    if not re.search(r"{%-?\s*generation", own):
+    if not marks_answers(own):
         note += "; it does not mark answers, so training needs another: pass chat_template"
     return TemplateChoice(_FLATTEN + own, note, is_changed=True)
 

@@ -44,6 +44,7 @@ class TowerFamily:
         reads_last (`bool`): Whether what the tower returns last is read, not one of its hidden states.
         is_fixed (`bool`): Whether it takes views of its own size alone.
         unread (`tuple[str, ...]`): Its modules and parameters behind the layers, or that only its own training uses.
+        head (`str`, *optional*): The field that switches its pooling head, which older minors do not name.
         refused (`str`, *optional*): Why it cannot be a tower here.
     """
 
@@ -55,6 +56,7 @@ class TowerFamily:
     reads_last: bool = False
     is_fixed: bool = False
     unread: tuple[str, ...] = ("post_layernorm", "layernorm", "norm", "head", "pooler", _MASK)
+    head: str | None = None
     refused: str | None = None
 
     @property
@@ -76,7 +78,7 @@ TOWERS = {
     "clip_vision_model": TowerFamily(
         _CLIP, prefix=1, attention=("layer_norm1", "self_attn.q_proj", "self_attn.k_proj"), unread=("post_layernorm",)
     ),
-    "siglip_vision_model": TowerFamily(_HALF, unread=("post_layernorm", "head")),
+    "siglip_vision_model": TowerFamily(_HALF, unread=("post_layernorm", "head"), head="vision_use_head"),
     "dinov2": TowerFamily(_IMAGENET, prefix=1, attention=_DINO, unread=("layernorm", _MASK)),
     "dinov2_with_registers": TowerFamily(_IMAGENET, prefix=1, attention=_DINO, unread=("layernorm", _MASK)),
     "dinov3_vit": TowerFamily(_IMAGENET, PILImageResampling.BILINEAR, prefix=1, unread=("norm", _MASK)),
@@ -87,7 +89,7 @@ TOWERS = {
         attention=("layernorm_before", "attention.q_proj", "attention.k_proj"),
         unread=("layernorm", "pooler", _MASK),
     ),
-    "aimv2_vision_model": TowerFamily(_CLIP, is_fixed=True, unread=("rms_norm", "head")),
+    "aimv2_vision_model": TowerFamily(_CLIP, is_fixed=True, unread=("rms_norm", "head"), head="use_head"),
     "mlcd_vision_model": TowerFamily(_CLIP, prefix=1, unread=("post_layernorm",)),
     "internvl_vision": TowerFamily(_IMAGENET, prefix=1, unread=("layernorm", _MASK)),
     "convnext": TowerFamily(_IMAGENET, is_map=True, unread=("layernorm",)),
@@ -145,10 +147,6 @@ def _of_timm(tower: Any) -> dict[str, Any]:
     return {**TIMM.get(tower.architecture.partition(".")[0], {}), **said}
 
 
-HEADED = ("siglip_vision_model", "siglip2_vision_model")
-"""Families that have a head unless their configuration says no; in older minors it does not name it."""
-
-
 def complete_tower(tower: Any, view_size: int | None = None, patch_size: int | None = None) -> Any:
     """A tower's configuration with what its class leaves out, without the pooling head and without noise of positions.
 
@@ -158,9 +156,8 @@ def complete_tower(tower: Any, view_size: int | None = None, patch_size: int | N
         patch_size (`int`, *optional*): Pixels from one feature to the next, for towers that do not name theirs.
     """
     tower, family = deepcopy(tower), tower_family(tower)
-    for head in ("vision_use_head", "use_head"):  # it gets no gradients, and offloading breaks it
-        if getattr(tower, head, head == "vision_use_head" and tower.model_type in HEADED):
-            setattr(tower, head, False)
+    if family.head is not None:  # it gets no gradients, and offloading breaks it
+        setattr(tower, family.head, False)
     for noise in ("pos_embed_shift", "pos_embed_jitter", "pos_embed_rescale"):  # DINOv3's, in training
         if hasattr(tower, noise):
             setattr(tower, noise, None)

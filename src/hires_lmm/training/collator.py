@@ -2,7 +2,6 @@
 
 import logging
 import random
-import re
 from collections.abc import Mapping
 from os import PathLike
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch.utils.data import get_worker_info
 
+from ..processing.chat_templates_hires_lmm import marks_answers
 from ..processing.dense_layout_hires_lmm import pack_samples, refuse_boxes
 from ..processing.geometry_hires_lmm import Column
 from .columns import BatchColumn
@@ -21,7 +21,6 @@ from .parameters import VIEWS
 logger = logging.getLogger(__name__)
 
 IGNORED = -100
-MARKS_ANSWERS = re.compile(r"{%-?\s*generation")
 TOO_LONG = ("error", "lower_budget", "drop")
 GEOMETRY = ("view_positions", "view_boxes", "view_spans")
 BROKEN = ("error", "drop")
@@ -75,7 +74,7 @@ class HiResLmmCollator:
             raise ValueError(f"too_long={too_long!r} is unknown; use one of {', '.join(TOO_LONG)}.")
         if broken not in BROKEN:
             raise ValueError(f"broken={broken!r} is unknown; use one of {', '.join(BROKEN)}.")
-        if not MARKS_ANSWERS.search(str(processor.chat_template)):
+        if not marks_answers(processor.chat_template):
             raise ValueError(
                 "The chat template of the processor does not mark answers with {% generation %}, so labels cannot be "
                 "made; pass chat_template='llama3', 'vicuna', 'chatml' or 'plain' to HiResLmmProcessor.from_config."

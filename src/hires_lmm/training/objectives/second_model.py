@@ -7,6 +7,7 @@ import torch
 import transformers
 
 from ...modeling.logits_hires_lmm import IGNORED_LABEL
+from ...processing.chat_templates_hires_lmm import marks_answers
 from ..columns import BatchColumn
 
 
@@ -87,7 +88,7 @@ class SecondModelColumn(BatchColumn):
         labels: bool = False,
     ):
         super().__init__(name)
-        if labels and "generation" not in (processor.chat_template or ""):
+        if labels and not marks_answers(processor.chat_template):
             raise ValueError(
                 f"The chat template of the {type(processor).__name__} of a second model does not mark answers with "
                 "{% generation %}, so nobody knows where they stand; set processor.chat_template to one that does."

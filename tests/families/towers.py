@@ -1,6 +1,6 @@
 """What every family of vision towers can do, tried on tiny random models: the table of docs/towers.md.
 
-python tests/tower_table.py            writes it; rows of timm stay as they are where timm is missing
+python tests/families/towers.py        writes it; rows of timm stay as they are where timm is missing
 """
 
 import sys
@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from transformers.image_utils import PILImageResampling
 
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 from builders import make_batch, random_image, tiny_config, tiny_model, tiny_processor
 from builders.towers import TIMM_TOWERS, TOWERS, has_timm, tiny_tower
 from hires_lmm import HiResLmmForConditionalGeneration
@@ -19,8 +22,8 @@ from hires_lmm.modeling.tower_table_hires_lmm import known_stats, prefix_tokens,
 from hires_lmm.training import Stage
 
 
-PAGE = Path(__file__).parents[1] / "docs" / "towers.md"
-MARKS = ("<!-- towers: tests/tower_table.py -->", "<!-- end of towers -->")
+PAGE = Path(__file__).parents[2] / "docs" / "towers.md"
+MARKS = ("<!-- towers: tests/families/towers.py -->", "<!-- end of towers -->")
 HEAD = ["tower", "`model_type`", "mean, filter", "prefix", "batch = single", "chunked", "dropped", "train", "reload"]
 BUDGET = 14
 CLOSE = {"rtol": 1e-3, "atol": 1e-4}

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-import tower_table
 from builders.towers import TIMM_TOWERS, TOWERS, tiny_tower
+from families import towers
 from launching import TESTS, run_launcher
 
 
@@ -13,8 +13,8 @@ from launching import TESTS, run_launcher
 @pytest.mark.parametrize("name", [*TOWERS, *TIMM_TOWERS])
 def test_every_row_of_the_table_is_what_is_found(name):
     tiny_tower(name)
-    assert tower_table.read_rows()[name] == tower_table.row(name)
-    assert set(tower_table.row(name)[4:]) == {"yes"}
+    assert towers.read_rows()[name] == towers.row(name)
+    assert set(towers.row(name)[4:]) == {"yes"}
 
 
 @pytest.mark.slow
